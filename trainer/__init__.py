@@ -1,0 +1,34 @@
+"""A Keras training workflow: configure, load data, build, train, keep, report.
+
+The functions below are the whole of the public interface; the command line calls the same ones.
+They are imported on first use, because TensorFlow takes seconds to import.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# TensorFlow's C++ log would put a dozen lines about missing CUDA libraries before our first word.
+# `trainer doctor` says what they say; TF_CPP_MIN_LOG_LEVEL=0 brings them back.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+if TYPE_CHECKING:
+    from trainer.config import Config, load_config
+    from trainer.workflow import evaluate, fit, predict
+
+__version__ = "0.1.0"
+__all__ = ["Config", "evaluate", "fit", "load_config", "predict"]
+
+_HOME = {
+    "Config": "trainer.config",
+    "load_config": "trainer.config",
+    "evaluate": "trainer.workflow",
+    "fit": "trainer.workflow",
+    "predict": "trainer.workflow",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}; it has {__all__}")
+    return getattr(importlib.import_module(_HOME[name]), name)

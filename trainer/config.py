@@ -1,0 +1,365 @@
+"""What a person can set: the only schema and the only defaults.
+
+A configuration is read from a TOML file, changed by `--set section.key=value`, checked and frozen.
+Every key that a file leaves out has the default written here.
+"""
+
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator, validate_call
+
+from trainer.errors import InputError, nearest
+
+# TOML has no tuples: an array is taken for one, its items checked strictly all the same.
+ImageSize = Annotated[tuple[int, int], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: typed, frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
+
+
+class KerasObject(Section):
+    """A Keras object by name: `{name = "EarlyStopping", options = {patience = 2}}`."""
+
+    name: str = Field(description='A Keras name, or "package.module:Name" for one of your own')
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of its constructor")
+
+
+class DataConfig(Section):
+    """Which images, from where, and how they reach the device."""
+
+    name: str = Field(
+        default="mnist",
+        description="A module of trainer/data, or any image-classification set of "
+        "tensorflow-datasets",
+    )
+    options: dict[str, Any] = Field(default={}, description="Options of a module of trainer/data")
+    directory: str = Field(default="data", description="Folder that keeps prepared data")
+    files: str | None = Field(
+        default=None,
+        description="Folder with the original archives; the environment variable "
+        "TRAINER_DATA_FILES is used where this is not set",
+    )
+    allow_sample: bool = Field(
+        default=True,
+        description="Let mnist fall back on 5,000 of its images when nothing else is to be had",
+    )
+    image_size: ImageSize | None = Field(
+        default=None,
+        description="[height, width] to resize to; needed where the images differ in size",
+    )
+    validation_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of train held out for validation"
+    )
+    test_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of train held out where a set has no test split"
+    )
+    split_seed: int = Field(default=0, ge=0, description="Seed of what is held out")
+    placement: Literal["auto", "device", "stream"] = Field(
+        default="auto",
+        description="Keep the images on the device, or stream them; auto: by device_limit_mb",
+    )
+    device_limit_mb: int = Field(
+        default=1024, ge=0, description="Largest set, in MB (10^6 bytes), that auto keeps there"
+    )
+    augmentation: list[KerasObject] = Field(
+        default=[],
+        description="Keras layers that alter training images (uint8 in, uint8 out), in order",
+    )
+
+
+class ModelConfig(Section):
+    """Which network."""
+
+    name: str = Field(default="cnn", description="A module of trainer/models")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of its build()")
+
+
+class OptimizerConfig(Section):
+    """Which optimizer, and how its learning rate changes."""
+
+    name: str = Field(default="Adam", description="A Keras optimizer")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Constant or peak learning rate")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the optimizer")
+    schedule: KerasObject | None = Field(
+        default=None,
+        description="A Keras learning-rate schedule. Left out of its options, "
+        "initial_learning_rate is learning_rate and decay_steps is the number of steps of the run",
+    )
+    warmup_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the run's steps in which CosineDecay climbs linearly to learning_rate",
+    )
+
+    @model_validator(mode="after")
+    def _warmup_needs_cosine(self) -> Self:
+        name = self.schedule.name if self.schedule else None
+        if self.warmup_fraction and name != "CosineDecay":
+            raise ValueError(
+                "warmup_fraction expects schedule.name = 'CosineDecay', the Keras schedule that "
+                f"has a warm-up; received schedule.name = {name!r}"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How the network is trained."""
+
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=128, ge=1, description="Images a step, over all devices")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of weights, order and dropout")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|gpu(:\d+)?|all)$",
+        description="auto | cpu | gpu | gpu:N | all",
+    )
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
+        default="auto", description="auto: bfloat16 where the processor multiplies it faster"
+    )
+    deterministic: bool = Field(
+        default=False, description="Refuse every operation whose result can vary between runs"
+    )
+    loss: KerasObject = KerasObject(name="SparseCategoricalCrossentropy")
+    metrics: list[KerasObject] = [
+        KerasObject(name="SparseCategoricalAccuracy", options={"name": "accuracy"})
+    ]
+    callbacks: list[KerasObject] = Field(default=[], description="Keras callbacks, in order")
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Largest global norm of the gradients"
+    )
+    steps_per_call: int = Field(
+        default=50, ge=1, description="Steps in one call of the compiled loop"
+    )
+    jit_compile: bool = Field(
+        default=False, description="Compile the step with XLA (slower on a CPU)"
+    )
+    limit_batches: int | None = Field(
+        default=None, ge=1, description="Use only this many batches of each split"
+    )
+
+
+class LoggingConfig(Section):
+    """What is written down."""
+
+    directory: str = Field(default="runs", description="Folder that holds the run directories")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run; the data set's and the model's where it is not set",
+    )
+    tensorboard: bool = Field(default=True, description="Write TensorBoard files")
+    histograms: bool = Field(
+        default=False, description="Histograms of weights and of gradient norms, an epoch"
+    )
+    sample_images: int = Field(default=25, ge=0, le=100, description="Training images shown")
+    mistakes: int = Field(default=25, ge=0, le=100, description="Confident mistakes shown")
+    profile: bool = Field(default=False, description="Trace a few steps for the profiler page")
+
+
+class Config(Section):
+    """One experiment."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def with_changes(self, changes: Mapping[str, Any]) -> "Config":
+        """Returns a copy with some keys changed, checked again.
+
+        Args:
+            changes: Values by dotted key, for example `{"training.epochs": 1}`.
+        """
+        tree = self.model_dump()
+        for key, value in changes.items():
+            _put(tree, key, value)
+        return parse_config(tree, origin="the changed configuration")
+
+    def to_toml(self) -> str:
+        """Returns the whole configuration as a TOML file that `load_config` reads back."""
+        return "\n".join(
+            f"[{name}]\n"
+            + "".join(f"{k} = {_toml(v)}\n" for k, v in section.items() if v is not None)
+            for name, section in self.model_dump().items()
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads, changes and checks a configuration.
+
+    Args:
+        path: A TOML file.
+        overrides: Changes as `"section.key=value"`, the value written in TOML. A word that is no
+            TOML value is taken for a string, so `data.name=fashion_mnist` needs no quotes.
+
+    Returns:
+        The configuration, complete and frozen.
+
+    Raises:
+        InputError: The file is missing or is not TOML, a key is unknown, or a value has the wrong
+            type or is out of range.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = sorted(str(p) for p in path.parent.glob("*.toml"))
+        known = nearest(str(path), found) if found else f"there is no *.toml in {path.parent}"
+        raise InputError(f"expected a configuration file, received {path}: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a configuration: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        key, value = parse_override(override)
+        _put(tree, key, value)
+    return parse_config(tree, origin=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], *, origin: str) -> Config:
+    """Checks a tree of tables and returns it as a configuration.
+
+    Raises:
+        InputError: With one line for the first fault found, which names `origin`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {_explain(error)}") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Splits `section.key=value` and reads the value as TOML (or as a bare word).
+
+    Raises:
+        InputError: There is no `=`, or the value is neither TOML nor a word.
+    """
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
+        raise InputError(f"--set expected section.key=value, received {text!r}")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        if parsed.keys() == {"value"}:
+            return key, parsed["value"]
+    except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"[A-Za-z_][\w.:/-]*", value):
+            return key, value
+    raise InputError(
+        f"--set {key}: expected one TOML value (1, 0.5, true, \"text\", [1, 2]), received {value!r}"
+    )
+
+
+def config_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a configuration file, for editors."""
+    return Config.model_json_schema()
+
+
+def call_with_options(
+    function: Callable[..., Any], *arguments: Any, options: Mapping[str, Any], where: str
+) -> Any:
+    """Calls `function(*arguments, **options)` after checking the options against its signature.
+
+    Args:
+        function: Its keyword parameters, with their annotations, are the schema of the options.
+        arguments: Passed on as they are.
+        options: A table of the configuration.
+        where: The table's name, for the message.
+
+    Raises:
+        InputError: An option is unknown, has the wrong type or is out of range.
+    """
+    checked = validate_call(
+        function, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    )
+    try:
+        return checked(*arguments, **options)
+    except ValidationError as error:
+        if error.title != getattr(function, "__name__", None):
+            raise  # not about this call: a fault inside the function
+        fault = error.errors()[0]
+        if fault["type"] == "unexpected_keyword_argument":
+            name = str(fault["loc"][0])
+            known = [
+                p.name
+                for p in inspect.signature(function).parameters.values()
+                if p.kind is p.KEYWORD_ONLY
+            ]
+            hint = nearest(name, known) if known else "it takes none"
+            raise InputError(f"{where}: unknown option {name!r}: {hint}") from None
+        raise InputError(f"{where}: {_explain(error)}") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for name in tables:
+        child = tree.setdefault(name, {})
+        if child is None:
+            child = tree[name] = {}
+        if not isinstance(child, dict):
+            raise InputError(f"{key}: {name} is a value, not a table; received {child!r}")
+        tree = child
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: {nearest(str(fault['loc'][-1]), _keys_beside(fault['loc']))}"
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}"
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    message = fault["msg"].removeprefix("Input should be ")
+    return f"{key}: expected {message}, received {_shown(fault['input'])}"
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    """Returns the keys that are known where an unknown one was found."""
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(
+            c for c in candidates if get_origin(c) is None and isinstance(c, type) and issubclass(c, BaseModel)
+        )
+    return list(section.model_fields)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _toml(value: Any) -> str:
+    """Writes one value as TOML (a JSON string is a TOML string)."""
+    if isinstance(value, dict):
+        items = (f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None)
+        return "{ " + ", ".join(items) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)

@@ -1,0 +1,240 @@
+"""Images and labels: `load(config)` gives train, validation and test apart, and a `DataSpec`.
+
+A data set of your own is one module in this folder. Its file name is the name that `[data] name`
+takes; its function `load(config, **options)` returns a `Source`. Nothing is registered anywhere.
+Modules whose name begins with an underscore are no data sets.
+"""
+
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from trainer.config import DataConfig, call_with_options
+from trainer.errors import InputError
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int32]
+Examples = tuple[Images, Labels]
+
+
+class DataSpec(BaseModel):
+    """The facts of a data set that models, metrics, exports and reports are built from.
+
+    Attributes:
+        name: Of the data set, for example "mnist" or "mnist_sample".
+        version: Of the data set.
+        image_shape: Height, width and channels.
+        class_names: In the order of the labels 0, 1, ...
+        train: Number of images trained on.
+        validation: Number of images held out to watch the training.
+        test: Number of images scored once, at the end.
+        fingerprint: SHA-256 over every image and label of the source, in its order.
+        origin: Where the data came from, in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    train: int
+    validation: int
+    test: int
+    fingerprint: str
+    origin: str
+
+    @property
+    def class_count(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some rows of an array of images.
+
+    Attributes:
+        images: uint8 [all, height, width, channels], in memory or mapped from a file.
+        labels: int32 [all].
+        rows: int64 [n], the rows that belong to this split.
+    """
+
+    images: Images
+    labels: Labels
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the images take in memory."""
+        return len(self) * int(np.prod(self.images.shape[1:]))
+
+    def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> Examples:
+        """Returns images and labels at some positions of the split, copied into memory.
+
+        Args:
+            positions: int64 [k] in [0, n), or a slice of them.
+        """
+        rows = self.rows[positions]
+        images: Images = self.images
+        if isinstance(images, np.memmap) and images.filename is not None:
+            # A map made for this call alone gives its pages back when it is dropped, so that
+            # memory does not grow with what has been read.
+            images = np.memmap(images.filename, np.uint8, "r", images.offset, images.shape)
+        return np.asarray(images[rows]), self.labels[rows]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The three splits, apart, and what is known about them."""
+
+    spec: DataSpec
+    train: Split
+    validation: Split
+    test: Split
+
+    def split(self, name: str) -> Split:
+        """Returns a split by its name: "train", "validation" or "test"."""
+        split: Split = getattr(self, name)
+        return split
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a module of this folder gives: the examples as they came, not yet held out.
+
+    Attributes:
+        name: Of the data set.
+        version: Of the data set; change it when the data changes.
+        class_names: In the order of the labels 0, 1, ...
+        train: Images (uint8 [n, height, width, channels]) and labels (int [n]).
+        test: The same; None: test images are held out of train.
+        validation: The same; None: validation images are held out of train.
+        origin: Where the data came from, in words.
+        fingerprint: Where it is already known; else it is computed.
+    """
+
+    name: str
+    version: str
+    class_names: Sequence[str]
+    train: tuple[Images, NDArray[Any]]
+    test: tuple[Images, NDArray[Any]] | None = None
+    validation: tuple[Images, NDArray[Any]] | None = None
+    origin: str = "made in memory"
+    fingerprint: str | None = None
+
+
+def names() -> list[str]:
+    """Returns the data sets that are modules of this folder."""
+    found = [m.name for m in pkgutil.iter_modules(__path__)]
+    return sorted(n for n in found if not n.startswith("_") and n != "tfds")
+
+
+def load(config: DataConfig) -> Dataset:
+    """Loads the data set that a configuration names, and holds validation images out of train.
+
+    Args:
+        config: Its `name` is a module of this folder, or else a set of tensorflow-datasets.
+
+    Returns:
+        The splits and their description.
+
+    Raises:
+        InputError: The set is unknown, damaged, or not to be had here.
+    """
+    module = importlib.import_module(f"{__name__}.{config.name if config.name in names() else 'tfds'}")
+    source: Source = call_with_options(
+        module.load, config, options=config.options, where="data.options"
+    )
+    for split in ("train", "validation", "test"):
+        _check(source, split, getattr(source, split))
+    return _divide(source, config)
+
+
+def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:
+    """Returns the SHA-256 of images (as bytes) and labels (as int32), split after split."""
+    digest = hashlib.sha256()
+    for images, labels in examples:
+        digest.update(np.ascontiguousarray(images).data)
+        digest.update(np.ascontiguousarray(labels, dtype="<i4").data)
+    return digest.hexdigest()
+
+
+def _divide(source: Source, config: DataConfig) -> Dataset:
+    """Holds out what the source has not apart already, by a permutation drawn from the seed."""
+    # RandomState's stream is frozen for good, unlike default_rng's: the same seed holds out the
+    # same images under every version of numpy.
+    order = np.random.RandomState(config.split_seed).permutation(len(source.train[0]))
+    splits: dict[str, Split] = {}
+    for name, given, fraction in (
+        ("test", source.test, config.test_fraction),
+        ("validation", source.validation, config.validation_fraction),
+    ):
+        if given is None:
+            count = max(1, round(fraction * len(source.train[0])))
+            held_out, order = order[:count], order[count:]
+            splits[name] = _split(source.train, np.sort(held_out))
+        else:
+            splits[name] = _split(given, np.arange(len(given[0])))
+    if not len(order):
+        raise InputError(
+            f"data set {source.name!r}: none of its {len(source.train[0])} training images is left "
+            "when validation and test are held out"
+        )
+    splits["train"] = _split(source.train, np.sort(order))
+    given_splits = [s for s in (source.train, source.validation, source.test) if s is not None]
+    spec = DataSpec(
+        name=source.name,
+        version=source.version,
+        image_shape=source.train[0].shape[1:],
+        class_names=tuple(source.class_names),
+        **{name: len(split) for name, split in splits.items()},
+        fingerprint=source.fingerprint or fingerprint(given_splits),
+        origin=source.origin,
+    )
+    return Dataset(spec=spec, **splits)
+
+
+def _split(examples: tuple[Images, NDArray[Any]], rows: NDArray[np.int64]) -> Split:
+    return Split(examples[0], np.asarray(examples[1], dtype=np.int32), rows)
+
+
+def _check(source: Source, split: str, examples: tuple[Images, NDArray[Any]] | None) -> None:
+    """Refuses arrays that a network could be trained on only by mistake."""
+    if examples is None:
+        return
+    images, labels = examples
+    where = f"data set {source.name!r}, {split}"
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(
+            f"{where}: expected images as uint8 [n, height, width, channels], "
+            f"received {images.dtype} {list(images.shape)}"
+        )
+    if len(images) == 0 or labels.shape != (len(images),):
+        raise InputError(
+            f"{where}: expected as many labels as images and at least one, "
+            f"received {len(images)} images and labels of shape {list(labels.shape)}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{where}: expected integer labels, received {labels.dtype}")
+    if labels.min() < 0 or labels.max() >= len(source.class_names):
+        raise InputError(
+            f"{where}: expected labels from 0 to {len(source.class_names) - 1}, "
+            f"received {labels.min()} to {labels.max()}"
+        )
+    if images.shape[1:] != source.train[0].shape[1:]:
+        raise InputError(
+            f"{where}: expected images of shape {list(source.train[0].shape[1:])} as in train, "
+            f"received {list(images.shape[1:])}"
+        )

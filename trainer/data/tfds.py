@@ -1,0 +1,249 @@
+"""Any image-classification set of tensorflow-datasets, decoded once.
+
+Where it comes from, in this order: already prepared (by us, or by tensorflow-datasets); original
+archives in a folder the user names; the network; and, for mnist alone, the sample.
+"""
+
+import contextlib
+import http.client
+import logging
+import os
+import shutil
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trainer.config import DataConfig
+from trainer.data import Source, mnist_sample, names
+from trainer.data._prepared import open_prepared, sha256, write_prepared
+from trainer.errors import InputError, nearest
+
+_log = logging.getLogger(__name__)
+
+# A closed network must be known within ten seconds: half for one answer, the rest for a slow
+# look-up of the host's name, which no time-out of urllib covers.
+_ANSWER_SECONDS = 4.0
+_PROBE_SECONDS = 8.0
+
+
+def load(config: DataConfig) -> Source:
+    """Opens the set, preparing it first where that was not done yet.
+
+    Raises:
+        InputError: The set is unknown, is no image classification, is damaged, or cannot be had.
+    """
+    folder = prepared_folder(config)
+    if folder.exists():
+        return open_prepared(folder)
+    if not _prepare(config, folder):
+        _log.warning(
+            "Training on a SAMPLE: 5,000 of MNIST's 70,000 images (mnist_sample), because MNIST is "
+            "not prepared, no archives were given and the network cannot be reached. For all of "
+            "MNIST: a network, or TRAINER_DATA_FILES=<folder with the four original archives>. "
+            "Accuracies on the sample are not accuracies on MNIST."
+        )
+        return replace(mnist_sample.load(config), fingerprint=None)
+    return open_prepared(folder)
+
+
+def prepared_folder(config: DataConfig) -> Path:
+    """Returns where the decoded arrays of a set lie."""
+    size = "" if config.image_size is None else "-{}x{}".format(*config.image_size)
+    return Path(config.directory) / (config.name.replace("/", "_").replace(":", "_") + size)
+
+
+def _prepare(config: DataConfig, folder: Path) -> bool:
+    """Finds the set and decodes it into `folder`; False: only the sample is to be had."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    ours, theirs = _builder(config), _builder(config, elsewhere=True)
+    builder = theirs if theirs.is_prepared() and not ours.is_prepared() else ours
+    label_key = _check_features(config, builder)[1]
+    origin = _find(config, builder)
+    if origin is None:
+        return False
+    _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
+    available = builder.info.splits
+    if "train" not in available:
+        raise InputError(f"data set {config.name!r} has no train split, only {sorted(available)}")
+    splits = {
+        split: (available[split].num_examples, _image_shape(config, builder), _decode(config, builder, split))
+        for split in ("train", "validation", "test")
+        if split in available
+    }
+    write_prepared(
+        folder,
+        name=config.name,
+        version=str(builder.version),
+        class_names=list(builder.info.features[label_key].names),
+        origin=origin,
+        splits=splits,
+    )
+    return True
+
+
+def _builder(config: DataConfig, *, elsewhere: bool = False) -> Any:
+    """Returns the builder of a set, or refuses an unknown name with the nearest known one.
+
+    Args:
+        config: Names the set.
+        elsewhere: Look where tensorflow-datasets itself keeps data (TFDS_DATA_DIR, the home folder)
+            and not in our directory.
+    """
+    import tensorflow_datasets as tfds
+
+    directory = None if elsewhere else str(Path(config.directory) / "tensorflow_datasets")
+    try:
+        return tfds.builder(config.name, data_dir=directory)
+    except tfds.core.DatasetNotFoundError:
+        known = [*names(), *tfds.list_builders(with_community_datasets=False)]
+        raise InputError(f"unknown data set {config.name!r}: {nearest(config.name, known)}") from None
+    except (ValueError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"data set {config.name!r} cannot be opened: {reason}") from None
+
+
+def _check_features(config: DataConfig, builder: Any) -> tuple[str, str]:
+    """Returns the names of the image and the label, or refuses a set that has not just these."""
+    import tensorflow_datasets as tfds
+
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if not (
+        keys is not None
+        and len(keys) == 2
+        and all(isinstance(key, str) for key in keys)
+        and isinstance(features[keys[0]], tfds.features.Image)
+        and isinstance(features[keys[1]], tfds.features.ClassLabel)
+    ):
+        raise InputError(
+            f"data set {config.name!r}: expected an image and a class label, "
+            f"received {', '.join(features)} (supervised: {keys})"
+        )
+    _image_shape(config, builder)
+    return keys
+
+
+def _image_shape(config: DataConfig, builder: Any) -> tuple[int, int, int]:
+    height, width, channels = builder.info.features[builder.info.supervised_keys[0]].shape
+    if config.image_size is not None:
+        height, width = config.image_size
+    if height is None or width is None:
+        raise InputError(
+            f"the images of {config.name!r} differ in size: set data.image_size = [height, width]"
+        )
+    return height, width, channels or 3
+
+
+def _find(config: DataConfig, builder: Any) -> str | None:
+    """Has the set prepared by tensorflow-datasets; returns where from, or None for the sample."""
+    if builder.is_prepared():
+        return f"tensorflow-datasets' files in {builder.data_dir}"
+    archives = _archives(config, builder)
+    if archives is not None:
+        _log.info("preparing %s from the archives in %s (once)", config.name, archives)
+        _download(config, builder, manual_dir=str(archives))
+        return "the original archives (SHA-256 checked)"
+    url = next(iter(builder.url_infos), "https://storage.googleapis.com/tfds-data")
+    if _network_answers(url):
+        _log.info("downloading %s (once)", config.name)
+        _download(config, builder)
+        return "the network (SHA-256 checked)"
+    if config.name == "mnist" and config.allow_sample:
+        return None
+    raise InputError(
+        f"data set {config.name!r} is not to be had: it is not prepared in {config.directory}, "
+        f"no archives were given (data.files or TRAINER_DATA_FILES), and {url} does not answer"
+        + (" (data.allow_sample = false)" if config.name == "mnist" else "")
+    )
+
+
+def _archives(config: DataConfig, builder: Any) -> Path | None:
+    """Returns the folder that holds every archive of the set, each with the right SHA-256."""
+    given = config.files or os.environ.get("TRAINER_DATA_FILES")
+    if not given:
+        return None
+    setting = "data.files" if config.files else "TRAINER_DATA_FILES"
+    if not Path(given).is_dir():
+        raise InputError(f"{setting} = {given!r}: there is no such folder")
+    named = Path(given) / config.name
+    folder = named if named.is_dir() else Path(given)
+    wanted = {info.filename or Path(url).name: info for url, info in builder.url_infos.items()}
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing == list(wanted):
+        _log.info("%s (%s) holds no archive of %s: passed over", folder, setting, config.name)
+        return None
+    if missing:
+        raise InputError(f"{folder} ({setting}) lacks {', '.join(missing)} of {config.name}")
+    for name, info in wanted.items():
+        path = folder / name
+        found = sha256(path)
+        if info.checksum and found != info.checksum:
+            raise InputError(
+                f"{path} is not the archive that {config.name} was made from: it has "
+                f"{path.stat().st_size} bytes, expected {int(info.size)}; its sha256 is {found}, "
+                f"expected {info.checksum} (a saved error page is the usual cause)"
+            )
+    return folder.absolute()
+
+
+def _network_answers(url: str) -> bool:
+    """Asks once, with a time-out: tensorflow-datasets itself would retry for minutes."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):  # noqa: S310
+                answered.set()
+        except urllib.error.HTTPError:
+            answered.set()  # a server that refuses HEAD is a server that answers
+        except (OSError, http.client.HTTPException) as error:
+            _log.info("the network does not answer: %s", error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return answered.is_set()
+
+
+def _download(config: DataConfig, builder: Any, **options: str) -> None:
+    import tensorflow_datasets as tfds
+
+    try:
+        # It announces itself on stdout, where --json promises one document and nothing else.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**options))
+    except (OSError, ValueError, tfds.download.DownloadError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"data set {config.name!r} could not be prepared: {reason}") from None
+    finally:
+        # What the archives were unpacked to is not needed again.
+        shutil.rmtree(Path(config.directory) / "tensorflow_datasets" / "downloads", ignore_errors=True)
+
+
+def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:
+    """Yields batches of decoded images and labels in the order of the set's files."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    def resize(image: Any, label: Any) -> tuple[Any, Any]:
+        small = tf.image.resize(image, config.image_size, antialias=True)
+        return tf.cast(tf.clip_by_value(tf.round(small), 0, 255), tf.uint8), label
+
+    try:
+        dataset = builder.as_dataset(split=split, as_supervised=True, shuffle_files=False)
+        if config.image_size is not None:
+            dataset = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
+        yield from tfds.as_numpy(dataset.batch(256).prefetch(tf.data.AUTOTUNE))
+    except (tf.errors.OpError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"tensorflow-datasets' files of {config.name!r} in {builder.data_dir} are damaged "
+            f"({reason}); remove that folder to prepare them anew"
+        ) from None

@@ -1,0 +1,219 @@
+"""Which devices there are, which ones a run uses, and which precision suits them.
+
+TensorFlow is imported inside the functions: "is there a GPU driver at all?" must be answered before
+the seconds that its import takes.
+"""
+
+import functools
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import CheckError, InputError, MissingError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+# Files that a Linux kernel shows when a GPU driver is loaded: NVIDIA, NVIDIA under WSL, AMD.
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+_GPU_REMEDY = (
+    "install the GPU's driver and `pip install -e '.[gpu]'` (tensorflow[and-cuda]), "
+    "then see `trainer doctor`; or use --device cpu"
+)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of one run.
+
+    Attributes:
+        names: TensorFlow's names, for example `("GPU:0", "GPU:1")`.
+        strategy: How the step is run on them: OneDeviceStrategy or MirroredStrategy.
+    """
+
+    names: tuple[str, ...]
+    strategy: "tf.distribute.Strategy"
+
+
+def gpu_driver_files() -> list[str]:
+    """Returns the files by which the kernel shows a GPU driver (none: no GPU can be used)."""
+    return [name for name in _DRIVER_FILES if Path(name).exists()]
+
+
+def require_driver(device: str) -> None:
+    """Refuses a GPU within milliseconds on a machine that cannot have one.
+
+    Args:
+        device: "auto", "cpu", "gpu", "gpu:N" or "all".
+
+    Raises:
+        MissingError: A GPU is asked for and this Linux machine has no GPU driver.
+    """
+    if device.startswith("gpu") and platform.system() == "Linux" and not gpu_driver_files():
+        raise MissingError(
+            f"--device {device}: expected a GPU, found none: no GPU driver is loaded (looked for "
+            f"{', '.join(_DRIVER_FILES)}); {_GPU_REMEDY}"
+        )
+
+
+def select(device: str) -> Devices:
+    """Turns what was asked for into devices and a strategy; never a silent second best.
+
+    Args:
+        device: "auto" (the first GPU, else the CPU), "cpu", "gpu" (the first), "gpu:N",
+            or "all" (every GPU; without one, every logical CPU device).
+
+    Raises:
+        InputError: `gpu:N` is beyond the GPUs there are.
+        MissingError: A GPU is asked for and none is usable.
+    """
+    import tensorflow as tf
+
+    require_driver(device)
+    for gpu in tf.config.list_physical_devices("GPU"):
+        # Memory growth can be set until the GPU is first used, and must be the same for all.
+        if not tf.config.experimental.get_memory_growth(gpu):
+            tf.config.experimental.set_memory_growth(gpu, True)
+    gpus = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices("GPU")]
+    cpus = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices("CPU")]
+    names = _choose(device, gpus, cpus)
+    if len(names) == 1:
+        return Devices(names, tf.distribute.OneDeviceStrategy(names[0]))
+    return Devices(names, tf.distribute.MirroredStrategy(list(names)))
+
+
+def _choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
+    if device == "cpu":
+        return (cpus[0],)
+    if device == "auto":
+        return ((gpus or cpus)[0],)
+    if device == "all":
+        return tuple(gpus or cpus)
+    if not gpus:
+        raise MissingError(
+            f"--device {device}: expected a GPU, found none: TensorFlow lists no GPU although a "
+            f"driver is loaded ({', '.join(gpu_driver_files()) or 'not on Linux'}); {_GPU_REMEDY}"
+        )
+    index = int(device.partition(":")[2] or 0)
+    if index >= len(gpus):
+        raise InputError(f"--device {device}: available: {', '.join(gpus).lower()}")
+    return (gpus[index],)
+
+
+def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
+    """Returns where tensors really live, and refuses a run that is not where it was asked to be.
+
+    TensorFlow places an operation on the CPU without a word when the GPU cannot run it.
+
+    Args:
+        tensors: Eager tensors, the output of each replica.
+        devices: What was asked for.
+
+    Raises:
+        CheckError: A tensor is on a device that was not asked for.
+    """
+    found = [t.device.rpartition("/device:")[2] for t in tensors]
+    if sorted(found) != sorted(devices.names):
+        raise CheckError(
+            f"expected outputs on {', '.join(devices.names)}, found them on {', '.join(found)}"
+        )
+    return found
+
+
+def choose_precision(precision: str, devices: Devices) -> str:
+    """Resolves "auto": the narrowest type that the device multiplies faster than float32.
+
+    NVIDIA GPUs have bfloat16 matrix units from compute capability 8.0 and float16 units from 7.0;
+    CPUs have bfloat16 instructions where they list avx512_bf16 or amx_bf16.
+
+    Returns:
+        "float32", "mixed_bfloat16" or "mixed_float16".
+    """
+    import tensorflow as tf
+
+    if precision != "auto":
+        return precision
+    if devices.names[0].startswith("CPU"):
+        fast = {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
+        return "mixed_bfloat16" if fast else "float32"
+    gpus = tf.config.list_physical_devices("GPU")
+    capabilities = [
+        tf.config.experimental.get_device_details(gpus[int(name.partition(":")[2])]).get(
+            "compute_capability", (0, 0)
+        )
+        for name in devices.names
+    ]
+    lowest = min(capabilities)
+    if lowest >= (8, 0):
+        return "mixed_bfloat16"
+    return "mixed_float16" if lowest >= (7, 0) else "float32"
+
+
+@contextmanager
+def dtype_policy(policy: str) -> Iterator[None]:
+    """Makes `policy` Keras's dtype policy inside the block, and puts the former one back."""
+    import keras
+
+    former = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(former)
+
+
+@functools.cache
+def cpu_flags() -> tuple[str, ...]:
+    """Returns the instruction sets the CPU lists, sorted; empty where the system has no list."""
+    for line in _cpuinfo():
+        if line.startswith(("flags", "Features")):
+            return tuple(sorted(line.partition(":")[2].split()))
+    if platform.system() == "Darwin":
+        return tuple(sorted(_sysctl("machdep.cpu.features").lower().split()))
+    return ()
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Returns the CPU's name as the system gives it."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    if platform.system() == "Darwin":
+        return _sysctl("machdep.cpu.brand_string")
+    return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Returns how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gpu_models() -> list[str]:
+    """Returns a line for each GPU that TensorFlow can use: its name and compute capability."""
+    import tensorflow as tf
+
+    lines = []
+    for gpu in tf.config.list_physical_devices("GPU"):
+        details = tf.config.experimental.get_device_details(gpu)
+        capability = ".".join(map(str, details.get("compute_capability", ("unknown",))))
+        lines.append(f"{details.get('device_name', gpu.name)} (compute capability {capability})")
+    return lines
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _sysctl(name: str) -> str:
+    run = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
+    return run.stdout.strip()

@@ -1,0 +1,52 @@
+"""The errors a person can cause or mend, each with the exit code that the command ends with.
+
+Everything else that goes wrong is a defect: it keeps its traceback and ends with exit code 1.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrainerError(Exception):
+    """Something a person can mend; its message is the one line they read.
+
+    The message states what was expected, what was received and what is available.
+    """
+
+    exit_code = 1
+
+
+class InputError(TrainerError):
+    """Wrong usage, configuration or input."""
+
+    exit_code = 2
+
+
+class MissingError(TrainerError):
+    """The device or the optional component that was asked for is not here."""
+
+    exit_code = 3
+
+
+class CheckError(TrainerError):
+    """A check failed: the loss is not finite, or the output is not where it should be."""
+
+    exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str], *, shown: int = 12) -> str:
+    """Says what there is instead of an unknown name.
+
+    Args:
+        name: What was received.
+        known: Every name that would have been accepted.
+        shown: The most names to list.
+
+    Returns:
+        For example `"did you mean 'epochs'? available: batch_size, epochs"`.
+    """
+    names = sorted(known)
+    lower = {n.lower(): n for n in reversed(names)}
+    close = [lower[c] for c in difflib.get_close_matches(name.lower(), lower, n=1)]
+    listed = ", ".join(names[:shown]) + (f", … ({len(names)} in all)" if len(names) > shown else "")
+    return "".join(f"did you mean {c!r}? " for c in close) + f"available: {listed}"

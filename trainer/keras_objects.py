@@ -1,0 +1,83 @@
+"""Finds and makes Keras objects that a configuration names: layers, optimizers, callbacks, losses."""
+
+import importlib
+import inspect
+from typing import Any
+
+import keras
+
+from trainer.config import KerasObject
+from trainer.errors import InputError, nearest
+
+_KINDS = {
+    "layer": (keras.layers, keras.layers.Layer),
+    "loss": (keras.losses, keras.losses.Loss),
+    "metric": (keras.metrics, keras.metrics.Metric),
+    "optimizer": (keras.optimizers, keras.optimizers.Optimizer),
+    "schedule": (keras.optimizers.schedules, keras.optimizers.schedules.LearningRateSchedule),
+    "callback": (keras.callbacks, keras.callbacks.Callback),
+}
+
+
+def find(kind: str, name: str) -> type:
+    """Returns the class that a name of a configuration means.
+
+    Args:
+        kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
+        name: A Keras name in any case ("adam", "Conv2D"), the name a class was registered under
+            with `keras.saving.register_keras_serializable`, or "package.module:Name".
+
+    Raises:
+        InputError: There is no such class, or it is of another kind.
+    """
+    module, base = _KINDS[kind]
+    if ":" in name:
+        found = _import(kind, name)
+    else:
+        classes = {n: c for n, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base)}
+        lower = {n.lower(): c for n, c in classes.items()}
+        registered = keras.saving.get_registered_object(name)
+        found = classes.get(name) or lower.get(name.lower()) or registered
+        if found is None:
+            raise InputError(f"unknown {kind} {name!r}: {nearest(name, classes)}")
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise InputError(f"{kind} {name!r}: expected a subclass of keras {base.__name__}, got {found!r}")
+    return found
+
+
+def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
+    """Makes the object that a configuration describes.
+
+    Args:
+        kind: As `find` takes it.
+        config: Its name and the keyword arguments of its constructor.
+        defaults: Keyword arguments used where the configuration leaves them out.
+
+    Raises:
+        InputError: The name is unknown or the constructor refuses the options.
+    """
+    return call(find(kind, config.name), f"{kind} {config.name!r}", defaults | config.options)
+
+
+def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
+    """Calls `factory(**options)`; a refusal of the options becomes one line that says `what`.
+
+    Raises:
+        InputError: The factory does not take these options.
+    """
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} refuses the options {options}: {reason}") from None
+
+
+def _import(kind: str, name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{kind} {name!r}: {error}") from None
+    if not hasattr(module, attribute):
+        raise InputError(f"{kind} {name!r}: {module_name} has no {attribute!r}")
+    return getattr(module, attribute)

@@ -1,0 +1,84 @@
+"""Networks: `build(config, spec)` gives a `keras.Model` from raw images to class probabilities.
+
+A network of your own is one module in this folder. Its file name is the name that `[model] name`
+takes; its function `build(spec, **options)` returns a `keras.Model` that takes uint8 images of
+`spec.image_shape` and returns `spec.class_count` probabilities. Nothing is registered anywhere.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import keras
+
+from trainer.config import ModelConfig, call_with_options
+from trainer.data import DataSpec
+from trainer.errors import InputError, nearest
+
+
+def names() -> list[str]:
+    """Returns the networks that are modules of this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
+    """Builds the network that a configuration names, for the images of a data set.
+
+    Args:
+        config: Names a module of this folder and the keyword arguments of its `build`.
+        spec: Gives the image shape and the class count.
+
+    Returns:
+        A model from images (uint8 [batch, height, width, channels], 0 to 255) to probabilities
+        (float32 [batch, classes], each row summing to 1).
+
+    Raises:
+        InputError: The network or one of its options is unknown or does not fit the images.
+    """
+    if config.name not in names():
+        raise InputError(f"unknown model {config.name!r}: {nearest(config.name, names())}")
+    module = importlib.import_module(f"{__name__}.{config.name}")
+    try:
+        model = call_with_options(
+            module.build, spec, options=config.options, where="model.options"
+        )
+    except (TypeError, ValueError) as error:
+        # Keras explains a shape that does not fit over several lines, the reason in the first.
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model {config.name!r} cannot be built: {reason}") from error
+    if model.output_shape != (None, spec.class_count):
+        raise InputError(
+            f"model {config.name!r}: expected probabilities of shape [None, {spec.class_count}], "
+            f"received {list(model.output_shape)}"
+        )
+    return model
+
+
+def image_input(spec: DataSpec) -> tuple[Any, Any]:
+    """Starts a functional model: raw images, and the same scaled to [0, 1].
+
+    The scaling is part of the model, so that what is exported takes the images of a file.
+
+    Returns:
+        The input (uint8 [batch, height, width, channels]) and the scaled images (the compute dtype
+        of the dtype policy, same shape).
+    """
+    images = keras.Input(spec.image_shape, dtype="uint8", name="image")
+    return images, keras.layers.Rescaling(1 / 255, name="scale")(images)
+
+
+def class_probabilities(features: Any, spec: DataSpec) -> Any:
+    """Ends a functional model: a dense layer to the classes and a softmax.
+
+    The softmax is float32 under every dtype policy: a cross-entropy in 8 bits of mantissa would
+    lose the small probabilities.
+
+    Args:
+        features: [batch, n].
+        spec: Gives the number of classes.
+
+    Returns:
+        Probabilities, float32 [batch, classes].
+    """
+    logits = keras.layers.Dense(spec.class_count, name="logits")(features)
+    return keras.layers.Softmax(dtype="float32", name="probabilities")(logits)

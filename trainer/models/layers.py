@@ -1,0 +1,55 @@
+"""A network written in the configuration: a list of Keras layers, one after the other.
+
+    [model]
+    name = "layers"
+    options.layers = [
+        { name = "Conv2D", options = { filters = 16, kernel_size = 3, activation = "relu" } },
+        { name = "GlobalAveragePooling2D" },
+    ]
+
+Scaling comes before the list, and the dense layer to the classes with its softmax after it.
+"""
+
+from typing import Annotated
+
+import keras
+from pydantic import Field
+
+from trainer import keras_objects
+from trainer.config import KerasObject
+from trainer.data import DataSpec
+from trainer.errors import InputError
+from trainer.models import class_probabilities, image_input
+
+# The default is what makes the module a network without any options, as every other one is.
+_FLATTEN = (KerasObject(name="Flatten"),)
+
+
+def build(
+    spec: DataSpec,
+    *,
+    layers: Annotated[tuple[KerasObject, ...], Field(strict=False, min_length=1)] = _FLATTEN,
+) -> keras.Model:
+    """Builds the network.
+
+    Args:
+        spec: Gives the image shape and the class count.
+        layers: Any layers Keras knows, or "package.module:Name" of your own, with their options.
+
+    Raises:
+        InputError: A layer is unknown, refuses its options or does not fit the one before it.
+    """
+    images, x = image_input(spec)
+    for i, described in enumerate(layers):
+        layer = keras_objects.make("layer", described)
+        try:
+            x = layer(x)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"model.options.layers.{i}: {described.name} does not fit its input "
+                f"{list(x.shape)}: {reason}"
+            ) from None
+    if len(x.shape) != 2:
+        x = keras.layers.Flatten()(x)
+    return keras.Model(images, class_probabilities(x, spec), name="layers")

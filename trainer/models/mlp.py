@@ -1,0 +1,35 @@
+"""A multi-layer perceptron: dense layers on the flattened image."""
+
+from typing import Annotated
+
+import keras
+from keras import layers
+from pydantic import Field
+
+from trainer.data import DataSpec
+from trainer.models import class_probabilities, image_input
+
+Size = Annotated[int, Field(ge=1)]
+
+
+def build(
+    spec: DataSpec,
+    *,
+    units: Annotated[tuple[Size, ...], Field(strict=False)] = (256, 128),
+    activation: str = "relu",
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2,
+) -> keras.Model:
+    """Builds the network.
+
+    Args:
+        spec: Gives the image shape and the class count.
+        units: Of each hidden layer; none makes it a logistic regression.
+        activation: Of the hidden layers, a Keras name.
+        dropout: Share of each hidden layer's outputs that training sets to zero.
+    """
+    images, x = image_input(spec)  # (B, H, W, C)
+    x = layers.Flatten()(x)  # (B, H * W * C)
+    for size in units:
+        x = layers.Dense(size, activation=activation)(x)
+        x = layers.Dropout(dropout)(x)
+    return keras.Model(images, class_probabilities(x, spec), name="mlp")

@@ -1,0 +1,230 @@
+"""The run directory: where everything about one training lies, and how it is written.
+
+    runs/<UTC time>-<name>/
+        config.toml        the resolved configuration
+        environment.json   versions, CPU, GPU, git revision, data fingerprint
+        metrics.jsonl      a line an epoch
+        summary.json       written last: a run without one is not finished
+        checkpoints/  tensorboard/  log.txt  README.md
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainer import devices
+from trainer.config import Config, parse_config
+from trainer.errors import InputError, nearest
+
+_PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, path: Path) -> None:
+        """Names a directory; `create_run` makes one and `open_run` finds one."""
+        self.path = path
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.weights = self.checkpoints / "final.weights.h5"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
+
+    @property
+    def name(self) -> str:
+        """The directory's name, by which commands take the run."""
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "summary.json").exists()
+
+    def config(self) -> Config:
+        """Reads the run's own configuration.
+
+        Raises:
+            InputError: It is missing or damaged.
+        """
+        path = self.path / "config.toml"
+        try:
+            return parse_config(tomllib.loads(path.read_text(encoding="utf-8")), origin=str(path))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Reads one of the run's JSON files.
+
+        Raises:
+            InputError: It is missing or damaged.
+        """
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: expected a JSON object, received {type(content).__name__}")
+        return content
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Writes one of the run's JSON files, whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes one of the run's text files, whole or not at all."""
+        write_whole(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def create_run(config: Config, name: str) -> Run:
+    """Makes a new run directory and writes its config.toml.
+
+    Args:
+        config: The resolved configuration.
+        name: What follows the time in the directory's name.
+
+    Raises:
+        InputError: The directory exists or cannot be written.
+    """
+    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    run = Run(Path(config.logging.directory) / f"{time}-{name}")
+    try:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir()  # fails where it exists: nothing is overwritten
+        run.checkpoints.mkdir()
+        run.write_text("config.toml", config.to_toml())
+    except FileExistsError:
+        raise InputError(
+            f"{run.path} exists already and is left as it is: choose another --name"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"the run directory {run.path} cannot be written ({error.strerror}): "
+            "choose another folder with --set logging.directory=..."
+        ) from None
+    return run
+
+
+def require_writable(directory: str) -> None:
+    """Refuses a folder for runs that cannot be written, before anything slow has started.
+
+    Raises:
+        InputError: The folder, or the nearest parent that exists, cannot be written.
+    """
+    path = Path(directory).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        why = "cannot be written" if path.is_dir() else "is a file, not a folder"
+        raise InputError(
+            f"logging.directory = {directory!r}: {path} {why}; "
+            "choose another with --set logging.directory=..."
+        )
+
+
+def open_run(reference: str, *, directory: str = "runs") -> Run:
+    """Finds a finished run.
+
+    Args:
+        reference: A run directory, the name of one, or "latest".
+        directory: Folder that holds the run directories.
+
+    Raises:
+        InputError: There is no such run, or it is not finished.
+    """
+    runs = {p.parent.name: Run(p.parent) for p in sorted(Path(directory).glob("*/config.toml"))}
+    if reference == "latest":
+        if not runs:
+            raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
+        run = runs[max(runs)]
+    elif (Path(reference) / "config.toml").is_file():
+        run = Run(Path(reference))
+    elif reference in runs:
+        run = runs[reference]
+    else:
+        known = nearest(reference, [*runs, "latest"]) if runs else f"there is no run in {directory}"
+        raise InputError(f"there is no run {reference!r}: {known}")
+    if not run.finished:
+        done = [name for name, r in runs.items() if r.finished]
+        newest = f"the newest finished one is {max(done)}" if done else "no run is finished"
+        raise InputError(f"run {run.name} is not finished (it has no summary.json); {newest}")
+    return run
+
+
+def environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, Any]:
+    """Describes what a run's numbers depend on besides its configuration.
+
+    Args:
+        device_names: The devices of the run.
+        fingerprint: Of the data.
+    """
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "cpu": devices.cpu_model(),
+        "cpus": devices.usable_cpus(),
+        "cpu_flags": [f for f in devices.cpu_flags() if f.startswith(("avx", "amx", "fma", "neon"))],
+        "gpus": devices.gpu_models(),
+        "devices": list(device_names),
+        "variables": {
+            k: v for k, v in os.environ.items() if k.startswith(("TF_", "CUDA_", "XLA_", "OMP_"))
+        },
+        "git": _git_state(),
+        "data_fingerprint": fingerprint,
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a file beside `path`, makes it durable and renames it into place.
+
+    A reader sees the old file or the new one, never a part.
+
+    Args:
+        path: Where the file shall be.
+        write: Takes the path to fill. The ending is that of `path`, as Keras chooses by it.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes))
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        beside.chmod(0o666 & ~_umask())
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # mkstemp makes a file that only its owner may read; the umask can be read only by setting it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Returns the revision of this code and whether it was changed; None where it is not in git."""
+    checkout = str(Path(__file__).resolve().parent.parent)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", checkout, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return {
+            "revision": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
+        }
+    return None

@@ -1,0 +1,1 @@
+"""Training: batches that reach the device, the step, the loop around it, and what it keeps."""

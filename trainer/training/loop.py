@@ -1,0 +1,346 @@
+"""The loop: epochs, calls of many steps, validation, Keras callbacks, and the clock.
+
+A call is one execution of a compiled function that runs the step many times, so that Python costs
+nothing between steps. The host and the device meet once a call: there logs are read, callbacks run
+and the clock is looked at.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from trainer.errors import CheckError
+from trainer.training.batches import Batches
+from trainer.training.step import test_step, train_step
+
+Logs = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps of one call, with the device waited for at both ends.
+
+    Attributes:
+        epoch: Counted from 0.
+        first_step: Step of the run (counted from 0) at which the call began.
+        steps: Steps in the call.
+        images: Images in the call.
+        seconds: From the start of the call until the device had finished it.
+        warm: False for the first call of a run, which also sets up the device's kernels; such a
+            window is no measurement of the step.
+        loss: Loss of each step's batch, float32 [steps].
+        learning_rate: Of the last step.
+        gradient_norms: float32 [steps, weights], or None where they were not asked for.
+        logs: Loss and metrics since the epoch began, as Keras gives them to callbacks.
+    """
+
+    epoch: int
+    first_step: int
+    steps: int
+    images: int
+    seconds: float
+    warm: bool
+    loss: NDArray[np.float32]
+    learning_rate: float
+    gradient_norms: NDArray[np.float32] | None
+    logs: Logs
+
+
+@dataclass
+class Seconds:
+    """Where the time of the loop went.
+
+    Attributes:
+        tracing: Building and optimising the graphs.
+        training: Running steps.
+        validation: Scoring the validation images, once an epoch.
+        callbacks: Running Keras callbacks and observers (logging among them).
+    """
+
+    tracing: float = 0.0
+    training: float = 0.0
+    validation: float = 0.0
+    callbacks: float = 0.0
+
+
+class Loop:
+    """Trains and evaluates a compiled model on the devices of a strategy."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        *,
+        steps_per_call: int = 50,
+        clip_norm: float | None = None,
+        jit_compile: bool = False,
+        augment: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        gradient_norms: bool = False,
+    ) -> None:
+        """Prepares the loop.
+
+        Args:
+            model: Built and compiled inside the strategy's scope.
+            strategy: One device or several.
+            steps_per_call: The most steps in one call.
+            clip_norm: Largest global norm of the gradients, or None.
+            jit_compile: Compile the step with XLA.
+            augment: Alters training images, uint8 [rows, H, W, C] to the same.
+            gradient_norms: Record the norm of each weight's gradient at each step.
+        """
+        self.model = model
+        self.strategy = strategy
+        self.steps_per_call = steps_per_call
+        self.seconds = Seconds()
+        self._augment = augment
+        self._jit_compile = jit_compile
+        self._step_options = {"clip_norm": clip_norm, "gradient_norms": gradient_norms}
+        self._evaluations: dict[int, tuple[Batches, Any]] = {}
+        with strategy.scope():
+            # Keras makes the variables of optimizer and metrics at their first use. That would be
+            # inside the graph of one replica, where a strategy lets none be made.
+            model.optimizer.build(model.trainable_variables)
+            shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
+            model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
+            model.reset_metrics()
+
+    def fit(
+        self,
+        train: Batches,
+        validation: Batches | None = None,
+        *,
+        epochs: int,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        observers: Sequence[Callable[[Window], None]] = (),
+    ) -> dict[str, list[float]]:
+        """Trains the model.
+
+        Args:
+            train: Batches to train on.
+            validation: Batches scored after each epoch; their metrics are named `val_...`.
+            epochs: How often to go through `train`.
+            callbacks: Keras callbacks. Their batch methods run once a call, as Keras runs them
+                under `steps_per_execution`.
+            observers: Called with each window after the callbacks.
+
+        Returns:
+            The value of each metric after each epoch, by name.
+
+        Raises:
+            CheckError: The loss became infinite or no number; the message names the step.
+        """
+        model = self.model
+        callback_list = keras.callbacks.CallbackList(
+            list(callbacks), add_history=True, model=model, epochs=epochs, steps=train.steps, verbose=0
+        )
+        model.stop_training = False
+        self._timed("callbacks", callback_list.on_train_begin)
+        call = self._timed("tracing", self._trace_training, train)
+        logs: Logs = {}
+        diverged = None
+        for epoch in range(epochs):
+            self._timed("callbacks", callback_list.on_epoch_begin, epoch)
+            logs, diverged = self._epoch(call, train, epoch, callback_list, observers)
+            if diverged is not None:
+                break
+            if validation is not None:
+                scores = self._validate(validation, callback_list)
+                logs |= {f"val_{name}": value for name, value in scores.items()}
+            self._timed("callbacks", callback_list.on_epoch_end, epoch, logs)
+            if model.stop_training:
+                break
+        self._timed("callbacks", callback_list.on_train_end, logs)
+        if diverged is not None:
+            raise CheckError(
+                f"the loss became {diverged[1]} at step {diverged[0]} (epoch {epoch + 1} of "
+                f"{epochs}): lower optimizer.learning_rate, or set training.clip_norm"
+            )
+        history: dict[str, list[float]] = model.history.history
+        return history
+
+    def evaluate(
+        self,
+        batches: Batches,
+        *,
+        collect: bool = False,
+        callbacks: keras.callbacks.CallbackList | None = None,
+    ) -> tuple[Logs, NDArray[np.float32] | None]:
+        """Scores every image once.
+
+        Args:
+            batches: What to score.
+            collect: Also return the probabilities, in the order of the batches.
+            callbacks: Get Keras's test methods.
+
+        Returns:
+            Loss and metrics, and float32 [images, classes] where `collect` is set.
+        """
+        if id(batches) not in self._evaluations:
+            traced = self._timed("tracing", self._trace_evaluation, batches, collect)
+            # Keeping the batches keeps their id from being given to others.
+            self._evaluations[id(batches)] = (batches, traced)
+        call = self._evaluations[id(batches)][1]
+        self.model.reset_metrics()
+        if callbacks is not None:
+            callbacks.on_test_begin()
+        state = batches.begin(0)
+        outputs, logs = [], {}
+        for first in range(0, batches.steps, self.steps_per_call):
+            count = min(self.steps_per_call, batches.steps - first)
+            if callbacks is not None:
+                callbacks.on_test_batch_begin(first)
+            probabilities, results = call(state, tf.constant(first), tf.constant(count))
+            logs = _as_floats(results)
+            if collect:
+                outputs.append(probabilities.numpy())
+            if callbacks is not None:
+                callbacks.on_test_batch_end(first + count - 1, logs)
+        if callbacks is not None:
+            callbacks.on_test_end(logs)
+        return logs, np.concatenate(outputs) if collect else None
+
+    def _epoch(
+        self,
+        call: Any,
+        train: Batches,
+        epoch: int,
+        callbacks: keras.callbacks.CallbackList,
+        observers: Sequence[Callable[[Window], None]],
+    ) -> tuple[Logs, tuple[int, float] | None]:
+        """Trains one epoch; returns its logs, and the step and value of a loss that diverged."""
+        self.model.reset_metrics()
+        state = train.begin(epoch)
+        logs: Logs = {}
+        for first in range(0, train.steps, self.steps_per_call):
+            count = min(self.steps_per_call, train.steps - first)
+            self._timed("callbacks", callbacks.on_train_batch_begin, first)
+            window = self._run_call(call, train, state, epoch, first, count)
+            logs = dict(window.logs)
+            self._timed("callbacks", callbacks.on_train_batch_end, first + count - 1, logs)
+            for observer in observers:
+                self._timed("callbacks", observer, window)
+            bad = np.flatnonzero(~np.isfinite(window.loss))
+            if len(bad):
+                return logs, (window.first_step + int(bad[0]) + 1, float(window.loss[bad[0]]))
+            if self.model.stop_training:
+                break
+        return logs, None
+
+    def _run_call(
+        self, call: Any, train: Batches, state: Any, epoch: int, first: int, count: int
+    ) -> Window:
+        """Runs `count` steps and waits for the device."""
+        start = time.perf_counter()
+        results, logs, learning_rate = call(state, tf.constant(first), tf.constant(count))
+        tf.test.experimental.sync_devices()
+        seconds = time.perf_counter() - start
+        warm = self.seconds.training > 0
+        self.seconds.training += seconds
+        return Window(
+            epoch=epoch,
+            first_step=epoch * train.steps + first,
+            steps=count,
+            images=min(train.images - first * train.batch_size, count * train.batch_size),
+            seconds=seconds,
+            warm=warm,
+            loss=results["loss"].numpy(),
+            learning_rate=float(learning_rate),
+            gradient_norms=results["gradient_norms"].numpy() if "gradient_norms" in results else None,
+            logs=_as_floats(logs),
+        )
+
+    def _validate(self, batches: Batches, callbacks: keras.callbacks.CallbackList) -> Logs:
+        tracing, start = self.seconds.tracing, time.perf_counter()
+        logs, _ = self.evaluate(batches, callbacks=callbacks)
+        traced = self.seconds.tracing - tracing
+        self.seconds.validation += time.perf_counter() - start - traced
+        return logs
+
+    def _trace_training(self, train: Batches) -> Any:
+        """Builds the graph of a call: as many steps as its argument says."""
+
+        def one_replica(selection: Any, count: tf.Tensor) -> dict[str, tf.Tensor]:
+            first, last, share = self._my_rows(count)
+            images, labels = train.rows(selection, first, last)
+            if self._augment is not None:
+                images = self._augment(images)
+            return train_step(self.model, images, labels, share=share, **self._step_options)
+
+        recorded = ["loss"] + ["gradient_norms"] * self._step_options["gradient_norms"]
+        step = tf.function(one_replica, jit_compile=True) if self._jit_compile else one_replica
+
+        @tf.function
+        def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
+            arrays = [tf.TensorArray(tf.float32, size=count) for _ in recorded]
+            for i in tf.range(count):
+                selection = train.select(state, first + i)
+                size = tf.minimum(train.batch_size, train.images - (first + i) * train.batch_size)
+                parts = self.strategy.run(step, args=(selection, size))
+                # Parts of the loss add up over the replicas; gradient norms are alike on each.
+                values = [self.strategy.reduce("SUM", parts["loss"], axis=None)]
+                for name in recorded[1:]:
+                    values.append(self.strategy.experimental_local_results(parts[name])[0])
+                arrays = [array.write(i, value) for array, value in zip(arrays, values)]
+            stacked = {name: array.stack() for name, array in zip(recorded, arrays)}
+            return stacked, self.model.get_metrics_result(), self.model.optimizer.learning_rate
+
+        return self._compiled(call, train)
+
+    def _trace_evaluation(self, batches: Batches, collect: bool) -> Any:
+        """Builds the graph of a call that scores as many batches as its argument says."""
+
+        def one_replica(selection: Any, count: tf.Tensor) -> tf.Tensor:
+            first, last, share = self._my_rows(count)
+            images, labels = batches.rows(selection, first, last)
+            outputs = test_step(self.model, images, labels, share=share)
+            return outputs if share is None else outputs[: last - first]
+
+        @tf.function
+        def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
+            array = tf.TensorArray(tf.float32, size=count, infer_shape=False)
+            for i in tf.range(count):
+                selection = batches.select(state, first + i)
+                size = tf.minimum(
+                    batches.batch_size, batches.images - (first + i) * batches.batch_size
+                )
+                outputs = self.strategy.run(one_replica, args=(selection, size))
+                if collect:
+                    local = self.strategy.experimental_local_results(outputs)
+                    array = array.write(i, tf.concat(local, axis=0))
+            probabilities = array.concat() if collect else tf.zeros((0,))
+            return probabilities, self.model.get_metrics_result()
+
+        return self._compiled(call, batches)
+
+    def _my_rows(self, count: tf.Tensor) -> tuple[Any, Any, tf.Tensor | None]:
+        """Divides `count` rows among the replicas: this one's first and last row, and its share."""
+        replicas = self.strategy.num_replicas_in_sync
+        if replicas == 1:
+            return 0, count, None
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        first, last = replica * count // replicas, (replica + 1) * count // replicas
+        share = tf.cast(last - first, tf.float32) / tf.cast(count, tf.float32)
+        return first, tf.maximum(last, first + 1), share
+
+    def _compiled(self, call: Any, batches: Batches) -> Any:
+        with self.strategy.scope():
+            call.get_concrete_function(batches.begin(0), tf.constant(0), tf.constant(1))
+        return call
+
+    def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function and adds its seconds to one part of `seconds`."""
+        start = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            setattr(self.seconds, part, getattr(self.seconds, part) + time.perf_counter() - start)
+
+
+def _as_floats(results: dict[str, Any]) -> Logs:
+    return {name: float(value) for name, value in results.items()}

@@ -1,0 +1,139 @@
+"""One training step and one test step on one replica: the only GradientTape of the project.
+
+Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that a compiled
+model's losses, metrics and optimizer behave as Keras users know them. They differ in one thing: a
+global batch that the replicas cannot share evenly is weighted exactly, where Keras weights every
+replica alike.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def train_step(
+    model: keras.Model,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    sample_weight: tf.Tensor | None = None,
+    *,
+    share: tf.Tensor | None = None,
+    clip_norm: float | None = None,
+    gradient_norms: bool = False,
+) -> dict[str, tf.Tensor]:
+    """Updates the weights of a compiled model once, and its metrics.
+
+    Args:
+        model: Compiled, its optimizer built.
+        images: This replica's part of the batch, [rows, H, W, C].
+        labels: int32 [rows].
+        sample_weight: float32 [rows], or None.
+        share: This replica's part of the rows of the global batch, float32 scalar in [0, 1];
+            None where there is one replica. A replica whose share is 0 still gets one row, because
+            every replica must take part in the exchange of gradients.
+        clip_norm: Largest global norm of the gradients of the whole batch; None: not clipped.
+        gradient_norms: Also return the norm of each weight's gradient.
+
+    Returns:
+        "loss": float32 scalar, this replica's part of the global batch's loss (they add up to it).
+        "gradient_norms", if asked for: float32 [weights], of the whole batch's unclipped gradient.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    optimizer, weights = model.optimizer, model.trainable_variables
+    with tf.GradientTape() as tape:
+        outputs = model(images, training=True)
+        loss = model.compute_loss(images, labels, outputs, sample_weight, training=True)
+        mean_loss = loss if share is None else loss * replicas  # Keras divides by the replicas
+        part = mean_loss if share is None else mean_loss * share
+        # mixed_float16 multiplies the loss so that small gradients do not vanish; the optimizer
+        # divides them again. Left out, it would divide gradients that were never multiplied.
+        scaled = optimizer.scale_loss(part)
+    gradients = tape.gradient(scaled, weights)
+    result = {"loss": part}
+    if clip_norm is not None or gradient_norms or _scales_loss(optimizer):
+        gradients, norms = _clip_whole_batch(gradients, optimizer, clip_norm)
+        if gradient_norms:
+            result["gradient_norms"] = norms
+    optimizer.apply(gradients, weights)
+    _update_metrics(model, images, labels, outputs, sample_weight, mean_loss, share)
+    return result
+
+
+def test_step(
+    model: keras.Model,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    sample_weight: tf.Tensor | None = None,
+    *,
+    share: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Updates the metrics of a compiled model and returns its outputs.
+
+    Args:
+        model: Compiled.
+        images: This replica's part of the batch, [rows, H, W, C].
+        labels: int32 [rows].
+        sample_weight: float32 [rows], or None.
+        share: As in `train_step`.
+
+    Returns:
+        Probabilities, float32 [rows, classes].
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    outputs = model(images, training=False)
+    loss = model.compute_loss(images, labels, outputs, sample_weight, training=False)
+    mean_loss = loss if share is None else loss * replicas
+    _update_metrics(model, images, labels, outputs, sample_weight, mean_loss, share)
+    return outputs
+
+
+def _scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def _clip_whole_batch(
+    gradients: list[Any], optimizer: keras.optimizers.Optimizer, clip_norm: float | None
+) -> tuple[list[Any], tf.Tensor]:
+    """Clips by the norm of the whole batch's gradient, not by that of each replica's part.
+
+    Returns:
+        The gradients as `optimizer.apply` takes them, and the norm of each before clipping.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
+    if replicas > 1:
+        # The optimizer will add the replicas' gradients: give it equal parts of the sum. Equal
+        # gradients also let every replica decide alike whether float16 has overflowed.
+        context = tf.distribute.get_replica_context()
+        present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
+    scale = optimizer.scale_loss(tf.constant(1.0)) if _scales_loss(optimizer) else 1.0
+    norms = tf.stack([tf.norm(g) for g in present]) * replicas / scale  # [weights]
+    if clip_norm is not None:
+        factor = clip_norm / tf.maximum(tf.norm(norms), clip_norm)  # 1 where the norm is within
+        present = [g * factor for g in present]
+    clipped = iter(present)
+    return [None if g is None else next(clipped) for g in gradients], norms
+
+
+def _update_metrics(
+    model: keras.Model,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    outputs: tf.Tensor,
+    sample_weight: tf.Tensor | None,
+    mean_loss: tf.Tensor,
+    share: tf.Tensor | None,
+) -> None:
+    """Tracks the loss, weighted by rows, and whatever metrics the model was compiled with."""
+
+    def update() -> None:
+        loss_metric = next(metric for metric in model.metrics if metric.name == "loss")
+        loss_metric.update_state(mean_loss, sample_weight=tf.shape(labels)[0])
+        model.compute_metrics(images, labels, outputs, sample_weight)
+
+    if share is None:
+        update()
+    else:
+        # The one row that a replica without a share was given belongs to another replica.
+        tf.cond(share > 0, update, lambda: None)

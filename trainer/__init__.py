@@ -5,12 +5,7 @@ They are imported on first use, because TensorFlow takes seconds to import.
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
-
-# TensorFlow's C++ log would put a dozen lines about missing CUDA libraries before our first word.
-# `trainer doctor` says what they say; TF_CPP_MIN_LOG_LEVEL=0 brings them back.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if TYPE_CHECKING:
     from trainer.config import Config, load_config

@@ -80,6 +80,10 @@ class Split:
         """Bytes that the images take in memory."""
         return len(self) * int(np.prod(self.images.shape[1:]))
 
+    def class_counts(self) -> list[int]:
+        """Returns how many images each label has, up to the highest label present."""
+        return [int(count) for count in np.bincount(self.labels[self.rows])]
+
     def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> Examples:
         """Returns images and labels at some positions of the split, copied into memory.
 

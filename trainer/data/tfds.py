@@ -6,6 +6,7 @@ archives in a folder the user names; the network; and, for mnist alone, the samp
 
 import contextlib
 import http.client
+import io
 import logging
 import os
 import shutil
@@ -14,13 +15,12 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.config import DataConfig
 from trainer.data import Source, mnist_sample, names
-from trainer.data._prepared import open_prepared, sha256, write_prepared
+from trainer.data._prepared import check_sums, open_prepared, sha256, write_prepared
 from trainer.errors import InputError, nearest
 
 _log = logging.getLogger(__name__)
@@ -38,16 +38,14 @@ def load(config: DataConfig) -> Source:
         InputError: The set is unknown, is no image classification, is damaged, or cannot be had.
     """
     folder = prepared_folder(config)
-    if folder.exists():
-        return open_prepared(folder)
-    if not _prepare(config, folder):
+    if not folder.exists() and not prepare(config):
         _log.warning(
             "Training on a SAMPLE: 5,000 of MNIST's 70,000 images (mnist_sample), because MNIST is "
             "not prepared, no archives were given and the network cannot be reached. For all of "
             "MNIST: a network, or TRAINER_DATA_FILES=<folder with the four original archives>. "
             "Accuracies on the sample are not accuracies on MNIST."
         )
-        return replace(mnist_sample.load(config), fingerprint=None)
+        return mnist_sample.load(config)
     return open_prepared(folder)
 
 
@@ -57,11 +55,30 @@ def prepared_folder(config: DataConfig) -> Path:
     return Path(config.directory) / (config.name.replace("/", "_").replace(":", "_") + size)
 
 
-def _prepare(config: DataConfig, folder: Path) -> bool:
-    """Finds the set and decodes it into `folder`; False: only the sample is to be had."""
+def check(config: DataConfig) -> None:
+    """Reads the prepared files, where there are any, and compares their SHA-256 sums.
+
+    Raises:
+        InputError: A file has changed since it was prepared.
+    """
+    if config.name not in names() and prepared_folder(config).exists():
+        check_sums(prepared_folder(config))
+
+
+def prepare(config: DataConfig) -> bool:
+    """Finds the set and decodes it into its folder, which is replaced when all is done.
+
+    Returns:
+        Whether the set was found; False: only the sample is to be had.
+
+    Raises:
+        InputError: As `load`.
+    """
     import tensorflow_datasets as tfds
 
-    tfds.disable_progress_bar()
+    folder = prepared_folder(config)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     ours, theirs = _builder(config), _builder(config, elsewhere=True)
     builder = theirs if theirs.is_prepared() and not ours.is_prepared() else ours
     label_key = _check_features(config, builder)[1]
@@ -150,7 +167,7 @@ def _find(config: DataConfig, builder: Any) -> str | None:
         _download(config, builder, manual_dir=str(archives))
         return "the original archives (SHA-256 checked)"
     url = next(iter(builder.url_infos), "https://storage.googleapis.com/tfds-data")
-    if _network_answers(url):
+    if network_answers(url):
         _log.info("downloading %s (once)", config.name)
         _download(config, builder)
         return "the network (SHA-256 checked)"
@@ -192,7 +209,7 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
     return folder.absolute()
 
 
-def _network_answers(url: str) -> bool:
+def network_answers(url: str) -> bool:
     """Asks once, with a time-out: tensorflow-datasets itself would retry for minutes."""
     answered = threading.Event()
 
@@ -217,7 +234,7 @@ def _download(config: DataConfig, builder: Any, **options: str) -> None:
 
     try:
         # It announces itself on stdout, where --json promises one document and nothing else.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**options))
     except (OSError, ValueError, tfds.download.DownloadError) as error:
         reason = " ".join(str(error).split())[:300]

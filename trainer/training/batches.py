@@ -75,6 +75,12 @@ def make_batches(
     return StreamedBatches(split, batch_size, seed, limit_batches)
 
 
+def steps_per_epoch(images: int, batch_size: int, limit_batches: int | None) -> int:
+    """Returns how many batches an epoch has; the last may be smaller."""
+    steps = math.ceil(images / batch_size)
+    return steps if limit_batches is None else min(steps, limit_batches)
+
+
 def epoch_order(images: int, seed: int | None, epoch: int) -> tf.Tensor:
     """Returns the order of an epoch's images, int32 [images], a function of seed and epoch alone."""
     with tf.device("CPU:0"):
@@ -93,9 +99,7 @@ class _Epoch:
         self._split = split
         self._seed = seed
         self.batch_size = batch_size
-        self.steps = math.ceil(len(split) / batch_size)
-        if limit_batches is not None:
-            self.steps = min(self.steps, limit_batches)
+        self.steps = steps_per_epoch(len(split), batch_size, limit_batches)
         self.images = min(len(split), self.steps * batch_size)
 
 

@@ -32,10 +32,11 @@ class Window:
         steps: Steps in the call.
         images: Images in the call.
         seconds: From the start of the call until the device had finished it.
-        warm: False for the first call of a run, which also sets up the device's kernels; such a
-            window is no measurement of the step.
+        warm: False for the first call of a run, which also sets up the device's kernels, and for
+            those that a profiler traced: such a window is no measurement of the step.
         loss: Loss of each step's batch, float32 [steps].
-        learning_rate: Of the last step.
+        learning_rate: Of each step, float32 [steps].
+        metrics: Each metric after each step, since the epoch began, float32 [steps].
         gradient_norms: float32 [steps, weights], or None where they were not asked for.
         logs: Loss and metrics since the epoch began, as Keras gives them to callbacks.
     """
@@ -47,7 +48,8 @@ class Window:
     seconds: float
     warm: bool
     loss: NDArray[np.float32]
-    learning_rate: float
+    learning_rate: NDArray[np.float32]
+    metrics: dict[str, NDArray[np.float32]]
     gradient_norms: NDArray[np.float32] | None
     logs: Logs
 
@@ -98,6 +100,8 @@ class Loop:
         self.strategy = strategy
         self.steps_per_call = steps_per_call
         self.seconds = Seconds()
+        self.step_graph: tf.Graph | None = None
+        self._calls, self._warmup_calls = 0, 1
         self._augment = augment
         self._jit_compile = jit_compile
         self._step_options = {"clip_norm": clip_norm, "gradient_norms": gradient_norms}
@@ -118,6 +122,7 @@ class Loop:
         epochs: int,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         observers: Sequence[Callable[[Window], None]] = (),
+        warmup_calls: int = 1,
     ) -> dict[str, list[float]]:
         """Trains the model.
 
@@ -128,6 +133,7 @@ class Loop:
             callbacks: Keras callbacks. Their batch methods run once a call, as Keras runs them
                 under `steps_per_execution`.
             observers: Called with each window after the callbacks.
+            warmup_calls: How many calls at the start are no measurement of the step.
 
         Returns:
             The value of each metric after each epoch, by name.
@@ -140,6 +146,7 @@ class Loop:
             list(callbacks), add_history=True, model=model, epochs=epochs, steps=train.steps, verbose=0
         )
         model.stop_training = False
+        self._calls, self._warmup_calls = 0, warmup_calls
         self._timed("callbacks", callback_list.on_train_begin)
         call = self._timed("tracing", self._trace_training, train)
         logs: Logs = {}
@@ -237,21 +244,23 @@ class Loop:
     ) -> Window:
         """Runs `count` steps and waits for the device."""
         start = time.perf_counter()
-        results, logs, learning_rate = call(state, tf.constant(first), tf.constant(count))
+        recorded, logs = call(state, tf.constant(first), tf.constant(count))
         tf.test.experimental.sync_devices()
         seconds = time.perf_counter() - start
-        warm = self.seconds.training > 0
         self.seconds.training += seconds
+        self._calls += 1
+        values = {name: value.numpy() for name, value in recorded.items()}
         return Window(
             epoch=epoch,
             first_step=epoch * train.steps + first,
             steps=count,
             images=min(train.images - first * train.batch_size, count * train.batch_size),
             seconds=seconds,
-            warm=warm,
-            loss=results["loss"].numpy(),
-            learning_rate=float(learning_rate),
-            gradient_norms=results["gradient_norms"].numpy() if "gradient_norms" in results else None,
+            warm=self._calls > self._warmup_calls,
+            loss=values.pop("loss"),
+            learning_rate=values.pop("learning_rate"),
+            gradient_norms=values.pop("gradient_norms", None),
+            metrics=values,
             logs=_as_floats(logs),
         )
 
@@ -268,12 +277,17 @@ class Loop:
         def one_replica(selection: Any, count: tf.Tensor) -> dict[str, tf.Tensor]:
             first, last, share = self._my_rows(count)
             images, labels = train.rows(selection, first, last)
+            self.step_graph = images.graph  # what TensorBoard draws: the step, without the loop
             if self._augment is not None:
                 images = self._augment(images)
             return train_step(self.model, images, labels, share=share, **self._step_options)
 
-        recorded = ["loss"] + ["gradient_norms"] * self._step_options["gradient_norms"]
         step = tf.function(one_replica, jit_compile=True) if self._jit_compile else one_replica
+        metrics = {name: len(v.shape) for name, v in self.model.get_metrics_result().items()}
+        recorded = ["loss", "learning_rate"]
+        recorded += [name for name, rank in metrics.items() if rank == 0 and name != "loss"]
+        if self._step_options["gradient_norms"]:
+            recorded.append("gradient_norms")
 
         @tf.function
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
@@ -281,14 +295,23 @@ class Loop:
             for i in tf.range(count):
                 selection = train.select(state, first + i)
                 size = tf.minimum(train.batch_size, train.images - (first + i) * train.batch_size)
+                learning_rate = tf.identity(self.model.optimizer.learning_rate)
                 parts = self.strategy.run(step, args=(selection, size))
-                # Parts of the loss add up over the replicas; gradient norms are alike on each.
-                values = [self.strategy.reduce("SUM", parts["loss"], axis=None)]
-                for name in recorded[1:]:
-                    values.append(self.strategy.experimental_local_results(parts[name])[0])
-                arrays = [array.write(i, value) for array, value in zip(arrays, values)]
-            stacked = {name: array.stack() for name, array in zip(recorded, arrays)}
-            return stacked, self.model.get_metrics_result(), self.model.optimizer.learning_rate
+                values = {
+                    # Parts of the loss add up over the replicas; gradient norms are alike on each.
+                    name: self.strategy.reduce("SUM", value, axis=None)
+                    if name == "loss"
+                    else self.strategy.experimental_local_results(value)[0]
+                    for name, value in parts.items()
+                }
+                values = self.model.get_metrics_result() | values
+                values["learning_rate"] = learning_rate
+                arrays = [
+                    array.write(i, tf.cast(values[name], tf.float32))
+                    for array, name in zip(arrays, recorded, strict=True)
+                ]
+            stacked = {name: array.stack() for name, array in zip(recorded, arrays, strict=True)}
+            return stacked, self.model.get_metrics_result()
 
         return self._compiled(call, train)
 

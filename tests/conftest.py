@@ -1,0 +1,148 @@
+"""What the tests share: two CPU devices in one process, tiny data, tiny networks."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+# Read when these libraries are first imported. GPUs are left out, so that every machine runs the
+# same tests; set CUDA_VISIBLE_DEVICES to let them in. No folder of the user is looked into.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["TFDS_DATA_DIR"] = str(Path(__file__).parent / "there-is-no-such-folder")
+
+
+def pytest_configure() -> None:
+    """Splits the CPU into two logical devices, which only works before TensorFlow is used."""
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    halves = [tf.config.LogicalDeviceConfiguration() for _ in range(2)]
+    tf.config.set_logical_device_configuration(cpu, halves)
+
+
+@pytest.fixture(scope="session")
+def one_device() -> Any:
+    """OneDeviceStrategy on the first of the two CPU devices."""
+    from trainer import devices
+
+    return devices.select("cpu").strategy
+
+
+@pytest.fixture(scope="session")
+def two_devices() -> Any:
+    """MirroredStrategy on both CPU devices."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert strategy.num_replicas_in_sync == 2
+    return strategy
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """A data set of 64 training, 7 validation and 17 test images, uint8 [6, 5, 1], 3 classes."""
+    from trainer.config import DataConfig
+    from trainer.data import load
+
+    options = {"examples": 88, "height": 6, "width": 5, "channels": 1, "classes": 3}
+    dataset = load(DataConfig(name="synthetic", options=options))
+    assert [len(dataset.split(name)) for name in ("train", "validation", "test")] == [64, 7, 17]
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def compiled_model(tiny: Any) -> Callable[..., Any]:
+    """Makes small compiled networks for `tiny`; equal seeds make equal networks."""
+    import keras
+    from keras import layers
+
+    from trainer import devices
+
+    def make(
+        strategy: Any,
+        *,
+        optimizer: Callable[[], Any] = lambda: keras.optimizers.Adam(0.01),
+        loss: Any = "sparse_categorical_crossentropy",
+        metrics: Any = ("accuracy",),
+        policy: str = "float32",
+        dropout: float = 0.0,
+        regularizer: str | None = None,
+        own_layers: Callable[[], list[Any]] = list,
+        seed: int = 0,
+        **compile_options: Any,
+    ) -> Any:
+        with devices.dtype_policy(policy), strategy.scope():
+            keras.utils.set_random_seed(seed)
+            images = keras.Input(tiny.spec.image_shape, dtype="uint8")
+            x = layers.Flatten()(layers.Rescaling(1 / 255)(images))
+            x = layers.Dense(8, activation="relu", kernel_regularizer=regularizer)(x)
+            if dropout:
+                x = layers.Dropout(dropout)(x)
+            for layer in own_layers():
+                x = layer(x)
+            x = layers.Dense(tiny.spec.class_count)(x)
+            model = keras.Model(images, layers.Softmax(dtype="float32")(x))
+            metrics = None if metrics is None else list(metrics)
+            model.compile(optimizer(), loss, metrics, jit_compile=False, **compile_options)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batches_of() -> Callable[..., Any]:
+    """Makes the batches of a split; without a seed they come in the order of the split."""
+    from trainer.config import DataConfig
+    from trainer.training.batches import make_batches
+
+    def make(split: Any, strategy: Any, batch_size: int, *, placement: Any = "auto", **options: Any) -> Any:
+        config = DataConfig(placement=placement)
+        return make_batches(split, config, strategy, batch_size=batch_size, **options)
+
+    return make
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def _given_files() -> str | None:
+    return os.environ.get("TRAINER_DATA_FILES")
+
+
+@pytest.fixture(autouse=True)
+def _same_environment(_given_files: str | None) -> Iterator[None]:
+    """Remembers TRAINER_DATA_FILES before any test sets it aside."""
+    yield
+
+
+@pytest.fixture(scope="session")
+def mnist_files() -> Path:
+    """The folder with the four MNIST archives that TRAINER_DATA_FILES names."""
+    given = os.environ.get("TRAINER_DATA_FILES")
+    if not given:
+        pytest.skip("TRAINER_DATA_FILES is not set: no MNIST archives")
+    folder = Path(given) / "mnist"
+    folder = folder if folder.is_dir() else Path(given)
+    if not (folder / "train-images-idx3-ubyte.gz").is_file():
+        pytest.skip(f"TRAINER_DATA_FILES = {given}: no MNIST archives there")
+    return folder.absolute()
+
+
+@pytest.fixture
+def no_archives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets TRAINER_DATA_FILES aside."""
+    monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
+
+
+def same(a: Any, b: Any) -> None:
+    """Left out of this file on purpose."""
+    np.testing.assert_array_equal(a, b)

@@ -1,0 +1,341 @@
+"""The command line: parse, call, print. Heavy imports wait until a verb needs them."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from trainer.errors import InputError, TrainerError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+_START = time.perf_counter()
+
+app = typer.Typer(
+    help="Train, watch, measure and keep Keras networks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Prepare a data set, or say what it is.", no_args_is_help=True)
+config_app = typer.Typer(help="Show a configuration, or the schema of all.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A TOML file", show_default=True)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; repeatable"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto | cpu | gpu | gpu:N | all")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help='A run directory, its name, or "latest"')
+]
+RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
+
+_DEFAULT_CONFIG = Path("configs/mnist.toml")
+
+
+@app.command()
+def fit(
+    config: ConfigArgument = _DEFAULT_CONFIG,
+    *,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Overrides training.epochs")] = None,
+    name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="One batch of train, validation and test; writes nothing")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Refuse operations whose result can vary")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps for TensorBoard's profiler page")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train a network, score it on the test images and keep all of it in a run directory."""
+    flags = {
+        "training.device": device,
+        "training.epochs": epochs,
+        "logging.name": name,
+        "training.deterministic": deterministic or None,
+        "logging.profile": profile or None,
+    }
+    loaded = _load(config, set_, flags)
+    _require_device(loaded.training.device)
+    console = _start_logging()
+    workflow = _import_workflow()
+    import_seconds = time.perf_counter() - _START
+    fitted = workflow.fit(
+        loaded, dry_run=dry_run, console=console, import_seconds=import_seconds
+    )
+    if json_:
+        _print_json(fitted.summary)
+    elif fitted.run is None:
+        typer.echo(f"dry run: one batch each of train, validation and test went through; {_scores(fitted.summary)}")
+    else:
+        _print_result(fitted.summary)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    *,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    device: DeviceOption = None,
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Score a finished run again, by its own configuration."""
+    _require_device(device or "auto")
+    _start_logging()
+    workflow = _import_workflow()
+    result = workflow.evaluate(run, split=split, device=device or "auto", directory=runs)
+    if json_:
+        _print_json(result)
+        return
+    table = Table("", result["run"])
+    for key in result.keys() - {"run"}:
+        table.add_row(key, _text(result[key]))
+    Console().print(table)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or .npy files")],
+    *,
+    invert: Annotated[
+        bool, typer.Option("--invert", help="Exchange dark and bright first")
+    ] = False,
+    device: DeviceOption = None,
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Name the class of image files."""
+    _require_device(device or "auto")
+    _start_logging()
+    workflow = _import_workflow()
+    results = workflow.predict(run, images, invert=invert, device=device or "auto", directory=runs)
+    if json_:
+        _print_json(results)
+        return
+    table = Table("image", "class", "probability", "converted")
+    for result in results:
+        table.add_row(
+            result["image"], result["class"], f"{result['probability']:.4f}", result["converted"]
+        )
+    Console().print(table)
+
+
+@app.command()
+def tensorboard(
+    *,
+    runs: RunsOption = "runs",
+    port: Annotated[int, typer.Option(help="0: any free one")] = 6006,
+) -> None:
+    """Open TensorBoard on the runs; it listens on this machine only."""
+    if not Path(runs).is_dir():
+        raise InputError(f"there is no folder {runs!r}: `trainer fit` makes one")
+    from tensorboard import program
+
+    board = program.TensorBoard()
+    board.configure(logdir=runs, host="localhost", port=port, reload_interval=5)
+    board.main()
+
+
+@app.command()
+def doctor(config: ConfigArgument = _DEFAULT_CONFIG, *, json_: JsonOption = False) -> None:
+    """Say what this machine can do, and what to do about what it cannot."""
+    from dataclasses import asdict
+
+    from trainer.config import DataConfig
+    from trainer.doctor import examine
+
+    findings = examine(_load(config, None).data if config.exists() else DataConfig())
+    if json_:
+        _print_json([asdict(finding) for finding in findings])
+        return
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    table = Table("", "subject", "what is so", "remedy")
+    for finding in findings:
+        colour = colours[finding.status]
+        table.add_row(
+            f"[{colour}]{finding.status}[/]", finding.subject, finding.value, finding.remedy
+        )
+    Console().print(table)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    config: ConfigArgument = _DEFAULT_CONFIG,
+    *,
+    set_: SetOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make prepared data anew")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Fetch or build a data set and decode it, once."""
+    loaded = _load(config, set_)
+    _start_logging()
+    workflow = _import_workflow()
+    _print_data(workflow.prepare_data(loaded.data, overwrite=overwrite), as_json=json_)
+
+
+@data_app.command("info")
+def data_info(
+    config: ConfigArgument = _DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
+) -> None:
+    """Say what a data set is; its files are read and their sums checked."""
+    loaded = _load(config, set_)
+    _start_logging()
+    workflow = _import_workflow()
+    _print_data(workflow.describe_data(loaded.data), as_json=json_)
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigArgument = _DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
+) -> None:
+    """Print a configuration, complete with every default."""
+    loaded = _load(config, set_)
+    if json_:
+        _print_json(loaded.model_dump(mode="json"))
+    else:
+        typer.echo(loaded.to_toml(), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a configuration file, for editors."""
+    from trainer.config import config_schema as schema
+
+    _print_json(schema())
+
+
+def main() -> NoReturn:
+    """Runs the command; a person's mistake is one line and the exit code that `design` gives it."""
+    try:
+        app()
+    except TrainerError as error:
+        typer.echo(f"trainer: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("trainer: stopped", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _load(path: Path, changes: list[str] | None, flags: dict[str, Any] | None = None) -> "Config":
+    from trainer.config import load_config
+
+    config = load_config(path, changes or ())
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    return config.with_changes(given) if given else config
+
+
+def _require_device(device: str) -> None:
+    """Refuses a missing GPU before the seconds that importing TensorFlow takes."""
+    from trainer.devices import require_driver
+
+    require_driver(device)
+
+
+def _import_workflow() -> Any:
+    """Imports everything, TensorFlow among it, without TensorFlow's lines about itself.
+
+    It writes them to file descriptor 2 before its own log level counts. The filter is a process of
+    its own, so that what TensorFlow says when it crashes still comes through.
+    """
+    import importlib
+    import shutil
+    import subprocess
+
+    from trainer.devices import gpu_driver_files
+
+    if not gpu_driver_files():
+        # Where there is no driver, TensorFlow's error that CUDA does not start is no news.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    grep = shutil.which("grep")
+    if grep is None or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        return importlib.import_module("trainer.workflow")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    chatter = r"^WARNING: All log messages before absl|^I0000 |^To enable the following instr"
+    with subprocess.Popen([grep, "-vE", chatter], stdin=subprocess.PIPE, stdout=terminal) as process:
+        os.dup2(cast("IO[bytes]", process.stdin).fileno(), 2)
+        try:
+            return importlib.import_module("trainer.workflow")
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def _start_logging() -> Console:
+    """Shows what the package logs on stderr: notices in a frame that no one can miss."""
+    import logging
+
+    console = Console(stderr=True)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if record.levelno >= logging.WARNING:
+                console.print(Panel(message, title="NOTICE", border_style="bold yellow"))
+            else:
+                console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    logger = logging.getLogger("trainer")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # tensorflow-datasets gives the root logger a handler of its own
+    logger.addHandler(Handler())
+    logging.getLogger("absl").setLevel(logging.ERROR)  # tensorflow-datasets tells every step
+    return console
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _print_result(summary: dict[str, Any]) -> None:
+    seconds = summary["seconds"]
+    parts = ("import", "data", "tracing", "training", "evaluation", "report", "total")
+    times = ", ".join(f"{part} {seconds[part]:.1f}" for part in parts)
+    step = summary["step_ms"]
+    typer.echo(f"{summary['data']['name']}: {_scores(summary)}")
+    typer.echo(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
+    typer.echo(f"kept in {summary['run']}; see it with `trainer tensorboard`")
+
+
+def _scores(summary: dict[str, Any]) -> str:
+    return ", ".join(f"test {name} {value:.4f}" for name, value in summary["test"].items())
+
+
+def _print_data(spec: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(spec)
+        return
+    table = Table("", spec["name"])
+    for key in spec.keys() - {"name"}:
+        table.add_row(key, _text(spec[key]))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

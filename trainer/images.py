@@ -1,0 +1,121 @@
+"""Image files for a trained network: read, and converted to the shape it was trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from trainer.data import DataSpec, Images
+from trainer.errors import InputError
+
+# A file that claims more pixels than this is refused before its pixels are unpacked.
+_MOST_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as the network takes it.
+
+    Attributes:
+        source: The file, and the index within it where a .npy file holds several.
+        pixels: uint8 [height, width, channels].
+        converted: What was changed, in words; "" where nothing was.
+    """
+
+    source: str
+    pixels: Images
+    converted: str
+
+
+def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[Picture]:
+    """Reads a PNG, JPEG or .npy file and converts it to the shape of a data set.
+
+    Images are converted to grey or colour and resized; arrays are taken as they are, so their
+    shape and type must fit.
+
+    Args:
+        path: The file.
+        spec: Gives height, width and channels.
+        invert: Exchange dark and bright, for dark strokes on white paper where the network learnt
+            bright ones on black.
+
+    Returns:
+        One picture; several for a .npy file that holds several.
+
+    Raises:
+        InputError: The file is missing, is no image, or does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"expected an image file, received {path}: there is no such file")
+    if path.suffix.lower() == ".npy":
+        arrays = _read_array(path, spec)
+        pictures = [
+            Picture(str(path) if len(arrays) == 1 else f"{path}[{i}]", pixels, "")
+            for i, pixels in enumerate(arrays)
+        ]
+    else:
+        pictures = [_read_image(path, spec)]
+    if invert:
+        pictures = [Picture(p.source, 255 - p.pixels, p.converted) for p in pictures]
+    return pictures
+
+
+def _read_array(path: Path, spec: DataSpec) -> Images:
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a .npy array: {error}") from None
+    height, width, channels = spec.image_shape
+    shape = array.shape
+    if shape[-2:] == (height, width) and channels == 1:
+        array = array[..., np.newaxis]
+    if array.ndim == 3:
+        array = array[np.newaxis]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != spec.image_shape:
+        raise InputError(
+            f"{path}: expected uint8 (0 to 255) of shape {list(spec.image_shape)}, or several of "
+            f"them, received {array.dtype} {list(shape)}"
+        )
+    if not len(array):
+        raise InputError(f"{path} holds no image: its shape is {list(shape)}")
+    return np.ascontiguousarray(array)
+
+
+def _read_image(path: Path, spec: DataSpec) -> Picture:
+    height, width, channels = spec.image_shape
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    if mode is None:
+        raise InputError(f"{path}: images of {channels} channels can be given as .npy arrays only")
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(
+                    f"{path}: {image.width} x {image.height} pixels; at most {_MOST_PIXELS} are read"
+                )
+            image.load()
+            given = f"{image.height}x{image.width} {image.mode}"
+            image = _flattened(image, mode)
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{path} is no image: expected PNG, JPEG or .npy, received {path.stat().st_size} bytes"
+        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    wanted = f"{height}x{width} {mode}"
+    pixels = np.asarray(image, dtype=np.uint8).reshape(spec.image_shape)
+    return Picture(str(path), pixels, "" if given == wanted else f"{given} to {wanted}")
+
+
+def _flattened(image: Image.Image, mode: str) -> Image.Image:
+    """Converts colours; 16-bit grey is scaled, and what is transparent becomes white paper."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64) / 257  # 65535 to 255
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if mode != "RGBA" and (image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert(mode)

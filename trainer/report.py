@@ -1,0 +1,225 @@
+"""Figures, tables and words about a run: what TensorBoard, the terminal and the model card show."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from trainer.config import Config
+from trainer.data import Dataset, DataSpec, Images, Labels
+from trainer.run import Run
+
+
+def write_start(run: Run, config: Config, environment: dict[str, Any], data: Dataset) -> None:
+    """Writes what is known before training: configuration and environment as text, sample images."""
+    count = min(config.logging.sample_images, len(data.train))
+    with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+        tf.summary.text("configuration", f"```toml\n{config.to_toml()}```".replace("\n", "\n    "))
+        tf.summary.text("environment", _indented(environment))
+        if count:
+            positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
+            images, labels = data.train.read(positions)
+            titles = [data.spec.class_names[label] for label in labels]
+            tf.summary.image("sample_images", _as_image(picture_grid(images, titles)))
+
+
+def write_graph(run: Run, graph: tf.Graph | None) -> None:
+    """Writes the graph of one training step."""
+    if graph is not None:
+        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default():
+            tf.summary.graph(graph.as_graph_def())
+
+
+def write_end(
+    run: Run, config: Config, data: Dataset, scores: dict[str, float], probabilities: NDArray[Any]
+) -> None:
+    """Writes what the test images showed: scores, confusion matrix, most confident mistakes."""
+    images, labels = data.test.read(slice(len(probabilities)))
+    guesses = probabilities.argmax(axis=1)
+    with tf.summary.create_file_writer(str(run.tensorboard / "test")).as_default(
+        step=config.training.epochs
+    ):
+        for name, value in scores.items():
+            tf.summary.scalar(f"epoch/{name}", value)
+        figure = confusion_figure(labels, guesses, data.spec)
+        tf.summary.image("confusion_matrix", _as_image(figure))
+        wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
+        if len(wrong):
+            names = data.spec.class_names
+            titles = [
+                f"{names[labels[i]]}, taken for\n{names[guesses[i]]} ({probabilities[i].max():.0%})"
+                for i in wrong
+            ]
+            tf.summary.image("confident_mistakes", _as_image(picture_grid(images[wrong], titles)))
+
+
+def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
+    """Writes the run's line in TensorBoard's HParams page."""
+    from tensorboard.plugins.hparams import api, api_pb2, summary
+
+    values = {
+        f"{section}.{key}": value
+        for section, table in config.model_dump(include={"data", "model", "optimizer", "training"}).items()
+        for key, value in _hyperparameters(table).items()
+    }
+    with tf.summary.create_file_writer(str(run.tensorboard)).as_default(step=0):
+        api.hparams_config(
+            hparams=[api.HParam(name) for name in values],
+            metrics=[api.Metric(f"test/{name}", display_name=f"test {name}") for name in scores],
+        )
+        api.hparams(values, trial_id=run.name)
+        for name, value in scores.items():
+            tf.summary.scalar(f"test/{name}", value)
+        end = summary.session_end_pb(api_pb2.STATUS_SUCCESS)
+        tf.summary.experimental.write_raw_pb(end.SerializeToString(), step=0)
+
+
+def most_confident_mistakes(
+    labels: Labels, probabilities: NDArray[Any], count: int
+) -> NDArray[np.int64]:
+    """Returns the positions of the mistakes, the most confident first.
+
+    Args:
+        labels: int [n].
+        probabilities: float [n, classes].
+        count: The most to return.
+    """
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    confidence = probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")][:count]
+
+
+def confusion_figure(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> Figure:
+    """Draws how often each class was taken for each other one."""
+    from sklearn.metrics import confusion_matrix
+
+    matrix = confusion_matrix(labels, guesses, labels=np.arange(spec.class_count))
+    size = min(4 + 0.4 * spec.class_count, 20)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.add_subplot()
+    # Coloured by the mistakes: the diagonal, hundreds of times larger, would hide them.
+    mistakes = matrix * (1 - np.eye(spec.class_count, dtype=matrix.dtype))
+    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
+    ticks = np.arange(spec.class_count)
+    axes.set_xticks(ticks, spec.class_names, rotation=0 if _short(spec) else 90)
+    axes.set_yticks(ticks, spec.class_names)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    right = np.trace(matrix)
+    axes.set_title(f"{matrix.sum() - right} mistakes in {matrix.sum()} test images")
+    if spec.class_count <= 30:
+        for row, column in np.ndindex(*matrix.shape):
+            value, strong = matrix[row, column], mistakes[row, column] > mistakes.max() / 2
+            axes.text(
+                column,
+                row,
+                str(value) if value else "",
+                ha="center",
+                va="center",
+                color="white" if strong else ("black" if row != column else "gray"),
+            )
+    return figure
+
+
+def picture_grid(images: Images, titles: list[str]) -> Figure:
+    """Draws images in rows, each under its title."""
+    columns = min(len(images), max(5, round(len(images) ** 0.5)))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows), layout="constrained")
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        if image.shape[-1] in (3, 4):
+            axes.imshow(image)
+        else:
+            axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=8)
+        axes.set_axis_off()
+    return figure
+
+
+def class_table(labels: Labels, probabilities: NDArray[Any], spec: DataSpec) -> dict[str, Any]:
+    """Returns precision, recall and F1 of each class, by its name."""
+    from sklearn.metrics import classification_report
+
+    report: dict[str, Any] = classification_report(
+        labels,
+        probabilities.argmax(axis=1),
+        labels=np.arange(spec.class_count),
+        target_names=spec.class_names,
+        output_dict=True,
+        zero_division=0.0,
+    )
+    return {name: report[name] for name in spec.class_names}
+
+
+def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], toml: str) -> str:
+    """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
+    data = summary["data"]
+    rows = [
+        f"| {name} | {row['precision']:.4f} | {row['recall']:.4f} | {row['f1-score']:.4f} "
+        f"| {row['support']:.0f} |"
+        for name, row in classes.items()
+    ]
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary["test"].items())
+    step = summary["step_ms"]
+    return "\n".join(
+        [
+            f"# {run_name}",
+            "",
+            f"A `{summary['model']}` network of {summary['parameters']:,} parameters, trained on "
+            f"**{data['name']}** {data['version']} ({data['origin']}).",
+            "",
+            f"- Test: {scores} ({data['test']:,} images, scored once, after training)",
+            f"- Trained on {data['train']:,} images for {summary['epochs']} epochs; "
+            f"{data['validation']:,} more were held out for validation",
+            f"- Device: {', '.join(summary['devices'])}; precision: {summary['precision']}; "
+            f"seed: {summary['seed']}",
+            f"- Training took {summary['seconds']['training']:.1f} s"
+            + (f", {step:.2f} ms a step (median of {summary['windows']} windows)" if step else ""),
+            f"- Data fingerprint (SHA-256): `{data['fingerprint']}`",
+            "",
+            "| class | precision | recall | F1 | test images |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            "Score it again with `trainer evaluate RUN`, name an image's class with "
+            f"`trainer predict RUN IMAGE`, where RUN is `{run_name}`.",
+            "",
+            "```toml",
+            toml.rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:
+    """Returns what HParams can show: numbers, words and truth values; the rest as JSON."""
+    plain = (bool, int, float, str)
+    return {
+        key: value if isinstance(value, plain) else json.dumps(value)
+        for key, value in table.items()
+        if value not in (None, [], {})
+    }
+
+
+def _as_image(figure: Figure) -> tf.Tensor:
+    """Draws a figure as PNG and returns its pixels, uint8 [1, height, width, 4]."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return tf.image.decode_png(buffer.getvalue(), channels=4)[tf.newaxis]
+
+
+def _indented(content: dict[str, Any]) -> str:
+    # Markdown takes four spaces for code: the lines stay as they are.
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _short(spec: DataSpec) -> bool:
+    return max(map(len, spec.class_names)) <= 3

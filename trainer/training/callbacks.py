@@ -1,0 +1,241 @@
+"""What a person watches while it trains: the progress bar, metrics.jsonl, TensorBoard's curves.
+
+Each is a Keras callback (for the epochs) and an observer of the loop (called with each window).
+"""
+
+import json
+import logging
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.training.loop import Logs, Window
+
+_log = logging.getLogger(__name__)
+
+
+class StepTimes:
+    """The measured windows of a run: each a call of many steps with a wait at both ends.
+
+    The first call, which also sets up the device's kernels, and calls that were traced for the
+    profiler are left out.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.step_ms: list[float] = []
+        self.images_per_second: list[float] = []
+
+    def __call__(self, window: Window) -> None:
+        """Takes a window."""
+        if window.warm:
+            self.step_ms.append(1000 * window.seconds / window.steps)
+            self.images_per_second.append(window.images / window.seconds)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns medians and quartiles; None where nothing was measured."""
+        if not self.step_ms:
+            return {"step_ms": None, "step_ms_quartiles": None, "images_per_second": None, "windows": 0}
+        low, middle, high = (float(q) for q in np.percentile(self.step_ms, (25, 50, 75)))
+        return {
+            "step_ms": round(middle, 4),
+            "step_ms_quartiles": [round(low, 4), round(high, 4)],
+            "images_per_second": round(statistics.median(self.images_per_second), 1),
+            "windows": len(self.step_ms),
+        }
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """Shows loss, accuracy, images a second and the time left; plain lines where no one looks."""
+
+    def __init__(self, console: Console, *, steps: int, epochs: int) -> None:
+        """Prepares a bar for `epochs` of `steps` each."""
+        super().__init__()
+        self._console = console
+        self._steps = steps
+        self._epochs = epochs
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps * epochs, epoch=1, epochs=epochs, text="")
+
+    def __call__(self, window: Window) -> None:
+        """Moves the bar to the end of a window."""
+        logs = shown(window.logs)
+        self._bar.update(
+            self._task,
+            completed=window.first_step + window.steps,
+            epoch=window.epoch + 1,
+            text=f"{logs}  {window.images / window.seconds:,.0f} images/s",
+        )
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
+        """Shows the bar."""
+        self._bar.start()
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Leaves a line for the epoch."""
+        _log.info("epoch %d/%d  %s", epoch + 1, self._epochs, shown(logs or {}))
+
+    def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
+        """Removes the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Gives the terminal back, also after an error."""
+        self._bar.stop()
+
+
+class MetricsFile(keras.callbacks.Callback):
+    """Appends a line of JSON for each epoch."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the file."""
+        super().__init__()
+        self._path = path
+        self._last: Window | None = None
+        self._times = StepTimes()
+
+    def __call__(self, window: Window) -> None:
+        """Remembers what the epoch's line needs."""
+        self._last = window
+        self._times(window)
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Writes the line of an epoch."""
+        if self._last is None:
+            return
+        line = {
+            "epoch": epoch + 1,
+            "step": self._last.first_step + self._last.steps,
+            "learning_rate": float(self._last.learning_rate[-1]),
+            **(logs or {}),
+            **self._times.summary(),
+        }
+        self._times = StepTimes()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class TensorBoardCurves(keras.callbacks.Callback):
+    """Writes the curves: each step, each epoch, and the times of the device in use.
+
+    Training and validation are two runs of TensorBoard with the same tags, which it draws into the
+    same chart. The step of every point is the number of steps trained so far, of an epoch's point
+    the epoch.
+    """
+
+    def __init__(self, folder: Path, *, histograms: bool) -> None:
+        """Opens `folder`/train and `folder`/validation."""
+        super().__init__()
+        self._writers = {
+            name: tf.summary.create_file_writer(str(folder / name)) for name in ("train", "validation")
+        }
+        self._histograms = histograms
+        self._gradient_norms: list[Any] = []
+        self._last: Window | None = None
+        self._write_steps: Callable[[tf.Tensor, tf.Tensor], None] | None = None
+
+    def __call__(self, window: Window) -> None:
+        """Writes the points of a window."""
+        self._last = window
+        curves = {"loss": window.loss, "learning_rate": window.learning_rate, **window.metrics}
+        end = window.first_step + window.steps
+        with self._writers["train"].as_default():
+            if self._write_steps is None:
+                self._write_steps = _step_writer(list(curves))
+            values = np.stack(list(curves.values()), axis=1)  # [steps, curves]
+            self._write_steps(tf.constant(values), tf.constant(window.first_step + 1, tf.int64))
+            if window.warm:
+                tf.summary.scalar("step_ms", 1000 * window.seconds / window.steps, step=end)
+                tf.summary.scalar("images_per_second", window.images / window.seconds, step=end)
+        if window.gradient_norms is not None:
+            self._gradient_norms.append(window.gradient_norms)
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Writes the points of an epoch."""
+        logs = logs or {}
+        train = {name: value for name, value in logs.items() if not name.startswith("val_")}
+        validation = {name[4:]: value for name, value in logs.items() if name.startswith("val_")}
+        if self._last is not None:
+            train["learning_rate"] = float(self._last.learning_rate[-1])
+        for run, values in (("train", train), ("validation", validation)):
+            with self._writers[run].as_default(step=epoch + 1):
+                for name, value in values.items():
+                    tf.summary.scalar(f"epoch/{name}", value)
+        if self._histograms:
+            self._write_histograms(epoch + 1)
+        for writer in self._writers.values():
+            writer.flush()
+
+    def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
+        """Closes the files."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files, also after an error."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def _write_histograms(self, epoch: int) -> None:
+        with self._writers["train"].as_default(step=epoch):
+            for weight in self.model.trainable_variables:
+                tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
+            if self._gradient_norms:
+                norms = np.concatenate(self._gradient_norms)  # [steps, weights]
+                for weight, column in zip(self.model.trainable_variables, norms.T, strict=True):
+                    tf.summary.histogram(f"gradient_norms/{weight.path}", column)
+        self._gradient_norms.clear()
+
+
+class Profiler:
+    """Traces the second call, past the first batches, for TensorBoard's profiler page."""
+
+    def __init__(self, folder: Path) -> None:
+        """Names the folder the trace goes to."""
+        self._folder = folder
+        self._calls = 0
+
+    def __call__(self, window: Window) -> None:  # noqa: ARG002 - only counted
+        """Starts the trace after the first call and stops it after the second."""
+        self._calls += 1
+        if self._calls == 1:
+            tf.profiler.experimental.start(str(self._folder))
+        elif self._calls == 2:
+            tf.profiler.experimental.stop()
+
+    def close(self) -> None:
+        """Writes the trace of a run that had one call only."""
+        if self._calls == 1:
+            tf.profiler.experimental.stop()
+
+
+def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
+    """Returns a graph that writes a point for each step: no Python between the points."""
+
+    @tf.function(input_signature=(tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64)))
+    def write(values: tf.Tensor, first: tf.Tensor) -> None:
+        for i in tf.range(tf.shape(values, out_type=tf.int64)[0]):
+            for column, name in enumerate(names):
+                tf.summary.scalar(f"step/{name}", values[i, column], step=first + i)
+
+    write.get_concrete_function()
+    return write
+
+
+def shown(logs: Logs) -> str:
+    """Returns the numbers of an epoch as a person reads them."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in logs.items())

@@ -1,0 +1,46 @@
+"""The optimizer and the learning-rate schedule that a configuration describes."""
+
+import inspect
+
+import keras
+
+from trainer import keras_objects
+from trainer.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
+    """Makes a Keras optimizer, with a schedule over the run where one is asked for.
+
+    Args:
+        config: Names and options.
+        total_steps: Steps of the whole run, over which a schedule goes unless it says otherwise.
+
+    Raises:
+        InputError: A name is unknown, or an option is refused.
+    """
+    rate = config.learning_rate if config.schedule is None else _schedule(config, total_steps)
+    options = {"learning_rate": rate} | config.options
+    factory = keras_objects.find("optimizer", config.name)
+    return keras_objects.call(factory, f"optimizer {config.name!r}", options)
+
+
+def _schedule(
+    config: OptimizerConfig, total_steps: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    schedule = config.schedule
+    factory = keras_objects.find("schedule", schedule.name)
+    warmup = round(config.warmup_fraction * total_steps)
+    defaults = {
+        "initial_learning_rate": config.learning_rate,
+        "decay_steps": max(1, total_steps - warmup),
+    }
+    if warmup:
+        defaults |= {
+            # From a tenth: the first steps, whose gradients are the largest, are then small.
+            "initial_learning_rate": config.learning_rate / 10,
+            "warmup_target": config.learning_rate,
+            "warmup_steps": warmup,
+        }
+    accepted = inspect.signature(factory).parameters
+    options = {k: v for k, v in defaults.items() if k in accepted} | schedule.options
+    return keras_objects.call(factory, f"schedule {schedule.name!r}", options)

@@ -1,0 +1,444 @@
+"""Fit, evaluate, predict: the one place that sees configuration, data, models and training."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+from pydantic import ValidationError
+from rich.console import Console
+
+from trainer import data as datasets
+from trainer import devices, images, keras_objects, models, report
+from trainer.config import Config, DataConfig
+from trainer.data import Dataset, DataSpec, tfds
+from trainer.devices import Devices
+from trainer.errors import InputError
+from trainer.run import Run, create_run, environment, open_run, require_writable
+from trainer.training import callbacks as watching
+from trainer.training.augmentation import make_augmentation
+from trainer.training.batches import Batches, make_batches, steps_per_epoch
+from trainer.training.checkpoint import load_weights, save_weights
+from trainer.training.loop import Loop
+from trainer.training.optimizer import make_optimizer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` gives back.
+
+    Attributes:
+        summary: The content of the run's summary.json.
+        model: The trained model, which takes uint8 images and returns probabilities.
+        run: The run directory; None for a dry run.
+    """
+
+    summary: dict[str, Any]
+    model: keras.Model
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Everything that a training or an evaluation needs, built from a configuration."""
+
+    config: Config  # with "auto" and fallbacks resolved
+    data: Dataset
+    devices: Devices
+    placed: list[str]  # where the outputs were found
+    model: keras.Model
+    loop: Loop
+
+    def batches(self, split: str, *, shuffled: bool = False) -> Batches:
+        training = self.config.training
+        return make_batches(
+            self.data.split(split),
+            self.config.data,
+            self.devices.strategy,
+            batch_size=training.batch_size,
+            seed=training.seed if shuffled else None,
+            limit_batches=training.limit_batches,
+        )
+
+
+class _Clock:
+    """Seconds of each named part, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def fit(
+    config: Config,
+    *,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    dry_run: bool = False,
+    console: Console | None = None,
+    import_seconds: float | None = None,
+) -> Fitted:
+    """Trains a network, scores it once on the test images, and keeps all of it in a run directory.
+
+    Args:
+        config: The experiment.
+        callbacks: Keras callbacks, after those that the configuration names.
+        dry_run: Go through one batch of train, validation and test, and write nothing.
+        console: Where the progress bar is drawn; None: no bar.
+        import_seconds: What importing took, for the summary.
+
+    Returns:
+        The scores and times, the trained model, and the run directory.
+
+    Raises:
+        InputError: The configuration does not fit the data, or cannot be written.
+        MissingError: The device that was asked for is not here.
+        CheckError: The loss is not finite, or the outputs are not on the device asked for.
+    """
+    clock, start = _Clock(), time.perf_counter()
+    if dry_run:
+        config = config.with_changes({"training.limit_batches": 1, "training.epochs": 1})
+    else:
+        require_writable(config.logging.directory)
+    setting = _assemble(config, clock)
+    config = setting.config
+    with clock.part("data"):
+        train, validation = setting.batches("train", shuffled=True), setting.batches("validation")
+    if dry_run:
+        own = _callbacks(config, None)
+        setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
+        scores, _ = setting.loop.evaluate(setting.batches("test"))
+        return Fitted(_summary(setting, scores, clock, watching.StepTimes()), setting.model, None)
+
+    run = create_run(config, config.logging.name or f"{setting.data.spec.name}-{config.model.name}")
+    with _logging_to(run.log):
+        _announce(setting, run)
+        times = watching.StepTimes()
+        facts = environment(setting.devices.names, setting.data.spec.fingerprint)
+        run.write_json("environment.json", facts)
+        with clock.part("report"):
+            if config.logging.tensorboard:
+                report.write_start(run, config, facts, setting.data)
+        _train(setting, run, (train, validation), [*_callbacks(config, run), *callbacks], times, console)
+        with clock.part("evaluation"):
+            scores, probabilities = setting.loop.evaluate(setting.batches("test"), collect=True)
+        save_weights(run, setting.model)
+        _log.info("test  %s", watching.shown(scores))
+        summary = _summary(setting, scores, clock, times) | {"run": str(run.path)}
+        with clock.part("report"):
+            _report(setting, run, summary, probabilities)
+        summary["seconds"] |= {
+            "report": clock.seconds["report"],
+            "import": import_seconds,
+            "total": time.perf_counter() - start + (import_seconds or 0.0),
+        }
+        run.write_json("summary.json", summary)  # last: it says that the run is finished
+    return Fitted(summary, setting.model, run)
+
+
+def evaluate(
+    reference: str, *, split: str = "test", device: str = "auto", directory: str = "runs"
+) -> dict[str, Any]:
+    """Scores a finished run on one of its splits, by the run's own configuration.
+
+    Args:
+        reference: A run directory, its name, or "latest".
+        split: "train", "validation" or "test".
+        device: As `trainer.devices.select` takes it.
+        directory: Folder that holds the run directories.
+
+    Returns:
+        The scores by name, with the run, the split, the number of images and the device.
+
+    Raises:
+        InputError: There is no such run, or the data is not what it was trained on.
+        MissingError: The device is not here.
+    """
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"expected a split: train, validation or test; received {split!r}")
+    run = open_run(reference, directory=directory)
+    expected = _spec(run).fingerprint
+    setting = _assemble(run.config().with_changes({"training.device": device}), _Clock())
+    found = setting.data.spec.fingerprint
+    if expected != found:
+        raise InputError(
+            f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
+            f"found {found} ({setting.data.spec.origin})"
+        )
+    load_weights(run, setting.model)
+    batches = setting.batches(split)
+    scores, _ = setting.loop.evaluate(batches)
+    return {
+        "run": str(run.path),
+        "data": setting.data.spec.name,
+        "split": split,
+        "images": batches.images,
+        **scores,
+        "devices": setting.placed,
+        "precision": setting.config.training.precision,
+    }
+
+
+def predict(
+    reference: str,
+    paths: Sequence[str | Path],
+    *,
+    invert: bool = False,
+    device: str = "auto",
+    directory: str = "runs",
+) -> list[dict[str, Any]]:
+    """Names the class of image files.
+
+    Args:
+        reference: A run directory, its name, or "latest".
+        paths: PNG, JPEG or .npy files.
+        invert: Exchange dark and bright first.
+        device: As `trainer.devices.select` takes it.
+        directory: Folder that holds the run directories.
+
+    Returns:
+        For each image its file, class name, label, probability, the probability of every class, and
+        what was converted.
+
+    Raises:
+        InputError: There is no such run, or a file is no image that fits.
+        MissingError: The device is not here.
+    """
+    run = open_run(reference, directory=directory)
+    spec = _spec(run)
+    pictures = [p for path in paths for p in images.read_pictures(Path(path), spec, invert=invert)]
+    config = run.config()
+    chosen = devices.select(device)
+    with devices.dtype_policy(config.training.precision), chosen.strategy.scope():
+        model = models.build(config.model, spec)
+    load_weights(run, model)
+    results = []
+    for picture in pictures:
+        probabilities = model(picture.pixels[None], training=False).numpy()[0]
+        label = int(probabilities.argmax())
+        results.append(
+            {
+                "image": picture.source,
+                "class": spec.class_names[label],
+                "label": label,
+                "probability": float(probabilities[label]),
+                "probabilities": dict(zip(spec.class_names, map(float, probabilities), strict=True)),
+                "converted": picture.converted,
+            }
+        )
+    return results
+
+
+def prepare_data(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Has a data set decoded and kept where that was not done yet.
+
+    Args:
+        config: Names the set.
+        overwrite: Make it anew; the old one goes only when the new one is whole.
+
+    Returns:
+        The `DataSpec` as a dictionary.
+    """
+    if overwrite and config.name not in datasets.names():
+        tfds.prepare(config)
+    return datasets.load(config).spec.model_dump(mode="json")
+
+
+def describe_data(config: DataConfig) -> dict[str, Any]:
+    """Loads a data set, reads all of it and checks its sums.
+
+    Returns:
+        The `DataSpec` as a dictionary, with the images of each class in each split.
+
+    Raises:
+        InputError: The set is not to be had, or a file has changed since it was prepared.
+    """
+    data = datasets.load(config)
+    tfds.check(config)
+    counts = {
+        name: dict(zip(data.spec.class_names, data.split(name).class_counts(), strict=False))
+        for name in ("train", "validation", "test")
+    }
+    return data.spec.model_dump(mode="json") | {"class_counts": counts}
+
+
+def _assemble(config: Config, clock: _Clock) -> _Setting:
+    """Chooses devices, loads data, builds and compiles the network; resolves what was left open."""
+    with clock.part("devices"):
+        chosen = devices.select(config.training.device)
+        precision = devices.choose_precision(config.training.precision, chosen)
+    with clock.part("data"):
+        data = datasets.load(config.data)
+    resolved: dict[str, Any] = {"training.precision": precision}
+    if data.spec.name == "mnist_sample":
+        resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
+    config = config.with_changes(resolved)
+    with clock.part("model"):
+        keras.utils.set_random_seed(config.training.seed)
+        if config.training.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        with devices.dtype_policy(precision), chosen.strategy.scope():
+            model = _compiled_model(config, data)
+            augment = make_augmentation(config.data.augmentation, data.spec)
+        loop = Loop(
+            model,
+            chosen.strategy,
+            steps_per_call=config.training.steps_per_call,
+            clip_norm=config.training.clip_norm,
+            jit_compile=config.training.jit_compile,
+            augment=augment,
+            gradient_norms=config.logging.histograms,
+        )
+        first, _ = data.train.read(slice(1))
+        outputs = chosen.strategy.run(lambda image: model(image, training=False), args=(first,))
+        placed = devices.check_placement(
+            chosen.strategy.experimental_local_results(outputs), chosen
+        )
+    return _Setting(config, data, chosen, placed, model, loop)
+
+
+def _compiled_model(config: Config, data: Dataset) -> keras.Model:
+    training = config.training
+    model = models.build(config.model, data.spec)
+    steps = steps_per_epoch(len(data.train), training.batch_size, training.limit_batches)
+    model.compile(
+        optimizer=make_optimizer(config.optimizer, steps * training.epochs),
+        loss=keras_objects.make("loss", training.loss),
+        metrics=[keras_objects.make("metric", metric) for metric in training.metrics],
+        jit_compile=False,  # the loop compiles the whole step, or does not
+    )
+    return model
+
+
+def _callbacks(config: Config, run: Run | None) -> list[keras.callbacks.Callback]:
+    """Makes the callbacks of the configuration; "{run}" in an option is the run directory."""
+    made = []
+    for callback in config.training.callbacks:
+        options = {
+            key: value.replace("{run}", str(run.path)) if run and isinstance(value, str) else value
+            for key, value in callback.options.items()
+        }
+        made.append(keras_objects.make("callback", callback.model_copy(update={"options": options})))
+    return made
+
+
+def _announce(setting: _Setting, run: Run) -> None:
+    spec = setting.data.spec
+    _log.info("run      %s", run.path)
+    _log.info("data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin)
+    _log.info("network  %s, %s parameters", setting.config.model.name, f"{setting.model.count_params():,}")
+    _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
+
+
+def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
+    return spec.name, spec.train, spec.validation, spec.test
+
+
+def _train(
+    setting: _Setting,
+    run: Run,
+    batches: tuple[Batches, Batches],
+    callbacks: list[keras.callbacks.Callback],
+    times: watching.StepTimes,
+    console: Console | None,
+) -> None:
+    """Runs the loop with everything that watches it, and closes their files whatever happens."""
+    config, (train, validation) = setting.config, batches
+    observers: list[Any] = [times, watching.MetricsFile(run.metrics)]
+    if config.logging.tensorboard:
+        curves = watching.TensorBoardCurves(run.tensorboard, histograms=config.logging.histograms)
+        observers.append(curves)
+    if config.logging.profile:
+        observers.append(watching.Profiler(run.tensorboard / "train"))
+    if console is not None:
+        bar = watching.ProgressBar(console, steps=train.steps, epochs=config.training.epochs)
+        observers.append(bar)
+    own = [watch for watch in observers if isinstance(watch, keras.callbacks.Callback)]
+    try:
+        setting.loop.fit(
+            train,
+            validation,
+            epochs=config.training.epochs,
+            callbacks=[*callbacks, *own],
+            observers=observers,
+            warmup_calls=2 if config.logging.profile else 1,
+        )
+    finally:
+        for watch in observers:
+            if hasattr(watch, "close"):
+                watch.close()
+
+
+def _summary(
+    setting: _Setting, scores: dict[str, float], clock: _Clock, times: watching.StepTimes
+) -> dict[str, Any]:
+    """Puts together what summary.json says and `fit --json` prints."""
+    history = setting.model.history.history
+    validation = {name[4:]: v[-1] for name, v in history.items() if name.startswith("val_")}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": setting.data.spec.model_dump(mode="json"),
+        "model": setting.config.model.name,
+        "parameters": setting.model.count_params(),
+        "devices": setting.placed,
+        "precision": setting.config.training.precision,
+        "seed": setting.config.training.seed,
+        "epochs": len(setting.model.history.epoch),
+        "steps": int(setting.model.optimizer.iterations),
+        "validation": validation,
+        "test": scores,
+        **times.summary(),
+        "seconds": {**clock.seconds, **asdict(setting.loop.seconds)},
+    }
+
+
+def _report(setting: _Setting, run: Run, summary: dict[str, Any], probabilities: Any) -> None:
+    """Writes TensorBoard's pictures and the model card."""
+    labels = setting.data.test.labels[setting.data.test.rows][: len(probabilities)]
+    classes = report.class_table(labels, probabilities, setting.data.spec)
+    run.write_json("classes.json", classes)
+    card = report.model_card(run.name, summary, classes, setting.config.to_toml())
+    run.write_text("README.md", card)
+    if setting.config.logging.tensorboard:
+        report.write_graph(run, setting.loop.step_graph)
+        report.write_end(run, setting.config, setting.data, summary["test"], probabilities)
+        report.write_hparams(run, setting.config, summary["test"])
+
+
+def _spec(run: Run) -> DataSpec:
+    """Returns what the run knows of its data, without loading it."""
+    try:
+        return DataSpec.model_validate(run.read_json("summary.json")["data"])
+    except (KeyError, ValidationError) as error:
+        raise InputError(f"{run.path / 'summary.json'} is damaged: {error}") from None
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Also writes what the package logs to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("trainer")
+    logger.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        _log.debug("the run ended here", exc_info=True)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,11 +1,10 @@
 """What the tests share: two CPU devices in one process, tiny data, tiny networks."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 # Read when these libraries are first imported. GPUs are left out, so that every machine runs the
@@ -58,12 +57,13 @@ def tiny() -> Any:
 def compiled_model(tiny: Any) -> Callable[..., Any]:
     """Makes small compiled networks for `tiny`; equal seeds make equal networks."""
     import keras
+    import tensorflow as tf
     from keras import layers
 
     from trainer import devices
 
     def make(
-        strategy: Any,
+        strategy: Any = None,
         *,
         optimizer: Callable[[], Any] = lambda: keras.optimizers.Adam(0.01),
         loss: Any = "sparse_categorical_crossentropy",
@@ -75,6 +75,7 @@ def compiled_model(tiny: Any) -> Callable[..., Any]:
         seed: int = 0,
         **compile_options: Any,
     ) -> Any:
+        strategy = strategy or tf.distribute.get_strategy()
         with devices.dtype_policy(policy), strategy.scope():
             keras.utils.set_random_seed(seed)
             images = keras.Input(tiny.spec.image_shape, dtype="uint8")
@@ -86,8 +87,9 @@ def compiled_model(tiny: Any) -> Callable[..., Any]:
                 x = layer(x)
             x = layers.Dense(tiny.spec.class_count)(x)
             model = keras.Model(images, layers.Softmax(dtype="float32")(x))
-            metrics = None if metrics is None else list(metrics)
-            model.compile(optimizer(), loss, metrics, jit_compile=False, **compile_options)
+            model.compile(
+                optimizer(), loss, metrics=list(metrics), jit_compile=False, **compile_options
+            )
         return model
 
     return make
@@ -99,7 +101,9 @@ def batches_of() -> Callable[..., Any]:
     from trainer.config import DataConfig
     from trainer.training.batches import make_batches
 
-    def make(split: Any, strategy: Any, batch_size: int, *, placement: Any = "auto", **options: Any) -> Any:
+    def make(
+        split: Any, strategy: Any, batch_size: int, *, placement: Any = "auto", **options: Any
+    ) -> Any:
         config = DataConfig(placement=placement)
         return make_batches(split, config, strategy, batch_size=batch_size, **options)
 
@@ -111,17 +115,6 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def _given_files() -> str | None:
-    return os.environ.get("TRAINER_DATA_FILES")
-
-
-@pytest.fixture(autouse=True)
-def _same_environment(_given_files: str | None) -> Iterator[None]:
-    """Remembers TRAINER_DATA_FILES before any test sets it aside."""
-    yield
 
 
 @pytest.fixture(scope="session")
@@ -141,8 +134,3 @@ def mnist_files() -> Path:
 def no_archives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets TRAINER_DATA_FILES aside."""
     monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
-
-
-def same(a: Any, b: Any) -> None:
-    """Left out of this file on purpose."""
-    np.testing.assert_array_equal(a, b)

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -58,7 +60,8 @@ def fit(
     epochs: Annotated[int | None, typer.Option(help="Overrides training.epochs")] = None,
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="One batch of train, validation and test; writes nothing")
+        bool,
+        typer.Option("--dry-run", help="One batch of train, validation and test; writes nothing"),
     ] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Refuse operations whose result can vary")
@@ -79,15 +82,14 @@ def fit(
     loaded = _load(config, set_, flags)
     _require_device(loaded.training.device)
     console = _start_logging()
-    workflow = _import_workflow()
+    workflow = _workflow()
     import_seconds = time.perf_counter() - _START
-    fitted = workflow.fit(
-        loaded, dry_run=dry_run, console=console, import_seconds=import_seconds
-    )
+    fitted = workflow.fit(loaded, dry_run=dry_run, console=console, import_seconds=import_seconds)
     if json_:
         _print_json(fitted.summary)
     elif fitted.run is None:
-        typer.echo(f"dry run: one batch each of train, validation and test went through; {_scores(fitted.summary)}")
+        scores = _scores(fitted.summary)
+        typer.echo(f"dry run: a batch of train, validation and test each went through; {scores}")
     else:
         _print_result(fitted.summary)
 
@@ -104,7 +106,7 @@ def evaluate(
     """Score a finished run again, by its own configuration."""
     _require_device(device or "auto")
     _start_logging()
-    workflow = _import_workflow()
+    workflow = _workflow()
     result = workflow.evaluate(run, split=split, device=device or "auto", directory=runs)
     if json_:
         _print_json(result)
@@ -118,7 +120,9 @@ def evaluate(
 @app.command()
 def predict(
     run: RunArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or .npy files")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or .npy files")
+    ],
     *,
     invert: Annotated[
         bool, typer.Option("--invert", help="Exchange dark and bright first")
@@ -130,7 +134,7 @@ def predict(
     """Name the class of image files."""
     _require_device(device or "auto")
     _start_logging()
-    workflow = _import_workflow()
+    workflow = _workflow()
     results = workflow.predict(run, images, invert=invert, device=device or "auto", directory=runs)
     if json_:
         _print_json(results)
@@ -156,7 +160,9 @@ def tensorboard(
 
     board = program.TensorBoard()
     board.configure(logdir=runs, host="localhost", port=port, reload_interval=5)
-    board.main()
+    with _without_chatter():
+        code = board.main()
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -167,7 +173,8 @@ def doctor(config: ConfigArgument = _DEFAULT_CONFIG, *, json_: JsonOption = Fals
     from trainer.config import DataConfig
     from trainer.doctor import examine
 
-    findings = examine(_load(config, None).data if config.exists() else DataConfig())
+    with _without_chatter():
+        findings = examine(_load(config, None).data if config.exists() else DataConfig())
     if json_:
         _print_json([asdict(finding) for finding in findings])
         return
@@ -186,15 +193,13 @@ def data_prepare(
     config: ConfigArgument = _DEFAULT_CONFIG,
     *,
     set_: SetOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make prepared data anew")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make prepared data anew")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Fetch or build a data set and decode it, once."""
     loaded = _load(config, set_)
     _start_logging()
-    workflow = _import_workflow()
+    workflow = _workflow()
     _print_data(workflow.prepare_data(loaded.data, overwrite=overwrite), as_json=json_)
 
 
@@ -205,7 +210,7 @@ def data_info(
     """Say what a data set is; its files are read and their sums checked."""
     loaded = _load(config, set_)
     _start_logging()
-    workflow = _import_workflow()
+    workflow = _workflow()
     _print_data(workflow.describe_data(loaded.data), as_json=json_)
 
 
@@ -257,13 +262,14 @@ def _require_device(device: str) -> None:
     require_driver(device)
 
 
-def _import_workflow() -> Any:
-    """Imports everything, TensorFlow among it, without TensorFlow's lines about itself.
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keeps the lines that TensorFlow says about itself at start-up from the terminal.
 
-    It writes them to file descriptor 2 before its own log level counts. The filter is a process of
-    its own, so that what TensorFlow says when it crashes still comes through.
+    It writes them to file descriptor 2 before its own log level counts; TF_CPP_MIN_LOG_LEVEL=0
+    lets them through. The filter is a process of its own, so that what TensorFlow says when it
+    crashes is still seen.
     """
-    import importlib
     import shutil
     import subprocess
 
@@ -274,17 +280,28 @@ def _import_workflow() -> Any:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     grep = shutil.which("grep")
     if grep is None or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
-        return importlib.import_module("trainer.workflow")
+        yield
+        return
     sys.stderr.flush()
     terminal = os.dup(2)
-    chatter = r"^WARNING: All log messages before absl|^I0000 |^To enable the following instr"
-    with subprocess.Popen([grep, "-vE", chatter], stdin=subprocess.PIPE, stdout=terminal) as process:
+    chatter = r"^WARNING: All log messages before absl|^I0000 |^To enable the following instruct"
+    command = [grep, "--line-buffered", "-vE", chatter]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal) as process:
         os.dup2(cast("IO[bytes]", process.stdin).fileno(), 2)
         try:
-            return importlib.import_module("trainer.workflow")
+            yield
         finally:
+            sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
+
+
+def _workflow() -> Any:
+    """Imports everything, TensorFlow among it."""
+    import importlib
+
+    with _without_chatter():
+        return importlib.import_module("trainer.workflow")
 
 
 def _start_logging() -> Console:

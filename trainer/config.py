@@ -23,9 +23,7 @@ ImageSize = Annotated[tuple[int, int], Field(strict=False)]
 class Section(BaseModel):
     """A table of the TOML file: typed, frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class KerasObject(Section):
@@ -100,7 +98,7 @@ class OptimizerConfig(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the run's steps in which CosineDecay climbs linearly to learning_rate",
+        description="Share of the run's steps in which CosineDecay climbs to learning_rate",
     )
 
     @model_validator(mode="after")
@@ -259,7 +257,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         if re.fullmatch(r"[A-Za-z_][\w.:/-]*", value):
             return key, value
     raise InputError(
-        f"--set {key}: expected one TOML value (1, 0.5, true, \"text\", [1, 2]), received {value!r}"
+        f'--set {key}: expected one TOML value (1, 0.5, true, "text", [1, 2]), received {value!r}'
     )
 
 
@@ -282,9 +280,8 @@ def call_with_options(
     Raises:
         InputError: An option is unknown, has the wrong type or is out of range.
     """
-    checked = validate_call(
-        function, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-    )
+    rules = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    checked = validate_call(config=rules)(function)
     try:
         return checked(*arguments, **options)
     except ValidationError as error:
@@ -337,7 +334,9 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(
-            c for c in candidates if get_origin(c) is None and isinstance(c, type) and issubclass(c, BaseModel)
+            c
+            for c in candidates
+            if get_origin(c) is None and isinstance(c, type) and issubclass(c, BaseModel)
         )
     return list(section.model_fields)
 

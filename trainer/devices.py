@@ -215,5 +215,7 @@ def _cpuinfo() -> list[str]:
 
 
 def _sysctl(name: str) -> str:
-    run = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False
+    )
     return run.stdout.strip()

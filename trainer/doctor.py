@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -33,12 +34,28 @@ _DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 
 # Versions are shown for these; every other requirement of ours only where it is not met.
 _SHOWN = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "keras-tuner")
-_CPU_FLAGS = "fma avx avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_int8 asimd sve bf16".split()
+_CPU_FLAGS = (
+    "fma",
+    "avx",
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "sve",
+    "bf16",
+)
 # What TensorFlow 2.21 loads by these names, as its own loader logs them with
 # TF_CPP_MAX_VLOG_LEVEL=1; cuFFT, cuSOLVER, cuSPARSE and NCCL count their versions by themselves.
 _CUDA_LIBRARIES = (
-    "libcudart.so.{cuda} libcublas.so.{cuda} libcublasLt.so.{cuda} libcufft.so.11 libcusolver.so.11 "
-    "libcusparse.so.12 libcudnn.so.{cudnn} libnccl.so.2"
+    "libcudart.so.{cuda}",
+    "libcublas.so.{cuda}",
+    "libcublasLt.so.{cuda}",
+    "libcufft.so.11",
+    "libcusolver.so.11",
+    "libcusparse.so.12",
+    "libcudnn.so.{cudnn}",
+    "libnccl.so.2",
 )
 _DRIVER_LIBRARY = "libcuda.so.1"
 
@@ -100,21 +117,19 @@ def _versions(distribution: str = "trainer") -> list[Finding]:
         ours = metadata.distribution(distribution)
     except metadata.PackageNotFoundError:
         value = "not installed, only imported: the versions it needs are not known"
-        findings = [
-            Finding(distribution, "note", value, _INSTALL_REMEDY),
-            Finding("Python", "ok", f"{python} (range not checked)"),
-        ]
-        return findings + [_version(Requirement(name)) for name in _SHOWN]
-    supported = SpecifierSet(ours.metadata.get("Requires-Python", ""))
-    if supported.contains(python):
-        findings = [Finding("Python", "ok", f"{python} (supported: {supported})")]
-    else:
-        remedy = "make a virtual environment with a supported Python: `make PYTHON=python3.11 fit`"
-        findings = [Finding("Python", "problem", f"{python} (supported: {supported})", remedy)]
+        unknown = Finding(distribution, "note", value, _INSTALL_REMEDY)
+        here = Finding("Python", "ok", f"{python} (range not checked)")
+        return [unknown, here, *(_version(Requirement(name)) for name in _SHOWN)]
+    supported = SpecifierSet(ours.metadata["Requires-Python"])
+    value = f"{python} (needs {supported})"
+    here = Finding("Python", "ok", value)
+    if not supported.contains(python):
+        remedy = "`make clean`, then `make PYTHON=python3.11 fit` (or another that is supported)"
+        here = Finding("Python", "problem", value, remedy)
     requirements = [Requirement(text) for text in ours.requires or []]
     wanted = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     found = [_version(requirement) for requirement in wanted]
-    return findings + [f for f in found if f.subject in _SHOWN or f.status == "problem"]
+    return [here, *(f for f in found if f.subject in _SHOWN or f.status == "problem")]
 
 
 def _version(requirement: Any) -> Finding:
@@ -132,10 +147,11 @@ def _version(requirement: Any) -> Finding:
 
 def _cpu() -> Finding:
     flags = devices.cpu_flags()
-    listed = " ".join(f for f in _CPU_FLAGS if f in flags) or "no list of instruction sets"
+    listed = " ".join(f for f in _CPU_FLAGS if f in flags) or "instruction sets unknown"
     usable, present = devices.usable_cpus(), os.cpu_count()
     value = f"{devices.cpu_model()}; {usable} of {present} CPUs usable; {listed}"
-    if platform.machine() == "x86_64" and platform.system() == "Linux" and "avx" not in flags:
+    # Only Linux lists the flags by these names.
+    if sys.platform == "linux" and platform.machine() == "x86_64" and "avx" not in flags:
         remedy = "use a machine with AVX (a virtual one: pass the host's CPU type through)"
         return Finding("CPU", "problem", f"{value}; TensorFlow's package needs avx", remedy)
     return Finding("CPU", "ok", value)
@@ -174,30 +190,22 @@ def _disk(subject: str, directory: str, setting: str) -> Finding:
 def _threads() -> Finding:
     """Says how many threads TensorFlow will start.
 
-    Nothing in trainer sets them, so `tf.config.threading` gives 0, which means: TensorFlow takes the
-    environment variable if that is a positive number, else one thread for each usable CPU.
+    Nothing in trainer sets them: `tf.config.threading` is 0, by which TensorFlow takes a positive
+    number from the environment, else the number of usable CPUs. It does not read OMP_NUM_THREADS.
     """
-    parts, remedies = [], []
-    for pool, variable in (
-        ("intra-op", "TF_NUM_INTRAOP_THREADS"),
-        ("inter-op", "TF_NUM_INTEROP_THREADS"),
-    ):
-        given = os.environ.get(variable, "")
-        if given.isdecimal() and int(given) > 0:
-            parts.append(f"{pool} {given} ({variable}={given})")
-        elif given:
-            ignored = f"{variable}={given!r} is no positive number and is passed over"
-            parts.append(f"{pool} {devices.usable_cpus()} ({ignored})")
-        else:
-            parts.append(f"{pool} {devices.usable_cpus()} (chosen by TensorFlow: the usable CPUs)")
-        if given:
-            remedies.append(f"`unset {variable}`")
-    if "OMP_NUM_THREADS" in os.environ:
-        number = os.environ["OMP_NUM_THREADS"]
-        parts.append(f"OMP_NUM_THREADS={number} holds for NumPy and SciPy, not for TensorFlow")
-        remedies.append("`unset OMP_NUM_THREADS`")
-    remedy = ", ".join(remedies) + (" to let each library choose" if remedies else "")
-    return Finding("threads", "note" if remedies else "ok", "; ".join(parts), remedy)
+    cpus, parts = devices.usable_cpus(), []
+    pools = {"intra-op": "TF_NUM_INTRAOP_THREADS", "inter-op": "TF_NUM_INTEROP_THREADS"}
+    for pool, variable in pools.items():
+        number = os.environ.get(variable, "")
+        parts.append(f"{pool} {number if number.isdecimal() and int(number) > 0 else cpus}")
+    given = [v for v in (*pools.values(), "OMP_NUM_THREADS") if v in os.environ]
+    if not given:
+        value = f"{', '.join(parts)}: TensorFlow chooses as many as there are usable CPUs"
+        return Finding("threads", "ok", value)
+    value = f"{', '.join(parts)}; set: " + ", ".join(f"{v}={os.environ[v]}" for v in given)
+    if "OMP_NUM_THREADS" in given:
+        value += " (OMP_NUM_THREADS holds for NumPy and SciPy, not for TensorFlow)"
+    return Finding("threads", "note", value, f"`unset {' '.join(given)}` to use every usable CPU")
 
 
 def _ask_tensorflow() -> dict[str, Any] | Finding:
@@ -226,8 +234,9 @@ def _ask_tensorflow() -> dict[str, Any] | Finding:
         if run.returncode < 0:
             reason = f"it ends the process: {signal.strsignal(-run.returncode)}"
         else:
-            reason = (run.stderr.split("\n") and run.stderr.strip().rpartition("\n")[2]) or "?"
-    remedy = f"{_INSTALL_REMEDY}, with --force-reinstall; `python -c 'import tensorflow'` says more"
+            last_line = run.stderr.strip().rpartition("\n")[2]
+            reason = last_line or f"exit status {run.returncode}"
+    remedy = "`pip install --force-reinstall -e .`; all of it: `python -c 'import tensorflow'`"
     return Finding("TensorFlow", "problem", f"cannot be used: {reason}", remedy)
 
 
@@ -240,10 +249,8 @@ def tensorflow_facts() -> dict[str, Any]:
     import_s = time.perf_counter() - start
     chosen = devices.select("auto")
     build = dict(tf.sysconfig.get_build_info())
-    libraries = _CUDA_LIBRARIES.format(
-        cuda=str(build.get("cuda_version")).partition(".")[0],
-        cudnn=str(build.get("cudnn_version")).partition(".")[0],
-    )
+    major = {k: str(build.get(f"{k}_version")).partition(".")[0] for k in ("cuda", "cudnn")}
+    libraries = [name.format(**major) for name in _CUDA_LIBRARIES]
     # Where TensorFlow's own RUNPATH looks: the folder `nvidia` beside its own.
     wheels = Path(tf.__file__).parent.parent / "nvidia"
     return {
@@ -252,7 +259,7 @@ def tensorflow_facts() -> dict[str, Any]:
         "devices": [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()],
         "gpus": devices.gpu_models(),
         "build": build,
-        "missing": missing_libraries([*libraries.split(), _DRIVER_LIBRARY], wheels),
+        "missing": missing_libraries([*libraries, _DRIVER_LIBRARY], wheels),
         "onednn": bool(_pywrap_util_port.IsMklEnabled()),
         "precision": devices.choose_precision("auto", chosen),
     }
@@ -294,15 +301,12 @@ def _tensorflow(facts: dict[str, Any]) -> list[Finding]:
         Finding("devices", "ok", ", ".join(facts["devices"])),
         Finding("precision", "ok", f'"auto" is {precision}: {reason}'),
     ]
+    state = "on" if facts["onednn"] else "off"
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
-    value = "on" if facts["onednn"] else "off"
     if setting is None:
-        return [*findings, Finding("oneDNN", "ok", f"{value} (chosen by TensorFlow for this CPU)")]
-    remedy = "`unset TF_ENABLE_ONEDNN_OPTS` to let TensorFlow choose"
-    return [
-        *findings,
-        Finding("oneDNN", "note", f"{value} (TF_ENABLE_ONEDNN_OPTS={setting})", remedy),
-    ]
+        return [*findings, Finding("oneDNN", "ok", f"{state} (chosen by TensorFlow for this CPU)")]
+    value, remedy = f"{state} (TF_ENABLE_ONEDNN_OPTS={setting})", "`unset TF_ENABLE_ONEDNN_OPTS`"
+    return [*findings, Finding("oneDNN", "note", value, remedy)]
 
 
 def _nvidia_driver() -> list[str]:
@@ -321,11 +325,11 @@ def _gpu(usable: list[str] | None) -> Finding:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         remedy = "`unset CUDA_VISIBLE_DEVICES`"
         return Finding("GPU", "note", "none: the variable CUDA_VISIBLE_DEVICES hides them", remedy)
-    why = "cannot be used" if usable is None else "lists none"
-    value = f"none: a driver is loaded ({', '.join(driver)}) but TensorFlow {why}"
-    return Finding(
-        "GPU", "problem", value, f"mend the lines TensorFlow and CUDA; {_LIBRARIES_REMEDY}"
-    )
+    value = f"none, although a driver is loaded ({', '.join(driver)}): TensorFlow "
+    if usable is None:
+        return Finding("GPU", "problem", f"{value}cannot be used", "mend TensorFlow first")
+    remedy = "mend `CUDA build` and `CUDA libraries` below; see that `nvidia-smi` shows the GPU"
+    return Finding("GPU", "problem", f"{value}lists none", remedy)
 
 
 def _cuda(facts: dict[str, Any]) -> list[Finding]:
@@ -357,9 +361,7 @@ def _data(config: DataConfig) -> list[Finding]:
     online = tfds.network_answers(_DOWNLOADS)
     folder = tfds.prepared_folder(config)
     if config.name in names():
-        data = Finding(
-            "data", "ok", f"{config.name} is a module of trainer/data: nothing to prepare"
-        )
+        data = Finding("data", "ok", f"{config.name}, a module of trainer/data, needs no preparing")
     elif folder.exists():
         try:
             source = _prepared.open_prepared(folder)
@@ -370,23 +372,28 @@ def _data(config: DataConfig) -> list[Finding]:
         data = _unprepared(config, online=online)
     if online:
         return [data, Finding("network", "ok", f"{_DOWNLOADS} answers")]
-    remedy = (
-        "" if data.status == "ok" else "a network or a proxy (https_proxy), or TRAINER_DATA_FILES"
-    )
-    return [data, Finding("network", "note", f"{_DOWNLOADS} does not answer", remedy)]
+    remedy = "connect it, or set https_proxy; without a network: TRAINER_DATA_FILES"
+    value = f"{_DOWNLOADS} does not answer"
+    return [data, Finding("network", "note", value, "" if data.status == "ok" else remedy)]
 
 
 def _unprepared(config: DataConfig, *, online: bool) -> Finding:
     """Says what a set that is not prepared yet can be prepared from."""
     prepare = "`trainer data prepare`"
+    theirs = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    for root in (Path(config.directory) / "tensorflow_datasets", theirs):
+        known = root / re.split("[/:]", config.name)[0]
+        if any(known.glob("**/dataset_info.json")):
+            value = f"{config.name} is not decoded yet; tensorflow-datasets' files are in {known}"
+            return Finding("data", "note", value, prepare)
     given = config.files or os.environ.get("TRAINER_DATA_FILES", "")
     if given:
         setting = "data.files" if config.files else "TRAINER_DATA_FILES"
-        if not Path(given).is_dir():
-            value, remedy = f"{setting} = {given!r}: there is no such folder", f"mend {setting}"
-            return Finding("data", "problem", value, remedy)
         named = Path(given) / config.name
         folder = named if named.is_dir() else Path(given)
+        if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+            value = f"{setting} = {given!r}: there is no such folder, or it cannot be read"
+            return Finding("data", "problem", value, f"set {setting} to the folder of the archives")
         files = sorted(p.name for p in folder.iterdir() if p.is_file())
         if files:
             value = f"{config.name} is not prepared; {setting} holds {', '.join(files[:4])}"
@@ -397,7 +404,6 @@ def _unprepared(config: DataConfig, *, online: bool) -> Finding:
     archives = f"{prepare} with a network, or with TRAINER_DATA_FILES=<folder of the archives>"
     value = f"{config.name} is not prepared{given} and the network does not answer"
     if config.name == "mnist" and config.allow_sample:
-        return Finding(
-            "data", "note", f"{value}: only its sample of 5,000 images is to be had", archives
-        )
+        value += ": only its sample of 5,000 images is to be had"
+        return Finding("data", "note", value, archives)
     return Finding("data", "problem", value, archives)

@@ -91,7 +91,7 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(
-                    f"{path}: {image.width} x {image.height} pixels; at most {_MOST_PIXELS} are read"
+                    f"{path}: {image.width}x{image.height} pixels; at most {_MOST_PIXELS} are read"
                 )
             image.load()
             given = f"{image.height}x{image.width} {image.mode}"

@@ -1,4 +1,4 @@
-"""Finds and makes Keras objects that a configuration names: layers, optimizers, callbacks, losses."""
+"""Finds and makes the Keras objects that a configuration names: layers, optimizers and so on."""
 
 import importlib
 import inspect
@@ -34,14 +34,18 @@ def find(kind: str, name: str) -> type:
     if ":" in name:
         found = _import(kind, name)
     else:
-        classes = {n: c for n, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base)}
+        classes = {
+            n: c for n, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base)
+        }
         lower = {n.lower(): c for n, c in classes.items()}
         registered = keras.saving.get_registered_object(name)
         found = classes.get(name) or lower.get(name.lower()) or registered
         if found is None:
             raise InputError(f"unknown {kind} {name!r}: {nearest(name, classes)}")
     if not (inspect.isclass(found) and issubclass(found, base)):
-        raise InputError(f"{kind} {name!r}: expected a subclass of keras {base.__name__}, got {found!r}")
+        raise InputError(
+            f"{kind} {name!r}: expected a subclass of keras {base.__name__}, got {found!r}"
+        )
     return found
 
 

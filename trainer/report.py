@@ -2,7 +2,7 @@
 
 import io
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,16 @@ from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Images, Labels
 from trainer.run import Run
 
+# What of [training] tells runs apart; the rest says how they are run.
+_HPARAMS = {"epochs", "batch_size", "seed", "device", "precision", "clip_norm"}
+
 
 def write_start(run: Run, config: Config, environment: dict[str, Any], data: Dataset) -> None:
-    """Writes what is known before training: configuration and environment as text, sample images."""
+    """Writes what is known before training: configuration, environment, sample images."""
     count = min(config.logging.sample_images, len(data.train))
     with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
-        tf.summary.text("configuration", f"```toml\n{config.to_toml()}```".replace("\n", "\n    "))
-        tf.summary.text("environment", _indented(environment))
+        tf.summary.text("configuration", _indented(config.to_toml()))
+        tf.summary.text("environment", _indented(json.dumps(environment, indent=2)))
         if count:
             positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
             images, labels = data.train.read(positions)
@@ -32,7 +35,7 @@ def write_graph(run: Run, graph: tf.Graph | None) -> None:
     """Writes the graph of one training step."""
     if graph is not None:
         with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default():
-            tf.summary.graph(graph.as_graph_def())
+            tf.summary.graph(_without_loop(graph.as_graph_def()))
 
 
 def write_end(
@@ -62,9 +65,10 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
     """Writes the run's line in TensorBoard's HParams page."""
     from tensorboard.plugins.hparams import api, api_pb2, summary
 
+    shown: Any = {"data": {"name"}, "model": True, "optimizer": True, "training": _HPARAMS}
     values = {
         f"{section}.{key}": value
-        for section, table in config.model_dump(include={"data", "model", "optimizer", "training"}).items()
+        for section, table in config.model_dump(include=shown).items()
         for key, value in _hyperparameters(table).items()
     }
     with tf.summary.create_file_writer(str(run.tensorboard)).as_default(step=0):
@@ -215,9 +219,20 @@ def _as_image(figure: Figure) -> tf.Tensor:
     return tf.image.decode_png(buffer.getvalue(), channels=4)[tf.newaxis]
 
 
-def _indented(content: dict[str, Any]) -> str:
+def _without_loop(graph: Any) -> Any:
+    """Takes "while/", the scope of the loop around the step, out of a GraphDef's names.
+
+    TensorBoard would otherwise draw one box named "while", and the network somewhere inside it.
+    """
+    for node in graph.node:
+        node.name = re.sub(r"\bwhile/", "", node.name)
+        node.input[:] = [re.sub(r"\bwhile/", "", name) for name in node.input]
+        node.attr.pop("_class", None)  # colocations, which name nodes too
+    return graph
+
+
+def _indented(text: str) -> str:
     # Markdown takes four spaces for code: the lines stay as they are.
-    text = json.dumps(content, indent=2, ensure_ascii=False)
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 

@@ -1,11 +1,11 @@
 """The run directory: where everything about one training lies, and how it is written.
 
-    runs/<UTC time>-<name>/
-        config.toml        the resolved configuration
-        environment.json   versions, CPU, GPU, git revision, data fingerprint
-        metrics.jsonl      a line an epoch
-        summary.json       written last: a run without one is not finished
-        checkpoints/  tensorboard/  log.txt  README.md
+runs/<UTC time>-<name>/
+    config.toml        the resolved configuration
+    environment.json   versions, CPU, GPU, git revision, data fingerprint
+    metrics.jsonl      a line an epoch
+    summary.json       written last: a run without one is not finished
+    checkpoints/  tensorboard/  log.txt  README.md
 """
 
 import contextlib
@@ -174,7 +174,9 @@ def environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, An
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "cpu": devices.cpu_model(),
         "cpus": devices.usable_cpus(),
-        "cpu_flags": [f for f in devices.cpu_flags() if f.startswith(("avx", "amx", "fma", "neon"))],
+        "cpu_flags": [
+            f for f in devices.cpu_flags() if f.startswith(("avx", "amx", "fma", "neon"))
+        ],
         "gpus": devices.gpu_models(),
         "devices": list(device_names),
         "variables": {
@@ -194,7 +196,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         path: Where the file shall be.
         write: Takes the path to fill. The ending is that of `path`, as Keras chooses by it.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes))
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes)
+    )
     os.close(handle)
     beside = Path(name)
     try:

@@ -133,12 +133,20 @@ def fit(
         with clock.part("report"):
             if config.logging.tensorboard:
                 report.write_start(run, config, facts, setting.data)
-        _train(setting, run, (train, validation), [*_callbacks(config, run), *callbacks], times, console)
+        _train(
+            setting,
+            run,
+            (train, validation),
+            [*_callbacks(config, run), *callbacks],
+            times,
+            console,
+        )
         with clock.part("evaluation"):
             scores, probabilities = setting.loop.evaluate(setting.batches("test"), collect=True)
         save_weights(run, setting.model)
         _log.info("test  %s", watching.shown(scores))
         summary = _summary(setting, scores, clock, times) | {"run": str(run.path)}
+        run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
         with clock.part("report"):
             _report(setting, run, summary, probabilities)
         summary["seconds"] |= {
@@ -146,7 +154,7 @@ def fit(
             "import": import_seconds,
             "total": time.perf_counter() - start + (import_seconds or 0.0),
         }
-        run.write_json("summary.json", summary)  # last: it says that the run is finished
+        run.write_json("summary.json", summary)
     return Fitted(summary, setting.model, run)
 
 
@@ -236,7 +244,9 @@ def predict(
                 "class": spec.class_names[label],
                 "label": label,
                 "probability": float(probabilities[label]),
-                "probabilities": dict(zip(spec.class_names, map(float, probabilities), strict=True)),
+                "probabilities": dict(
+                    zip(spec.class_names, map(float, probabilities), strict=True)
+                ),
                 "converted": picture.converted,
             }
         )
@@ -332,15 +342,21 @@ def _callbacks(config: Config, run: Run | None) -> list[keras.callbacks.Callback
             key: value.replace("{run}", str(run.path)) if run and isinstance(value, str) else value
             for key, value in callback.options.items()
         }
-        made.append(keras_objects.make("callback", callback.model_copy(update={"options": options})))
+        made.append(
+            keras_objects.make("callback", callback.model_copy(update={"options": options}))
+        )
     return made
 
 
 def _announce(setting: _Setting, run: Run) -> None:
     spec = setting.data.spec
     _log.info("run      %s", run.path)
-    _log.info("data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin)
-    _log.info("network  %s, %s parameters", setting.config.model.name, f"{setting.model.count_params():,}")
+    _log.info(
+        "data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin
+    )
+    _log.info(
+        "network  %s, %s parameters", setting.config.model.name, f"{setting.model.count_params():,}"
+    )
     _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
 
 

@@ -157,7 +157,9 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         InputError: The set is unknown, damaged, or not to be had here.
     """
-    module = importlib.import_module(f"{__name__}.{config.name if config.name in names() else 'tfds'}")
+    module = importlib.import_module(
+        f"{__name__}.{config.name if config.name in names() else 'tfds'}"
+    )
     source: Source = call_with_options(
         module.load, config, options=config.options, where="data.options"
     )

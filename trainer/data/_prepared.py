@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def write_prepared(
     version: str,
     class_names: list[str],
     origin: str,
-    splits: dict[str, tuple[int, tuple[int, int, int], Iterable[tuple[Images, NDArray[Any]]]]],
+    splits: Mapping[str, tuple[int, tuple[int, int, int], Iterable[tuple[Images, NDArray[Any]]]]],
 ) -> None:
     """Writes decoded splits, batch by batch, so that memory does not grow with the set.
 

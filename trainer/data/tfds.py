@@ -90,7 +90,11 @@ def prepare(config: DataConfig) -> bool:
     if "train" not in available:
         raise InputError(f"data set {config.name!r} has no train split, only {sorted(available)}")
     splits = {
-        split: (available[split].num_examples, _image_shape(config, builder), _decode(config, builder, split))
+        split: (
+            available[split].num_examples,
+            _image_shape(config, builder),
+            _decode(config, builder, split),
+        )
         for split in ("train", "validation", "test")
         if split in available
     }
@@ -120,7 +124,9 @@ def _builder(config: DataConfig, *, elsewhere: bool = False) -> Any:
         return tfds.builder(config.name, data_dir=directory)
     except tfds.core.DatasetNotFoundError:
         known = [*names(), *tfds.list_builders(with_community_datasets=False)]
-        raise InputError(f"unknown data set {config.name!r}: {nearest(config.name, known)}") from None
+        raise InputError(
+            f"unknown data set {config.name!r}: {nearest(config.name, known)}"
+        ) from None
     except (ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"data set {config.name!r} cannot be opened: {reason}") from None
@@ -143,7 +149,7 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[str, str]:
             f"received {', '.join(features)} (supervised: {keys})"
         )
     _image_shape(config, builder)
-    return keys
+    return keys[0], keys[1]
 
 
 def _image_shape(config: DataConfig, builder: Any) -> tuple[int, int, int]:
@@ -214,9 +220,9 @@ def network_answers(url: str) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+        request = urllib.request.Request(url, method="HEAD")
         try:
-            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):  # noqa: S310
+            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
                 answered.set()
         except urllib.error.HTTPError:
             answered.set()  # a server that refuses HEAD is a server that answers
@@ -241,7 +247,9 @@ def _download(config: DataConfig, builder: Any, **options: str) -> None:
         raise InputError(f"data set {config.name!r} could not be prepared: {reason}") from None
     finally:
         # What the archives were unpacked to is not needed again.
-        shutil.rmtree(Path(config.directory) / "tensorflow_datasets" / "downloads", ignore_errors=True)
+        shutil.rmtree(
+            Path(config.directory) / "tensorflow_datasets" / "downloads", ignore_errors=True
+        )
 
 
 def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:

@@ -39,9 +39,7 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         raise InputError(f"unknown model {config.name!r}: {nearest(config.name, names())}")
     module = importlib.import_module(f"{__name__}.{config.name}")
     try:
-        model = call_with_options(
-            module.build, spec, options=config.options, where="model.options"
-        )
+        model = call_with_options(module.build, spec, options=config.options, where="model.options")
     except (TypeError, ValueError) as error:
         # Keras explains a shape that does not fit over several lines, the reason in the first.
         reason = " ".join(str(error).split())[:300]

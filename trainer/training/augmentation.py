@@ -1,4 +1,4 @@
-"""Training images altered at random: Keras's preprocessing layers, inside the step, on the device."""
+"""Training images altered at random by Keras's preprocessing layers, in the step, on the device."""
 
 from collections.abc import Callable, Sequence
 

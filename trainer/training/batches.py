@@ -82,7 +82,7 @@ def steps_per_epoch(images: int, batch_size: int, limit_batches: int | None) -> 
 
 
 def epoch_order(images: int, seed: int | None, epoch: int) -> tf.Tensor:
-    """Returns the order of an epoch's images, int32 [images], a function of seed and epoch alone."""
+    """Returns the order of an epoch's images, int32 [images], by seed and epoch alone."""
     with tf.device("CPU:0"):
         order = tf.range(images)
         if seed is None:

@@ -42,7 +42,12 @@ class StepTimes:
     def summary(self) -> dict[str, Any]:
         """Returns medians and quartiles; None where nothing was measured."""
         if not self.step_ms:
-            return {"step_ms": None, "step_ms_quartiles": None, "images_per_second": None, "windows": 0}
+            return {
+                "step_ms": None,
+                "step_ms_quartiles": None,
+                "images_per_second": None,
+                "windows": 0,
+            }
         low, middle, high = (float(q) for q in np.percentile(self.step_ms, (25, 50, 75)))
         return {
             "step_ms": round(middle, 4),
@@ -142,7 +147,8 @@ class TensorBoardCurves(keras.callbacks.Callback):
         """Opens `folder`/train and `folder`/validation."""
         super().__init__()
         self._writers = {
-            name: tf.summary.create_file_writer(str(folder / name)) for name in ("train", "validation")
+            name: tf.summary.create_file_writer(str(folder / name))
+            for name in ("train", "validation")
         }
         self._histograms = histograms
         self._gradient_norms: list[Any] = []
@@ -229,11 +235,12 @@ def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
     @tf.function(input_signature=(tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64)))
     def write(values: tf.Tensor, first: tf.Tensor) -> None:
         for i in tf.range(tf.shape(values, out_type=tf.int64)[0]):
-            for column, name in enumerate(names):
-                tf.summary.scalar(f"step/{name}", values[i, column], step=first + i)
+            with tf.name_scope("step/"):  # the slash leaves out "while/", the scope of the loop
+                for column, name in enumerate(names):
+                    tf.summary.scalar(name, values[i, column], step=first + i)
 
-    write.get_concrete_function()
-    return write
+    traced: Callable[[tf.Tensor, tf.Tensor], None] = write.get_concrete_function()
+    return traced
 
 
 def shown(logs: Logs) -> str:

@@ -104,7 +104,8 @@ class Loop:
         self._calls, self._warmup_calls = 0, 1
         self._augment = augment
         self._jit_compile = jit_compile
-        self._step_options = {"clip_norm": clip_norm, "gradient_norms": gradient_norms}
+        self._clip_norm = clip_norm
+        self._gradient_norms = gradient_norms
         self._evaluations: dict[int, tuple[Batches, Any]] = {}
         with strategy.scope():
             # Keras makes the variables of optimizer and metrics at their first use. That would be
@@ -143,7 +144,12 @@ class Loop:
         """
         model = self.model
         callback_list = keras.callbacks.CallbackList(
-            list(callbacks), add_history=True, model=model, epochs=epochs, steps=train.steps, verbose=0
+            list(callbacks),
+            add_history=True,
+            model=model,
+            epochs=epochs,
+            steps=train.steps,
+            verbose=0,
         )
         model.stop_training = False
         self._calls, self._warmup_calls = 0, warmup_calls
@@ -274,65 +280,72 @@ class Loop:
     def _trace_training(self, train: Batches) -> Any:
         """Builds the graph of a call: as many steps as its argument says."""
 
-        def one_replica(selection: Any, count: tf.Tensor) -> dict[str, tf.Tensor]:
-            first, last, share = self._my_rows(count)
-            images, labels = train.rows(selection, first, last)
+        def one_replica(selection: Any, size: tf.Tensor) -> dict[str, tf.Tensor]:
+            images, labels, share = self._my_part(train, selection, size)
             self.step_graph = images.graph  # what TensorBoard draws: the step, without the loop
             if self._augment is not None:
-                images = self._augment(images)
-            return train_step(self.model, images, labels, share=share, **self._step_options)
+                with tf.name_scope("augment"):
+                    images = self._augment(images)
+            return train_step(
+                self.model,
+                images,
+                labels,
+                share=share,
+                clip_norm=self._clip_norm,
+                gradient_norms=self._gradient_norms,
+            )
 
         step = tf.function(one_replica, jit_compile=True) if self._jit_compile else one_replica
         metrics = {name: len(v.shape) for name, v in self.model.get_metrics_result().items()}
         recorded = ["loss", "learning_rate"]
         recorded += [name for name, rank in metrics.items() if rank == 0 and name != "loss"]
-        if self._step_options["gradient_norms"]:
+        if self._gradient_norms:
             recorded.append("gradient_norms")
 
         @tf.function
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             arrays = [tf.TensorArray(tf.float32, size=count) for _ in recorded]
             for i in tf.range(count):
-                selection = train.select(state, first + i)
-                size = tf.minimum(train.batch_size, train.images - (first + i) * train.batch_size)
-                learning_rate = tf.identity(self.model.optimizer.learning_rate)
-                parts = self.strategy.run(step, args=(selection, size))
-                values = {
-                    # Parts of the loss add up over the replicas; gradient norms are alike on each.
-                    name: self.strategy.reduce("SUM", value, axis=None)
-                    if name == "loss"
-                    else self.strategy.experimental_local_results(value)[0]
-                    for name, value in parts.items()
-                }
-                values = self.model.get_metrics_result() | values
-                values["learning_rate"] = learning_rate
-                arrays = [
-                    array.write(i, tf.cast(values[name], tf.float32))
-                    for array, name in zip(arrays, recorded, strict=True)
-                ]
+                with tf.name_scope("record"):
+                    learning_rate = tf.identity(self.model.optimizer.learning_rate)
+                parts = self.strategy.run(step, args=_global_batch(train, state, first + i))
+                with tf.name_scope("record"):
+                    values = self._values(parts) | {"learning_rate": learning_rate}
+                    arrays = [
+                        array.write(i, tf.cast(values[name], tf.float32))
+                        for array, name in zip(arrays, recorded, strict=True)
+                    ]
             stacked = {name: array.stack() for name, array in zip(recorded, arrays, strict=True)}
             return stacked, self.model.get_metrics_result()
 
         return self._compiled(call, train)
 
+    def _values(self, parts: dict[str, Any]) -> dict[str, tf.Tensor]:
+        """Returns what a step is recorded by: its loss, gradient norms and the metrics so far."""
+        values: dict[str, tf.Tensor] = self.model.get_metrics_result()
+        # The replicas' parts of the loss add up; gradient norms are alike on each.
+        values["loss"] = self.strategy.reduce("SUM", parts["loss"], axis=None)
+        if "gradient_norms" in parts:
+            norms = self.strategy.experimental_local_results(parts["gradient_norms"])
+            values["gradient_norms"] = norms[0]
+        return values
+
     def _trace_evaluation(self, batches: Batches, collect: bool) -> Any:
         """Builds the graph of a call that scores as many batches as its argument says."""
 
-        def one_replica(selection: Any, count: tf.Tensor) -> tf.Tensor:
-            first, last, share = self._my_rows(count)
-            images, labels = batches.rows(selection, first, last)
+        def one_replica(selection: Any, size: tf.Tensor) -> tf.Tensor:
+            images, labels, share = self._my_part(batches, selection, size)
             outputs = test_step(self.model, images, labels, share=share)
-            return outputs if share is None else outputs[: last - first]
+            if share is None:
+                return outputs
+            return tf.cond(share > 0, lambda: outputs, lambda: outputs[:0])
 
         @tf.function
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             array = tf.TensorArray(tf.float32, size=count, infer_shape=False)
             for i in tf.range(count):
-                selection = batches.select(state, first + i)
-                size = tf.minimum(
-                    batches.batch_size, batches.images - (first + i) * batches.batch_size
-                )
-                outputs = self.strategy.run(one_replica, args=(selection, size))
+                batch = _global_batch(batches, state, first + i)
+                outputs = self.strategy.run(one_replica, args=batch)
                 if collect:
                     local = self.strategy.experimental_local_results(outputs)
                     array = array.write(i, tf.concat(local, axis=0))
@@ -341,15 +354,18 @@ class Loop:
 
         return self._compiled(call, batches)
 
-    def _my_rows(self, count: tf.Tensor) -> tuple[Any, Any, tf.Tensor | None]:
-        """Divides `count` rows among the replicas: this one's first and last row, and its share."""
+    def _my_part(
+        self, batches: Batches, selection: Any, size: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        """Returns this replica's images and labels of a batch of `size`, and its share of it."""
         replicas = self.strategy.num_replicas_in_sync
-        if replicas == 1:
-            return 0, count, None
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        first, last = replica * count // replicas, (replica + 1) * count // replicas
-        share = tf.cast(last - first, tf.float32) / tf.cast(count, tf.float32)
-        return first, tf.maximum(last, first + 1), share
+        with tf.name_scope("batch"):
+            if replicas == 1:
+                return *batches.rows(selection, 0, size), None
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            first, last = replica * size // replicas, (replica + 1) * size // replicas
+            share = tf.cast(last - first, tf.float32) / tf.cast(size, tf.float32)
+            return *batches.rows(selection, first, tf.maximum(last, first + 1)), share
 
     def _compiled(self, call: Any, batches: Batches) -> Any:
         with self.strategy.scope():
@@ -363,6 +379,13 @@ class Loop:
             return function(*arguments)
         finally:
             setattr(self.seconds, part, getattr(self.seconds, part) + time.perf_counter() - start)
+
+
+def _global_batch(batches: Batches, state: Any, step: tf.Tensor) -> tuple[Any, tf.Tensor]:
+    """Returns the batch of a step of the epoch, for all replicas, and how many rows it has."""
+    with tf.name_scope("batch"):
+        left = batches.images - step * batches.batch_size
+        return batches.select(state, step), tf.minimum(batches.batch_size, left)
 
 
 def _as_floats(results: dict[str, Any]) -> Logs:

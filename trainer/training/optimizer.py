@@ -1,11 +1,12 @@
 """The optimizer and the learning-rate schedule that a configuration describes."""
 
 import inspect
+from typing import Any
 
 import keras
 
 from trainer import keras_objects
-from trainer.config import OptimizerConfig
+from trainer.config import KerasObject, OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
@@ -18,16 +19,17 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     Raises:
         InputError: A name is unknown, or an option is refused.
     """
-    rate = config.learning_rate if config.schedule is None else _schedule(config, total_steps)
+    rate: Any = config.learning_rate
+    if config.schedule is not None:
+        rate = _schedule(config, config.schedule, total_steps)
     options = {"learning_rate": rate} | config.options
     factory = keras_objects.find("optimizer", config.name)
     return keras_objects.call(factory, f"optimizer {config.name!r}", options)
 
 
 def _schedule(
-    config: OptimizerConfig, total_steps: int
+    config: OptimizerConfig, schedule: KerasObject, total_steps: int
 ) -> keras.optimizers.schedules.LearningRateSchedule:
-    schedule = config.schedule
     factory = keras_objects.find("schedule", schedule.name)
     warmup = round(config.warmup_fraction * total_steps)
     defaults = {

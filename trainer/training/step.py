@@ -41,22 +41,29 @@ def train_step(
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     optimizer, weights = model.optimizer, model.trainable_variables
+    # The names are the boxes that TensorBoard draws.
     with tf.GradientTape() as tape:
-        outputs = model(images, training=True)
-        loss = model.compute_loss(images, labels, outputs, sample_weight, training=True)
-        mean_loss = loss if share is None else loss * replicas  # Keras divides by the replicas
-        part = mean_loss if share is None else mean_loss * share
-        # mixed_float16 multiplies the loss so that small gradients do not vanish; the optimizer
-        # divides them again. Left out, it would divide gradients that were never multiplied.
-        scaled = optimizer.scale_loss(part)
-    gradients = tape.gradient(scaled, weights)
+        with tf.name_scope("forward"):
+            outputs = model(images, training=True)
+        with tf.name_scope("loss"):
+            loss = model.compute_loss(images, labels, outputs, sample_weight, training=True)
+            mean_loss = loss if share is None else loss * replicas  # Keras divides by the replicas
+            part = mean_loss if share is None else mean_loss * share
+            # mixed_float16 multiplies the loss so that small gradients do not vanish; the optimizer
+            # divides them again. Left out, it would divide gradients that were never multiplied.
+            scaled = optimizer.scale_loss(part)
+    with tf.name_scope("gradients"):
+        gradients = tape.gradient(scaled, weights)
     result = {"loss": part}
     if clip_norm is not None or gradient_norms or _scales_loss(optimizer):
-        gradients, norms = _clip_whole_batch(gradients, optimizer, clip_norm)
+        with tf.name_scope("clip"):
+            gradients, norms = _clip_whole_batch(gradients, optimizer, clip_norm)
         if gradient_norms:
             result["gradient_norms"] = norms
-    optimizer.apply(gradients, weights)
-    _update_metrics(model, images, labels, outputs, sample_weight, mean_loss, share)
+    with tf.name_scope("update"):
+        optimizer.apply(gradients, weights)
+    with tf.name_scope("metrics"):
+        _update_metrics(model, images, labels, outputs, sample_weight, mean_loss, share)
     return result
 
 

@@ -1,0 +1,207 @@
+"""The two ways that images reach the device give the same batches, and streaming needs no memory."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import DataConfig
+from trainer.data import Split, load
+from trainer.data._prepared import write_prepared
+from trainer.errors import InputError
+from trainer.training.batches import (
+    Batches,
+    ResidentBatches,
+    StreamedBatches,
+    epoch_order,
+    make_batches,
+)
+from trainer.training.loop import Loop
+
+Make = Callable[..., Any]
+
+
+def read_epoch(batches: Batches, strategy: Any, epoch: int) -> list[tuple[Any, Any]]:
+    """Returns the images and labels of each batch of an epoch, as one device gets them."""
+    state = batches.begin(epoch)
+    found = []
+    for i in range(batches.steps):
+        selection = batches.select(state, tf.constant(i))
+        rows = strategy.run(batches.rows, args=(selection, 0, batches.batch_size))
+        found.append(tuple(part.numpy() for part in rows))
+    return found
+
+
+def as_rows(epoch: list[tuple[Any, Any]]) -> list[bytes]:
+    """Returns each image with its label as bytes, in order."""
+    return [
+        image.tobytes() + int(label).to_bytes(1, "big")
+        for images, labels in epoch
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+@pytest.fixture(params=["device", "stream"])
+def placement(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_both_placements_give_the_same_batches(
+    tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    resident = batches_of(tiny.train, one_device, 7, placement="device", seed=4)
+    streamed = batches_of(tiny.train, one_device, 7, placement="stream", seed=4)
+    assert isinstance(resident, ResidentBatches)
+    assert isinstance(streamed, StreamedBatches)
+    assert (resident.steps, resident.images) == (streamed.steps, streamed.images) == (10, 64)
+    for epoch in range(2):
+        pairs = zip(
+            read_epoch(resident, one_device, epoch),
+            read_epoch(streamed, one_device, epoch),
+            strict=True,
+        )
+        for (images, labels), (other_images, other_labels) in pairs:
+            assert images.dtype == other_images.dtype == np.uint8
+            assert labels.dtype == other_labels.dtype == np.int32
+            np.testing.assert_array_equal(images, other_images)
+            np.testing.assert_array_equal(labels, other_labels)
+
+
+def test_both_placements_train_to_the_same_weights(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    ends = []
+    for placement in ("device", "stream"):
+        model = compiled_model(one_device, dropout=0.5)
+        train = batches_of(tiny.train, one_device, 7, placement=placement, seed=4)
+        Loop(model, one_device, steps_per_call=4).fit(train, epochs=2)
+        ends.append(model.get_weights())
+    for resident, streamed in zip(*ends, strict=True):
+        np.testing.assert_array_equal(resident, streamed)
+
+
+def test_every_image_once_an_epoch_in_another_order(
+    placement: str, tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    expected = as_rows([tiny.train.read()])
+    assert len(set(expected)) == 64  # so that an image given twice would show
+
+    def rows(seed: int | None, epoch: int) -> list[bytes]:
+        batches = batches_of(tiny.train, one_device, 7, placement=placement, seed=seed)
+        return as_rows(read_epoch(batches, one_device, epoch))
+
+    orders = [rows(0, 0), rows(0, 1), rows(1, 0)]
+    for order in orders:
+        assert sorted(order) == sorted(expected)
+    assert len({tuple(order) for order in [*orders, expected]}) == 4
+    assert rows(0, 1) == orders[1]  # a function of seed and epoch alone
+    assert rows(None, 0) == rows(None, 1) == expected
+
+
+def test_limit_batches_takes_the_first_of_an_epoch(
+    placement: str, tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    whole = batches_of(tiny.train, one_device, 7, placement=placement, seed=2)
+    some = batches_of(tiny.train, one_device, 7, placement=placement, seed=2, limit_batches=3)
+    assert (some.steps, some.images) == (3, 21)
+    expected = as_rows(read_epoch(whole, one_device, 0))
+    assert as_rows(read_epoch(some, one_device, 0)) == expected[:21]
+    # More than there are leaves all of them.
+    many = batches_of(tiny.train, one_device, 7, placement=placement, seed=2, limit_batches=99)
+    assert (many.steps, many.images) == (10, 64)
+
+
+def test_rows_cut_a_share_out_of_a_batch(
+    placement: str, tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    images, labels = tiny.train.read()
+    batches = batches_of(tiny.train, one_device, 16, placement=placement)
+    selection = batches.select(batches.begin(0), tf.constant(0))
+    some, their_labels = one_device.run(batches.rows, args=(selection, 3, 8))
+    np.testing.assert_array_equal(some, images[3:8])
+    np.testing.assert_array_equal(their_labels, labels[3:8])
+
+
+def test_order_does_not_change_between_versions() -> None:
+    # A resumed run must meet the same batches: this order is part of what a seed promises.
+    assert epoch_order(8, 3, 1).numpy().tolist() == []
+
+
+def test_batch_larger_than_the_training_split_is_refused(
+    tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    with pytest.raises(InputError, match=r"batch_size = 65 is larger than the 64 training images"):
+        batches_of(tiny.train, one_device, 65, seed=0)
+    assert batches_of(tiny.train, one_device, 64, seed=0).steps == 1
+    # What is only scored may be smaller than a batch.
+    assert batches_of(tiny.validation, one_device, 65).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("placement", "images", "limit_mb", "expected"),
+    [
+        ("auto", 1000, 1, ResidentBatches),
+        ("auto", 1001, 1, StreamedBatches),
+        ("auto", 1001, 2, ResidentBatches),
+        ("auto", 1, 0, StreamedBatches),
+        ("device", 1001, 1, ResidentBatches),
+        ("stream", 1, 1, StreamedBatches),
+    ],
+)
+def test_placement_obeys_the_limit(
+    placement: Any, images: int, limit_mb: int, expected: type, one_device: Any
+) -> None:
+    # A thousand bytes an image. Only the rows of the split count, not those it leaves out.
+    split = Split(np.zeros((1500, 10, 10, 10), np.uint8), np.zeros(1500, np.int32), np.arange(images))
+    config = DataConfig(placement=placement, device_limit_mb=limit_mb)
+    assert isinstance(make_batches(split, config, one_device, batch_size=1), expected)
+
+
+def test_slices_of_a_mapped_file_are_read_as_they_are(tmp_path: Path) -> None:
+    images = np.arange(20 * 3 * 2, dtype=np.uint8).reshape(20, 3, 2, 1)
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    labels = np.arange(20, dtype=np.int32)
+    for cut in (np.s_[:], np.s_[5:], np.s_[::2], np.s_[:, ::-1]):
+        split = Split(mapped[cut], labels, np.arange(len(images[cut])))
+        np.testing.assert_array_equal(split.read()[0], images[cut])
+
+
+STREAM = """
+import json, sys
+from pathlib import Path
+import tensorflow as tf
+from trainer import devices
+from trainer.config import DataConfig
+from trainer.data import load
+from trainer.training.batches import make_batches
+
+def peak_mb():
+    # Not getrusage where there is better: Linux hands the parent's peak on to a child.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
+        return int(line.split()[1]) / 1000
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
+
+def epoch(name, directory, placement):
+    config = DataConfig(name=name, directory=directory, placement=placement, test_fraction=0.01, validation_fraction=0.01)
+    before = peak_mb()
+    train, strategy = load(config).train, devices.select("cpu").strategy
+    batches = make_batches(train, config, strategy, batch_size=8, seed=0)
+    state, total = batches.begin(0), 0
+    for i in range(batches.steps):
+        images, _ = strategy.run(batches.rows, args=(batches.select(state, tf.constant(i)), 0, 8))
+        total += len(images)
+    assert total == len(train)
+    return {"read_mb": train.nbytes / 1e6, "grown_mb": peak_mb() - before}
+
+tf.random.normal((64, 64))
+print(json.dumps([epoch(*case) for case in json.loads(sys.argv[1])]))
+"""

@@ -1,0 +1,540 @@
+"""The loop: Keras's callbacks and parts as Keras's own fit runs them, windows, evaluation."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import DataConfig, ModelConfig
+from trainer.data import load
+from trainer.errors import CheckError
+from trainer.models import build
+from trainer.training.batches import make_batches
+from trainer.training.loop import Loop, Window
+
+Make = Callable[..., Any]
+
+# Keras 3.15's own callbacks read a variable in a way that numpy 2 means to end.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def keras_fit(
+    model: keras.Model, tiny: Any, *, epochs: int, callbacks: list[Any], steps_per_call: int = 4
+) -> dict[str, list[float]]:
+    """Trains by Keras's own fit: 8 batches of 8 images, validated on 4 batches of 5 and fewer."""
+    images, labels = tiny.train.read()
+    model.steps_per_execution = steps_per_call
+    fitted = model.fit(
+        images,
+        labels,
+        batch_size=8,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks,
+        validation_data=tiny.test.read(),
+        validation_batch_size=5,
+    )
+    history: dict[str, list[float]] = fitted.history
+    return history
+
+
+class Recorder(keras.callbacks.Callback):
+    """A user's own callback: writes down which method was called with what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        for moment in ("begin", "end"):
+            for part in ("train", "test", "predict"):
+                self._record(f"on_{part}_{moment}")
+                self._record(f"on_{part}_batch_{moment}")
+            self._record(f"on_epoch_{moment}")
+
+    def _record(self, name: str) -> None:
+        def method(*arguments: Any, logs: dict[str, float] | None = None) -> None:
+            numbers = [a for a in arguments if isinstance(a, int)]
+            given = next((a for a in arguments if isinstance(a, dict)), logs) or {}
+            assert all(isinstance(float(v), float) for v in given.values())
+            self.calls.append((name, *numbers, *sorted(given)))
+
+        setattr(self, name, method)
+
+
+def compare_weights(found: keras.Model, wanted: keras.Model) -> None:
+    for a, b in zip(found.get_weights(), wanted.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def compare_histories(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(values, rel=1e-6), name
+
+
+def both_ways(
+    tiny: Any,
+    compiled_model: Make,
+    batches_of: Make,
+    one_device: Any,
+    callbacks: Callable[[str], list[Any]],
+    *,
+    epochs: int,
+    **options: Any,
+) -> tuple[dict[str, list[float]], dict[str, list[float]], keras.Model, keras.Model]:
+    """Trains equal models by Keras's fit and by our loop; returns histories and models."""
+    theirs, ours = compiled_model(**options), compiled_model(one_device, **options)
+    wanted = keras_fit(theirs, tiny, epochs=epochs, callbacks=callbacks("keras"))
+    found = Loop(ours, one_device, steps_per_call=4).fit(
+        batches_of(tiny.train, one_device, 8),
+        batches_of(tiny.test, one_device, 5),
+        epochs=epochs,
+        callbacks=callbacks("ours"),
+    )
+    return found, wanted, ours, theirs
+
+
+def test_callbacks_that_stop_restore_and_save_work_as_under_keras_fit(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any, tmp_path: Path
+) -> None:
+    recorders: dict[str, Recorder] = {}
+
+    def callbacks(who: str) -> list[Any]:
+        recorders[who] = Recorder()
+        return [
+            keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
+            keras.callbacks.ModelCheckpoint(
+                tmp_path / f"{who}.keras", monitor="val_loss", save_best_only=True
+            ),
+            keras.callbacks.ModelCheckpoint(
+                tmp_path / f"{who}-{{epoch}}.weights.h5", save_weights_only=True
+            ),
+            keras.callbacks.CSVLogger(tmp_path / f"{who}.csv"),
+            recorders[who],
+        ]
+
+    # So high a rate overshoots, and the validation loss soon rises.
+    found, wanted, ours, theirs = both_ways(
+        tiny,
+        compiled_model,
+        batches_of,
+        one_device,
+        callbacks,
+        epochs=12,
+        optimizer=lambda: keras.optimizers.Adam(0.3),
+    )
+    compare_histories(found, wanted)
+    stopped = len(found["loss"])
+    assert 3 <= stopped < 12  # EarlyStopping stopped it
+    compare_weights(ours, theirs)
+    best = keras.saving.load_model(tmp_path / "ours.keras")
+    compare_weights(ours, best)  # and restored what ModelCheckpoint kept as the best
+    last = keras.models.clone_model(ours)
+    last.load_weights(tmp_path / f"ours-{stopped}.weights.h5")
+    assert any((a != b).any() for a, b in zip(last.get_weights(), best.get_weights(), strict=True))
+    tables = [
+        np.genfromtxt(tmp_path / f"{who}.csv", delimiter=",", names=True)
+        for who in ("ours", "keras")
+    ]
+    assert tables[0].dtype.names == tables[1].dtype.names
+    assert len(tables[0]) == stopped
+    for name in tables[0].dtype.names:
+        np.testing.assert_allclose(tables[0][name], tables[1][name], rtol=1e-6)
+    # Every method of a callback was called in the same order, with the same numbers and logs.
+    assert recorders["ours"].calls == recorders["keras"].calls
+    assert ("on_train_batch_end", 7, "accuracy", "loss") in recorders["ours"].calls
+
+
+def test_callbacks_that_set_the_learning_rate_work_as_under_keras_fit(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    def callbacks(_: str) -> list[Any]:
+        return [
+            keras.callbacks.LearningRateScheduler(
+                lambda epoch, rate: rate * (2 if epoch == 1 else 1)
+            ),
+            # No loss falls by 10, so each epoch but the first halves the rate at its end.
+            keras.callbacks.ReduceLROnPlateau("val_loss", 0.5, patience=1, min_delta=10.0),
+        ]
+
+    found, wanted, ours, theirs = both_ways(
+        tiny,
+        compiled_model,
+        batches_of,
+        one_device,
+        callbacks,
+        epochs=4,
+        optimizer=lambda: keras.optimizers.SGD(0.1),
+    )
+    compare_histories(found, wanted)
+    assert found["learning_rate"] == pytest.approx([0.1, 0.2, 0.1, 0.05])
+    compare_weights(ours, theirs)
+
+
+class Scale(keras.layers.Layer):
+    """A user's own layer: a factor for each feature, and a loss of its own."""
+
+    def build(self, shape: tuple[int, ...]) -> None:
+        self.factor = self.add_weight(shape=(shape[-1],), initializer="ones", name="factor")
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(0.1 * keras.ops.sum(self.factor**2))
+        return x * self.factor
+
+
+class Focal(keras.losses.Loss):
+    """A user's own loss."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        y_true = keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32")
+        p = keras.ops.sum(keras.ops.one_hot(y_true, 3) * y_pred, axis=-1)
+        return -((1 - p) ** 2) * keras.ops.log(p)
+
+
+class Count(keras.metrics.Metric):
+    """A user's own metric: how many images it has seen."""
+
+    def __init__(self, name: str = "images_seen", **options: Any) -> None:
+        super().__init__(name=name, **options)
+        self.seen = self.add_weight(shape=(), initializer="zeros", name="seen")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:  # noqa: ARG002
+        self.seen.assign_add(keras.ops.cast(keras.ops.shape(y_pred)[0], "float32"))
+
+    def result(self) -> Any:
+        return self.seen + 0.0
+
+
+class SignDescent(keras.optimizers.Optimizer):
+    """A user's own optimizer."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        rate = keras.ops.cast(learning_rate, variable.dtype)
+        self.assign_sub(variable, rate * keras.ops.sign(gradient))
+
+
+def test_own_layer_loss_metric_and_optimizer_work_as_under_keras_fit(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    found, wanted, ours, theirs = both_ways(
+        tiny,
+        compiled_model,
+        batches_of,
+        one_device,
+        lambda _: [],
+        epochs=2,
+        optimizer=lambda: SignDescent(0.002),
+        loss=Focal(),
+        metrics=[Count()],
+        own_layers=lambda: [Scale(name="scale_own")],
+    )
+    compare_histories(found, wanted)
+    compare_weights(ours, theirs)
+    assert found["images_seen"] == [64.0, 64.0]
+    assert found["val_images_seen"] == [17.0, 17.0]
+    # 16 steps of 0.002, always downwards against the layer's own loss, unless the data said no.
+    assert not np.array_equal(ours.get_layer("scale_own").factor.numpy(), np.ones(8))
+
+
+def test_weights_averaged_by_the_optimizer_end_as_under_keras_fit(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    # Keras's fit replaces the weights by their moving average at its end.
+    *_, ours, theirs = both_ways(
+        tiny,
+        compiled_model,
+        batches_of,
+        one_device,
+        lambda _: [],
+        epochs=1,
+        optimizer=lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5),
+    )
+    compare_weights(ours, theirs)
+
+
+def test_metric_of_several_values_reaches_callbacks_as_under_keras_fit(
+    compiled_model: Make, tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    class PerClass(Count):
+        def result(self) -> Any:
+            return keras.ops.stack([self.seen + 0.0, self.seen * 2.0])
+
+    seen: list[Any] = []
+    model = compiled_model(one_device, metrics=[PerClass("per_class")])
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda _, logs: seen.append(logs["per_class"])
+    )
+    Loop(model, one_device).fit(
+        batches_of(tiny.train, one_device, 32), epochs=1, callbacks=[callback]
+    )
+    np.testing.assert_array_equal(seen[0], [64, 128])
+
+
+def test_steps_per_call_and_repetition_change_no_bit(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    ends = []
+    for steps_per_call in (1, 50, 50):
+        model = compiled_model(one_device, dropout=0.5)
+        train = batches_of(tiny.train, one_device, 7, seed=5)
+        Loop(model, one_device, steps_per_call=steps_per_call).fit(train, epochs=2)
+        ends.append(model.get_weights())
+    for one, many, again in zip(*ends, strict=True):
+        np.testing.assert_array_equal(one, many)
+        np.testing.assert_array_equal(many, again)
+
+
+def test_dropout_drops_in_training_and_not_in_evaluation(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    # A rate of 0 learns nothing: the losses of two epochs differ by what was dropped alone.
+    model = compiled_model(one_device, dropout=0.5, optimizer=lambda: keras.optimizers.SGD(0.0))
+    loop = Loop(model, one_device)
+    train = batches_of(tiny.train, one_device, 16)
+    losses = loop.fit(train, epochs=2)["loss"]
+    assert losses[0] != losses[1]
+    score, _ = loop.evaluate(train)
+    images, labels = tiny.train.read()
+    probabilities = model(images, training=False).numpy()
+    expected = -np.log(probabilities[np.arange(64), labels]).mean()
+    assert score["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def infinite_at(label: int) -> Callable[[Any, Any], Any]:
+    """A loss that is infinite for one label."""
+
+    def loss(labels: Any, outputs: Any) -> Any:
+        each = keras.losses.sparse_categorical_crossentropy(labels, outputs)
+        return tf.where(tf.reshape(labels, tf.shape(each)) == label, np.inf, each)
+
+    return loss
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_infinite_loss_names_the_step(
+    steps_per_call: int, tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    labels = tiny.train.labels.copy()
+    labels[labels == 2] = 1
+    labels[tiny.train.rows[37]] = 2  # of batches of 8, the fifth
+    split = type(tiny.train)(tiny.train.images, labels, tiny.train.rows)
+    model = compiled_model(one_device, loss=infinite_at(2))
+    recorder, windows = Recorder(), []
+    loop = Loop(model, one_device, steps_per_call=steps_per_call)
+    with pytest.raises(CheckError, match=r"the loss became inf at step 5 \(epoch 1 of 3\)"):
+        loop.fit(
+            batches_of(split, one_device, 8),
+            epochs=3,
+            callbacks=[recorder, keras.callbacks.TerminateOnNaN()],
+            observers=[windows.append],
+        )
+    # What was recorded is still handed out, and callbacks may close their files.
+    losses = np.concatenate([window.loss for window in windows])
+    assert np.isfinite(losses[:4]).all()
+    assert losses[4] == np.inf
+    assert recorder.calls[-1][0] == "on_train_end"
+
+
+def test_loss_that_is_no_number_names_the_step(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    # At an infinite rate the first step of the second epoch spoils the weights for the next one.
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 if epoch == 0 else float("inf"))
+    stop = keras.callbacks.TerminateOnNaN()
+    model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(0.1))
+    loop = Loop(model, one_device, steps_per_call=4)
+    with pytest.raises(CheckError, match=r"the loss became nan at step 10 \(epoch 2 of 3\)"):
+        loop.fit(batches_of(tiny.train, one_device, 8), epochs=3, callbacks=[rates, stop])
+    assert model.stop_training  # TerminateOnNaN saw it in the logs
+
+
+def test_windows_add_up_and_tell_rate_and_metrics_of_each_step(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 12], [0.5, 0.05, 0.005])
+    model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
+    loop = Loop(model, one_device, steps_per_call=4)
+    windows: list[Window] = []
+    train = batches_of(tiny.train, one_device, 7)  # ten batches, the last of one image
+    loop.fit(train, epochs=2, observers=[windows.append])
+
+    assert [w.epoch for w in windows] == [0, 0, 0, 1, 1, 1]
+    assert [w.first_step for w in windows] == [0, 4, 8, 10, 14, 18]
+    assert [w.steps for w in windows] == [4, 4, 2, 4, 4, 2]
+    assert [w.images for w in windows] == [28, 28, 8, 28, 28, 8]
+    assert [w.warm for w in windows] == [False] + [True] * 5
+    assert all(w.seconds > 0 for w in windows)
+    assert loop.seconds.training == pytest.approx(sum(w.seconds for w in windows))
+    rates = np.concatenate([np.atleast_1d(w.learning_rate) for w in windows])
+    np.testing.assert_array_equal(rates, np.float32([0.5] * 2 + [0.05] * 11 + [0.005] * 7))
+    losses = np.concatenate([w.loss for w in windows])
+    # The loss of the epoch is the mean over images, not over steps.
+    sizes = [7] * 9 + [1]
+    for epoch in range(2):
+        mean = np.average(losses[10 * epoch : 10 * (epoch + 1)], weights=sizes)
+        assert windows[3 * epoch + 2].logs["loss"] == pytest.approx(mean, rel=1e-5)
+    for window in windows:
+        assert window.metrics["accuracy"].shape == (window.steps,)
+        assert window.metrics["accuracy"][-1] == pytest.approx(window.logs["accuracy"])
+
+
+def test_each_recorded_rate_is_the_one_that_moved_the_weights(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    # Rate 0 in the first and the last step, so their weights must not move.
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [0.0, 0.5, 0.0])
+    model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
+    weights = [model.get_weights()]
+    windows: list[Window] = []
+    observers = [windows.append, lambda _: weights.append(model.get_weights())]
+    train = batches_of(tiny.train, one_device, 8, limit_batches=4)
+    Loop(model, one_device, steps_per_call=1).fit(train, epochs=1, observers=observers)
+    moved = [
+        any((a != b).any() for a, b in zip(x, y, strict=True))
+        for x, y in itertools.pairwise(weights)
+    ]
+    assert moved == [False, True, True, False]
+    assert [bool(np.any(w.learning_rate)) for w in windows] == moved
+
+
+def test_observers_stop_flag_ends_the_epoch(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    class StopAtOnce(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+            self.model.stop_training = batch >= 3
+
+    windows: list[Window] = []
+    loop = Loop(compiled_model(one_device), one_device, steps_per_call=2)
+    history = loop.fit(
+        batches_of(tiny.train, one_device, 8),
+        epochs=3,
+        callbacks=[StopAtOnce()],
+        observers=[windows.append],
+    )
+    assert [w.first_step for w in windows] == [0, 2]
+    assert len(history["loss"]) == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any) -> Any:
+    """A loop whose model has seen one epoch."""
+    loop = Loop(compiled_model(one_device, regularizer="l2"), one_device, steps_per_call=3)
+    loop.fit(batches_of(tiny.train, one_device, 8), epochs=1)
+    return loop
+
+
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_evaluate_scores_every_image_in_order_as_keras_does(
+    placement: str, trained: Any, tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    images, labels = tiny.train.read()
+    train = batches_of(tiny.train, one_device, 7, placement=placement)  # the last batch: 1 image
+    scores, probabilities = trained.evaluate(train, collect=True)
+    assert probabilities.shape == (64, 3)
+    np.testing.assert_allclose(
+        probabilities, trained.model.predict(images, batch_size=7, verbose=0), rtol=1e-6, atol=1e-8
+    )
+    assert (probabilities.argmax(axis=1) == labels).mean() == pytest.approx(scores["accuracy"])
+    assert scores["accuracy"] * 64 == pytest.approx(round(scores["accuracy"] * 64), abs=1e-4)
+    expected = trained.model.evaluate(images, labels, batch_size=7, verbose=0, return_dict=True)
+    assert scores == pytest.approx(expected, rel=1e-6)
+    # The loss includes the regularizer, and so must differ from the bare cross-entropy.
+    bare = -np.log(probabilities[np.arange(64), labels]).mean()
+    penalty = float(tf.add_n(trained.model.losses))
+    assert penalty > 0.01
+    assert scores["loss"] == pytest.approx(bare + penalty, rel=1e-5)
+
+
+def test_evaluate_collects_also_after_it_did_not(
+    trained: Any, tiny: Any, batches_of: Make, one_device: Any
+) -> None:
+    test = batches_of(tiny.test, one_device, 5)
+    scores, nothing = trained.evaluate(test)
+    assert nothing is None
+    again, probabilities = trained.evaluate(test, collect=True)
+    assert again == scores
+    assert probabilities.shape == (17, 3)
+
+
+def test_evaluate_on_two_devices_equals_one(
+    trained: Any,
+    tiny: Any,
+    compiled_model: Make,
+    batches_of: Make,
+    one_device: Any,
+    two_devices: Any,
+) -> None:
+    model = compiled_model(two_devices, regularizer="l2")
+    model.set_weights(trained.model.get_weights())
+    scores, probabilities = Loop(model, two_devices, steps_per_call=3).evaluate(
+        batches_of(tiny.train, two_devices, 7), collect=True
+    )
+    expected, wanted = trained.evaluate(batches_of(tiny.train, one_device, 7), collect=True)
+    assert scores == pytest.approx(expected, rel=1e-6)
+    assert probabilities.shape == wanted.shape
+    np.testing.assert_allclose(probabilities, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_evaluation_changes_nothing_in_training(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    ends = []
+    for validation in (None, batches_of(tiny.validation, one_device, 3)):
+        model = compiled_model(one_device, dropout=0.5)
+        train = batches_of(tiny.train, one_device, 16, seed=1)
+        history = Loop(model, one_device).fit(train, validation, epochs=2)
+        ends.append((model.get_weights(), history["loss"]))
+    assert ends[0][1] == ends[1][1]
+    for a, b in zip(ends[0][0], ends[1][0], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_compiled_by_xla_trains_the_same(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    ends = []
+    for jit_compile in (False, True):
+        model = compiled_model(one_device)
+        train = batches_of(tiny.train, one_device, 21, seed=1)  # 21, 21, 21 and 1
+        history = Loop(model, one_device, jit_compile=jit_compile).fit(train, epochs=2)
+        ends.append((model.get_weights(), history))
+    assert ends[1][1]["loss"] == pytest.approx(ends[0][1]["loss"], rel=1e-5)
+    assert ends[1][1]["loss"][1] < ends[1][1]["loss"][0]
+    for a, b in zip(ends[0][0], ends[1][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def golden_run() -> Iterator[float]:
+    """Yields the losses of 20 steps of the convolutional network, from fixed seeds."""
+    from trainer import devices
+
+    config = DataConfig(
+        name="synthetic", options={"examples": 200, "height": 12, "width": 12, "classes": 4}
+    )
+    dataset, strategy = load(config), devices.select("cpu").strategy
+    with devices.dtype_policy("float32"), strategy.scope():
+        keras.utils.set_random_seed(1)
+        options = {"filters": [4], "kernel_size": 3, "dense": 16}
+        model = build(ModelConfig(name="cnn", options=options), dataset.spec)
+        model.compile(keras.optimizers.Adam(0.003), "sparse_categorical_crossentropy")
+    train = make_batches(dataset.train, config, strategy, batch_size=15, seed=1)
+    windows: list[Window] = []
+    Loop(model, strategy).fit(train, epochs=2, observers=[windows.append])
+    for window in windows:
+        yield from window.loss.tolist()
+
+
+# A change that should not move numbers moves none of these. To write them anew after one that
+# should: `python -m pytest tests/test_loop.py -k golden` shows the losses found, as a list.
+GOLDEN: list[float] = []
+
+
+def test_golden_loss_curve() -> None:
+    losses = list(golden_run())
+    assert losses == pytest.approx(GOLDEN, rel=1e-3), str([round(loss, 5) for loss in losses])

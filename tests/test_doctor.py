@@ -92,20 +92,20 @@ def test_examine_reports_every_subject(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "seconds", "reason"),
     [
-        ("raise ImportError('libmissing.so: cannot open')", "libmissing.so"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "Illegal instruction"),
-        ("import time; time.sleep(60)", "no answer within 2 s"),
+        ("raise ImportError('libmissing.so: cannot open')", 60, "libmissing.so"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", 60, "Illegal instruction"),
+        ("import time; time.sleep(60)", 1, "no answer within 1 s"),
     ],
 )
 def test_a_broken_tensorflow_is_a_line_among_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, reason: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, seconds: float, reason: str
 ) -> None:
     (tmp_path / "broken" / "tensorflow").mkdir(parents=True)
     (tmp_path / "broken" / "tensorflow" / "__init__.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path / "broken")
-    monkeypatch.setattr(doctor, "_TENSORFLOW_SECONDS", 2.0)
+    monkeypatch.setattr(doctor, "_TENSORFLOW_SECONDS", seconds)
     a_driver(monkeypatch, tmp_path)
     findings = doctor.examine(DataConfig())
     broken = one(findings, "TensorFlow")
@@ -243,7 +243,9 @@ def test_data_is_reported_as_fit_would_find_it(
     given = data()
     assert (given.status, given.remedy) == ("note", "`trainer data prepare`")
     assert "TRAINER_DATA_FILES holds train.gz" in given.value
-    assert "data.files holds train.gz" in data(files=str(archives / "mnist")).value
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "test.gz").touch()
+    assert "data.files holds test.gz" in data(files=str(tmp_path / "others")).value
 
     kept = tmp_path / "none" / "mnist" / "3.0.1" / "dataset_info.json"
     kept.parent.mkdir(parents=True)

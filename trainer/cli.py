@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from trainer.errors import InputError, TrainerError
 
@@ -111,10 +112,7 @@ def evaluate(
     if json_:
         _print_json(result)
         return
-    table = Table("", result["run"])
-    for key in result.keys() - {"run"}:
-        table.add_row(key, _text(result[key]))
-    Console().print(table)
+    _print_table(result)
 
 
 @app.command()
@@ -141,9 +139,9 @@ def predict(
         return
     table = Table("image", "class", "probability", "converted")
     for result in results:
-        table.add_row(
-            result["image"], result["class"], f"{result['probability']:.4f}", result["converted"]
-        )
+        probability = f"{result['probability']:.4f}"
+        cells = (result["image"], result["class"], probability, result["converted"])
+        table.add_row(*map(Text, cells))
     Console().print(table)
 
 
@@ -170,20 +168,21 @@ def doctor(config: ConfigArgument = _DEFAULT_CONFIG, *, json_: JsonOption = Fals
     """Say what this machine can do, and what to do about what it cannot."""
     from dataclasses import asdict
 
-    from trainer.config import DataConfig
+    from trainer.config import Config
     from trainer.doctor import examine
 
-    with _without_chatter():
-        findings = examine(_load(config, None).data if config.exists() else DataConfig())
+    loaded = _load(config, None) if config != _DEFAULT_CONFIG or config.exists() else Config()
+    findings = examine(loaded.data, runs=loaded.logging.directory)
     if json_:
         _print_json([asdict(finding) for finding in findings])
         return
-    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
-    table = Table("", "subject", "what is so", "remedy")
+    styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    table = Table(box=None, show_header=False, padding=(0, 1))
     for finding in findings:
-        colour = colours[finding.status]
         table.add_row(
-            f"[{colour}]{finding.status}[/]", finding.subject, finding.value, finding.remedy
+            Text(finding.status, styles[finding.status]),
+            Text(finding.subject, "bold"),
+            Text(finding.value + (f"\n-> {finding.remedy}" if finding.remedy else "")),
         )
     Console().print(table)
 
@@ -314,14 +313,14 @@ def _start_logging() -> Console:
         def emit(self, record: logging.LogRecord) -> None:
             message = record.getMessage()
             if record.levelno >= logging.WARNING:
-                console.print(Panel(message, title="NOTICE", border_style="bold yellow"))
+                console.print(Panel(Text(message), title="NOTICE", border_style="bold yellow"))
             else:
                 console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     logger = logging.getLogger("trainer")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # tensorflow-datasets gives the root logger a handler of its own
-    logger.addHandler(Handler())
+    logger.handlers = [Handler()]
     logging.getLogger("absl").setLevel(logging.ERROR)  # tensorflow-datasets tells every step
     return console
 
@@ -347,12 +346,13 @@ def _scores(summary: dict[str, Any]) -> str:
 def _print_data(spec: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         _print_json(spec)
-        return
-    table = Table("", spec["name"])
-    for key in spec.keys() - {"name"}:
-        table.add_row(key, _text(spec[key]))
+    else:
+        _print_table(spec)
+
+
+def _print_table(rows: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for key, value in rows.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        table.add_row(Text(key, "bold"), Text(shown))
     Console().print(table)
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

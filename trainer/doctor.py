@@ -29,8 +29,6 @@ from trainer.errors import InputError
 _RUNS = LoggingConfig().directory
 _TENSORFLOW_SECONDS = 120.0
 _LOW_BYTES = 1e9
-# Most sets of tensorflow-datasets, MNIST among them, come from this host.
-_DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 
 # Versions are shown for these; every other requirement of ours only where it is not met.
 _SHOWN = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "keras-tuner")
@@ -225,8 +223,8 @@ def _ask_tensorflow() -> dict[str, Any] | Finding:
             timeout=_TENSORFLOW_SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_TENSORFLOW_SECONDS:.0f} s"
+    except subprocess.TimeoutExpired as error:
+        reason = f"no answer within {error.timeout:.0f} s"
     else:
         if run.returncode == 0:
             facts: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -358,7 +356,7 @@ def _data(config: DataConfig) -> list[Finding]:
         from trainer.data import _prepared, names, tfds
     except ImportError as error:
         return [Finding("data", "problem", f"cannot be read: {error}", _INSTALL_REMEDY)]
-    online = tfds.network_answers(_DOWNLOADS)
+    online = tfds.network_answers(tfds.DOWNLOADS)
     folder = tfds.prepared_folder(config)
     if config.name in names():
         data = Finding("data", "ok", f"{config.name}, a module of trainer/data, needs no preparing")
@@ -371,9 +369,9 @@ def _data(config: DataConfig) -> list[Finding]:
     else:
         data = _unprepared(config, online=online)
     if online:
-        return [data, Finding("network", "ok", f"{_DOWNLOADS} answers")]
+        return [data, Finding("network", "ok", f"{tfds.DOWNLOADS} answers")]
     remedy = "connect it, or set https_proxy; without a network: TRAINER_DATA_FILES"
-    value = f"{_DOWNLOADS} does not answer"
+    value = f"{tfds.DOWNLOADS} does not answer"
     return [data, Finding("network", "note", value, "" if data.status == "ok" else remedy)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from pydantic import ValidationError
 from rich.console import Console
@@ -29,6 +30,9 @@ from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer
 
 _log = logging.getLogger(__name__)
+
+# Images given to `predict` go through the network so many at a time.
+_PREDICT_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -234,23 +238,23 @@ def predict(
     with devices.dtype_policy(config.training.precision), chosen.strategy.scope():
         model = models.build(config.model, spec)
     load_weights(run, model)
-    results = []
-    for picture in pictures:
-        probabilities = model(picture.pixels[None], training=False).numpy()[0]
-        label = int(probabilities.argmax())
-        results.append(
-            {
-                "image": picture.source,
-                "class": spec.class_names[label],
-                "label": label,
-                "probability": float(probabilities[label]),
-                "probabilities": dict(
-                    zip(spec.class_names, map(float, probabilities), strict=True)
-                ),
-                "converted": picture.converted,
-            }
-        )
-    return results
+    pixels = np.stack([picture.pixels for picture in pictures])
+    with tf.device(chosen.names[0]):
+        batches = [
+            model(pixels[i : i + _PREDICT_BATCH], training=False).numpy()
+            for i in range(0, len(pixels), _PREDICT_BATCH)
+        ]
+    return [
+        {
+            "image": picture.source,
+            "class": spec.class_names[row.argmax()],
+            "label": int(row.argmax()),
+            "probability": float(row.max()),
+            "probabilities": dict(zip(spec.class_names, map(float, row), strict=True)),
+            "converted": picture.converted,
+        }
+        for picture, row in zip(pictures, np.concatenate(batches), strict=True)
+    ]
 
 
 def prepare_data(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:

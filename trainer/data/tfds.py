@@ -25,6 +25,9 @@ from trainer.errors import InputError, nearest
 
 _log = logging.getLogger(__name__)
 
+# Most sets of tensorflow-datasets, MNIST among them, come from this host.
+DOWNLOADS = "https://storage.googleapis.com/tfds-data"
+
 # A closed network must be known within ten seconds: half for one answer, the rest for a slow
 # look-up of the host's name, which no time-out of urllib covers.
 _ANSWER_SECONDS = 4.0
@@ -172,7 +175,7 @@ def _find(config: DataConfig, builder: Any) -> str | None:
         _log.info("preparing %s from the archives in %s (once)", config.name, archives)
         _download(config, builder, manual_dir=str(archives))
         return "the original archives (SHA-256 checked)"
-    url = next(iter(builder.url_infos), "https://storage.googleapis.com/tfds-data")
+    url = next(iter(builder.url_infos), DOWNLOADS)
     if network_answers(url):
         _log.info("downloading %s (once)", config.name)
         _download(config, builder)

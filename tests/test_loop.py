@@ -522,7 +522,7 @@ def golden_run() -> Iterator[float]:
         keras.utils.set_random_seed(1)
         options = {"filters": [4], "kernel_size": 3, "dense": 16}
         model = build(ModelConfig(name="cnn", options=options), dataset.spec)
-        model.compile(keras.optimizers.Adam(0.003), "sparse_categorical_crossentropy")
+        model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
     train = make_batches(dataset.train, config, strategy, batch_size=15, seed=1)
     windows: list[Window] = []
     Loop(model, strategy).fit(train, epochs=2, observers=[windows.append])

@@ -1,0 +1,265 @@
+"""The command line as a person meets it: what it offers, what it prints, how it ends."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from trainer import cli
+
+Run = Callable[..., "Result"]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the command in this process, in an empty folder that has the shipped configs."""
+    (tmp_path / "configs").symlink_to(Path(cli.__file__).parent.parent / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Result(int(exit_.value.code or 0), out, err)
+
+    return call
+
+
+def test_help_answers_without_importing_anything_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['trainer', '--help']\n"
+        "from trainer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 0, e.code\n"
+        "heavy = {'tensorflow', 'keras', 'numpy', 'pydantic', 'matplotlib', 'sklearn'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate" in done.stdout
+
+
+def test_the_verbs_and_options_are_frozen() -> None:
+    """A change here is a change for every script a user has written: say it in CHANGELOG.md."""
+    found = {}
+
+    def walk(command: typer.core.TyperGroup, path: str) -> None:
+        for name, sub in sorted(command.commands.items()):
+            if hasattr(sub, "commands"):
+                walk(sub, f"{path}{name} ")
+            else:
+                names = [p.opts[0] if p.opts[0].startswith("-") else p.name for p in sub.params]
+                found[f"{path}{name}"] = " ".join(names)
+
+    walk(typer.main.get_command(cli.app), "")
+    assert found == {
+        "config schema": "",
+        "config show": "config --set --json",
+        "data info": "config --set --json",
+        "data prepare": "config --set --overwrite --json",
+        "doctor": "config --json",
+        "evaluate": "run --split --device --runs --json",
+        "fit": "config --device --set --epochs --name --dry-run --deterministic --profile --json",
+        "predict": "run images --invert --device --runs --json",
+        "tensorboard": "--runs --port",
+    }
+
+
+def test_fit_evaluate_and_predict_tell_the_same_story(run: Run, tmp_path: Path) -> None:
+    fitted = run("fit", "configs/debug.toml", "--json", "--name", "story")
+    assert fitted.code == 0, fitted.err
+    summary = fitted.json
+    assert "epoch 2/2" in fitted.err
+    folder = tmp_path / summary["run"]
+    assert folder.name.endswith("-story")
+    assert {p.name for p in folder.iterdir()} == {
+        *("README.md", "checkpoints", "classes.json", "config.toml", "environment.json"),
+        *("log.txt", "metrics.jsonl", "summary.json", "tensorboard"),
+    }
+    seconds = summary["seconds"]
+    assert {"import", "data", "tracing", "training", "evaluation", "total"} <= seconds.keys()
+    assert summary["step_ms"] > 0
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert f"accuracy {summary['test']['accuracy']:.4f}" in (folder / "README.md").read_text()
+    assert "epoch 2/2" in (folder / "log.txt").read_text()
+
+    for reference in ("latest", folder.name, str(folder)):
+        again = run("evaluate", reference, "--json")
+        assert again.code == 0, again.err
+        assert again.json["accuracy"] == summary["test"]["accuracy"]
+        assert again.json["loss"] == summary["test"]["loss"]
+        assert again.json["images"] == summary["data"]["test"] == 200
+
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 28, 28, 1), np.uint8)
+    np.save("three.npy", pixels)
+    Image.fromarray(pixels[0, :, :, 0]).save("one.png")
+    predicted = run("predict", "latest", "one.png", "three.npy", "--json")
+    assert predicted.code == 0, predicted.err
+    first, *_ = results = predicted.json
+    assert [r["image"] for r in results] == ["one.png", *(f"three.npy[{i}]" for i in range(3))]
+    assert first["class"] == f"pattern {first['label']}"
+    assert first["probability"] == max(first["probabilities"].values())
+    assert first["probabilities"] == pytest.approx(results[1]["probabilities"])
+
+
+def test_validation_is_scored_as_fit_scored_it(run: Run) -> None:
+    summary = run("fit", "configs/debug.toml", "--json").json
+    again = run("evaluate", "latest", "--split", "validation", "--json").json
+    assert again["images"] == summary["data"]["validation"]
+    assert again["loss"] == pytest.approx(summary["validation"]["loss"], rel=1e-6)
+
+
+def test_a_dry_run_goes_through_everything_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("fit", "configs/debug.toml", "--dry-run")
+    assert (result.code, sorted(p.name for p in tmp_path.iterdir())) == (0, before)
+    assert "dry run" in result.out
+
+
+def test_flags_override_the_file_and_the_set_option(run: Run) -> None:
+    result = run(
+        *("fit", "configs/debug.toml", "--set", "training.epochs=2", "--epochs", "1"),
+        *("--set", "training.seed=3", "--set", "logging.tensorboard=false", "--json"),
+    )
+    assert result.code == 0, result.err
+    assert (result.json["epochs"], result.json["seed"]) == (1, 3)
+    assert not (Path(result.json["run"]) / "tensorboard").exists()
+
+
+def test_the_person_reads_accuracy_times_and_where_it_is_kept(run: Run) -> None:
+    result = run("fit", "configs/debug.toml", "--epochs", "1")
+    assert result.code == 0, result.err
+    assert "test accuracy" in result.out
+    assert "ms a step" in result.out
+    assert "kept in runs/" in result.out
+
+
+def test_config_show_is_complete_and_config_schema_is_json(run: Run) -> None:
+    shown = run("config", "show", "configs/debug.toml")
+    Path("shown.toml").write_text(shown.out)
+    assert run("config", "show", "shown.toml").out == shown.out
+    assert "clip_norm" in json.dumps(run("config", "schema").json)
+    as_json = run("config", "show", "configs/debug.toml", "--json").json
+    assert as_json["model"]["name"] == "mlp"
+
+
+def test_data_info_counts_the_classes(run: Run) -> None:
+    info = run("data", "info", "configs/debug.toml", "--json").json
+    assert info["name"] == "synthetic"
+    assert sum(info["class_counts"]["train"].values()) == info["train"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["fit", "configs/nothing.toml"], 2, "did you mean 'configs/"),
+        (["fit", "--set", "training.epoch=1"], 2, "did you mean 'epochs'"),
+        (["fit", "--set", "training.epochs=0"], 2, "training.epochs"),
+        (["fit", "--set", "training.epochs='x'"], 2, "training.epochs"),
+        (["fit", "broken.toml"], 2, "broken.toml is not TOML"),
+        (["fit", "--set", "data.name=mnst"], 2, "did you mean 'mnist'"),
+        (["fit", "configs/debug.toml", "--set", "model.name=mpl"], 2, "did you mean 'mlp'"),
+        (["fit", "configs/debug.toml", "--set", "optimizer.name=Adan"], 2, "did you mean 'Adam'"),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set", "model.name=layers", "--set"),
+                'model.options.layers=[{name="Conv2"}]',
+            ],
+            2,
+            "model.options",
+        ),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set", "model.name=layers", "--set"),
+                'model.options={layers=[{name="Conv2"}]}',
+            ],
+            2,
+            "did you mean 'Conv2D'",
+        ),
+        (["fit", "configs/debug.toml", "--set", "training.batch_size=5000"], 2, "5000"),
+        (["fit", "configs/debug.toml", "--set", "logging.directory=a_file"], 2, "a_file"),
+        (["fit", "configs/debug.toml", "--device", "gpu:x"], 2, "training.device"),
+        (["evaluate", "nothing"], 2, "nothing"),
+        (["evaluate", "unfinished", "--runs", "others"], 2, "not finished"),
+        (["predict", "latest", "a_file"], 2, "there is no run"),
+        (["tensorboard", "--runs", "nothing"], 2, "nothing"),
+        (["data", "info", "--set", "data.files=nothing"], 2, "there is no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    Path("broken.toml").write_text("[training\n")
+    Path("a_file").write_text("no folder")
+    Path("others/unfinished").mkdir(parents=True)
+    Path("others/unfinished/config.toml").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*arguments)
+    lines = [line for line in result.err.splitlines() if line.startswith("trainer: ")]
+    assert (result.code, len(lines)) == (code, 1), result.err
+    assert said in lines[0]
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gpu_is_refused_where_there_is_none(run: Run, tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    result = run("fit", "configs/debug.toml", "--device", "gpu")
+    assert result.code == 3
+    assert "expected a GPU, found none" in result.err
+    assert "tensorflow[and-cuda]" in result.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(run: Run) -> None:
+    result = run(
+        *("fit", "configs/debug.toml", "--set", "optimizer.name=SGD"),
+        *("--set", "optimizer.learning_rate=1e30"),
+    )
+    assert result.code == 4, result.err
+    assert "at step " in result.err
+    assert "lower optimizer.learning_rate" in result.err
+    assert run("evaluate", "latest").code == 2  # the run is there, and is not finished
+
+
+def test_stopped_by_control_c_ends_with_130(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, threading, _thread\n"
+        "from trainer import cli\n"
+        "cli._workflow = lambda: _thread.interrupt_main() or __import__('time').sleep(5)\n"
+        "sys.argv = ['trainer', 'fit', sys.argv[1]]\n"
+        "cli.main()"
+    )
+    config = Path(cli.__file__).parent.parent / "configs" / "debug.toml"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,7 +1,10 @@
 """What the tests share: two CPU devices in one process, tiny data, tiny networks."""
 
 import os
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,7 @@ def compiled_model(tiny: Any) -> Callable[..., Any]:
     def make(
         strategy: Any = None,
         *,
-        optimizer: Callable[[], Any] = lambda: keras.optimizers.Adam(0.01),
+        optimizer: Callable[[], Any] = lambda: keras.optimizers.SGD(0.05, momentum=0.9),
         loss: Any = "sparse_categorical_crossentropy",
         metrics: Any = ("accuracy",),
         policy: str = "float32",
@@ -134,3 +137,40 @@ def mnist_files() -> Path:
 def no_archives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets TRAINER_DATA_FILES aside."""
     monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
+
+
+@pytest.fixture
+def tensorboard() -> Iterator[Callable[[Path], str]]:
+    """Starts `trainer tensorboard` on the runs of a folder and returns its address."""
+    started = []
+
+    def start(folder: Path) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", "tensorboard", "--port", "0"],
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"http://localhost:\d+", line):
+                return found[0]
+        raise AssertionError(f"TensorBoard ended: {said}")
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def prepared_mnist(mnist_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with all of MNIST, prepared once for every test that needs it."""
+    from trainer import data
+    from trainer.config import DataConfig
+
+    folder = tmp_path_factory.mktemp("all-of-mnist")
+    data.load(DataConfig(directory=str(folder), files=str(mnist_files)))
+    return folder

@@ -327,9 +327,8 @@ def test_mnist_sample_is_from_the_training_set(mnist_files: Path, loaded: Loaded
 
 
 @pytest.mark.all_of_mnist
-@pytest.mark.usefixtures("closed_network")
-def test_all_of_mnist_from_its_archives(mnist_files: Path, tmp_path: Path) -> None:
-    config = DataConfig(name="mnist", directory=str(tmp_path), files=str(mnist_files))
+def test_all_of_mnist_from_its_archives(mnist_files: Path, prepared_mnist: Path) -> None:
+    config = DataConfig(name="mnist", directory=str(prepared_mnist))
     dataset = load(config)
     check_contract(dataset, load(config))
     assert (dataset.spec.name, dataset.spec.image_shape) == ("mnist", (28, 28, 1))
@@ -339,7 +338,7 @@ def test_all_of_mnist_from_its_archives(mnist_files: Path, tmp_path: Path) -> No
     assert len(together) == 60000
     assert set(together) == read_archives(mnist_files, "train")
     assert set(examples_of(dataset.test)) == read_archives(mnist_files, "t10k")
-    assert check_sums(tmp_path / "mnist")
+    assert check_sums(prepared_mnist / "mnist")
 
 
 # ---------------------------------------------------------------- prepared data
@@ -686,7 +685,8 @@ def test_damaged_files_of_tfds_are_refused(
         load(pictures)
     message = str(refused.value)
     assert "\n" not in message
-    assert "tiny_pictures" in message
+    assert f"'tiny_pictures' in {tmp_path}" in message
+    assert "damaged" in message
     assert [path.name for path in tmp_path.iterdir()] == ["tensorflow_datasets"]
 
 
@@ -757,7 +757,8 @@ def test_a_request_that_hangs_where_no_time_out_reaches_is_left_behind(
     monkeypatch.setattr(trainer.data.tfds, "_ANSWER_SECONDS", 60.0)
     monkeypatch.setattr(trainer.data.tfds, "_PROBE_SECONDS", 0.2)
     started = time.monotonic()
-    assert load(mnist(tmp_path)).spec.name == "mnist_sample"
+    with pytest.raises(InputError, match="does not answer"):
+        load(mnist(tmp_path, allow_sample=False))
     assert time.monotonic() - started < 30
 
 
@@ -851,4 +852,6 @@ def test_folder_without_any_archive_is_passed_over(
 ) -> None:
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / "notes.txt").write_text("nothing here")
-    assert load(give(tmp_path / "archives")).spec.name == "mnist_sample"
+    config = give(tmp_path / "archives").model_copy(update={"allow_sample": False})
+    with pytest.raises(InputError, match="not prepared in .*no archives were given"):
+        load(config)

@@ -64,7 +64,7 @@ def run_steps(
 
 CASES: dict[str, tuple[dict[str, Any], list[int], bool]] = {
     # name: (options of the model, batch sizes, with sample weights)
-    "plain": ({}, [8] * 20, False),
+    "plain": ({"optimizer": lambda: keras.optimizers.Adam(0.01)}, [8] * 20, False),
     "sample_weights": ({"weighted_metrics": ["accuracy"], "metrics": ()}, [8] * 20, True),
     "regularizer": ({"regularizer": "l2"}, [8] * 20, False),
     "ragged": ({}, ([8] * 4 + [3]) * 4, False),

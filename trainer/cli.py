@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -285,14 +285,19 @@ def _without_chatter() -> Iterator[None]:
     terminal = os.dup(2)
     chatter = r"^WARNING: All log messages before absl|^I0000 |^To enable the following instruct"
     command = [grep, "--line-buffered", "-vE", chatter]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal) as process:
-        os.dup2(cast("IO[bytes]", process.stdin).fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal)
+    stdin = cast("IO[bytes]", process.stdin)
+    os.dup2(stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        stdin.close()
+        # A child of ours that still writes there (TensorBoard's server) keeps the filter alive.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
 
 
 def _workflow() -> Any:

@@ -1,0 +1,40 @@
+"""Takes pictures of TensorBoard's pages in headless Chromium, to look at what a person sees.
+
+trainer tensorboard --port 6006 &
+python scripts/screenshot_tensorboard.py http://localhost:6006 pictures --browser /usr/bin/chromium
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from playwright.sync_api import sync_playwright
+
+# The charts are drawn by a worker: a picture taken at once shows axes without lines.
+_DRAWING_SECONDS = 6.0
+_PAGES = ("timeseries", "scalars", "images", "graphs", "text", "hparams")
+
+
+def main(
+    address: str,
+    folder: Path,
+    *,
+    browser: Annotated[str, typer.Option(help="The Chromium to start")] = "/usr/bin/chromium",
+) -> None:
+    """Writes <folder>/<page>.png for each page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        chromium = playwright.chromium.launch(executable_path=browser, args=flags)
+        page = chromium.new_page(viewport={"width": 1500, "height": 1300})
+        for name in _PAGES:
+            page.goto(f"{address}/#{name}")
+            page.reload()
+            time.sleep(_DRAWING_SECONDS)
+            page.screenshot(path=folder / f"{name}.png")
+        chromium.close()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""The README is true: its commands run, its examples work, its links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import trainer
+from trainer import cli, data, models
+from trainer.data._prepared import write_prepared
+
+ROOT = Path(trainer.__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def _commands() -> list[str]:
+    lines = [line for block in _blocks("sh") for line in block.splitlines()]
+    return [" ".join(shlex.split(line, comments=True)) for line in lines]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the README's reader has: configs, examples, pictures, and some data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed network, on every machine
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    random = np.random.RandomState(0)
+    for label in ("cats", "dogs"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for i in range(100):
+            pixels = random.randint(0, 255, (30, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / label / f"{i}.png")
+    Image.fromarray(random.randint(0, 255, (28, 28), np.uint8)).save("digit.png")
+    # Clothes cannot be had without a network: a few made-up ones stand where they would be.
+    images, labels = random.randint(0, 255, (150, 28, 28, 1), np.uint8), np.arange(150) % 10
+    split = (150, (28, 28, 1), [(images, labels)])
+    write_prepared(
+        tmp_path / "data" / "fashion_mnist",
+        name="fashion_mnist",
+        version="made-up",
+        class_names=[str(i) for i in range(10)],
+        origin="a test",
+        splits={"train": split, "test": split},
+    )
+    for block in _blocks("python"):
+        if path := re.match(r"# trainer/(data|models)/(\w+)\.py\n", block):
+            folder = tmp_path / "own" / path[1]
+            folder.mkdir(parents=True)
+            (folder / f"{path[2]}.py").write_text(block)
+    monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path / "own" / "data")])
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "own" / "models")])
+    return tmp_path
+
+
+def test_every_command_runs(
+    clone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tensorboard: Callable[[Path], str],
+) -> None:
+    """In the README's order, in one folder; MNIST is the sample, as without a network."""
+    # TensorBoard wants a run to show, and `latest` one to name: `make fit` comes first there too.
+    commands = ["trainer fit --epochs 1", *_commands()]
+    ran = 0
+    for command in commands:
+        program, *arguments = command.split()
+        if program != "trainer":
+            assert program in ("make", ".")  # what `make` does, CI does before it runs this test
+            continue
+        ran += 1
+        if arguments == ["tensorboard"]:
+            assert tensorboard(clone).startswith("http://localhost:")
+            continue
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capfd.readouterr()
+        expected = 3 if "gpu" in arguments else 0  # conftest leaves GPUs out
+        assert (end.value.code or 0) == expected, f"{command}: {said.err}"
+    assert ran == sum("trainer" in line.split()[0] for line in commands if line)
+    assert ran > 12
+
+
+def test_every_target_of_make_is_there() -> None:
+    for command in _commands():
+        if command.startswith("make "):
+            subprocess.run(
+                ["make", "--dry-run", *command.split()[1:]],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
+
+
+def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
+    """The TOML examples of the README, and every file of configs/ on data that is here."""
+    for i, block in enumerate(_blocks("toml")):
+        (clone / f"example-{i}.toml").write_text(block)
+    shipped = sorted((clone / "configs").glob("*.toml"))
+    assert {"mnist.toml", "mnist_mlp.toml", "fashion_mnist.toml", "debug.toml"} <= {
+        path.name for path in shipped
+    }
+    for path in [*sorted(clone.glob("example-*.toml")), *shipped]:
+        config = trainer.load_config(path)
+        if config.data.name == "mnist":
+            config = config.with_changes({"data.name": "mnist_sample"})
+        assert trainer.fit(config, dry_run=True).summary["test"]["loss"] > 0, path
+
+
+@pytest.mark.usefixtures("clone")
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = next(block for block in _blocks("python") if "trainer.fit" in block)
+    names: dict[str, Any] = {"images": np.zeros((2, 28, 28, 1), np.uint8)}
+    exec(example, names)
+    assert names["probabilities"].shape == (2, 10)
+    assert "runs/" in capsys.readouterr().out
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (ROOT / target).exists(), target
+
+
+def test_contributing_counts_the_lines_of_the_examples() -> None:
+    counted = re.findall(
+        r"\((\d+) lines in the README's example\)", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    examples = [block for block in _blocks("python") if block.startswith("# trainer/")]
+    lines = [
+        len(
+            [
+                line
+                for line in block.splitlines()
+                if line.strip() and not line.startswith(("#", '"""'))
+            ]
+        )
+        for block in examples
+    ]
+    assert [int(number) for number in counted] == lines
+    assert max(lines) <= 40

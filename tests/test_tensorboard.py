@@ -1,0 +1,127 @@
+"""What TensorBoard serves of a run, asked of a real TensorBoard over HTTP."""
+
+import json
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer
+
+CONFIG = Path(trainer.__file__).parent.parent / "configs" / "debug.toml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run with histograms and a profiler trace, in an empty folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("board")
+        patch.chdir(folder)
+        config = trainer.load_config(
+            CONFIG, ["logging.histograms=true", "logging.profile=true", "training.steps_per_call=3"]
+        )
+        fitted = trainer.fit(config)
+        yield folder, fitted
+
+
+def _ask(address: str, path: str, **query: str) -> Any:
+    url = f"{address}/data/{path}?{urllib.parse.urlencode(query)}"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        content = answer.read()
+    return (
+        json.loads(content) if answer.headers.get_content_type() == "application/json" else content
+    )
+
+
+def _ask_until(address: str, path: str, complete: Callable[[Any], bool]) -> Any:
+    """TensorBoard reads the files in the background: asks again until they have been read."""
+    deadline = time.monotonic() + 60
+    while not complete(answer := _ask(address, path)):
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.2)
+    return answer
+
+
+def test_tensorboard_serves_everything_that_was_promised(
+    run: Any, tensorboard: Callable[[Path], str]
+) -> None:
+    folder, fitted = run
+    address = tensorboard(folder)
+    base = f"{fitted.run.name}/tensorboard"
+    train, validation, test = f"{base}/train", f"{base}/validation", f"{base}/test"
+
+    scalars = _ask_until(
+        address, "plugin/scalars/tags", lambda tags: {base, train, validation, test} <= tags.keys()
+    )
+    step = {"step/loss", "step/accuracy", "step/learning_rate"}
+    epoch = {"epoch/loss", "epoch/accuracy", "epoch/learning_rate"}
+    assert set(scalars[train]) == step | epoch | {"step_ms", "images_per_second"}
+    assert set(scalars[validation]) == {"epoch/loss", "epoch/accuracy"}
+    assert set(scalars[test]) == {"epoch/loss", "epoch/accuracy"}
+
+    def series(run: str, tag: str) -> list[list[float]]:
+        return _ask(address, "plugin/scalars/scalars", run=run, tag=tag)
+
+    steps = fitted.summary["steps"]
+    assert [point[1] for point in series(train, "step/loss")] == list(range(1, steps + 1))
+    assert [point[1] for point in series(validation, "epoch/accuracy")] == [1, 2]
+    last = series(validation, "epoch/accuracy")[-1][2]
+    assert last == pytest.approx(fitted.summary["validation"]["accuracy"])
+    assert series(test, "epoch/accuracy")[0][2] == pytest.approx(fitted.summary["test"]["accuracy"])
+    times = [point[2] for point in series(train, "step_ms")]
+    assert len(times) == fitted.summary["windows"]  # the first calls, and the traced, are left out
+    assert sorted(times)[0] <= fitted.summary["step_ms"] <= sorted(times)[-1]
+
+    images = _ask(address, "plugin/images/tags")
+    assert "sample_images" in images[train]
+    assert {"confusion_matrix", "confident_mistakes"} <= images[test].keys()
+    shown = _ask(address, "plugin/images/images", run=test, tag="confusion_matrix", sample="0")
+    picture = _ask(address, f"plugin/images/individualImage?{shown[0]['query']}&")
+    assert picture.startswith(b"\x89PNG")
+
+    assert _ask(address, "plugin/graphs/info")[train]["run_graph"] is True
+    graph = _ask(
+        address, "plugin/graphs/graph", run=train, large_attrs_key="", limit_attr_size="1024"
+    )
+    for part in (b"forward/mlp", b"loss/", b"gradient_tape/", b"update/adam/"):
+        assert part in graph
+
+    text = _ask(address, "plugin/text/tags")
+    assert {"configuration", "environment"} <= set(text[train])
+    histograms = _ask(address, "plugin/histograms/tags")[train]
+    assert {"weights/dense/kernel", "gradient_norms/dense/kernel"} <= {
+        tag.replace("dense_1", "dense").replace("dense_2", "dense") for tag in histograms
+    } | set(histograms)
+
+
+def test_hparams_page_has_the_run_with_its_metrics(
+    run: Any, tensorboard: Callable[[Path], str]
+) -> None:
+    folder, fitted = run
+    address = tensorboard(folder)
+    _ask_until(address, "plugin/scalars/tags", lambda tags: len(tags) == 4)
+    query = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": [],
+             "startIndex": 0, "sliceSize": 10}  # fmt: skip
+    request = urllib.request.Request(
+        f"{address}/data/plugin/hparams/session_groups",
+        data=json.dumps(query).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        groups = json.loads(answer.read())["sessionGroups"]
+    assert [group["name"] for group in groups] == [fitted.run.name]
+    assert groups[0]["hparams"]["model.name"] == "mlp"
+    assert groups[0]["hparams"]["training.epochs"] == 2
+    values = {metric["name"]["tag"]: metric["value"] for metric in groups[0]["metricValues"]}
+    assert values["test/accuracy"] == pytest.approx(fitted.summary["test"]["accuracy"])
+
+
+def test_profile_writes_a_trace(run: Any) -> None:
+    _, fitted = run
+    traces = list(fitted.run.tensorboard.glob("train/plugins/profile/*/*.xplane.pb"))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 1000

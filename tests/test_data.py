@@ -853,5 +853,5 @@ def test_folder_without_any_archive_is_passed_over(
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / "notes.txt").write_text("nothing here")
     config = give(tmp_path / "archives").model_copy(update={"allow_sample": False})
-    with pytest.raises(InputError, match="not prepared in .*no archives were given"):
+    with pytest.raises(InputError, match=r"not prepared in .*no archives were given"):
         load(config)

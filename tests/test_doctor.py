@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from trainer import devices, doctor
 from trainer.config import DataConfig
+from trainer.data import tfds
 from trainer.data._prepared import write_prepared
 
 VARIABLES = (
@@ -50,7 +51,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(doctor, "_DOWNLOADS", "http://127.0.0.1:9/closed")
+    monkeypatch.setattr(tfds, "DOWNLOADS", "http://127.0.0.1:9/closed")
     monkeypatch.chdir(tmp_path)
 
 
@@ -276,7 +277,7 @@ def test_network_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("trainer.data.tfds.network_answers", lambda url: not asked.append(url))
     data, network = doctor._data(DataConfig())
-    assert (network.status, asked) == ("ok", [doctor._DOWNLOADS])
+    assert (network.status, asked) == ("ok", [tfds.DOWNLOADS])
     assert "sample" not in data.value
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import trainer
 
+# No proxy stands between this test and a server of its own.
+_WEB = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 CONFIG = Path(trainer.__file__).parent.parent / "configs" / "debug.toml"
 
 
@@ -30,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _ask(address: str, path: str, **query: str) -> Any:
     url = f"{address}/data/{path}?{urllib.parse.urlencode(query)}"
-    with urllib.request.urlopen(url, timeout=60) as answer:
+    with _WEB.open(url, timeout=60) as answer:
         content = answer.read()
     return (
         json.loads(content) if answer.headers.get_content_type() == "application/json" else content
@@ -87,7 +89,7 @@ def test_tensorboard_serves_everything_that_was_promised(
     graph = _ask(
         address, "plugin/graphs/graph", run=train, large_attrs_key="", limit_attr_size="1024"
     )
-    for part in (b"forward/mlp", b"loss/", b"gradient_tape/", b"update/adam/"):
+    for part in (b"forward/mlp", b"loss/", b"gradient_tape/", b"update/adam"):
         assert part in graph
 
     text = _ask(address, "plugin/text/tags")
@@ -111,7 +113,7 @@ def test_hparams_page_has_the_run_with_its_metrics(
         data=json.dumps(query).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with _WEB.open(request, timeout=60) as answer:
         groups = json.loads(answer.read())["sessionGroups"]
     assert [group["name"] for group in groups] == [fitted.run.name]
     assert groups[0]["hparams"]["model.name"] == "mlp"

@@ -345,7 +345,8 @@ def _print_result(summary: dict[str, Any]) -> None:
 
 
 def _scores(summary: dict[str, Any]) -> str:
-    return ", ".join(f"test {name} {value:.4f}" for name, value in summary["test"].items())
+    numbers = {k: v for k, v in summary["test"].items() if isinstance(v, float)}
+    return ", ".join(f"test {name} {value:.4f}" for name, value in numbers.items())
 
 
 def _print_data(spec: dict[str, Any], *, as_json: bool) -> None:

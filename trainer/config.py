@@ -115,7 +115,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How the network is trained."""
 
-    epochs: int = Field(default=3, ge=1)
+    epochs: int = Field(default=3, ge=1, description="How often to go through the images")
     batch_size: int = Field(default=128, ge=1, description="Images a step, over all devices")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of weights, order and dropout")
     device: str = Field(
@@ -129,10 +129,13 @@ class TrainingConfig(Section):
     deterministic: bool = Field(
         default=False, description="Refuse every operation whose result can vary between runs"
     )
-    loss: KerasObject = KerasObject(name="SparseCategoricalCrossentropy")
-    metrics: list[KerasObject] = [
-        KerasObject(name="SparseCategoricalAccuracy", options={"name": "accuracy"})
-    ]
+    loss: KerasObject = Field(
+        default=KerasObject(name="SparseCategoricalCrossentropy"), description="A Keras loss"
+    )
+    metrics: list[KerasObject] = Field(
+        default=[KerasObject(name="SparseCategoricalAccuracy", options={"name": "accuracy"})],
+        description="Keras metrics, in order",
+    )
     callbacks: list[KerasObject] = Field(default=[], description="Keras callbacks, in order")
     clip_norm: float | None = Field(
         default=None, gt=0, description="Largest global norm of the gradients"
@@ -219,7 +222,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"expected a configuration file, received {path}: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a configuration: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own is a ValueError, others escape it
         raise InputError(f"{path} is not TOML: {error}") from None
     for override in overrides:
         key, value = parse_override(override)
@@ -253,7 +256,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         parsed = tomllib.loads(f"value = {value}")
         if parsed.keys() == {"value"}:
             return key, parsed["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         if re.fullmatch(r"[A-Za-z_][\w.:/-]*", value):
             return key, value
     raise InputError(
@@ -361,4 +364,4 @@ def _toml(value: Any) -> str:
 
 
 def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)

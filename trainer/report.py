@@ -169,7 +169,9 @@ def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], 
         f"| {row['support']:.0f} |"
         for name, row in classes.items()
     ]
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary["test"].items())
+    scores = ", ".join(
+        f"{name} {value:.4f}" for name, value in summary["test"].items() if isinstance(value, float)
+    )
     step = summary["step_ms"]
     return "\n".join(
         [

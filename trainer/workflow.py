@@ -199,7 +199,7 @@ def evaluate(
         "data": setting.data.spec.name,
         "split": split,
         "images": batches.images,
-        **scores,
+        **watching.plain(scores),
         "devices": setting.placed,
         "precision": setting.config.training.precision,
     }
@@ -419,8 +419,8 @@ def _summary(
         "seed": setting.config.training.seed,
         "epochs": len(setting.model.history.epoch),
         "steps": int(setting.model.optimizer.iterations),
-        "validation": validation,
-        "test": scores,
+        "validation": watching.plain(validation),
+        "test": watching.plain(scores),
         **times.summary(),
         "seconds": {**clock.seconds, **asdict(setting.loop.seconds)},
     }
@@ -435,8 +435,9 @@ def _report(setting: _Setting, run: Run, summary: dict[str, Any], probabilities:
     run.write_text("README.md", card)
     if setting.config.logging.tensorboard:
         report.write_graph(run, setting.loop.step_graph)
-        report.write_end(run, setting.config, setting.data, summary["test"], probabilities)
-        report.write_hparams(run, setting.config, summary["test"])
+        scores = watching.scalars(summary["test"])
+        report.write_end(run, setting.config, setting.data, scores, probabilities)
+        report.write_hparams(run, setting.config, scores)
 
 
 def _spec(run: Run) -> DataSpec:

@@ -7,10 +7,11 @@ Modules whose name begins with an underscore are no data sets.
 
 import hashlib
 import importlib
+import mmap
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,11 +92,14 @@ class Split:
             positions: int64 [k] in [0, n), or a slice of them.
         """
         rows = self.rows[positions]
-        images: Images = self.images
-        if isinstance(images, np.memmap) and images.filename is not None:
+        images = self.images
+        # A view of a map knows the map's place in the file, not its own: it is read as it is.
+        if isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap):
             # A map made for this call alone gives its pages back when it is dropped, so that
             # memory does not grow with what has been read.
-            images = np.memmap(images.filename, np.uint8, "r", images.offset, images.shape)
+            order: Literal["C", "F"] = "C" if images.flags.c_contiguous else "F"
+            file = cast("str", images.filename)
+            images = np.memmap(file, np.uint8, "r", images.offset, images.shape, order)
         return np.asarray(images[rows]), self.labels[rows]
 
 

@@ -127,7 +127,7 @@ class MetricsFile(keras.callbacks.Callback):
             "epoch": epoch + 1,
             "step": self._last.first_step + self._last.steps,
             "learning_rate": float(self._last.learning_rate[-1]),
-            **(logs or {}),
+            **plain(logs or {}),
             **self._times.summary(),
         }
         self._times = StepTimes()
@@ -174,8 +174,9 @@ class TensorBoardCurves(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the points of an epoch."""
         logs = logs or {}
-        train = {name: value for name, value in logs.items() if not name.startswith("val_")}
-        validation = {name[4:]: value for name, value in logs.items() if name.startswith("val_")}
+        values = scalars(logs)
+        train = {name: value for name, value in values.items() if not name.startswith("val_")}
+        validation = {name[4:]: value for name, value in values.items() if name.startswith("val_")}
         if self._last is not None:
             train["learning_rate"] = float(self._last.learning_rate[-1])
         for run, values in (("train", train), ("validation", validation)):
@@ -245,4 +246,14 @@ def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
 
 def shown(logs: Logs) -> str:
     """Returns the numbers of an epoch as a person reads them."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in logs.items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in scalars(logs).items())
+
+
+def plain(logs: Logs) -> dict[str, Any]:
+    """Returns the metrics as JSON takes them: numbers, and lists of numbers."""
+    return {name: np.asarray(value).tolist() for name, value in logs.items()}
+
+
+def scalars(logs: Logs) -> dict[str, float]:
+    """Returns the metrics that are one number; a metric may have several."""
+    return {name: value for name, value in logs.items() if isinstance(value, float)}

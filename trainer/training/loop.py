@@ -15,11 +15,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer.errors import CheckError
+from trainer.errors import CheckError, InputError
 from trainer.training.batches import Batches
 from trainer.training.step import test_step, train_step
 
-Logs = dict[str, float]
+# What Keras gives to callbacks: floats, and arrays where a metric has several values.
+Logs = dict[str, Any]
+
+
+# Reductions whose replicas' values, weighted by their share of the batch, add up to the batch's.
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,9 @@ class Loop:
             jit_compile: Compile the step with XLA.
             augment: Alters training images, uint8 [rows, H, W, C] to the same.
             gradient_norms: Record the norm of each weight's gradient at each step.
+
+        Raises:
+            InputError: The loss is no mean over the batch, and there are several devices.
         """
         self.model = model
         self.strategy = strategy
@@ -104,9 +112,15 @@ class Loop:
         self._calls, self._warmup_calls = 0, 1
         self._augment = augment
         self._jit_compile = jit_compile
+        reduction = getattr(model.loss, "reduction", "sum_over_batch_size")
+        if strategy.num_replicas_in_sync > 1 and reduction not in _MEANS:
+            raise InputError(
+                f"training.loss on several devices: expected a reduction of {', '.join(_MEANS)}, "
+                f"received {reduction!r}"
+            )
         self._clip_norm = clip_norm
         self._gradient_norms = gradient_norms
-        self._evaluations: dict[int, tuple[Batches, Any]] = {}
+        self._evaluations: dict[tuple[int, bool], tuple[Batches, Any]] = {}
         with strategy.scope():
             # Keras makes the variables of optimizer and metrics at their first use. That would be
             # inside the graph of one replica, where a strategy lets none be made.
@@ -168,6 +182,8 @@ class Loop:
             self._timed("callbacks", callback_list.on_epoch_end, epoch, logs)
             if model.stop_training:
                 break
+        # For optimizers that average the weights: the average takes their place.
+        model.optimizer.finalize_variable_values(model.trainable_variables)
         self._timed("callbacks", callback_list.on_train_end, logs)
         if diverged is not None:
             raise CheckError(
@@ -194,11 +210,12 @@ class Loop:
         Returns:
             Loss and metrics, and float32 [images, classes] where `collect` is set.
         """
-        if id(batches) not in self._evaluations:
+        key = (id(batches), collect)
+        if key not in self._evaluations:
             traced = self._timed("tracing", self._trace_evaluation, batches, collect)
             # Keeping the batches keeps their id from being given to others.
-            self._evaluations[id(batches)] = (batches, traced)
-        call = self._evaluations[id(batches)][1]
+            self._evaluations[key] = (batches, traced)
+        call = self._evaluations[key][1]
         self.model.reset_metrics()
         if callbacks is not None:
             callbacks.on_test_begin()
@@ -209,7 +226,7 @@ class Loop:
             if callbacks is not None:
                 callbacks.on_test_batch_begin(first)
             probabilities, results = call(state, tf.constant(first), tf.constant(count))
-            logs = _as_floats(results)
+            logs = _as_logs(results)
             if collect:
                 outputs.append(probabilities.numpy())
             if callbacks is not None:
@@ -267,7 +284,7 @@ class Loop:
             learning_rate=values.pop("learning_rate"),
             gradient_norms=values.pop("gradient_norms", None),
             metrics=values,
-            logs=_as_floats(logs),
+            logs=_as_logs(logs),
         )
 
     def _validate(self, batches: Batches, callbacks: keras.callbacks.CallbackList) -> Logs:
@@ -388,5 +405,6 @@ def _global_batch(batches: Batches, state: Any, step: tf.Tensor) -> tuple[Any, t
         return batches.select(state, step), tf.minimum(batches.batch_size, left)
 
 
-def _as_floats(results: dict[str, Any]) -> Logs:
-    return {name: float(value) for name, value in results.items()}
+def _as_logs(results: dict[str, Any]) -> Logs:
+    arrays = {name: value.numpy() for name, value in results.items()}
+    return {name: value if value.ndim else float(value) for name, value in arrays.items()}

@@ -114,7 +114,7 @@ def _clip_whole_batch(
         # gradients also let every replica decide alike whether float16 has overflowed.
         context = tf.distribute.get_replica_context()
         present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
-    scale = optimizer.scale_loss(tf.constant(1.0)) if _scales_loss(optimizer) else 1.0
+    scale = optimizer.scale_loss(tf.constant(1.0))
     norms = tf.stack([tf.norm(g) for g in present]) * replicas / scale  # [weights]
     if clip_norm is not None:
         factor = clip_norm / tf.maximum(tf.norm(norms), clip_norm)  # 1 where the norm is within

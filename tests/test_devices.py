@@ -1,0 +1,246 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+import tensorflow as tf
+
+from trainer import devices
+from trainer.devices import Devices
+from trainer.errors import CheckError, InputError, MissingError
+
+CPUS = ["CPU:0", "CPU:1"]
+GPUS = ["GPU:0", "GPU:1"]
+
+
+@pytest.fixture
+def _no_gpu() -> None:
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("TensorFlow sees a GPU here (CUDA_VISIBLE_DEVICES lets it in)")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bool], str]:
+    """Sets whether the kernel shows a GPU driver; returns the file that says so."""
+
+    def set_driver(loaded: bool) -> str:
+        file = tmp_path / "nvidiactl"
+        if loaded:
+            file.touch()
+        monkeypatch.setattr(devices, "_DRIVER_FILES", (str(file),))
+        monkeypatch.setattr("platform.system", lambda: "Linux")
+        return str(file)
+
+    return set_driver
+
+
+def message(error: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(error) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def outputs(chosen: Devices) -> list[Any]:
+    """Returns what each replica of a strategy makes."""
+    results = chosen.strategy.run(lambda: tf.constant(1.0) + 1.0)
+    return list(chosen.strategy.experimental_local_results(results))
+
+
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize(
+    ("device", "names", "strategy"),
+    [
+        ("cpu", ("CPU:0",), tf.distribute.OneDeviceStrategy),
+        ("auto", ("CPU:0",), tf.distribute.OneDeviceStrategy),
+        ("all", ("CPU:0", "CPU:1"), tf.distribute.MirroredStrategy),
+    ],
+)
+def test_what_is_selected_is_where_it_runs(
+    device: str, names: tuple[str, ...], strategy: type
+) -> None:
+    chosen = devices.select(device)
+    assert chosen.names == names
+    assert type(chosen.strategy) is strategy
+    assert chosen.strategy.num_replicas_in_sync == len(names)
+    assert devices.check_placement(outputs(chosen), chosen) == list(names)
+
+
+@pytest.mark.parametrize("device", ["gpu", "gpu:0", "gpu:7"])
+def test_without_a_driver_a_gpu_is_missing(driver: Callable[[bool], str], device: str) -> None:
+    file = driver(False)
+    assert devices.gpu_driver_files() == []
+    for function in (devices.require_driver, devices.select):
+        said = message(MissingError, function, device)
+        assert said.startswith(f"--device {device}: expected a GPU, found none: no GPU driver")
+        assert file in said
+        assert "pip install -e '.[gpu]'" in said
+        assert "--device cpu" in said
+    assert MissingError.exit_code == 3
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "all"])
+def test_other_devices_need_no_driver(driver: Callable[[bool], str], device: str) -> None:
+    driver(False)
+    devices.require_driver(device)
+    assert devices.select(device).names
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_a_driver_alone_is_no_gpu(driver: Callable[[bool], str]) -> None:
+    file = driver(True)
+    devices.require_driver("gpu")
+    assert devices.gpu_driver_files() == [file]
+    said = message(MissingError, devices.select, "gpu")
+    assert f"TensorFlow lists no GPU although a driver is loaded ({file})" in said
+
+
+def test_the_driver_is_looked_for_before_tensorflow_is_imported() -> None:
+    if sys.platform != "linux" or devices.gpu_driver_files():
+        pytest.skip("a GPU driver is loaded, or this is no Linux, which alone shows its drivers")
+    code = (
+        "import sys\nfrom trainer import devices, errors\n"
+        "try:\n    devices.require_driver('gpu')\n"
+        "except errors.MissingError as error:\n    print(error.exit_code, *sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    exit_code, *modules = run.stdout.split()
+    assert exit_code == "3"
+    assert "trainer.devices" in modules
+    assert not {"tensorflow", "keras", "numpy"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [
+        ("cpu", GPUS, ("CPU:0",)),
+        ("auto", GPUS, ("GPU:0",)),
+        ("auto", [], ("CPU:0",)),
+        ("all", GPUS, ("GPU:0", "GPU:1")),
+        ("all", ["GPU:0"], ("GPU:0",)),
+        ("all", [], ("CPU:0", "CPU:1")),
+        ("gpu", GPUS, ("GPU:0",)),
+        ("gpu:0", GPUS, ("GPU:0",)),
+        ("gpu:1", GPUS, ("GPU:1",)),
+    ],
+)
+def test_which_devices_are_chosen(device: str, gpus: list[str], expected: tuple[str, ...]) -> None:
+    assert devices._choose(device, gpus, CPUS) == expected
+
+
+def test_a_gpu_beyond_those_there_are_is_refused() -> None:
+    said = message(InputError, devices._choose, "gpu:2", GPUS, CPUS)
+    assert said == "--device gpu:2: available: gpu:0, gpu:1"
+    for device in ("gpu", "gpu:0", "gpu:2"):
+        assert f"--device {device}: " in message(MissingError, devices._choose, device, [], CPUS)
+
+
+def test_outputs_elsewhere_are_refused() -> None:
+    def on(*names: str) -> list[Any]:
+        tensors = []
+        for name in names:
+            with tf.device(name):
+                tensors.append(tf.constant(1.0) + 1.0)
+        return tensors
+
+    one, both = (Devices(names, tf.distribute.get_strategy()) for names in (("CPU:1",), (*CPUS,)))
+    assert devices.check_placement(on("CPU:1"), one) == ["CPU:1"]
+    assert devices.check_placement(on("CPU:1", "CPU:0"), both) == ["CPU:1", "CPU:0"]
+    for tensors, asked in [
+        (on("CPU:0"), one),
+        (on("CPU:0", "CPU:0"), both),
+        (on("CPU:0"), both),
+        (on("CPU:0", "CPU:1"), one),
+        ([], one),
+    ]:
+        said = message(CheckError, devices.check_placement, tensors, asked)
+        assert said.startswith(f"expected outputs on {', '.join(asked.names)}, found them on ")
+        assert all(t.device.endswith(("CPU:0", "CPU:1")) for t in tensors)
+    assert CheckError.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("avx512_bf16", "avx512f"), "mixed_bfloat16"),
+        (("amx_bf16", "avx2"), "mixed_bfloat16"),
+        (("avx2", "avx512f", "fma"), "float32"),
+        ((), "float32"),
+    ],
+)
+def test_precision_follows_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.setattr(devices, "cpu_flags", lambda: flags)
+    for names in (("CPU:0",), tuple(CPUS)):
+        chosen = Devices(names, tf.distribute.get_strategy())
+        assert devices.choose_precision("auto", chosen) == expected
+        for asked in ("float32", "mixed_bfloat16", "mixed_float16"):
+            assert devices.choose_precision(asked, chosen) == asked
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("GPU:0",), "mixed_bfloat16"),
+        (("GPU:1",), "mixed_float16"),
+        (("GPU:2",), "float32"),
+        (("GPU:3",), "float32"),  # unknown
+        (("GPU:0", "GPU:1"), "mixed_float16"),  # the oldest decides
+        (("GPU:0", "GPU:1", "GPU:2"), "float32"),
+    ],
+)
+def test_precision_follows_the_oldest_gpu(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], expected: str
+) -> None:
+    cards: list[dict[str, Any]] = [{"compute_capability": c} for c in ((8, 0), (7, 5), (6, 1))]
+    cards.append({})
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: cards)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda card: card)
+    chosen = Devices(names, tf.distribute.get_strategy())
+    assert devices.choose_precision("auto", chosen) == expected
+
+
+def test_a_dtype_policy_ends_with_its_block() -> None:
+    former = keras.config.dtype_policy()
+    assert former.name == "float32"
+    with devices.dtype_policy("mixed_bfloat16"):
+        assert keras.layers.Dense(1).compute_dtype == "bfloat16"
+        with devices.dtype_policy("mixed_float16"):
+            assert keras.layers.Dense(1).compute_dtype == "float16"
+        assert keras.layers.Dense(1).compute_dtype == "bfloat16"
+    assert keras.config.dtype_policy() is former
+    with pytest.raises(KeyError), devices.dtype_policy("mixed_bfloat16"):
+        raise KeyError
+    assert keras.config.dtype_policy() is former
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx", ("avx", "avx2", "fpu")),
+        ("Features\t: fp bf16 asimd", ("asimd", "bf16", "fp")),
+    ],
+)
+def test_cpu_flags_are_those_the_kernel_lists(
+    monkeypatch: pytest.MonkeyPatch, line: str, expected: tuple[str, ...]
+) -> None:
+    cpuinfo = ["processor\t: 0", "model name\t: Some CPU: fast", line, "", "flags\t\t: other"]
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: cpuinfo)
+    assert devices.cpu_flags.__wrapped__() == expected
+    assert devices.cpu_model.__wrapped__() == "Some CPU: fast"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
+def test_only_cpus_that_this_process_may_use_are_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert devices.usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert devices.usable_cpus() == len(allowed)

@@ -44,9 +44,9 @@ def encoded(pixels: Array | Image.Image, kind: str = "PNG", **options: Any) -> b
     return buffer.getvalue()
 
 
-def stored(array: Array, **options: Any) -> bytes:
+def stored(array: Array) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, array, **options)
+    np.save(buffer, array)
     return buffer.getvalue()
 
 
@@ -254,7 +254,7 @@ def refusal(path: Path, channels: int = 1) -> str:
         ("cut.jpg", encoded(COLOUR, "JPEG")[:-80], "cannot be read as an image"),
         ("cut.npy", stored(GREY)[:-1], "is not a .npy array"),
         ("cut in header.npy", stored(GREY)[:40], "is not a .npy array"),
-        ("objects.npy", stored(np.array([GREY, None]), allow_pickle=True), "is not a .npy array"),
+        ("objects.npy", stored(np.array([{}], dtype=object)), "is not a .npy array"),
         ("float.npy", stored(GREY / 255), "received float64 [6, 5]"),
         ("wide.npy", stored(GREY.astype(np.int64)), "received int64 [6, 5]"),
         ("shape.npy", stored(GREY.T), "received uint8 [5, 6]"),

@@ -33,11 +33,14 @@ def build(
         dropout: Share of its outputs that training sets to zero.
     """
     images, x = image_input(spec)  # (B, H, W, C)
-    for i, channels in enumerate(filters):
-        size = kernel_size if i == 0 else 3
-        x = layers.Conv2D(channels, size, padding=padding, activation="relu")(x)
-        x = layers.MaxPooling2D(2, padding="same")(x)  # halves H and W, rounded up
-    x = layers.Flatten()(x)  # (B, H * W * channels)
-    x = layers.Dense(dense, activation="relu")(x)  # (B, dense)
-    x = layers.Dropout(dropout)(x)
+    for i, channels in enumerate(filters, start=1):
+        size = kernel_size if i == 1 else 3
+        convolution = layers.Conv2D(
+            channels, size, padding=padding, activation="relu", name=f"convolution_{i}"
+        )
+        x = convolution(x)  # (B, H, W, channels)
+        x = layers.MaxPooling2D(2, padding="same", name=f"pooling_{i}")(x)  # halves H and W
+    x = layers.Flatten(name="flatten")(x)  # (B, H * W * channels)
+    x = layers.Dense(dense, activation="relu", name="hidden")(x)  # (B, dense)
+    x = layers.Dropout(dropout, name="dropout")(x)
     return keras.Model(images, class_probabilities(x, spec), name="cnn")

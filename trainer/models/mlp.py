@@ -28,8 +28,8 @@ def build(
         dropout: Share of each hidden layer's outputs that training sets to zero.
     """
     images, x = image_input(spec)  # (B, H, W, C)
-    x = layers.Flatten()(x)  # (B, H * W * C)
-    for size in units:
-        x = layers.Dense(size, activation=activation)(x)
-        x = layers.Dropout(dropout)(x)
+    x = layers.Flatten(name="flatten")(x)  # (B, H * W * C)
+    for i, size in enumerate(units, start=1):
+        x = layers.Dense(size, activation=activation, name=f"hidden_{i}")(x)
+        x = layers.Dropout(dropout, name=f"dropout_{i}")(x)
     return keras.Model(images, class_probabilities(x, spec), name="mlp")

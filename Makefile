@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help fit test check format tensorboard clean
 
 help:  ## Say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@sed -nE 's/^([a-z]+):.*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options on
-	$(BIN)/trainer fit $(ARGS)
+	@$(BIN)/trainer fit $(ARGS)
 
 test: $(VENV)/.installed-dev  ## Run the tests (offline, under three minutes on two cores)
 	$(BIN)/python -m pytest $(ARGS)
@@ -33,14 +34,16 @@ clean:  ## Remove the environment and caches; runs and data stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "expected Python 3.11 to 3.13, received %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "expected Python 3.11 to 3.13, received %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV)
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
-	touch $@
+	@echo "installing trainer and what it needs into $(VENV) (about 2.5 GB, once)"
+	@$(PIP) --editable .
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "installing what tests and checks need into $(VENV) (once)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@

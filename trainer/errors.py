@@ -15,6 +15,10 @@ class TrainerError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        """Puts the message on one line: the reasons of libraries often come on several."""
+        super().__init__(" ".join(message.split()))
+
 
 class InputError(TrainerError):
     """Wrong usage, configuration or input."""

@@ -1,14 +1,23 @@
 """Image files for a trained network: read, and converted to the shape it was trained on."""
 
+import tokenize
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from trainer.data import DataSpec, Images
 from trainer.errors import InputError
 
+# What numpy raises for a header that is not one: it reads it as Python literals.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
+    *(SyntaxError, tokenize.TokenError),
+)
 # A file that claims more pixels than this is refused before its pixels are unpacked.
 _MOST_PIXELS = 50_000_000
 
@@ -62,9 +71,10 @@ def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[P
 
 
 def _read_array(path: Path, spec: DataSpec) -> Images:
+    array: NDArray[Any]
     try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except _DAMAGED as error:
         raise InputError(f"{path} is not a .npy array: {error}") from None
     height, width, channels = spec.image_shape
     shape = array.shape
@@ -79,7 +89,7 @@ def _read_array(path: Path, spec: DataSpec) -> Images:
         )
     if not len(array):
         raise InputError(f"{path} holds no image: its shape is {list(shape)}")
-    return np.ascontiguousarray(array)
+    return np.array(array)  # a copy: the file may change
 
 
 def _read_image(path: Path, spec: DataSpec) -> Picture:
@@ -88,13 +98,18 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
     if mode is None:
         raise InputError(f"{path}: images of {channels} channels can be given as .npy arrays only")
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path, formats=("PNG", "JPEG")) as image,
+        ):
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(
                     f"{path}: {image.width}x{image.height} pixels; at most {_MOST_PIXELS} are read"
                 )
             image.load()
             given = f"{image.height}x{image.width} {image.mode}"
+            if mode != "RGBA" and "transparency" in image.info:
+                given += " with transparency"
             image = _flattened(image, mode)
     except UnidentifiedImageError:
         raise InputError(
@@ -109,12 +124,16 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
     return Picture(str(path), pixels, "" if given == wanted else f"{given} to {wanted}")
 
 
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+
+
 def _flattened(image: Image.Image, mode: str) -> Image.Image:
     """Converts colours; 16-bit grey is scaled, and what is transparent becomes white paper."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64) / 257  # 65535 to 255
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    if mode != "RGBA" and (image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info):
+    if mode != "RGBA" and _is_transparent(image):
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image)

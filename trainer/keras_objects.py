@@ -78,9 +78,11 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
 
 def _import(kind: str, name: str) -> Any:
     module_name, _, attribute = name.partition(":")
+    if not module_name or module_name.startswith("."):
+        raise InputError(f"{kind} {name!r}: expected package.module:Name")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise InputError(f"{kind} {name!r}: {error}") from None
     if not hasattr(module, attribute):
         raise InputError(f"{kind} {name!r}: {module_name} has no {attribute!r}")

@@ -110,8 +110,10 @@ def confusion_figure(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> F
     mistakes = matrix * (1 - np.eye(spec.class_count, dtype=matrix.dtype))
     axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
     ticks = np.arange(spec.class_count)
-    axes.set_xticks(ticks, spec.class_names, rotation=0 if _short(spec) else 90)
-    axes.set_yticks(ticks, spec.class_names)
+    # Names are text: matplotlib would take what is between two dollars for a formula.
+    rotation = 0 if _short(spec) else 90
+    axes.set_xticks(ticks, spec.class_names, rotation=rotation, parse_math=False)
+    axes.set_yticks(ticks, spec.class_names, parse_math=False)
     axes.set_xlabel("taken for")
     axes.set_ylabel("class")
     right = np.trace(matrix)
@@ -141,24 +143,26 @@ def picture_grid(images: Images, titles: list[str]) -> Figure:
             axes.imshow(image)
         else:
             axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=8, parse_math=False)
         axes.set_axis_off()
     return figure
 
 
 def class_table(labels: Labels, probabilities: NDArray[Any], spec: DataSpec) -> dict[str, Any]:
     """Returns precision, recall and F1 of each class, by its name."""
-    from sklearn.metrics import classification_report
+    from sklearn.metrics import precision_recall_fscore_support
 
-    report: dict[str, Any] = classification_report(
+    columns = precision_recall_fscore_support(
         labels,
         probabilities.argmax(axis=1),
         labels=np.arange(spec.class_count),
-        target_names=spec.class_names,
-        output_dict=True,
         zero_division=0.0,
     )
-    return {name: report[name] for name in spec.class_names}
+    names = ("precision", "recall", "f1-score", "support")
+    return {
+        class_name: {name: float(value) for name, value in zip(names, row, strict=True)}
+        for class_name, row in zip(spec.class_names, zip(*columns, strict=True), strict=True)
+    }
 
 
 def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], toml: str) -> str:

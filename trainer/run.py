@@ -10,12 +10,14 @@ runs/<UTC time>-<name>/
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +34,7 @@ class Run:
     """One run directory."""
 
     def __init__(self, path: Path) -> None:
-        """Names a directory; `create_run` makes one and `open_run` finds one."""
+        """Names a directory; `name_run` names a new one and `open_run` finds one."""
         self.path = path
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
@@ -49,6 +51,47 @@ class Run:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.path / "summary.json").exists()
+
+    def create(self, config: Config) -> None:
+        """Makes the directory and writes its config.toml.
+
+        Args:
+            config: The resolved configuration.
+
+        Raises:
+            InputError: The directory exists or cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()  # fails where it exists: nothing is overwritten
+            self.checkpoints.mkdir()
+            self.write_text("config.toml", config.to_toml())
+        except OSError as error:
+            if isinstance(error, FileExistsError) and self.path.exists():
+                raise InputError(
+                    f"{self.path} exists already and is left as it is: choose another --name"
+                ) from None
+            raise InputError(
+                f"the run directory {self.path} cannot be written ({error.strerror}): "
+                "choose another folder with --set logging.directory=..."
+            ) from None
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Also writes what the package logs to log.txt, and the traceback of what ends it."""
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("trainer")
+        logger.addHandler(handler)
+        try:
+            yield
+        except BaseException:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+            raise
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
 
     def config(self) -> Config:
         """Reads the run's own configuration.
@@ -86,33 +129,15 @@ class Run:
         write_whole(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
-def create_run(config: Config, name: str) -> Run:
-    """Makes a new run directory and writes its config.toml.
+def name_run(config: Config, name: str) -> Run:
+    """Names a new run directory by the time of day; `create` makes it.
 
     Args:
-        config: The resolved configuration.
+        config: Says in which folder.
         name: What follows the time in the directory's name.
-
-    Raises:
-        InputError: The directory exists or cannot be written.
     """
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    run = Run(Path(config.logging.directory) / f"{time}-{name}")
-    try:
-        run.path.parent.mkdir(parents=True, exist_ok=True)
-        run.path.mkdir()  # fails where it exists: nothing is overwritten
-        run.checkpoints.mkdir()
-        run.write_text("config.toml", config.to_toml())
-    except FileExistsError:
-        raise InputError(
-            f"{run.path} exists already and is left as it is: choose another --name"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"the run directory {run.path} cannot be written ({error.strerror}): "
-            "choose another folder with --set logging.directory=..."
-        ) from None
-    return run
+    return Run(Path(config.logging.directory) / f"{time}-{name}")
 
 
 def require_writable(directory: str) -> None:

@@ -1,6 +1,7 @@
 """Fit, evaluate, predict: the one place that sees configuration, data, models and training."""
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from trainer.config import Config, DataConfig
 from trainer.data import Dataset, DataSpec, tfds
 from trainer.devices import Devices
 from trainer.errors import InputError
-from trainer.run import Run, create_run, environment, open_run, require_writable
+from trainer.run import Run, environment, name_run, open_run, require_writable
 from trainer.training import callbacks as watching
 from trainer.training.augmentation import make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
@@ -72,6 +73,11 @@ class _Setting:
             limit_batches=training.limit_batches,
         )
 
+    def training_batches(self, clock: "_Clock") -> tuple[Batches, Batches]:
+        """Brings train and validation to the device."""
+        with clock.part("data"):
+            return self.batches("train", shuffled=True), self.batches("validation")
+
 
 class _Clock:
     """Seconds of each named part, one after the other."""
@@ -119,35 +125,20 @@ def fit(
     else:
         require_writable(config.logging.directory)
     setting = _assemble(config, clock)
-    config = setting.config
-    with clock.part("data"):
-        train, validation = setting.batches("train", shuffled=True), setting.batches("validation")
     if dry_run:
-        own = _callbacks(config, None)
-        setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
-        scores, _ = setting.loop.evaluate(setting.batches("test"))
-        return Fitted(_summary(setting, scores, clock, watching.StepTimes()), setting.model, None)
-
-    run = create_run(config, config.logging.name or f"{setting.data.spec.name}-{config.model.name}")
-    with _logging_to(run.log):
-        _announce(setting, run)
+        return _dry_run(setting, callbacks, clock)
+    config = setting.config
+    run = name_run(config, config.logging.name or f"{setting.data.spec.name}-{config.model.name}")
+    watched_by = [*_callbacks(config, run.path), *callbacks]
+    batches = setting.training_batches(clock)
+    run.create(config)  # from here on something is written; what was wrong is known by now
+    with run.logging():
         times = watching.StepTimes()
-        facts = environment(setting.devices.names, setting.data.spec.fingerprint)
-        run.write_json("environment.json", facts)
-        with clock.part("report"):
-            if config.logging.tensorboard:
-                report.write_start(run, config, facts, setting.data)
-        _train(
-            setting,
-            run,
-            (train, validation),
-            [*_callbacks(config, run), *callbacks],
-            times,
-            console,
-        )
+        _begin(setting, run, clock)
+        _train(setting, run, batches, watched_by, times, console)
+        save_weights(run, setting.model)
         with clock.part("evaluation"):
             scores, probabilities = setting.loop.evaluate(setting.batches("test"), collect=True)
-        save_weights(run, setting.model)
         _log.info("test  %s", watching.shown(scores))
         summary = _summary(setting, scores, clock, times) | {"run": str(run.path)}
         run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
@@ -338,12 +329,12 @@ def _compiled_model(config: Config, data: Dataset) -> keras.Model:
     return model
 
 
-def _callbacks(config: Config, run: Run | None) -> list[keras.callbacks.Callback]:
+def _callbacks(config: Config, folder: Path) -> list[keras.callbacks.Callback]:
     """Makes the callbacks of the configuration; "{run}" in an option is the run directory."""
     made = []
     for callback in config.training.callbacks:
         options = {
-            key: value.replace("{run}", str(run.path)) if run and isinstance(value, str) else value
+            key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
             for key, value in callback.options.items()
         }
         made.append(
@@ -352,16 +343,32 @@ def _callbacks(config: Config, run: Run | None) -> list[keras.callbacks.Callback
     return made
 
 
-def _announce(setting: _Setting, run: Run) -> None:
-    spec = setting.data.spec
+def _dry_run(
+    setting: _Setting, callbacks: Sequence[keras.callbacks.Callback], clock: _Clock
+) -> Fitted:
+    """Goes through everything once; what callbacks write goes to a folder that is removed."""
+    train, validation = setting.training_batches(clock)
+    with tempfile.TemporaryDirectory() as folder:
+        own = _callbacks(setting.config, Path(folder))
+        setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
+    scores, _ = setting.loop.evaluate(setting.batches("test"))
+    return Fitted(_summary(setting, scores, clock, watching.StepTimes()), setting.model, None)
+
+
+def _begin(setting: _Setting, run: Run, clock: _Clock) -> None:
+    """Says and writes what is known before training."""
+    config, spec = setting.config, setting.data.spec
     _log.info("run      %s", run.path)
     _log.info(
         "data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin
     )
-    _log.info(
-        "network  %s, %s parameters", setting.config.model.name, f"{setting.model.count_params():,}"
-    )
-    _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
+    _log.info("network  %s, %s parameters", config.model.name, f"{setting.model.count_params():,}")
+    _log.info("device   %s, %s", ", ".join(setting.placed), config.training.precision)
+    facts = environment(setting.devices.names, spec.fingerprint)
+    run.write_json("environment.json", facts)
+    if config.logging.tensorboard:
+        with clock.part("report"):
+            report.write_start(run, config, facts, setting.data)
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
@@ -446,20 +453,3 @@ def _spec(run: Run) -> DataSpec:
         return DataSpec.model_validate(run.read_json("summary.json")["data"])
     except (KeyError, ValidationError) as error:
         raise InputError(f"{run.path / 'summary.json'} is damaged: {error}") from None
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Also writes what the package logs to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("trainer")
-    logger.addHandler(handler)
-    try:
-        yield
-    except Exception:
-        _log.debug("the run ended here", exc_info=True)
-        raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

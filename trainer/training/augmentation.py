@@ -35,15 +35,15 @@ def make_augmentation(
         [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
     )
     try:
-        shape = chain.compute_output_shape((None, *spec.image_shape))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"data.augmentation: {' '.join(str(error).split())}") from None
+        # Trying it also makes its random state, which belongs to the strategy's scope.
+        shape = chain(tf.zeros((1, *spec.image_shape)), training=False).shape
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        raise InputError(f"data.augmentation: {error}") from None
     if tuple(shape[1:]) != spec.image_shape:
         raise InputError(
             f"data.augmentation: expected to keep images of {list(spec.image_shape)}, "
             f"received {list(shape[1:])}"
         )
-    chain.build((None, *spec.image_shape))  # its random state belongs to the strategy's scope
 
     def augment(images: tf.Tensor) -> tf.Tensor:
         altered = chain(tf.cast(images, tf.float32), training=True)

@@ -714,6 +714,14 @@ def test_unknown_set_is_refused_with_the_nearest(name: str, expected: str, tmp_p
     assert expected in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["mnist:9.9.9", "cifar10/plain", "mnist/", "../mnist"])
+@pytest.mark.usefixtures("closed_network")
+def test_unknown_version_or_variant_of_a_set_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"data set '{name}' cannot be opened") as refused:
+        load(DataConfig(name=name, directory=str(tmp_path)))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.usefixtures("closed_network")
 def test_a_set_of_tfds_takes_no_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown option 'split': it takes none"):

@@ -158,8 +158,7 @@ def test_outputs_elsewhere_are_refused() -> None:
         ([], one),
     ]:
         said = message(CheckError, devices.check_placement, tensors, asked)
-        assert said.startswith(f"expected outputs on {', '.join(asked.names)}, found them on ")
-        assert all(t.device.endswith(("CPU:0", "CPU:1")) for t in tensors)
+        assert said.startswith(f"expected outputs on {', '.join(asked.names)}, found them on")
     assert CheckError.exit_code == 4
 
 

@@ -284,6 +284,35 @@ def test_weights_come_back_bit_for_bit(run: Run, trained: Callable[..., keras.Mo
     assert state(model) == state(trained(2))
 
 
+def test_what_a_layer_keeps_besides_its_weights_comes_back(
+    run: Run, trained: Callable[..., keras.Model]
+) -> None:
+    def layers() -> list[keras.layers.Layer]:
+        nested = keras.Sequential([keras.layers.Dense(8), keras.layers.Dropout(0.5)])
+        twice = keras.layers.Dense(8)
+        return [keras.layers.BatchNormalization(), nested, twice, twice]
+
+    model, other = (trained(seed, own_layers=layers) for seed in (0, 1))
+    model.set_weights([weight + 1 for weight in model.get_weights()])  # also means and variances
+    assert len(model.weights) == 12
+    save_weights(run, model)
+    load_weights(run, other)
+    assert state(other) == state(model)
+
+
+@pytest.mark.xfail(raises=InputError, reason="such a weight is in the file more than once")
+def test_a_weight_that_two_layers_know_comes_back(
+    run: Run, trained: Callable[..., keras.Model]
+) -> None:
+    def layers() -> list[keras.layers.Layer]:
+        return [keras.layers.SpectralNormalization(keras.layers.Dense(8))]
+
+    model, other = (trained(seed, own_layers=layers) for seed in (0, 1))
+    save_weights(run, model)
+    load_weights(run, other)
+    assert state(other) == state(model)
+
+
 # What the two architectures' optimizers say on top is of no concern here.
 @pytest.mark.filterwarnings("ignore")
 def test_weights_of_another_architecture_are_refused(

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import platform
 import shutil
@@ -205,6 +206,26 @@ def test_a_damaged_summary_is_refused(create: Create, damaged: bytes | None) -> 
     path = run.path / "summary.json"
     path.unlink() if damaged is None else path.write_bytes(damaged)
     assert refused(run.read_json, "summary.json").startswith(str(path))
+
+
+def test_a_run_keeps_what_is_logged_and_what_ended_it(
+    create: Create, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = create()
+    logger = logging.getLogger("trainer.some.module")
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        with run.logging():
+            logger.info("epoch é")
+        with pytest.raises(KeyboardInterrupt), run.logging():
+            logger.info("epoch 2")
+            raise KeyboardInterrupt("stopped here")
+        logger.info("after the run")
+    lines = run.log.read_text(encoding="utf-8").splitlines()
+    assert lines[0].endswith(" INFO epoch é")
+    assert lines[1].endswith(" INFO epoch 2")
+    assert lines[-1] == "KeyboardInterrupt: stopped here"
+    assert "Traceback" in lines[2]
+    assert not any("after the run" in line for line in lines)
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

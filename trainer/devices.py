@@ -121,7 +121,8 @@ def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
     found = [t.device.rpartition("/device:")[2] for t in tensors]
     if sorted(found) != sorted(devices.names):
         raise CheckError(
-            f"expected outputs on {', '.join(devices.names)}, found them on {', '.join(found)}"
+            f"expected outputs on {', '.join(devices.names)}, "
+            f"found them on {', '.join(found) or 'no device'}"
         )
     return found
 

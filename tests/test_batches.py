@@ -165,14 +165,17 @@ def test_placement_obeys_the_limit(
     assert isinstance(make_batches(split, config, one_device, batch_size=1), expected)
 
 
-def test_slices_of_a_mapped_file_are_read_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_mapped_files_and_views_of_them_are_read_as_they_are(order: Any, tmp_path: Path) -> None:
     images = np.arange(20 * 3 * 2, dtype=np.uint8).reshape(20, 3, 2, 1)
-    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "images.npy", np.asarray(images, order=order))
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     labels = np.arange(20, dtype=np.int32)
-    for cut in (np.s_[:], np.s_[5:], np.s_[::2], np.s_[:, ::-1]):
-        split = Split(mapped[cut], labels, np.arange(len(images[cut])))
-        np.testing.assert_array_equal(split.read()[0], images[cut])
+    for cut in (np.s_[:], np.s_[5:], np.s_[::2], np.s_[:, ::-1], np.s_[..., :1, :]):
+        split = Split(mapped[cut], labels, np.arange(len(images[cut]))[::-1])
+        np.testing.assert_array_equal(split.read()[0], images[cut][::-1])
+    whole = Split(mapped, labels, np.arange(20)).read(np.array([3, 19]))
+    np.testing.assert_array_equal(whole[0], images[[3, 19]])
 
 
 STREAM = """

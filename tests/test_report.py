@@ -300,7 +300,6 @@ def test_what_a_layer_keeps_besides_its_weights_comes_back(
     assert state(other) == state(model)
 
 
-@pytest.mark.xfail(raises=InputError, reason="such a weight is in the file more than once")
 def test_a_weight_that_two_layers_know_comes_back(
     run: Run, trained: Callable[..., keras.Model]
 ) -> None:

@@ -1,10 +1,15 @@
 """What a training leaves behind: the weights, written whole or not at all."""
 
+from pathlib import Path
+
 import h5py
 import keras
 
 from trainer.errors import InputError
 from trainer.run import Run, write_whole
+
+# How many parameters the file is for: Keras passes over those that a model has no place for.
+_PARAMETERS = "trainer.parameters"
 
 
 def save_weights(run: Run, model: keras.Model) -> None:
@@ -13,8 +18,14 @@ def save_weights(run: Run, model: keras.Model) -> None:
     Raises:
         InputError: The disk does not take them; what was there before is untouched.
     """
+
+    def write(beside: Path) -> None:
+        model.save_weights(beside, overwrite=True)
+        with h5py.File(beside, "a") as file:
+            file.attrs[_PARAMETERS] = model.count_params()
+
     try:
-        write_whole(run.weights, lambda beside: model.save_weights(beside, overwrite=True))
+        write_whole(run.weights, write)
     except OSError as error:
         size = sum(v.value.numpy().nbytes for v in model.variables)
         raise InputError(f"{run.weights}: about {size} bytes cannot be written: {error}") from None
@@ -27,23 +38,11 @@ def load_weights(run: Run, model: keras.Model) -> None:
         InputError: They are missing, damaged, or of another architecture.
     """
     try:
-        kept = _count_numbers(run)
-        if kept != model.count_params():  # Keras passes over what the model has no place for
-            raise ValueError(f"it holds {kept} numbers, the model has {model.count_params()}")
+        with h5py.File(run.weights, "r") as file:
+            kept = file.attrs[_PARAMETERS]
+        if kept != model.count_params():
+            raise ValueError(f"it holds {kept} parameters, the model has {model.count_params()}")
         model.load_weights(run.weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{run.weights} cannot be read into this model: {reason}") from None
-
-
-def _count_numbers(run: Run) -> int:
-    """Returns how many numbers the file keeps for the model itself, its optimizer left out."""
-    sizes = []
-
-    def note(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer/"):
-            sizes.append(item.size)
-
-    with h5py.File(run.weights, "r") as file:
-        file.visititems(note)
-    return sum(sizes)

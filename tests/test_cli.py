@@ -196,6 +196,42 @@ def test_data_info_counts_the_classes(run: Run) -> None:
             "did you mean 'Conv2D'",
         ),
         (["fit", "configs/debug.toml", "--set", "training.batch_size=5000"], 2, "5000"),
+        (
+            ["fit", "configs/debug.toml", "--set", "training.loss.name=MeanSquaredError"],
+            2,
+            "training.loss or training.metrics does not fit",
+        ),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set"),
+                "training.loss={name='SparseCategoricalCrossentropy',options={reduction='none'}}",
+            ],
+            2,
+            "expected one number for a batch",
+        ),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set"),
+                'training.callbacks=[{name="EarlyStopping",options={monitor="val_los"}}]',
+            ],
+            2,
+            "did you mean 'val_loss'",
+        ),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set", "optimizer.schedule.name=CosineDecay"),
+                *("--set", 'training.callbacks=[{name="ReduceLROnPlateau"}]'),
+            ],
+            2,
+            "sets the learning rate",
+        ),
+        (
+            ["fit", "configs/debug.toml", "--set", "optimizer.options.learning_rate=0.1"],
+            2,
+            "expected as optimizer.learning_rate",
+        ),
+        (["fit", "configs/debug.toml", "--set", "data.image_size=[8, 8]"], 2, "data.image_size"),
+        (["fit", "--set", "data.name='..'"], 2, "unknown data set"),
         (["fit", "configs/debug.toml", "--set", "logging.directory=a_file"], 2, "a_file"),
         (["fit", "configs/debug.toml", "--device", "gpu:x"], 2, "training.device"),
         (["evaluate", "nothing"], 2, "nothing"),

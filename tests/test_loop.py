@@ -19,9 +19,6 @@ from trainer.training.loop import Loop, Window
 
 Make = Callable[..., Any]
 
-# Keras 3.15's own callbacks read a variable in a way that numpy 2 means to end.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def keras_fit(
     model: keras.Model, tiny: Any, *, epochs: int, callbacks: list[Any], steps_per_call: int = 4

@@ -324,8 +324,11 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: {fault['ctx']['error']}"
     if fault["type"] == "missing":
         return f"{key} is missing"
-    message = fault["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {message}, received {_shown(fault['input'])}"
+    if fault["type"] == "string_pattern_mismatch":
+        expected = f"text that matches {fault['ctx']['pattern']}"
+    else:
+        expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
+    return f"{key}: expected {expected}, received {_shown(fault['input'])}"
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

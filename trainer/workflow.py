@@ -1,6 +1,7 @@
 """Fit, evaluate, predict: the one place that sees configuration, data, models and training."""
 
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from trainer import devices, images, keras_objects, models, report
 from trainer.config import Config, DataConfig
 from trainer.data import Dataset, DataSpec, tfds
 from trainer.devices import Devices
-from trainer.errors import InputError
+from trainer.errors import InputError, nearest
 from trainer.run import Run, environment, name_run, open_run, require_writable
 from trainer.training import callbacks as watching
 from trainer.training.augmentation import make_augmentation
@@ -129,7 +130,7 @@ def fit(
         return _dry_run(setting, callbacks, clock)
     config = setting.config
     run = name_run(config, config.logging.name or f"{setting.data.spec.name}-{config.model.name}")
-    watched_by = [*_callbacks(config, run.path), *callbacks]
+    watched_by = [*_callbacks(setting, run.path), *callbacks]
     batches = setting.training_batches(clock)
     run.create(config)  # from here on something is written; what was wrong is known by now
     with run.logging():
@@ -299,6 +300,7 @@ def _assemble(config: Config, clock: _Clock) -> _Setting:
         with devices.dtype_policy(precision), chosen.strategy.scope():
             model = _compiled_model(config, data)
             augment = make_augmentation(config.data.augmentation, data.spec)
+        placed = _rehearse(model, data, chosen)
         loop = Loop(
             model,
             chosen.strategy,
@@ -308,12 +310,44 @@ def _assemble(config: Config, clock: _Clock) -> _Setting:
             augment=augment,
             gradient_norms=config.logging.histograms,
         )
-        first, _ = data.train.read(slice(1))
-        outputs = chosen.strategy.run(lambda image: model(image, training=False), args=(first,))
-        placed = devices.check_placement(
-            chosen.strategy.experimental_local_results(outputs), chosen
-        )
     return _Setting(config, data, chosen, placed, model, loop)
+
+
+def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
+    """Sends a few images through network, loss and metrics: what does not fit is known at once.
+
+    Returns:
+        Where the outputs were found.
+
+    Raises:
+        InputError: The loss or a metric does not fit what the network gives.
+        CheckError: The outputs are not on the devices asked for.
+    """
+    # Unlike the number of classes, so that no loss fits by chance of broadcasting.
+    few = 4 if data.spec.class_count == 3 else 3
+    images, labels = data.train.read(slice(few))
+    strategy = chosen.strategy
+    outputs = strategy.experimental_local_results(
+        strategy.run(lambda images: model(images, training=False), args=(images,))
+    )
+    placed = devices.check_placement(outputs, chosen)
+    try:
+        with strategy.scope():
+            loss = model.compute_loss(images, labels, outputs[0], training=False)
+            model.compute_metrics(images, labels, outputs[0])
+            model.reset_metrics()
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+        reason = re.sub(r"\{\{.*?\}\} ?", "", str(error))[:300]  # without TensorFlow's node names
+        raise InputError(
+            "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
+            f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
+        ) from None
+    if loss.shape != ():
+        raise InputError(
+            f"training.loss: expected one number for a batch, received {list(loss.shape)}: "
+            "its reduction is 'none'"
+        )
+    return placed
 
 
 def _compiled_model(config: Config, data: Dataset) -> keras.Model:
@@ -329,10 +363,10 @@ def _compiled_model(config: Config, data: Dataset) -> keras.Model:
     return model
 
 
-def _callbacks(config: Config, folder: Path) -> list[keras.callbacks.Callback]:
+def _callbacks(setting: _Setting, folder: Path) -> list[keras.callbacks.Callback]:
     """Makes the callbacks of the configuration; "{run}" in an option is the run directory."""
     made = []
-    for callback in config.training.callbacks:
+    for callback in setting.config.training.callbacks:
         options = {
             key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
             for key, value in callback.options.items()
@@ -340,7 +374,25 @@ def _callbacks(config: Config, folder: Path) -> list[keras.callbacks.Callback]:
         made.append(
             keras_objects.make("callback", callback.model_copy(update={"options": options}))
         )
+        _check_callback(setting, made[-1])
     return made
+
+
+def _check_callback(setting: _Setting, callback: keras.callbacks.Callback) -> None:
+    """Refuses what Keras would find out only after an epoch."""
+    name = type(callback).__name__
+    setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
+    schedule = setting.config.optimizer.schedule
+    if schedule is not None and isinstance(callback, setters):
+        raise InputError(
+            f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "
+            f"{schedule.name!r}: expected one of them"
+        )
+    monitor = getattr(callback, "monitor", None)
+    metrics = setting.model.get_metrics_result()
+    known = [f"{split}{metric}" for split in ("", "val_") for metric in metrics]
+    if monitor is not None and monitor not in known:
+        raise InputError(f"callback {name!r} monitors {monitor!r}: {nearest(monitor, known)}")
 
 
 def _dry_run(
@@ -349,7 +401,7 @@ def _dry_run(
     """Goes through everything once; what callbacks write goes to a folder that is removed."""
     train, validation = setting.training_batches(clock)
     with tempfile.TemporaryDirectory() as folder:
-        own = _callbacks(setting.config, Path(folder))
+        own = _callbacks(setting, Path(folder))
         setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
     scores, _ = setting.loop.evaluate(setting.batches("test"))
     return Fitted(_summary(setting, scores, clock, watching.StepTimes()), setting.model, None)

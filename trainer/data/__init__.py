@@ -161,9 +161,13 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         InputError: The set is unknown, damaged, or not to be had here.
     """
-    module = importlib.import_module(
-        f"{__name__}.{config.name if config.name in names() else 'tfds'}"
-    )
+    own = config.name in names()
+    if own and config.image_size is not None:
+        raise InputError(
+            f"data.image_size is for sets of tensorflow-datasets; {config.name!r} is a module of "
+            "trainer/data: its images are as large as its options say"
+        )
+    module = importlib.import_module(f"{__name__}.{config.name if own else 'tfds'}")
     source: Source = call_with_options(
         module.load, config, options=config.options, where="data.options"
     )

@@ -9,6 +9,7 @@ import http.client
 import io
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -25,6 +26,8 @@ from trainer.errors import InputError, nearest
 
 _log = logging.getLogger(__name__)
 
+_LARGEST_SIDE = 4096  # of an image, in pixels
+
 # Most sets of tensorflow-datasets, MNIST among them, come from this host.
 DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 
@@ -40,6 +43,8 @@ def load(config: DataConfig) -> Source:
     Raises:
         InputError: The set is unknown, is no image classification, is damaged, or cannot be had.
     """
+    if not re.fullmatch(r"\w+([/:]\w[\w.+-]*)*", config.name):
+        raise InputError(f"unknown data set {config.name!r}: {nearest(config.name, names())}")
     folder = prepared_folder(config)
     if not folder.exists() and not prepare(config):
         _log.warning(
@@ -130,7 +135,7 @@ def _builder(config: DataConfig, *, elsewhere: bool = False) -> Any:
         raise InputError(
             f"unknown data set {config.name!r}: {nearest(config.name, known)}"
         ) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"data set {config.name!r} cannot be opened: {reason}") from None
 
@@ -159,6 +164,11 @@ def _image_shape(config: DataConfig, builder: Any) -> tuple[int, int, int]:
     height, width, channels = builder.info.features[builder.info.supervised_keys[0]].shape
     if config.image_size is not None:
         height, width = config.image_size
+        if not (1 <= min(height, width) <= max(height, width) <= _LARGEST_SIDE):
+            raise InputError(
+                f"data.image_size: expected [height, width], each from 1 to {_LARGEST_SIDE}, "
+                f"received {list(config.image_size)}"
+            )
     if height is None or width is None:
         raise InputError(
             f"the images of {config.name!r} differ in size: set data.image_size = [height, width]"
@@ -180,7 +190,7 @@ def _find(config: DataConfig, builder: Any) -> str | None:
         _log.info("downloading %s (once)", config.name)
         _download(config, builder)
         return "the network (SHA-256 checked)"
-    if config.name == "mnist" and config.allow_sample:
+    if config.name == "mnist" and config.allow_sample and config.image_size is None:
         return None
     raise InputError(
         f"data set {config.name!r} is not to be had: it is not prepared in {config.directory}, "

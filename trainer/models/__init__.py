@@ -10,6 +10,7 @@ import pkgutil
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from trainer.config import ModelConfig, call_with_options
 from trainer.data import DataSpec
@@ -40,6 +41,10 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     module = importlib.import_module(f"{__name__}.{config.name}")
     try:
         model = call_with_options(module.build, spec, options=config.options, where="model.options")
+    except (tf.errors.ResourceExhaustedError, MemoryError):
+        raise InputError(
+            f"model {config.name!r} does not fit into memory: lower its options"
+        ) from None
     except (TypeError, ValueError) as error:
         # Keras explains a shape that does not fit over several lines, the reason in the first.
         reason = " ".join(str(error).split())[:300]

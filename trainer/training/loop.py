@@ -154,6 +154,7 @@ class Loop:
             The value of each metric after each epoch, by name.
 
         Raises:
+            InputError: A callback cannot write its file.
             CheckError: The loss became infinite or no number; the message names the step.
         """
         model = self.model
@@ -167,7 +168,10 @@ class Loop:
         )
         model.stop_training = False
         self._calls, self._warmup_calls = 0, warmup_calls
-        self._timed("callbacks", callback_list.on_train_begin)
+        try:
+            self._timed("callbacks", callback_list.on_train_begin)
+        except OSError as error:
+            raise InputError(f"a callback cannot write: {error}") from None
         call = self._timed("tracing", self._trace_training, train)
         logs: Logs = {}
         diverged = None

@@ -7,6 +7,7 @@ import keras
 
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
+from trainer.errors import InputError
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
@@ -19,6 +20,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     Raises:
         InputError: A name is unknown, or an option is refused.
     """
+    if "learning_rate" in config.options:
+        raise InputError("optimizer.options.learning_rate: expected as optimizer.learning_rate")
     rate: Any = config.learning_rate
     if config.schedule is not None:
         rate = _schedule(config, config.schedule, total_steps)

@@ -299,9 +299,6 @@ def test_a_layer_need_not_compute_its_shape(tiny: Dataset) -> None:
     np.testing.assert_array_equal(augmented(tiny, named(f"{__name__}:OnlyCall")), images)
 
 
-@pytest.mark.xfail(
-    reason="the trial is made with training=False, in which random layers do nothing"
-)
 def test_a_layer_for_colour_is_refused_for_grey(tiny: Dataset) -> None:
     hue = named("RandomHue", factor=0.5)
     assert "channel" in refused(make_augmentation, [hue], tiny.spec)

@@ -4,6 +4,7 @@ Everything else that goes wrong is a defect: it keeps its traceback and ends wit
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -16,8 +17,8 @@ class TrainerError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        """Puts the message on one line: the reasons of libraries often come on several."""
-        super().__init__(" ".join(message.split()))
+        """Puts the message on one line: the reasons of libraries come on several, and in colour."""
+        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))
 
 
 class InputError(TrainerError):

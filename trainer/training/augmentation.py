@@ -37,7 +37,7 @@ def make_augmentation(
     try:
         # Trying it also makes its random state, which belongs to the strategy's scope.
         shape = chain(tf.zeros((1, *spec.image_shape)), training=True).shape
-    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+    except (TypeError, ValueError, tf.errors.OpError) as error:
         raise InputError(f"data.augmentation: {error}") from None
     if tuple(shape[1:]) != spec.image_shape:
         raise InputError(

@@ -1,4 +1,3 @@
-import datetime
 import json
 import math
 import tomllib
@@ -121,6 +120,7 @@ def refused(function: Callable[..., Any], *arguments: Any, **options: Any) -> st
         function(*arguments, **options)
     message = str(caught.value)
     assert "\n" not in message
+    assert caught.value.exit_code == 2
     return message
 
 
@@ -356,6 +356,7 @@ def test_a_value_of_the_wrong_kind_is_refused(
         ("training.epochs", "-1", "greater than or equal to 1"),
         ("training.batch_size", "0", "greater than or equal to 1"),
         ("training.seed", "-1", "greater than or equal to 0"),
+        ("data.split_seed", "-1", "greater than or equal to 0"),
         ("training.seed", "2147483648", "less than 2147483648"),
         ("training.clip_norm", "0.0", "greater than 0"),
         ("training.limit_batches", "0", "greater than or equal to 1"),
@@ -574,8 +575,3 @@ def test_options_are_checked_against_a_signature() -> None:
     assert refused(call, names=["inner"]).startswith("inner: training.epochs")
     with pytest.raises(ValidationError, match="epochs"):
         call(names=["validation"])
-
-
-def test_dates_are_values_too(load: Callable[..., Config]) -> None:
-    config = load("", "data.options.since=2024-02-29")
-    assert config.data.options == {"since": datetime.date(2024, 2, 29)}

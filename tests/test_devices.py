@@ -155,6 +155,7 @@ def test_outputs_elsewhere_are_refused() -> None:
         (on("CPU:0", "CPU:0"), both),
         (on("CPU:0"), both),
         (on("CPU:0", "CPU:1"), one),
+        (on("CPU:1", "CPU:1"), one),
         ([], one),
     ]:
         said = message(CheckError, devices.check_placement, tensors, asked)

@@ -201,15 +201,19 @@ def test_jpeg_is_read(read: Read) -> None:
 
 def test_other_sizes_are_resized_and_said(read: Read) -> None:
     wide = np.zeros((24, 40), dtype=np.uint8)
-    wide[:8] = 240
+    wide[:, :16] = 240
     picture = read(encoded(wide))
     assert picture.converted == "24x40 L to 6x5 L"
-    np.testing.assert_array_equal(picture.pixels[0], 240)
-    np.testing.assert_array_equal(picture.pixels[4:], 0)
+    np.testing.assert_array_equal(picture.pixels[:, 0], 240)
+    np.testing.assert_array_equal(picture.pixels[:, 3:], 0)
     picture = read(encoded(np.full((2, 3, 3), (10, 20, 30), dtype=np.uint8)), channels=3)
     assert picture.converted == "2x3 RGB to 6x5 RGB"
     np.testing.assert_array_equal(picture.pixels, np.broadcast_to([10, 20, 30], (6, 5, 3)))
-    assert read(encoded(GREY.T.copy())).converted == "5x6 L to 6x5 L"
+    steps = np.repeat(np.arange(0, 250, 50, dtype=np.uint8)[:, np.newaxis], 6, axis=1)
+    picture = read(encoded(steps))
+    assert picture.converted == "5x6 L to 6x5 L"
+    assert (np.diff(picture.pixels[..., 0].astype(int), axis=0) > 0).all()
+    assert (picture.pixels == picture.pixels[:, :1]).all()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
@@ -288,7 +292,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("none.png", "none.npy"):
         assert "there is no such file" in refusal(tmp_path / name)
         (tmp_path / name).mkdir()
-        refusal(tmp_path / name)
+        assert "there is no such file" in refusal(tmp_path / name)
 
 
 def test_two_channels_come_as_an_array_only(tmp_path: Path) -> None:

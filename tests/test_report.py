@@ -149,6 +149,7 @@ def test_many_classes_are_coloured_without_numbers() -> None:
 
 def test_class_names_are_no_formulas() -> None:
     assert drawn(report.confusion_figure(LABELS, GUESSES, of_classes("$^$", "b", "c", "d")))
+    assert drawn(report.picture_grid(np.zeros((1, 6, 5, 1), np.uint8), ["$^$"]))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def create(monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> Create:
         class Frozen(datetime):
             @classmethod
             def now(cls, tz: tzinfo | None = None) -> Any:
-                return moment.astimezone(tz)
+                return moment.astimezone(tz or timezone(timedelta(hours=5)))
 
         monkeypatch.setattr(run_module, "datetime", Frozen)
         run = name_run(config, name)
@@ -105,6 +105,10 @@ def test_an_existing_run_is_left_as_it_is(create: Create) -> None:
     assert content(Path()) == before
     assert create("other").path.is_dir()  # the same second, another name
     shutil.rmtree(run.path)
+    run.path.mkdir()
+    assert "exists already" in refused(create)
+    assert list(run.path.iterdir()) == []
+    run.path.rmdir()
     run.path.write_text("a file")
     assert "exists already" in refused(create)
     assert run.path.read_text() == "a file"
@@ -143,7 +147,9 @@ def test_a_run_is_opened_by_path_by_name_and_as_the_latest(
     create: Create, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, last = create("b"), create("a", second=1)
-    (Path("runs") / "99999999T000000Z-stray").mkdir()  # no config.toml: no run
+    stray = Path("runs") / "99999999T000000Z-stray"
+    shutil.copytree(last.path, stray)
+    (stray / "config.toml").unlink()  # no run
     for reference in (first.name, str(first.path), str(first.path.absolute())):
         assert open_run(reference).path.samefile(first.path)
         assert open_run(reference).config() == CONFIG

@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it offers, what it prints, how it ends."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -281,21 +282,26 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(run: Run) -> N
     assert run("evaluate", "latest").code == 2  # the run is there, and is not finished
 
 
-def test_stopped_by_control_c_ends_with_130(tmp_path: Path) -> None:
-    code = (
-        "import signal, sys, threading, _thread\n"
-        "from trainer import cli\n"
-        "cli._workflow = lambda: _thread.interrupt_main() or __import__('time').sleep(5)\n"
-        "sys.argv = ['trainer', 'fit', sys.argv[1]]\n"
-        "cli.main()"
-    )
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_training_that_is_stopped_says_so_in_its_exit_code(
+    name: str, code: int, tmp_path: Path
+) -> None:
+    """A real process, stopped in the middle of its epochs."""
     config = Path(cli.__file__).parent.parent / "configs" / "debug.toml"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(config)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 130, done.stderr
-    assert "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "trainer", "fit", str(config), "--epochs", "100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("epoch 2/"):
+            process.send_signal(getattr(signal, name))
+            break
+    said += process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == code, said
+    assert any(line.startswith("trainer: stopped") for line in said), said
+    assert not any("Traceback" in line for line in said), said
+    (run,) = (tmp_path / "runs").iterdir()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines][:2] == [1, 2]
+    assert not (run / "summary.json").exists()
+    assert not list(run.rglob(".partial-*"))

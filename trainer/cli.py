@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -234,15 +235,22 @@ def config_schema() -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command; a person's mistake is one line and the exit code that `design` gives it."""
+    """Runs the command; a person's mistake is one line and the exit code of its kind."""
+
+    def stop(*_: object) -> NoReturn:
+        typer.echo("trainer: stopped by SIGTERM", err=True)
+        sys.exit(128 + signal.SIGTERM)  # an exception: files are closed, the terminal given back
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         app()
     except TrainerError as error:
         typer.echo(f"trainer: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("trainer: stopped", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # what typer makes of control-C, without a word
+            typer.echo("trainer: stopped by control-C", err=True)
+        raise
     sys.exit(0)
 
 

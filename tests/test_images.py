@@ -148,7 +148,6 @@ def test_a_transparent_colour_is_a_conversion(read: Read) -> None:
     assert read(encoded(GREY, transparency=int(GREY[0, 0]))).converted != ""
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="what is transparent is lost with the 16 bits")
 def test_a_colour_of_sixteen_bits_may_be_the_transparent_one(read: Read) -> None:
     deep = GREY.astype(np.uint16) * 257
     picture = read(encoded(deep, transparency=int(deep[0, 0])))

@@ -104,7 +104,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _warmup_needs_cosine(self) -> Self:
         name = self.schedule.name if self.schedule else None
-        if self.warmup_fraction and name != "CosineDecay":
+        if self.warmup_fraction and (name or "").lower() != "cosinedecay":
             raise ValueError(
                 "warmup_fraction expects schedule.name = 'CosineDecay', the Keras schedule that "
                 f"has a warm-up; received schedule.name = {name!r}"
@@ -248,6 +248,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         InputError: There is no `=`, or the value is neither TOML nor a word.
     """
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"--set expected UTF-8, received {text!r}")
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
@@ -257,7 +259,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         if parsed.keys() == {"value"}:
             return key, parsed["value"]
     except (ValueError, RecursionError):
-        if re.fullmatch(r"[A-Za-z_][\w.:/-]*", value):
+        if re.fullmatch(r"[A-Za-z_/~][\w.:/~-]*", value):
             return key, value
     raise InputError(
         f'--set {key}: expected one TOML value (1, 0.5, true, "text", [1, 2]), received {value!r}'

@@ -55,7 +55,11 @@ def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[P
     Raises:
         InputError: The file is missing, is no image, or does not fit.
     """
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name too long for the file system
+        raise InputError(f"expected an image file, received {error}") from None
+    if not found:
         raise InputError(f"expected an image file, received {path}: there is no such file")
     if path.suffix.lower() == ".npy":
         arrays = _read_array(path, spec)
@@ -131,8 +135,10 @@ def _is_transparent(image: Image.Image) -> bool:
 def _flattened(image: Image.Image, mode: str) -> Image.Image:
     """Converts colours; 16-bit grey is scaled, and what is transparent becomes white paper."""
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64) / 257  # 65535 to 255
-        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        grey = np.asarray(image).astype(np.float64)
+        if "transparency" in image.info:
+            grey[grey == image.info["transparency"]] = 65535
+        image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))
     if mode != "RGBA" and _is_transparent(image):
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")

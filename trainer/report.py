@@ -168,9 +168,10 @@ def class_table(labels: Labels, probabilities: NDArray[Any], spec: DataSpec) -> 
 def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], toml: str) -> str:
     """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
     data = summary["data"]
+    bar = chr(92) + "|"  # what a Markdown table takes for a bar within a cell
     rows = [
-        f"| {name} | {row['precision']:.4f} | {row['recall']:.4f} | {row['f1-score']:.4f} "
-        f"| {row['support']:.0f} |"
+        f"| {name.replace('|', bar)} | {row['precision']:.4f} | {row['recall']:.4f} "
+        f"| {row['f1-score']:.4f} | {row['support']:.0f} |"
         for name, row in classes.items()
     ]
     scores = ", ".join(
@@ -184,8 +185,8 @@ def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], 
             f"A `{summary['model']}` network of {summary['parameters']:,} parameters, trained on "
             f"**{data['name']}** {data['version']} ({data['origin']}).",
             "",
-            f"- Test: {scores} ({data['test']:,} images, scored once, after training)",
-            f"- Trained on {data['train']:,} images for {summary['epochs']} epochs; "
+            f"- Test: {scores} ({summary['test_images']:,} images, scored once, after training)",
+            f"- Trained on {summary['train_images']:,} images for {summary['epochs']} epochs; "
             f"{data['validation']:,} more were held out for validation",
             f"- Device: {', '.join(summary['devices'])}; precision: {summary['precision']}; "
             f"seed: {summary['seed']}",

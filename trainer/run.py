@@ -140,6 +140,13 @@ def name_run(config: Config, name: str) -> Run:
     return Run(Path(config.logging.directory) / f"{time}-{name}")
 
 
+def _is_run(reference: str) -> bool:
+    try:
+        return (Path(reference) / "config.toml").is_file()
+    except OSError:  # a name too long for the file system names nothing
+        return False
+
+
 def require_writable(directory: str) -> None:
     """Refuses a folder for runs that cannot be written, before anything slow has started.
 
@@ -172,7 +179,7 @@ def open_run(reference: str, *, directory: str = "runs") -> Run:
         if not runs:
             raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
         run = runs[max(runs)]
-    elif (Path(reference) / "config.toml").is_file():
+    elif _is_run(reference):
         run = Run(Path(reference))
     elif reference in runs:
         run = runs[reference]

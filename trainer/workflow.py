@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -141,7 +142,11 @@ def fit(
         with clock.part("evaluation"):
             scores, probabilities = setting.loop.evaluate(setting.batches("test"), collect=True)
         _log.info("test  %s", watching.shown(scores))
-        summary = _summary(setting, scores, clock, times) | {"run": str(run.path)}
+        summary = _summary(setting, scores, clock, times) | {
+            "run": str(run.path),
+            "train_images": batches[0].images,  # fewer than there are, under limit_batches
+            "test_images": len(cast("NDArray[np.float32]", probabilities)),
+        }
         run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
         with clock.part("report"):
             _report(setting, run, summary, probabilities)

@@ -242,6 +242,8 @@ def _check(source: Source, split: str, examples: tuple[Images, NDArray[Any]] | N
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{where}: expected integer labels, received {labels.dtype}")
+    if len(set(source.class_names)) < len(source.class_names):
+        raise InputError(f"{where}: expected classes of different names: {source.class_names}")
     if labels.min() < 0 or labels.max() >= len(source.class_names):
         raise InputError(
             f"{where}: expected labels from 0 to {len(source.class_names) - 1}, "

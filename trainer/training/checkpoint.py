@@ -27,7 +27,8 @@ def save_weights(run: Run, model: keras.Model) -> None:
     try:
         write_whole(run.weights, write)
     except OSError as error:
-        size = sum(v.value.numpy().nbytes for v in model.variables)
+        variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
+        size = sum(v.value.numpy().nbytes for v in variables)
         raise InputError(f"{run.weights}: about {size} bytes cannot be written: {error}") from None
 
 

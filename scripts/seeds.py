@@ -17,7 +17,7 @@ from rich.table import Table
 
 
 def main(
-    config: str = "configs/mnist.toml",
+    config: Annotated[str, typer.Argument(help="A TOML file")] = "configs/mnist.toml",
     *,
     seeds: Annotated[int, typer.Option(min=2)] = 5,
     set_: Annotated[list[str] | None, typer.Option("--set")] = None,

@@ -94,7 +94,12 @@ class Split:
         rows = self.rows[positions]
         images = self.images
         # A view of a map knows the map's place in the file, not its own: it is read as it is.
-        if isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap):
+        # One that may be written to holds what the file does not: it is read as it is, too.
+        if (
+            isinstance(images, np.memmap)
+            and isinstance(images.base, mmap.mmap)
+            and images.mode == "r"
+        ):
             # A map made for this call alone gives its pages back when it is dropped, so that
             # memory does not grow with what has been read.
             order: Literal["C", "F"] = "C" if images.flags.c_contiguous else "F"

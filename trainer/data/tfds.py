@@ -223,7 +223,7 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
             raise InputError(
                 f"{path} is not the archive that {config.name} was made from: it has "
                 f"{path.stat().st_size} bytes, expected {int(info.size)}; its sha256 is {found}, "
-                f"expected {info.checksum} (a saved error page is the usual cause)"
+                f"expected {info.checksum} (a saved error page, or another set's archive?)"
             )
     return folder.absolute()
 

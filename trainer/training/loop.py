@@ -102,7 +102,8 @@ class Loop:
             gradient_norms: Record the norm of each weight's gradient at each step.
 
         Raises:
-            InputError: The loss is no mean over the batch, and there are several devices.
+            InputError: There are several devices, and the loss is no mean over the batch, or XLA or
+                the accumulation of gradients is asked for.
         """
         self.model = model
         self.strategy = strategy
@@ -112,12 +113,8 @@ class Loop:
         self._calls, self._warmup_calls = 0, 1
         self._augment = augment
         self._jit_compile = jit_compile
-        reduction = getattr(model.loss, "reduction", "sum_over_batch_size")
-        if strategy.num_replicas_in_sync > 1 and reduction not in _MEANS:
-            raise InputError(
-                f"training.loss on several devices: expected a reduction of {', '.join(_MEANS)}, "
-                f"received {reduction!r}"
-            )
+        if strategy.num_replicas_in_sync > 1:
+            _refuse_on_several_devices(model, jit_compile=jit_compile)
         self._clip_norm = clip_norm
         self._gradient_norms = gradient_norms
         self._evaluations: dict[tuple[int, bool], tuple[Batches, Any]] = {}
@@ -400,6 +397,21 @@ class Loop:
             return function(*arguments)
         finally:
             setattr(self.seconds, part, getattr(self.seconds, part) + time.perf_counter() - start)
+
+
+def _refuse_on_several_devices(model: keras.Model, *, jit_compile: bool) -> None:
+    """Refuses what would end in an error of TensorFlow's, or in other numbers than one device's."""
+    for loss in keras.tree.flatten(model.loss):
+        reduction = getattr(loss, "reduction", _MEANS[0])
+        if reduction not in _MEANS:
+            raise InputError(
+                f"training.loss on several devices: expected a reduction of {', '.join(_MEANS)}, "
+                f"received {reduction!r}"
+            )
+    if jit_compile:
+        raise InputError("training.jit_compile: expected one device, received several")
+    if getattr(model.optimizer, "gradient_accumulation_steps", None):
+        raise InputError("gradient_accumulation_steps: expected one device, received several")
 
 
 def _global_batch(batches: Batches, state: Any, step: tf.Tensor) -> tuple[Any, tf.Tensor]:

@@ -925,3 +925,16 @@ def test_folder_without_any_archive_is_passed_over(
     config = give(tmp_path / "archives").model_copy(update={"allow_sample": False})
     with pytest.raises(InputError, match=r"not prepared in .*no archives were given"):
         load(config)
+
+
+@pytest.mark.usefixtures("no_archives", "closed_network")
+def test_what_was_not_prepared_here_is_never_replaced(tmp_path: Path) -> None:
+    precious = tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"the only copy")
+    config = DataConfig(name="mnist", directory=str(tmp_path / "data"))
+    for act in (load, trainer.data.tfds.prepare):
+        with pytest.raises(InputError, match="nothing was touched"):
+            act(config)
+    assert precious.read_bytes() == b"the only copy"
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["mnist"]

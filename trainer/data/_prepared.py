@@ -7,6 +7,7 @@ than memory can be streamed.
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -55,7 +56,7 @@ def write_prepared(
     The folder appears whole or not at all: it is filled beside its place and renamed.
 
     Args:
-        folder: Where the files shall be; replaced if it exists.
+        folder: Where the files shall be; prepared data that is there is replaced.
         name: Of the data set.
         version: Of the data set.
         class_names: In the order of the labels.
@@ -64,8 +65,10 @@ def write_prepared(
             of one, and batches of images and labels that add up to that number.
 
     Raises:
-        InputError: The batches hold another number of images, or the disk cannot be written.
+        InputError: The batches hold another number of images, the disk cannot be written, or the
+            folder holds what was not written here.
     """
+    refuse_foreign(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
@@ -99,6 +102,24 @@ def write_prepared(
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Refuses a place that holds anything but prepared data: it would be replaced, and lost.
+
+    Raises:
+        InputError: It is a file or a link, or a folder with files that were not written here.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder}: expected a folder of prepared data, received a file or link")
+    own = re.compile(rf"{re.escape(_DESCRIPTION)}|(train|validation|test)_(images|labels)\.npy")
+    foreign = [p.name for p in folder.glob("*") if not own.fullmatch(p.name)]
+    if foreign:
+        raise InputError(
+            f"{folder} is where prepared data would lie, and holds what was not prepared here "
+            f"({', '.join(sorted(foreign)[:4])}): nothing was touched; move that, or choose another "
+            "folder with --set data.directory=..."
+        )
+
+
 def open_prepared(folder: Path) -> Source:
     """Opens prepared data; images stay on disk until they are read.
 
@@ -106,6 +127,7 @@ def open_prepared(folder: Path) -> Source:
         InputError: A file is missing, empty or truncated.
     """
     remedy = "make it anew with `trainer data prepare --overwrite`"
+    refuse_foreign(folder)
     try:
         text = (folder / _DESCRIPTION).read_text(encoding="utf-8")
         prepared = _Prepared.model_validate_json(text)

@@ -21,7 +21,13 @@ from typing import Any
 
 from trainer.config import DataConfig
 from trainer.data import Source, mnist_sample, names
-from trainer.data._prepared import check_sums, open_prepared, sha256, write_prepared
+from trainer.data._prepared import (
+    check_sums,
+    open_prepared,
+    refuse_foreign,
+    sha256,
+    write_prepared,
+)
 from trainer.errors import InputError, nearest
 
 _log = logging.getLogger(__name__)
@@ -85,6 +91,7 @@ def prepare(config: DataConfig) -> bool:
     import tensorflow_datasets as tfds
 
     folder = prepared_folder(config)
+    refuse_foreign(folder)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     ours, theirs = _builder(config), _builder(config, elsewhere=True)

@@ -109,14 +109,14 @@ def refuse_foreign(folder: Path) -> None:
         InputError: It is a file or a link, or a folder with files that were not written here.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder}: expected a folder of prepared data, received a file or link")
+        raise InputError(f"{folder}: expected a folder of prepared data, found a file or link")
     own = re.compile(rf"{re.escape(_DESCRIPTION)}|(train|validation|test)_(images|labels)\.npy")
     foreign = [p.name for p in folder.glob("*") if not own.fullmatch(p.name)]
     if foreign:
         raise InputError(
             f"{folder} is where prepared data would lie, and holds what was not prepared here "
-            f"({', '.join(sorted(foreign)[:4])}): nothing was touched; move that, or choose another "
-            "folder with --set data.directory=..."
+            f"({', '.join(sorted(foreign)[:4])}): nothing was touched; move that, or choose "
+            "another folder with --set data.directory=..."
         )
 
 

@@ -305,3 +305,30 @@ def test_a_training_that_is_stopped_says_so_in_its_exit_code(
     assert [json.loads(line)["epoch"] for line in lines][:2] == [1, 2]
     assert not (run / "summary.json").exists()
     assert not list(run.rglob(".partial-*"))
+
+
+def test_json_never_holds_what_is_no_number(run: Run) -> None:
+    """One step that breaks the network after its own loss was still finite."""
+    result = run(
+        *("fit", "configs/debug.toml", "--epochs", "1", "--set", "training.limit_batches=1"),
+        *("--set", "optimizer.learning_rate=1e30", "--json"),
+    )
+    assert (result.code, result.out) == (4, "")
+    assert "the loss became" in result.err
+    dry = run("fit", "configs/debug.toml", "--dry-run", "--set", "optimizer.learning_rate=1e30")
+    assert (dry.code, dry.out) == (4, "")
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "gpu:-1", "gpufoo", "GPU"])
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_every_verb_takes_the_same_devices(run: Run, verb: str, device: str) -> None:
+    result = run(verb, "latest", *["x.png"] * (verb == "predict"), "--device", device)
+    assert result.code == 2
+    assert f"received {device!r}" in result.err
+
+
+def test_a_name_of_our_own_is_refused_for_a_metric(run: Run) -> None:
+    metric = '[{name="SparseCategoricalAccuracy",options={name="loss"}}]'
+    result = run("fit", "configs/debug.toml", "--set", f"training.metrics={metric}")
+    assert result.code == 2
+    assert "loss is a name of our own" in result.err

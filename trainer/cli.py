@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -82,11 +82,12 @@ def fit(
         "logging.profile": profile or None,
     }
     loaded = _load(config, set_, flags)
-    _require_device(loaded.training.device)
+    _require(loaded.training.device)
     console = _start_logging()
-    workflow = _workflow()
-    import_seconds = time.perf_counter() - _START
-    fitted = workflow.fit(loaded, dry_run=dry_run, console=console, import_seconds=import_seconds)
+    with _stdout_for_the_result():
+        workflow = _workflow()
+        seconds = time.perf_counter() - _START
+        fitted = workflow.fit(loaded, dry_run=dry_run, console=console, import_seconds=seconds)
     if json_:
         _print_json(fitted.summary)
     elif fitted.run is None:
@@ -106,10 +107,11 @@ def evaluate(
     json_: JsonOption = False,
 ) -> None:
     """Score a finished run again, by its own configuration."""
-    _require_device(device or "auto")
+    device = "auto" if device is None else device
+    _require(device, run, runs)
     _start_logging()
-    workflow = _workflow()
-    result = workflow.evaluate(run, split=split, device=device or "auto", directory=runs)
+    with _stdout_for_the_result():
+        result = _workflow().evaluate(run, split=split, device=device, directory=runs)
     if json_:
         _print_json(result)
         return
@@ -131,10 +133,11 @@ def predict(
     json_: JsonOption = False,
 ) -> None:
     """Name the class of image files."""
-    _require_device(device or "auto")
+    device = "auto" if device is None else device
+    _require(device, run, runs)
     _start_logging()
-    workflow = _workflow()
-    results = workflow.predict(run, images, invert=invert, device=device or "auto", directory=runs)
+    with _stdout_for_the_result():
+        results = _workflow().predict(run, images, invert=invert, device=device, directory=runs)
     if json_:
         _print_json(results)
         return
@@ -150,10 +153,10 @@ def predict(
 def tensorboard(
     *,
     runs: RunsOption = "runs",
-    port: Annotated[int, typer.Option(help="0: any free one")] = 6006,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 6006,
 ) -> None:
     """Open TensorBoard on the runs; it listens on this machine only."""
-    if not Path(runs).is_dir():
+    if not runs or not Path(runs).is_dir():
         raise InputError(f"there is no folder {runs!r}: `trainer fit` makes one")
     from tensorboard import program
 
@@ -199,8 +202,9 @@ def data_prepare(
     """Fetch or build a data set and decode it, once."""
     loaded = _load(config, set_)
     _start_logging()
-    workflow = _workflow()
-    _print_data(workflow.prepare_data(loaded.data, overwrite=overwrite), as_json=json_)
+    with _stdout_for_the_result():
+        spec = _workflow().prepare_data(loaded.data, overwrite=overwrite)
+    _print_data(spec, as_json=json_)
 
 
 @data_app.command("info")
@@ -210,8 +214,9 @@ def data_info(
     """Say what a data set is; its files are read and their sums checked."""
     loaded = _load(config, set_)
     _start_logging()
-    workflow = _workflow()
-    _print_data(workflow.describe_data(loaded.data), as_json=json_)
+    with _stdout_for_the_result():
+        spec = _workflow().describe_data(loaded.data)
+    _print_data(spec, as_json=json_)
 
 
 @config_app.command("show")
@@ -262,11 +267,19 @@ def _load(path: Path, changes: list[str] | None, flags: dict[str, Any] | None = 
     return config.with_changes(given) if given else config
 
 
-def _require_device(device: str) -> None:
-    """Refuses a missing GPU before the seconds that importing TensorFlow takes."""
+def _require(device: str, run: str | None = None, runs: str = "runs") -> None:
+    """Refuses a missing GPU or run before the seconds that importing TensorFlow takes."""
     from trainer.devices import require_driver
+    from trainer.run import open_run
 
     require_driver(device)
+    if run is not None:
+        open_run(run, directory=runs)
+
+
+def _stdout_for_the_result() -> AbstractContextManager[Any]:
+    """Sends what others print (callbacks, a person's own modules) to stderr, beside the notices."""
+    return redirect_stdout(sys.stderr)
 
 
 @contextmanager
@@ -339,7 +352,8 @@ def _start_logging() -> Console:
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    # ASCII reads the same under every locale.
+    typer.echo(json.dumps(content, indent=2, allow_nan=False))
 
 
 def _print_result(summary: dict[str, Any]) -> None:

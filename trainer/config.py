@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainer.errors import InputError, nearest
 
 # TOML has no tuples: an array is taken for one, its items checked strictly all the same.
+DEVICE_PATTERN = r"^(auto|cpu|gpu(:\d+)?|all)$"
 ImageSize = Annotated[tuple[int, int], Field(strict=False)]
 
 
@@ -120,7 +121,7 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of weights, order and dropout")
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|gpu(:\d+)?|all)$",
+        pattern=DEVICE_PATTERN,
         description="auto | cpu | gpu | gpu:N | all",
     )
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(

@@ -7,6 +7,7 @@ the seconds that its import takes.
 import functools
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config import DEVICE_PATTERN
 from trainer.errors import CheckError, InputError, MissingError
 
 if TYPE_CHECKING:
@@ -53,8 +55,11 @@ def require_driver(device: str) -> None:
         device: "auto", "cpu", "gpu", "gpu:N" or "all".
 
     Raises:
+        InputError: The word is none of these.
         MissingError: A GPU is asked for and this Linux machine has no GPU driver.
     """
+    if not re.fullmatch(DEVICE_PATTERN, device):
+        raise InputError(f"--device: expected auto, cpu, gpu, gpu:N or all; received {device!r}")
     if device.startswith("gpu") and platform.system() == "Linux" and not gpu_driver_files():
         raise MissingError(
             f"--device {device}: expected a GPU, found none: no GPU driver is loaded (looked for "

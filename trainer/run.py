@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import tomllib
@@ -101,9 +102,13 @@ class Run:
         """
         path = self.path / "config.toml"
         try:
-            return parse_config(tomllib.loads(path.read_text(encoding="utf-8")), origin=str(path))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
+        missing = Config.model_fields.keys() - tree.keys()
+        if missing:  # a run's configuration is written whole: defaults would not be what it used
+            raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        return parse_config(tree, origin=str(path))
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Reads one of the run's JSON files.
@@ -114,7 +119,7 @@ class Run:
         path = self.path / name
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected a JSON object, received {type(content).__name__}")
@@ -122,7 +127,8 @@ class Run:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes one of the run's JSON files, whole or not at all."""
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_text(name, text + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one of the run's text files, whole or not at all."""
@@ -138,6 +144,11 @@ def name_run(config: Config, name: str) -> Run:
     """
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return Run(Path(config.logging.directory) / f"{time}-{name}")
+
+
+def _age(name: str) -> tuple[bool, str]:
+    """Orders runs by the time in their names; a folder that was renamed comes before them all."""
+    return re.match(r"\d{8}T\d{6}Z-", name) is not None, name
 
 
 def _is_run(reference: str) -> bool:
@@ -178,7 +189,7 @@ def open_run(reference: str, *, directory: str = "runs") -> Run:
     if reference == "latest":
         if not runs:
             raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
-        run = runs[max(runs)]
+        run = runs[max(runs, key=_age)]
     elif _is_run(reference):
         run = Run(Path(reference))
     elif reference in runs:

@@ -23,7 +23,7 @@ from trainer import devices, images, keras_objects, models, report
 from trainer.config import Config, DataConfig
 from trainer.data import Dataset, DataSpec, tfds
 from trainer.devices import Devices
-from trainer.errors import InputError, nearest
+from trainer.errors import CheckError, InputError, nearest
 from trainer.run import Run, environment, name_run, open_run, require_writable
 from trainer.training import callbacks as watching
 from trainer.training.augmentation import make_augmentation
@@ -34,6 +34,11 @@ from trainer.training.optimizer import make_optimizer
 
 _log = logging.getLogger(__name__)
 
+# What a metric cannot be called: it would take the place of a number of our own.
+_RESERVED = {
+    *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
+    *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
+}
 # Images given to `predict` go through the network so many at a time.
 _PREDICT_BATCH = 256
 
@@ -130,7 +135,8 @@ def fit(
     if dry_run:
         return _dry_run(setting, callbacks, clock)
     config = setting.config
-    run = name_run(config, config.logging.name or f"{setting.data.spec.name}-{config.model.name}")
+    name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
+    run = name_run(config, config.logging.name or name)
     watched_by = [*_callbacks(setting, run.path), *callbacks]
     batches = setting.training_batches(clock)
     run.create(config)  # from here on something is written; what was wrong is known by now
@@ -140,7 +146,7 @@ def fit(
         _train(setting, run, batches, watched_by, times, console)
         save_weights(run, setting.model)
         with clock.part("evaluation"):
-            scores, probabilities = setting.loop.evaluate(setting.batches("test"), collect=True)
+            scores, probabilities = _score(setting, setting.batches("test"), collect=True)
         _log.info("test  %s", watching.shown(scores))
         summary = _summary(setting, scores, clock, times) | {
             "run": str(run.path),
@@ -190,7 +196,7 @@ def evaluate(
         )
     load_weights(run, setting.model)
     batches = setting.batches(split)
-    scores, _ = setting.loop.evaluate(batches)
+    scores, _ = _score(setting, batches)
     return {
         "run": str(run.path),
         "data": setting.data.spec.name,
@@ -264,8 +270,12 @@ def prepare_data(config: DataConfig, *, overwrite: bool = False) -> dict[str, An
     Returns:
         The `DataSpec` as a dictionary.
     """
-    if overwrite and config.name not in datasets.names():
-        tfds.prepare(config)
+    wanted = config.name not in datasets.names() and (overwrite or not tfds.is_prepared(config))
+    if wanted and not tfds.prepare(config):
+        raise InputError(
+            f"data set {config.name!r} could not be prepared: no archives were found and the "
+            "network does not answer (`fit` would train on the sample)"
+        )
     return datasets.load(config).spec.model_dump(mode="json")
 
 
@@ -347,6 +357,12 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
             "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
             f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
         ) from None
+    sums = outputs[0].numpy().sum(axis=1)
+    if not np.allclose(sums, 1, atol=0.01):
+        raise InputError(
+            "expected a network that returns probabilities, each row adding up to 1; received "
+            f"rows that add up to {sums.round(3).tolist()} (does it end in a softmax?)"
+        )
     if loss.shape != ():
         raise InputError(
             f"training.loss: expected one number for a batch, received {list(loss.shape)}: "
@@ -358,11 +374,17 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
 def _compiled_model(config: Config, data: Dataset) -> keras.Model:
     training = config.training
     model = models.build(config.model, data.spec)
+    metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
+    taken = {metric.name for metric in metrics} & _RESERVED
+    if taken:
+        raise InputError(
+            f"training.metrics: {', '.join(taken)} is a name of our own: choose another"
+        )
     steps = steps_per_epoch(len(data.train), training.batch_size, training.limit_batches)
     model.compile(
         optimizer=make_optimizer(config.optimizer, steps * training.epochs),
         loss=keras_objects.make("loss", training.loss),
-        metrics=[keras_objects.make("metric", metric) for metric in training.metrics],
+        metrics=metrics,
         jit_compile=False,  # the loop compiles the whole step, or does not
     )
     return model
@@ -408,8 +430,20 @@ def _dry_run(
     with tempfile.TemporaryDirectory() as folder:
         own = _callbacks(setting, Path(folder))
         setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
-    scores, _ = setting.loop.evaluate(setting.batches("test"))
+    scores, _ = _score(setting, setting.batches("test"))
     return Fitted(_summary(setting, scores, clock, watching.StepTimes()), setting.model, None)
+
+
+def _score(
+    setting: _Setting, batches: Batches, *, collect: bool = False
+) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
+    """Evaluates, and refuses to call a network scored whose loss is no number."""
+    scores, probabilities = setting.loop.evaluate(batches, collect=collect)
+    if not np.isfinite(scores["loss"]):
+        raise CheckError(
+            f"expected a finite loss, received {scores['loss']}: the network is broken"
+        )
+    return scores, probabilities
 
 
 def _begin(setting: _Setting, run: Run, clock: _Clock) -> None:

@@ -132,7 +132,7 @@ class MetricsFile(keras.callbacks.Callback):
         }
         self._times = StepTimes()
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 class TensorBoardCurves(keras.callbacks.Callback):
@@ -250,8 +250,14 @@ def shown(logs: Logs) -> str:
 
 
 def plain(logs: Logs) -> dict[str, Any]:
-    """Returns the metrics as JSON takes them: numbers, and lists of numbers."""
-    return {name: np.asarray(value).tolist() for name, value in logs.items()}
+    """Returns the metrics as JSON takes them: numbers, lists of numbers, null for no number."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return value if np.isfinite(value) else None
+
+    return {name: finite(np.asarray(value).tolist()) for name, value in logs.items()}
 
 
 def scalars(logs: Logs) -> dict[str, float]:

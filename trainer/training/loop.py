@@ -179,6 +179,9 @@ class Loop:
                 break
             if validation is not None:
                 scores = self._validate(validation, callback_list)
+                if not np.isfinite(scores["loss"]):  # the last update of the epoch did it
+                    diverged = ((epoch + 1) * train.steps, scores["loss"])
+                    break
                 logs |= {f"val_{name}": value for name, value in scores.items()}
             self._timed("callbacks", callback_list.on_epoch_end, epoch, logs)
             if model.stop_training:

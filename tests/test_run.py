@@ -183,11 +183,13 @@ def test_an_unfinished_run_is_refused_and_the_newest_finished_named(create: Crea
         assert message.endswith("; no run is finished")
     create("b", second=1)
     newest = create("a", second=2)
-    for reference in ("latest", unfinished.name):
-        message = refused(open_run, reference)
-        assert message.startswith(f"run {unfinished.name} is not finished")
-        assert message.endswith(f"the newest finished one is {newest.name}")
-    assert open_run(newest.name).name == newest.name
+    message = refused(open_run, unfinished.name)
+    assert message.startswith(f"run {unfinished.name} is not finished")
+    assert message.endswith(f"the newest finished one is {newest.name}")
+    for reference in ("latest", newest.name, "a"):
+        assert open_run(reference).name == newest.name
+    again = create("a", second=4)
+    assert open_run("a").name == open_run("latest").name == again.name
 
 
 @pytest.mark.parametrize(

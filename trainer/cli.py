@@ -247,6 +247,7 @@ def main() -> NoReturn:
         sys.exit(128 + signal.SIGTERM)  # an exception: files are closed, the terminal given back
 
     signal.signal(signal.SIGTERM, stop)
+    sys.path.append(str(Path.cwd()))  # where "my_module:MyLayer" of a configuration is looked for
     try:
         app()
     except TrainerError as error:

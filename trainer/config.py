@@ -194,7 +194,10 @@ class Config(Section):
         """Returns the whole configuration as a TOML file that `load_config` reads back."""
         return "\n".join(
             f"[{name}]\n"
-            + "".join(f"{k} = {_toml(v)}\n" for k, v in section.items() if v is not None)
+            + "".join(
+                f"# {key} is not set\n" if value is None else f"{key} = {_toml(value)}\n"
+                for key, value in section.items()
+            )
             for name, section in self.model_dump().items()
         )
 
@@ -260,7 +263,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         if parsed.keys() == {"value"}:
             return key, parsed["value"]
     except (ValueError, RecursionError):
-        if re.fullmatch(r"[A-Za-z_/~][\w.:/~-]*", value):
+        if re.fullmatch(r"[A-Za-z_/~.][\w.:/~-]*", value):
             return key, value
     raise InputError(
         f'--set {key}: expected one TOML value (1, 0.5, true, "text", [1, 2]), received {value!r}'

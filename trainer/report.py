@@ -39,14 +39,17 @@ def write_graph(run: Run, graph: tf.Graph | None) -> None:
 
 
 def write_end(
-    run: Run, config: Config, data: Dataset, scores: dict[str, float], probabilities: NDArray[Any]
+    run: Run,
+    config: Config,
+    data: Dataset,
+    scores: dict[str, float],
+    probabilities: NDArray[Any],
+    epochs: int,
 ) -> None:
     """Writes what the test images showed: scores, confusion matrix, most confident mistakes."""
     images, labels = data.test.read(slice(len(probabilities)))
     guesses = probabilities.argmax(axis=1)
-    with tf.summary.create_file_writer(str(run.tensorboard / "test")).as_default(
-        step=config.training.epochs
-    ):
+    with tf.summary.create_file_writer(str(run.tensorboard / "test")).as_default(step=epochs):
         for name, value in scores.items():
             tf.summary.scalar(f"epoch/{name}", value)
         figure = confusion_figure(labels, guesses, data.spec)
@@ -211,12 +214,9 @@ def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], 
 
 def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:
     """Returns what HParams can show: numbers, words and truth values; the rest as JSON."""
+    # Every key of every run: TensorBoard takes its columns from one run and shows them for all.
     plain = (bool, int, float, str)
-    return {
-        key: value if isinstance(value, plain) else json.dumps(value)
-        for key, value in table.items()
-        if value not in (None, [], {})
-    }
+    return {key: v if isinstance(v, plain) else json.dumps(v) for key, v in table.items()}
 
 
 def _as_image(figure: Figure) -> tf.Tensor:

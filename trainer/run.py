@@ -4,7 +4,7 @@ runs/<UTC time>-<name>/
     config.toml        the resolved configuration
     environment.json   versions, CPU, GPU, git revision, data fingerprint
     metrics.jsonl      a line an epoch
-    summary.json       written last: a run without one is not finished
+    summary.json       written after training: a run without one is not finished
     checkpoints/  tensorboard/  log.txt  README.md
 """
 
@@ -179,17 +179,20 @@ def open_run(reference: str, *, directory: str = "runs") -> Run:
     """Finds a finished run.
 
     Args:
-        reference: A run directory, the name of one, or "latest".
+        reference: A run directory, its name, the name that `--name` gave (the newest of that
+            name), or "latest" (the newest finished one).
         directory: Folder that holds the run directories.
 
     Raises:
         InputError: There is no such run, or it is not finished.
     """
     runs = {p.parent.name: Run(p.parent) for p in sorted(Path(directory).glob("*/config.toml"))}
-    if reference == "latest":
-        if not runs:
-            raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
-        run = runs[max(runs, key=_age)]
+    named = [name for name in runs if reference in ("latest", name.partition("-")[2])]
+    if reference == "latest" and not runs:
+        raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
+    if named:
+        # An unfinished run newer than the newest finished one hides nothing.
+        run = runs[max(named, key=lambda name: (runs[name].finished, _age(name)))]
     elif _is_run(reference):
         run = Run(Path(reference))
     elif reference in runs:
@@ -272,6 +275,6 @@ def _git_state() -> dict[str, Any] | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return {
             "revision": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
+            "dirty": bool(git("status", "--porcelain").strip()),
         }
     return None

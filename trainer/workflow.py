@@ -146,9 +146,11 @@ def fit(
         _train(setting, run, batches, watched_by, times, console)
         save_weights(run, setting.model)
         with clock.part("evaluation"):
+            # The weights that are kept need not be those of the last epoch: scored once more.
+            validation, _ = _score(setting, batches[1])
             scores, probabilities = _score(setting, setting.batches("test"), collect=True)
         _log.info("test  %s", watching.shown(scores))
-        summary = _summary(setting, scores, clock, times) | {
+        summary = _summary(setting, validation, scores, clock, times) | {
             "run": str(run.path),
             "train_images": batches[0].images,  # fewer than there are, under limit_batches
             "test_images": len(cast("NDArray[np.float32]", probabilities)),
@@ -430,8 +432,10 @@ def _dry_run(
     with tempfile.TemporaryDirectory() as folder:
         own = _callbacks(setting, Path(folder))
         setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
+    kept, _ = _score(setting, validation)
     scores, _ = _score(setting, setting.batches("test"))
-    return Fitted(_summary(setting, scores, clock, watching.StepTimes()), setting.model, None)
+    summary = _summary(setting, kept, scores, clock, watching.StepTimes())
+    return Fitted(summary, setting.model, None)
 
 
 def _score(
@@ -502,11 +506,13 @@ def _train(
 
 
 def _summary(
-    setting: _Setting, scores: dict[str, float], clock: _Clock, times: watching.StepTimes
+    setting: _Setting,
+    validation: dict[str, Any],
+    scores: dict[str, Any],
+    clock: _Clock,
+    times: watching.StepTimes,
 ) -> dict[str, Any]:
     """Puts together what summary.json says and `fit --json` prints."""
-    history = setting.model.history.history
-    validation = {name[4:]: v[-1] for name, v in history.items() if name.startswith("val_")}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": setting.data.spec.model_dump(mode="json"),
@@ -534,7 +540,9 @@ def _report(setting: _Setting, run: Run, summary: dict[str, Any], probabilities:
     if setting.config.logging.tensorboard:
         report.write_graph(run, setting.loop.step_graph)
         scores = watching.scalars(summary["test"])
-        report.write_end(run, setting.config, setting.data, scores, probabilities)
+        report.write_end(
+            run, setting.config, setting.data, scores, probabilities, summary["epochs"]
+        )
         report.write_hparams(run, setting.config, scores)
 
 

@@ -173,9 +173,19 @@ def load(config: DataConfig) -> Dataset:
             "trainer/data: its images are as large as its options say"
         )
     module = importlib.import_module(f"{__name__}.{config.name if own else 'tfds'}")
-    source: Source = call_with_options(
-        module.load, config, options=config.options, where="data.options"
-    )
+    if not callable(getattr(module, "load", None)):
+        raise InputError(f"{module.__file__}: expected a function load(config, **options)")
+    try:
+        source = call_with_options(
+            module.load, config, options=config.options, where="data.options"
+        )
+    except OSError as error:
+        raise InputError(f"data set {config.name!r} cannot be read: {error}") from None
+    if not isinstance(source, Source):
+        raise InputError(
+            f"data set {config.name!r}: expected load() to return a Source, "
+            f"received {type(source).__name__}"
+        )
     for split in ("train", "validation", "test"):
         _check(source, split, getattr(source, split))
     return _divide(source, config)
@@ -235,12 +245,15 @@ def _check(source: Source, split: str, examples: tuple[Images, NDArray[Any]] | N
         return
     images, labels = examples
     where = f"data set {source.name!r}, {split}"
+    for array in (images, labels):
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{where}: expected numpy arrays, received {type(array).__name__}")
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(
             f"{where}: expected images as uint8 [n, height, width, channels], "
             f"received {images.dtype} {list(images.shape)}"
         )
-    if len(images) == 0 or labels.shape != (len(images),):
+    if images.size == 0 or labels.shape != (len(images),):
         raise InputError(
             f"{where}: expected as many labels as images and at least one, "
             f"received {len(images)} images and labels of shape {list(labels.shape)}"

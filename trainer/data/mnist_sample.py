@@ -20,7 +20,7 @@ from trainer.errors import MissingError
 _TEST_EVERY = 5
 
 
-def load(config: DataConfig) -> Source:  # noqa: ARG001 - every data set is called the same way
+def load(config: DataConfig) -> Source:
     """Reads the file; 4,000 images are for training and 1,000 for the test.
 
     Raises:

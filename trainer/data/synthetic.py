@@ -12,7 +12,7 @@ Size = Annotated[int, Field(ge=1)]
 
 
 def load(
-    config: DataConfig,  # noqa: ARG001 - every data set is called the same way
+    config: DataConfig,
     *,
     examples: Annotated[int, Field(ge=10)] = 1000,
     height: Size = 28,

@@ -39,6 +39,8 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     if config.name not in names():
         raise InputError(f"unknown model {config.name!r}: {nearest(config.name, names())}")
     module = importlib.import_module(f"{__name__}.{config.name}")
+    if not callable(getattr(module, "build", None)):
+        raise InputError(f"{module.__file__}: expected a function build(spec, **options)")
     try:
         model = call_with_options(module.build, spec, options=config.options, where="model.options")
     except (tf.errors.ResourceExhaustedError, MemoryError):
@@ -49,6 +51,16 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         # Keras explains a shape that does not fit over several lines, the reason in the first.
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model {config.name!r} cannot be built: {reason}") from error
+    if not isinstance(model, keras.Model) or not model.built:
+        raise InputError(
+            f"model {config.name!r}: expected build() to return a built keras.Model, "
+            f"received {type(model).__name__}"
+        )
+    if model.input_shape != (None, *spec.image_shape):
+        raise InputError(
+            f"model {config.name!r}: expected one input of {[None, *spec.image_shape]}, "
+            f"received {model.input_shape}"
+        )
     if model.output_shape != (None, spec.class_count):
         raise InputError(
             f"model {config.name!r}: expected probabilities of shape [None, {spec.class_count}], "

@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from trainer.config import (
     Config,
-    OptimizerConfig,
     Section,
     call_with_options,
     config_schema,
@@ -48,7 +47,8 @@ def drawn_from(annotation: Any, *bounds: Any) -> st.SearchStrategy[Any]:
     if kind in (Union, UnionType):
         return st.one_of([drawn_from(a, *bounds) for a in inner])
     if kind is Annotated:
-        return drawn_from(inner[0], *bounds)
+        within = [limit for b in inner[1:] for limit in getattr(b, "metadata", [b])]
+        return drawn_from(inner[0], *within, *bounds)
     if kind is Literal:
         return st.sampled_from(inner)
     if kind is list:
@@ -79,14 +79,16 @@ def section(model: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         return {name: tree[name] for name in model.model_fields}
 
     fields = {name: field(info) for name, info in model.model_fields.items()}
-    trees = st.fixed_dictionaries(fields).map(in_order)
-    return trees.map(with_cosine) if model is OptimizerConfig else trees
+    return st.fixed_dictionaries(fields).map(in_order).map(agreeing)
 
 
-def with_cosine(tree: dict[str, Any]) -> dict[str, Any]:
-    """Gives a warm-up the one schedule that has one."""
-    cosine = {"name": "CosineDecay", "options": {}}
-    return tree | {"schedule": cosine} if tree["warmup_fraction"] else tree
+def agreeing(tree: dict[str, Any]) -> dict[str, Any]:
+    """Gives a warm-up the one schedule that has one, and a histogram TensorBoard."""
+    if tree.get("warmup_fraction"):
+        tree["schedule"] = {"name": "CosineDecay", "options": {}}
+    if tree.get("histograms") or tree.get("profile"):
+        tree["tensorboard"] = True
+    return tree
 
 
 def written(value: Any) -> str:
@@ -267,16 +269,18 @@ def test_values_beyond_the_parser_are_refused(load: Callable[..., Config], value
     ("content", "override", "said"),
     [
         ("[data]\nname = 'a'", "data.name.x=1", "data.name.x: name is a value, not a table; "),
-        ("training = 3", "training.epochs=1", "training.epochs: training is a value, not a table"),
+        ("training = 3", "training.epochs=1", "given.toml: training: expected a valid dictionary"),
+        ("", ["data.files=1", "data.files.x=1"], "data.files.x: files is a value, not a table; "),
         ("", "data.name.x=1", "data.name: expected a valid string, received {'x': 1}"),
         ("", "data.options=1", "data.options: expected a valid dictionary, received 1"),
         ("data = 1", "model.name=a", "data: expected a valid dictionary"),
     ],
 )
 def test_a_value_where_a_table_belongs(
-    load: Callable[..., Config], content: str, override: str, said: str
+    load: Callable[..., Config], content: str, override: str | list[str], said: str
 ) -> None:
-    assert said in refused(load, content, override)
+    overrides = [override] if isinstance(override, str) else override
+    assert said in refused(load, content, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +304,7 @@ def test_an_unknown_key_names_the_nearest(
     load: Callable[..., Config], override: str, key: str, near: str
 ) -> None:
     message = refused(load, "", override)
-    assert f"given.toml: unknown key {key!r}: did you mean {near!r}? available: " in message
+    assert f"--set: unknown key {key!r}: did you mean {near!r}? available: " in message
     *tables, _ = key.split(".")
     beside = SECTIONS if not tables else Config().model_dump().get(tables[0], {})
     beside = ["name", "options"] if len(tables) > 1 else beside
@@ -345,7 +349,7 @@ def test_a_value_of_the_wrong_kind_is_refused(
     load: Callable[..., Config], key: str, value: str, received: str
 ) -> None:
     message = refused(load, "", f"{key.removesuffix('.0').removesuffix('.1')}={value}")
-    assert f"given.toml: {key}: expected " in message
+    assert message.startswith(f"--set: {key}: expected ")
     assert message.endswith(f", received {received}")
 
 
@@ -358,6 +362,9 @@ def test_a_value_of_the_wrong_kind_is_refused(
         ("training.seed", "-1", "greater than or equal to 0"),
         ("data.split_seed", "-1", "greater than or equal to 0"),
         ("training.seed", "2147483648", "less than 2147483648"),
+        ("training.epochs", "2147483648", "less than 2147483648"),
+        ("training.batch_size", "1" + "0" * 30, "less than 2147483648"),
+        ("data.split_seed", "4294967296", "less than 4294967296"),
         ("training.clip_norm", "0.0", "greater than 0"),
         ("training.limit_batches", "0", "greater than or equal to 1"),
         ("training.precision", "'float64'", "'float32', 'mixed_bfloat16' or 'mixed_float16'"),
@@ -392,11 +399,32 @@ def test_a_missing_key_is_named(load: Callable[..., Config]) -> None:
 @pytest.mark.parametrize("schedule", [None, "ExponentialDecay"])
 def test_warmup_needs_cosine_decay(load: Callable[..., Config], schedule: str | None) -> None:
     overrides = [f"optimizer.schedule.name={schedule}"] if schedule else []
-    message = refused(load, "[optimizer]\nwarmup_fraction = 0.1", *overrides)
+    message = refused(load, "", "optimizer.warmup_fraction=0.1", *overrides)
     assert "warmup_fraction expects schedule.name = 'CosineDecay'" in message
     assert message.endswith(f"received schedule.name = {schedule!r}")
     config = load("[optimizer]\nwarmup_fraction = 0.1", "optimizer.schedule.name=CosineDecay")
     assert config.optimizer.warmup_fraction == 0.1
+
+
+def test_what_cannot_go_together_is_refused(load: Callable[..., Config]) -> None:
+    for option in ("clipnorm", "clipvalue", "global_clipnorm"):
+        clipped = [f"optimizer.options.{option}=1.0", "training.clip_norm=1.0"]
+        message = refused(load, "", *clipped)
+        assert message == (
+            f"--set: training.clip_norm and optimizer.options.{option}: expected one of them"
+        )
+        assert load("", clipped[0]).optimizer.options == {option: 1.0}
+    for shown in ("histograms", "profile"):
+        message = refused(load, f"[logging]\n{shown} = true\ntensorboard = false")
+        assert "given.toml: logging: histograms and profile are shown in TensorBoard" in message
+
+
+def test_a_fault_is_laid_to_where_it_is(load: Callable[..., Config]) -> None:
+    wrong = "[training]\nepochs = 0"
+    assert "given.toml: training.epochs" in refused(load, wrong)
+    assert "given.toml: training.epochs" in refused(load, wrong, "training.seed=-1")
+    assert refused(load, "", "training.seed=-1").startswith("--set: training.seed")
+    assert load(wrong, "training.epochs=1").training.epochs == 1
 
 
 def test_a_missing_file_lists_what_there_is(in_tmp_path: Path) -> None:
@@ -409,6 +437,10 @@ def test_a_missing_file_lists_what_there_is(in_tmp_path: Path) -> None:
         "did you mean 'mnist.toml'? available: mnist.toml, other.toml"
     )
     assert "none/a.toml" in refused(load_config, Path("none/a.toml"))
+    (in_tmp_path / "configs").mkdir()
+    (in_tmp_path / "configs" / "deep.toml").touch()
+    for name in ("deep", "deep.toml", "configs/dep.toml"):
+        assert "did you mean 'configs/deep.toml'?" in refused(load_config, name)
 
 
 def test_what_is_no_toml_is_refused(tmp_path: Path, load: Callable[..., Config]) -> None:

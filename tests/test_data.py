@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import logging
 import re
 import shutil
 import socket
@@ -10,9 +11,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -528,6 +531,27 @@ def test_preparation_of_another_number_of_images_is_refused(given: int, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("images", "received"),
+    [
+        (np.zeros((4, 2, 1, 1), np.uint8), "uint8 [2, 1, 1]"),
+        (np.zeros((4, 2, 2, 1), np.float32), "float32 [2, 2, 1]"),
+    ],
+)
+def test_preparation_of_other_images_is_refused(images: Any, received: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        write_prepared(
+            tmp_path / "new",
+            name="new",
+            version="1",
+            class_names=["a"],
+            origin="a test",
+            splits={"train": (4, (2, 2, 1), [(images, np.zeros(4, int))])},
+        )
+    assert str(refused.value).endswith(f"of shape [2, 2, 1], received {received}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_preparation_into_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written .*data\.directory"):
@@ -745,7 +769,37 @@ def test_damaged_files_of_tfds_are_refused(
     assert "\n" not in message
     assert f"'tiny_pictures' in {tmp_path}" in message
     assert "damaged" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["tensorflow_datasets"]
+    assert {path.name for path in tmp_path.iterdir()} == {"tensorflow_datasets", ".lock"}
+
+
+def test_of_two_processes_one_prepares_and_the_other_waits(
+    pictures: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load(pictures).spec
+    folder, aside = tmp_path / "tiny_pictures-3x5", tmp_path / "aside"
+    folder.rename(aside)
+    written = (aside / "prepared.json").stat().st_mtime_ns
+    caplog.set_level(logging.INFO, logger="trainer")
+    with ThreadPoolExecutor(1) as thread, filelock.FileLock(tmp_path / ".lock"):
+        loaded = thread.submit(load, pictures)
+        while "another process prepares data" not in caplog.text:
+            assert not loaded.done()
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert not folder.exists()
+        aside.rename(folder)  # the other one is done
+    assert loaded.result().spec == expected
+    assert (folder / "prepared.json").stat().st_mtime_ns == written
+
+
+def test_what_a_killed_preparation_left_is_removed(pictures: DataConfig, tmp_path: Path) -> None:
+    abandoned = tmp_path / "tensorflow_datasets" / "tiny_pictures" / "incomplete.ABC_1.2.3"
+    for left in (abandoned, tmp_path / ".partial-mnist-abc"):
+        left.mkdir()
+        (left / "half").write_bytes(b"half")
+    load(pictures)
+    assert not abandoned.exists()
+    assert not list(tmp_path.glob(".partial-*"))
 
 
 @pytest.mark.parametrize("name", ["tiny_sentences", "tiny_unsupervised", "imdb_reviews"])
@@ -917,14 +971,36 @@ def test_folder_that_does_not_exist_is_refused(
         load(give(tmp_path / "archives"))
 
 
-def test_folder_without_any_archive_is_passed_over(
+def test_folder_without_any_archive_is_refused_or_noticed(
+    give: Callable[[Path], DataConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "archives"
+    (folder / "mnist").mkdir(parents=True)
+    (folder / "notes.txt").write_text("nothing here")
+    config = give(folder).model_copy(update={"allow_sample": False})
+    with pytest.raises(InputError) as refused:
+        load(config)
+    if config.files:  # named for this very set
+        expected = ", ".join(sorted(ARCHIVES))
+        assert str(refused.value) == (
+            f"{folder} (data.files) holds no archive of mnist: expected {expected}"
+        )
+    else:
+        assert re.search("not prepared in .*no archives were given", str(refused.value))
+        (notice,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert (
+            notice == f"{folder} (TRAINER_DATA_FILES) holds no archive of mnist and is passed over."
+        )
+
+
+def test_an_empty_folder_of_its_name_hides_no_archive(
     give: Callable[[Path], DataConfig], tmp_path: Path
 ) -> None:
-    (tmp_path / "archives").mkdir()
-    (tmp_path / "archives" / "notes.txt").write_text("nothing here")
-    config = give(tmp_path / "archives").model_copy(update={"allow_sample": False})
-    with pytest.raises(InputError, match=r"not prepared in .*no archives were given"):
-        load(config)
+    (tmp_path / "archives" / "mnist").mkdir(parents=True)
+    for name in ARCHIVES:
+        (tmp_path / "archives" / name).write_bytes(ERROR_PAGE)
+    with pytest.raises(InputError, match="is not the archive that mnist was made from"):
+        load(give(tmp_path / "archives"))
 
 
 @pytest.mark.usefixtures("no_archives", "closed_network")

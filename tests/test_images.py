@@ -198,6 +198,26 @@ def test_jpeg_is_read(read: Read) -> None:
     np.testing.assert_allclose(picture.pixels[..., 0], slope, atol=8)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_photograph_stands_as_it_was_taken(read: Read, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn by 90 degrees clockwise
+    pixels = np.zeros((WIDTH, HEIGHT), np.uint8)
+    pixels[:, HEIGHT // 2 :] = 255
+    picture = read(encoded(pixels, kind, exif=exif), "a." + kind.lower())
+    turned = np.rot90(pixels, -1)
+    assert abs(picture.pixels[..., 0].astype(int) - turned).max() < 30
+    assert picture.converted == ""
+
+
+def test_an_animation_is_refused(tmp_path: Path) -> None:
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    content = encoded(frames[0], save_all=True, append_images=frames[1:])
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match="is an animation: expected one image"):
+        read_pictures(tmp_path / "a.png", of_shape(1))
+
+
 def test_other_sizes_are_resized_and_said(read: Read) -> None:
     wide = np.zeros((24, 40), dtype=np.uint8)
     wide[:, :16] = 240

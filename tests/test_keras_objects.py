@@ -12,7 +12,7 @@ from trainer.config import KerasObject, OptimizerConfig
 from trainer.data import Dataset
 from trainer.errors import InputError
 from trainer.training.augmentation import make_augmentation
-from trainer.training.optimizer import make_optimizer
+from trainer.training.optimizer import make_optimizer, try_optimizer
 
 KNOWN = [
     ("layer", "Dense", keras.layers.Dense),
@@ -216,6 +216,31 @@ def test_optimizers_and_schedules_are_refused_in_one_line() -> None:
     assert "'decay_rate'" in message
     message = refused(make, schedule=named("PiecewiseConstantDecay", boundaries=[3], values=[1]))
     assert "boundaries" in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"options": {"beta_1": "x"}},
+        {"options": {"clipnorm": "x"}},
+        {"name": "Optimizer"},
+        {"schedule": named("CosineDecay", alpha="x")},
+        {"schedule": named("LearningRateSchedule")},
+    ],
+)
+def test_what_keras_finds_out_late_is_refused_before_training(sections: dict[str, Any]) -> None:
+    message = refused(try_optimizer, OptimizerConfig(**sections))
+    name = sections.get("name", "Adam")
+    assert message.startswith((f"optimizer {name!r} ", "schedule "))
+    for ours in ({}, {"name": "SGD"}, {"schedule": named("CosineDecay")}):
+        try_optimizer(OptimizerConfig(**ours))
+
+
+def test_a_warm_up_is_given_once() -> None:
+    schedule = named("CosineDecay", warmup_steps=3)
+    config = OptimizerConfig(warmup_fraction=0.1, schedule=schedule)
+    message = refused(make_optimizer, config, 100)
+    assert message.startswith("optimizer.warmup_fraction and the schedule's warmup_steps: expected")
 
 
 def augmented(tiny: Dataset, *layers: KerasObject) -> np.ndarray:

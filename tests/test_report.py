@@ -160,15 +160,21 @@ def test_each_picture_stands_under_its_title(count: int, columns: int, channels:
     images = np.random.RandomState(0).randint(0, 256, (count, 6, 5, channels), dtype=np.uint8)
     titles = [f"title {i}" for i in range(count)]
     figure = report.picture_grid(images, titles)
-    assert [axes.get_title() for axes in figure.axes] == titles
-    for axes, pixels in zip(figure.axes, images, strict=True):
-        (shown,) = axes.images
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == titles
+    for text, shown, pixels in zip(axes.texts, axes.images, images, strict=True):
+        left, right, bottom, top = shown.get_extent()
+        assert text.get_position() == pytest.approx(((left + right) / 2, top - 0.04))
+        assert (right - left) / (bottom - top) == pytest.approx(5 / 6)
         np.testing.assert_array_equal(shown.get_array(), pixels.squeeze())
         if channels == 1:  # 0 is black and 255 white, however narrow the image's own range
             assert (shown.get_clim(), shown.get_cmap().name) == ((0, 255), "gray")
     assert count > 7 or drawn(figure)
-    grids = {axes.get_subplotspec().get_gridspec().get_geometry() for axes in figure.axes}
-    assert grids == {(-(-count // columns), columns)}
+    lefts, tops = ({shown.get_extent()[i] for shown in axes.images} for i in (0, 3))
+    assert (len(tops), len(lefts)) == (-(-count // columns), columns)
+    for extent in [shown.get_extent() for shown in axes.images]:
+        assert 0 <= extent[0] < extent[1] <= axes.get_xlim()[1]
+        assert 0 <= extent[3] < extent[2] <= axes.get_ylim()[0]
 
 
 def test_pictures_and_titles_go_together() -> None:

@@ -4,6 +4,7 @@ A configuration is read from a TOML file, changed by `--set section.key=value`, 
 Every key that a file leaves out has the default written here.
 """
 
+import copy
 import inspect
 import json
 import re
@@ -18,7 +19,8 @@ from trainer.errors import InputError, nearest
 
 # TOML has no tuples: an array is taken for one, its items checked strictly all the same.
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:\d+)?|all)$"
-ImageSize = Annotated[tuple[int, int], Field(strict=False)]
+_Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
+ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -63,7 +65,7 @@ class DataConfig(Section):
     test_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="Share of train held out where a set has no test split"
     )
-    split_seed: int = Field(default=0, ge=0, description="Seed of what is held out")
+    split_seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of what is held out")
     placement: Literal["auto", "device", "stream"] = Field(
         default="auto",
         description="Keep the images on the device, or stream them; auto: by device_limit_mb",
@@ -116,8 +118,10 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How the network is trained."""
 
-    epochs: int = Field(default=3, ge=1, description="How often to go through the images")
-    batch_size: int = Field(default=128, ge=1, description="Images a step, over all devices")
+    epochs: int = Field(default=3, ge=1, lt=2**31, description="How often to go through the images")
+    batch_size: int = Field(
+        default=128, ge=1, lt=2**31, description="Images a step, over all devices"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of weights, order and dropout")
     device: str = Field(
         default="auto",
@@ -142,13 +146,13 @@ class TrainingConfig(Section):
         default=None, gt=0, description="Largest global norm of the gradients"
     )
     steps_per_call: int = Field(
-        default=50, ge=1, description="Steps in one call of the compiled loop"
+        default=50, ge=1, lt=2**31, description="Steps in one call of the compiled loop"
     )
     jit_compile: bool = Field(
         default=False, description="Compile the step with XLA (slower on a CPU)"
     )
     limit_batches: int | None = Field(
-        default=None, ge=1, description="Use only this many batches of each split"
+        default=None, ge=1, lt=2**31, description="Use only this many batches of each split"
     )
 
 
@@ -169,6 +173,12 @@ class LoggingConfig(Section):
     mistakes: int = Field(default=25, ge=0, le=100, description="Confident mistakes shown")
     profile: bool = Field(default=False, description="Trace a few steps for the profiler page")
 
+    @model_validator(mode="after")
+    def _pictures_need_tensorboard(self) -> Self:
+        if not self.tensorboard and (self.histograms or self.profile):
+            raise ValueError("histograms and profile are shown in TensorBoard: set tensorboard")
+        return self
+
 
 class Config(Section):
     """One experiment."""
@@ -178,6 +188,15 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _gradients_are_clipped_once(self) -> Self:
+        given = self.optimizer.options.keys() & {"clipnorm", "clipvalue", "global_clipnorm"}
+        if given and self.training.clip_norm is not None:
+            raise ValueError(
+                f"training.clip_norm and optimizer.options.{min(given)}: expected one of them"
+            )
+        return self
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
         """Returns a copy with some keys changed, checked again.
@@ -221,17 +240,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found = sorted(str(p) for p in path.parent.glob("*.toml"))
-        known = nearest(str(path), found) if found else f"there is no *.toml in {path.parent}"
+        folders = {path.parent, Path("configs")}
+        found = sorted(str(p) for folder in folders for p in folder.glob("*.toml"))
+        same = [name for name in found if Path(name).stem == path.name]
+        known = (
+            nearest(same[0] if same else str(path), found)
+            if found
+            else f"there is no *.toml in {path.parent}"
+        )
         raise InputError(f"expected a configuration file, received {path}: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a configuration: {error}") from None
     except (ValueError, RecursionError) as error:  # tomllib's own is a ValueError, others escape it
         raise InputError(f"{path} is not TOML: {error}") from None
-    for override in overrides:
-        key, value = parse_override(override)
-        _put(tree, key, value)
-    return parse_config(tree, origin=str(path))
+    changed = copy.deepcopy(tree)
+    try:
+        for override in overrides:
+            key, value = parse_override(override)
+            _put(changed, key, value)
+        return parse_config(changed, origin="--set" if overrides else str(path))
+    except InputError:
+        parse_config(tree, origin=str(path))  # the file's own fault, if it has one
+        raise
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str) -> Config:
@@ -327,7 +357,7 @@ def _explain(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}: {nearest(str(fault['loc'][-1]), _keys_beside(fault['loc']))}"
     if fault["type"] == "value_error":
-        return f"{key}: {fault['ctx']['error']}"
+        return f"{key}: {fault['ctx']['error']}".removeprefix(": ")
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "string_pattern_mismatch":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.data import DataSpec, Images
 from trainer.errors import InputError
@@ -110,7 +110,10 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
                 raise InputError(
                     f"{path}: {image.width}x{image.height} pixels; at most {_MOST_PIXELS} are read"
                 )
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{path} is an animation: expected one image")
             image.load()
+            image = ImageOps.exif_transpose(image)  # a photograph stands as it was taken
             given = f"{image.height}x{image.width} {image.mode}"
             if mode != "RGBA" and "transparency" in image.info:
                 given += " with transparency"

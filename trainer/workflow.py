@@ -30,7 +30,7 @@ from trainer.training.augmentation import make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights, save_weights
 from trainer.training.loop import Loop
-from trainer.training.optimizer import make_optimizer
+from trainer.training.optimizer import make_optimizer, try_optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +149,6 @@ def fit(
             # The weights that are kept need not be those of the last epoch: scored once more.
             validation, _ = _score(setting, batches[1])
             scores, probabilities = _score(setting, setting.batches("test"), collect=True)
-        _log.info("test  %s", watching.shown(scores))
         summary = _summary(setting, validation, scores, clock, times) | {
             "run": str(run.path),
             "train_images": batches[0].images,  # fewer than there are, under limit_batches
@@ -272,8 +271,7 @@ def prepare_data(config: DataConfig, *, overwrite: bool = False) -> dict[str, An
     Returns:
         The `DataSpec` as a dictionary.
     """
-    wanted = config.name not in datasets.names() and (overwrite or not tfds.is_prepared(config))
-    if wanted and not tfds.prepare(config):
+    if config.name not in datasets.names() and not tfds.prepare(config, overwrite=overwrite):
         raise InputError(
             f"data set {config.name!r} could not be prepared: no archives were found and the "
             "network does not answer (`fit` would train on the sample)"
@@ -304,6 +302,9 @@ def _assemble(config: Config, clock: _Clock) -> _Setting:
     with clock.part("devices"):
         chosen = devices.select(config.training.device)
         precision = devices.choose_precision(config.training.precision, chosen)
+    # Before the data, which may have to be fetched first.
+    models.find(config.model)
+    try_optimizer(config.optimizer)
     with clock.part("data"):
         data = datasets.load(config.data)
     resolved: dict[str, Any] = {"training.precision": precision}

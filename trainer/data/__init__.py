@@ -179,7 +179,7 @@ def load(config: DataConfig) -> Dataset:
         source = call_with_options(
             module.load, config, options=config.options, where="data.options"
         )
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise InputError(f"data set {config.name!r} cannot be read: {error}") from None
     if not isinstance(source, Source):
         raise InputError(
@@ -192,9 +192,10 @@ def load(config: DataConfig) -> Dataset:
 
 
 def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:
-    """Returns the SHA-256 of images (as bytes) and labels (as int32), split after split."""
+    """Returns the SHA-256 of shape, images (as bytes) and labels (int32), split after split."""
     digest = hashlib.sha256()
     for images, labels in examples:
+        digest.update(repr(images.shape).encode())
         digest.update(np.ascontiguousarray(images).data)
         digest.update(np.ascontiguousarray(labels, dtype="<i4").data)
     return digest.hexdigest()

@@ -65,8 +65,8 @@ def write_prepared(
             of one, and batches of images and labels that add up to that number.
 
     Raises:
-        InputError: The batches hold another number of images, the disk cannot be written, or the
-            folder holds what was not written here.
+        InputError: The batches hold another number of images or other shapes, the disk cannot be
+            written, or the folder holds what was not written here.
     """
     refuse_foreign(folder)
     try:
@@ -209,8 +209,14 @@ def _write_split(
     with path.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
+        digest.update(repr((count, *shape)).encode())
         for images, some in batches:
-            data = np.ascontiguousarray(images, dtype=np.uint8).data
+            if images.dtype != np.uint8 or images.shape[1:] != shape:
+                raise InputError(
+                    f"split {split!r}: expected batches of uint8 images of shape {list(shape)}, "
+                    f"received {images.dtype} {list(images.shape[1:])}"
+                )
+            data = np.ascontiguousarray(images).data
             file.write(data)
             digest.update(data)
             labels.append(np.asarray(some, dtype="<i4"))

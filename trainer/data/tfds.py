@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from trainer.config import DataConfig
 from trainer.data import Source, mnist_sample, names
 from trainer.data._prepared import (
@@ -31,8 +33,6 @@ from trainer.data._prepared import (
 from trainer.errors import InputError, nearest
 
 _log = logging.getLogger(__name__)
-
-_LARGEST_SIDE = 4096  # of an image, in pixels
 
 # Most sets of tensorflow-datasets, MNIST among them, come from this host.
 DOWNLOADS = "https://storage.googleapis.com/tfds-data"
@@ -72,11 +72,6 @@ def prepared_folder(config: DataConfig) -> Path:
     return Path(config.directory) / (config.name.replace("/", "_").replace(":", "_") + size)
 
 
-def is_prepared(config: DataConfig) -> bool:
-    """Returns whether the decoded arrays of a set are there."""
-    return prepared_folder(config).exists()
-
-
 def check(config: DataConfig) -> None:
     """Reads the prepared files, where there are any, and compares their SHA-256 sums.
 
@@ -87,8 +82,12 @@ def check(config: DataConfig) -> None:
         check_sums(prepared_folder(config))
 
 
-def prepare(config: DataConfig) -> bool:
-    """Finds the set and decodes it into its folder, which is replaced when all is done.
+def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
+    """Finds the set and decodes it into its folder, unless that is done already.
+
+    Args:
+        config: Names the set.
+        overwrite: Do it anew; the old arrays go only when the new ones are whole.
 
     Returns:
         Whether the set was found; False: only the sample is to be had.
@@ -100,19 +99,65 @@ def prepare(config: DataConfig) -> bool:
 
     folder = prepared_folder(config)
     refuse_foreign(folder)
+    if folder.exists() and not overwrite:
+        return True
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     ours, theirs = _builder(config), _builder(config, elsewhere=True)
     builder = theirs if theirs.is_prepared() and not ours.is_prepared() else ours
     label_key = _check_features(config, builder)[1]
-    origin = _find(config, builder)
-    if origin is None:
-        return False
-    _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
+    archives = None
+    if not builder.is_prepared():
+        archives = _archives(config, builder)
+        if archives is None and not _reachable(config, builder):
+            return False
+    with _alone(Path(config.directory)):
+        if folder.exists() and not overwrite:
+            return True  # another process did it while this one waited
+        origin = _have_records(config, builder, archives)
+        _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
+        write_prepared(
+            folder,
+            name=config.name,
+            version=str(builder.version),
+            class_names=list(builder.info.features[label_key].names),
+            origin=origin,
+            splits=_splits(config, builder),
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Lets one process at a time write into the data folder, rid of what a killed one left."""
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _log.info("another process prepares data in %s: waiting for it", directory)
+            lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"prepared data cannot be written to {directory} ({error.strerror}): "
+            "choose another folder with --set data.directory=..."
+        ) from None
+    try:
+        abandoned = (directory / "tensorflow_datasets").rglob("incomplete.*")
+        for left in (*directory.glob(".partial-*"), *abandoned):
+            shutil.rmtree(left)
+        yield
+    finally:
+        lock.release()
+
+
+def _splits(config: DataConfig, builder: Any) -> dict[str, Any]:
+    """Returns the splits as `write_prepared` takes them; nothing is decoded until it asks."""
     available = builder.info.splits
     if "train" not in available:
         raise InputError(f"data set {config.name!r} has no train split, only {sorted(available)}")
-    splits = {
+    return {
         split: (
             available[split].num_examples,
             _image_shape(config, builder),
@@ -121,15 +166,6 @@ def prepare(config: DataConfig) -> bool:
         for split in ("train", "validation", "test")
         if split in available
     }
-    write_prepared(
-        folder,
-        name=config.name,
-        version=str(builder.version),
-        class_names=list(builder.info.features[label_key].names),
-        origin=origin,
-        splits=splits,
-    )
-    return True
 
 
 def _builder(config: DataConfig, *, elsewhere: bool = False) -> Any:
@@ -179,11 +215,6 @@ def _image_shape(config: DataConfig, builder: Any) -> tuple[int, int, int]:
     height, width, channels = builder.info.features[builder.info.supervised_keys[0]].shape
     if config.image_size is not None:
         height, width = config.image_size
-        if not (1 <= min(height, width) <= max(height, width) <= _LARGEST_SIDE):
-            raise InputError(
-                f"data.image_size: expected [height, width], each from 1 to {_LARGEST_SIDE}, "
-                f"received {list(config.image_size)}"
-            )
     if height is None or width is None:
         raise InputError(
             f"the images of {config.name!r} differ in size: set data.image_size = [height, width]"
@@ -191,22 +222,30 @@ def _image_shape(config: DataConfig, builder: Any) -> tuple[int, int, int]:
     return height, width, channels or 3
 
 
-def _find(config: DataConfig, builder: Any) -> str | None:
-    """Has the set prepared by tensorflow-datasets; returns where from, or None for the sample."""
+def _have_records(config: DataConfig, builder: Any, archives: Path | None) -> str:
+    """Has tensorflow-datasets write its files, where they are not there yet; says where from."""
     if builder.is_prepared():
         return f"tensorflow-datasets' files in {builder.data_dir}"
-    archives = _archives(config, builder)
     if archives is not None:
         _log.info("preparing %s from the archives in %s (once)", config.name, archives)
         _download(config, builder, manual_dir=str(archives))
         return "the original archives (SHA-256 checked)"
+    _log.info("downloading %s (once)", config.name)
+    _download(config, builder)
+    return "the network (SHA-256 checked)"
+
+
+def _reachable(config: DataConfig, builder: Any) -> bool:
+    """Returns whether the network can be asked for the set; False: the sample has to do.
+
+    Raises:
+        InputError: It cannot, and there is no sample of this set, or it is forbidden.
+    """
     url = next(iter(builder.url_infos), DOWNLOADS)
     if network_answers(url):
-        _log.info("downloading %s (once)", config.name)
-        _download(config, builder)
-        return "the network (SHA-256 checked)"
+        return True
     if config.name == "mnist" and config.allow_sample and config.image_size is None:
-        return None
+        return False
     raise InputError(
         f"data set {config.name!r} is not to be had: it is not prepared in {config.directory}, "
         f"no archives were given (data.files or TRAINER_DATA_FILES), and {url} does not answer"
@@ -222,12 +261,21 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
     setting = "data.files" if config.files else "TRAINER_DATA_FILES"
     if not Path(given).is_dir():
         raise InputError(f"{setting} = {given!r}: there is no such folder")
-    named = Path(given) / config.name
-    folder = named if named.is_dir() else Path(given)
     wanted = {info.filename or Path(url).name: info for url, info in builder.url_infos.items()}
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing == list(wanted):
-        _log.info("%s (%s) holds no archive of %s: passed over", folder, setting, config.name)
+    # A folder for many sets has one of its own for each.
+    for folder in (Path(given) / config.name, Path(given)):
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing != list(wanted):
+            break
+    else:
+        if config.files:  # named for this set; the variable may be there for others
+            raise InputError(
+                f"{given} (data.files) holds no archive of {config.name}: expected "
+                f"{', '.join(wanted) or 'none, as it is not made from archives'}"
+            )
+        _log.warning(
+            "%s (TRAINER_DATA_FILES) holds no archive of %s and is passed over.", given, config.name
+        )
         return None
     if missing:
         raise InputError(f"{folder} ({setting}) lacks {', '.join(missing)} of {config.name}")
@@ -238,7 +286,8 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
             raise InputError(
                 f"{path} is not the archive that {config.name} was made from: it has "
                 f"{path.stat().st_size} bytes, expected {int(info.size)}; its sha256 is {found}, "
-                f"expected {info.checksum} (a saved error page, or another set's archive?)"
+                f"expected {info.checksum} (a saved error page, or another set's archive? Where "
+                f"archives have the same names, those of this set go into {given}/{config.name})"
             )
     return folder.absolute()
 
@@ -264,13 +313,19 @@ def network_answers(url: str) -> bool:
 
 
 def _download(config: DataConfig, builder: Any, **options: str) -> None:
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
+    refusals = (
+        *(OSError, ValueError, tf.errors.OpError),
+        tfds.download.DownloadError,
+        tfds.core.download.download_manager.NonMatchingChecksumError,
+    )
     try:
         # It announces itself on stdout, where --json promises one document and nothing else.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**options))
-    except (OSError, ValueError, tfds.download.DownloadError) as error:
+    except refusals as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"data set {config.name!r} could not be prepared: {reason}") from None
     finally:

@@ -7,7 +7,8 @@ takes; its function `build(spec, **options)` returns a `keras.Model` that takes 
 
 import importlib
 import pkgutil
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -20,6 +21,21 @@ from trainer.errors import InputError, nearest
 def names() -> list[str]:
     """Returns the networks that are modules of this folder."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def find(config: ModelConfig) -> Callable[..., Any]:
+    """Returns the function that builds the network which a configuration names.
+
+    Raises:
+        InputError: There is no such module, or it has no such function.
+    """
+    if config.name not in names():
+        raise InputError(f"unknown model {config.name!r}: {nearest(config.name, names())}")
+    module = importlib.import_module(f"{__name__}.{config.name}")
+    function = getattr(module, "build", None)
+    if not callable(function):
+        raise InputError(f"{module.__file__}: expected a function build(spec, **options)")
+    return cast("Callable[..., Any]", function)
 
 
 def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
@@ -36,13 +52,9 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     Raises:
         InputError: The network or one of its options is unknown or does not fit the images.
     """
-    if config.name not in names():
-        raise InputError(f"unknown model {config.name!r}: {nearest(config.name, names())}")
-    module = importlib.import_module(f"{__name__}.{config.name}")
-    if not callable(getattr(module, "build", None)):
-        raise InputError(f"{module.__file__}: expected a function build(spec, **options)")
+    function = find(config)
     try:
-        model = call_with_options(module.build, spec, options=config.options, where="model.options")
+        model = call_with_options(function, spec, options=config.options, where="model.options")
     except (tf.errors.ResourceExhaustedError, MemoryError):
         raise InputError(
             f"model {config.name!r} does not fit into memory: lower its options"
@@ -56,10 +68,11 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
             f"model {config.name!r}: expected build() to return a built keras.Model, "
             f"received {type(model).__name__}"
         )
-    if model.input_shape != (None, *spec.image_shape):
+    shape = getattr(model, "input_shape", None)
+    if shape != (None, *spec.image_shape):
         raise InputError(
             f"model {config.name!r}: expected one input of {[None, *spec.image_shape]}, "
-            f"received {model.input_shape}"
+            f"received {shape}"
         )
     if model.output_shape != (None, spec.class_count):
         raise InputError(

@@ -1,9 +1,11 @@
 """The optimizer and the learning-rate schedule that a configuration describes."""
 
 import inspect
+import re
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
@@ -30,6 +32,21 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     return keras_objects.call(factory, f"optimizer {config.name!r}", options)
 
 
+def try_optimizer(config: OptimizerConfig) -> None:
+    """Makes the optimizer and takes one step with it: Keras finds some faults only then.
+
+    Raises:
+        InputError: An option has a value that the optimizer or the schedule cannot work with.
+    """
+    optimizer = make_optimizer(config, total_steps=100)
+    variable = keras.Variable([[1.0]])
+    try:
+        optimizer.apply([keras.ops.ones_like(variable)], [variable])
+    except (TypeError, ValueError, NotImplementedError, tf.errors.OpError) as error:
+        reason = re.sub(r"\{\{.*?\}\} ?", "", " ".join(str(error).split()))[:300]
+        raise InputError(f"optimizer {config.name!r} cannot take a step: {reason}") from None
+
+
 def _schedule(
     config: OptimizerConfig, schedule: KerasObject, total_steps: int
 ) -> keras.optimizers.schedules.LearningRateSchedule:
@@ -40,6 +57,12 @@ def _schedule(
         "decay_steps": max(1, total_steps - warmup),
     }
     if warmup:
+        given = schedule.options.keys() & {"warmup_steps", "warmup_target"}
+        if given:
+            raise InputError(
+                f"optimizer.warmup_fraction and the schedule's {', '.join(sorted(given))}: "
+                "expected one of them"
+            )
         defaults |= {
             # From a tenth: the first steps, whose gradients are the largest, are then small.
             "initial_learning_rate": config.learning_rate / 10,

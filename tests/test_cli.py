@@ -78,7 +78,8 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "data prepare": "config --set --overwrite --json",
         "doctor": "config --json",
         "evaluate": "run --split --device --runs --json",
-        "fit": "config --device --set --epochs --name --dry-run --deterministic --profile --json",
+        "fit": "config --resume --device --set --epochs --name --dry-run --deterministic "
+        "--profile --json",
         "predict": "run images --invert --device --runs --json",
         "tensorboard": "--runs --port",
     }
@@ -93,7 +94,7 @@ def test_fit_evaluate_and_predict_tell_the_same_story(run: Run, tmp_path: Path) 
     assert folder.name.endswith("-story")
     assert {p.name for p in folder.iterdir()} == {
         *("README.md", "checkpoints", "classes.json", "config.toml", "environment.json"),
-        *("log.txt", "metrics.jsonl", "summary.json", "tensorboard"),
+        *("log.txt", "metrics.jsonl", "summary.json", "tensorboard", ".lock"),
     }
     seconds = summary["seconds"]
     assert {"import", "data", "tracing", "training", "evaluation", "total"} <= seconds.keys()

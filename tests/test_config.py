@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.config import (
     Config,
+    KerasObject,
     Section,
     call_with_options,
     config_schema,
@@ -338,7 +339,7 @@ def test_an_unknown_key_names_the_nearest(
         ("optimizer.learning_rate", "nan", "nan"),
         ("optimizer.learning_rate", "inf", "inf"),
         ("optimizer.learning_rate", "-inf", "-inf"),
-        ("optimizer.schedule", '"CosineDecay"', "'CosineDecay'"),
+        ("optimizer.schedule", "1", "1"),
         ("training.device", "tpu", "'tpu'"),
         ("training.device", "gpu:", "'gpu:'"),
         ("logging.name", "'../x'", "'../x'"),
@@ -404,6 +405,14 @@ def test_warmup_needs_cosine_decay(load: Callable[..., Config], schedule: str | 
     assert message.endswith(f"received schedule.name = {schedule!r}")
     config = load("[optimizer]\nwarmup_fraction = 0.1", "optimizer.schedule.name=CosineDecay")
     assert config.optimizer.warmup_fraction == 0.1
+
+
+def test_a_name_alone_is_an_object_without_options(load: Callable[..., Config]) -> None:
+    config = load("[training]\ncallbacks = ['TerminateOnNaN']", "training.loss=Poisson")
+    assert config.training.callbacks == [KerasObject(name="TerminateOnNaN")]
+    assert config.training.loss == KerasObject(name="Poisson")
+    message = refused(load, "", "training.loss=1")
+    assert message == "--set: training.loss: expected a name or { name, options }, received 1"
 
 
 def test_what_cannot_go_together_is_refused(load: Callable[..., Config]) -> None:

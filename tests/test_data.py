@@ -24,7 +24,7 @@ import trainer.data
 import trainer.data.tfds
 from trainer.config import DataConfig
 from trainer.data import Dataset, Split, fingerprint, load, names
-from trainer.data._prepared import check_sums, open_prepared, write_prepared
+from trainer.data._prepared import PARTIAL, check_sums, open_prepared, write_prepared
 from trainer.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -793,13 +793,25 @@ def test_of_two_processes_one_prepares_and_the_other_waits(
 
 
 def test_what_a_killed_preparation_left_is_removed(pictures: DataConfig, tmp_path: Path) -> None:
-    abandoned = tmp_path / "tensorflow_datasets" / "tiny_pictures" / "incomplete.ABC_1.2.3"
-    for left in (abandoned, tmp_path / ".partial-mnist-abc"):
-        left.mkdir()
-        (left / "half").write_bytes(b"half")
+    left = tmp_path / f"{PARTIAL}mnist-abc"
+    left.mkdir()
+    (left / "half").write_bytes(b"half")
+    # A person's own, for whom this folder of tensorflow-datasets is home.
+    theirs = tmp_path / "tensorflow_datasets" / "downloads" / "manual" / "ILSVRC.tar"
+    theirs.parent.mkdir(parents=True)
+    (tmp_path / ".partial-mine").write_bytes(b"mine")
+    theirs.write_bytes(b"theirs")
     load(pictures)
-    assert not abandoned.exists()
-    assert not list(tmp_path.glob(".partial-*"))
+    assert not left.exists()
+    assert theirs.read_bytes() == b"theirs"
+    assert (tmp_path / ".partial-mine").read_bytes() == b"mine"
+
+
+def test_prepared_data_of_another_set_is_refused(pictures: DataConfig, tmp_path: Path) -> None:
+    load(pictures)
+    (tmp_path / "tiny_pictures-3x5").rename(tmp_path / "mnist")
+    with pytest.raises(InputError, match="of 'mnist', found that of 'tiny_pictures'"):
+        load(DataConfig(name="mnist", directory=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["tiny_sentences", "tiny_unsupervised", "imdb_reviews"])

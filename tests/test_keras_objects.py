@@ -109,9 +109,19 @@ def test_an_unknown_name_shows_the_nearest(kind: str, name: str, expected: type)
 )
 def test_a_class_of_another_kind_is_refused(kind: str, name: str, base: str) -> None:
     message = refused(keras_objects.find, kind, name)
-    assert message.startswith(f"{kind} {name!r}: expected a subclass of keras {base}, got <")
+    assert message.startswith(f"{kind} {name!r}: expected a subclass of keras {base}, received ")
     for name in ("Adam", "InputSpec"):  # the second is a class of keras.layers, but no layer
         assert f"unknown layer {name!r}: " in refused(keras_objects.find, "layer", name)
+
+
+def smooth(labels: Any, outputs: Any) -> Any:
+    return keras.losses.sparse_categorical_crossentropy(labels, outputs) + 1
+
+
+def test_a_loss_may_be_a_function() -> None:
+    assert keras_objects.make("loss", KerasObject(name=f"{__name__}:smooth")) is smooth
+    message = refused(keras_objects.make, "loss", named(f"{__name__}:smooth", a=1))
+    assert "refuses the options {'a': 1}" in message
 
 
 def test_make_takes_options_before_defaults() -> None:

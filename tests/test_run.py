@@ -98,19 +98,17 @@ def test_the_time_of_a_run_is_now(in_tmp_path: Path) -> None:
 def test_an_existing_run_is_left_as_it_is(create: Create) -> None:
     run = create()
     run.weights.write_bytes(b"weights")
-    before = content(Path())
-    message = refused(create, config=CONFIG.with_changes({"training.epochs": 1}))
+    before = content(run.path)
+    others = [create() for _ in range(2)]  # the same second, the same name
+    assert [other.name for other in others] == [f"{run.name}-2", f"{run.name}-3"]
+    assert content(run.path) == before
+    message = refused(run.create, CONFIG)  # another process was quicker
     assert message.startswith(f"{run.path} exists already and is left as it is")
     assert "--name" in message
-    assert content(Path()) == before
-    assert create("other").path.is_dir()  # the same second, another name
+    assert content(run.path) == before
     shutil.rmtree(run.path)
-    run.path.mkdir()
-    assert "exists already" in refused(create)
-    assert list(run.path.iterdir()) == []
-    run.path.rmdir()
     run.path.write_text("a file")
-    assert "exists already" in refused(create)
+    assert "exists already" in refused(run.create, CONFIG)
     assert run.path.read_text() == "a file"
 
 
@@ -232,8 +230,12 @@ def test_a_run_keeps_what_is_logged_and_what_ended_it(
     assert lines[0].endswith(" INFO epoch é")
     assert lines[1].endswith(" INFO epoch 2")
     assert lines[-1] == "KeyboardInterrupt: stopped here"
-    assert "Traceback" in lines[2]
+    assert lines[2].endswith(" DEBUG ended")
+    assert "Traceback" in lines[3]
     assert not any("after the run" in line for line in lines)
+    with pytest.raises(InputError), run.logging():
+        raise InputError("the disk is full")
+    assert run.log.read_text().splitlines()[-1].endswith(" DEBUG ended: the disk is full")
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

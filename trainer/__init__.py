@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import Config, load_config
-    from trainer.workflow import evaluate, fit, predict
+    from trainer.workflow import evaluate, fit, predict, resume
 
 __version__ = "0.1.0"
-__all__ = ["Config", "evaluate", "fit", "load_config", "predict"]
+__all__ = ["Config", "evaluate", "fit", "load_config", "predict", "resume"]
 
 _HOME = {
     "Config": "trainer.config",
@@ -20,6 +20,7 @@ _HOME = {
     "evaluate": "trainer.workflow",
     "fit": "trainer.workflow",
     "predict": "trainer.workflow",
+    "resume": "trainer.workflow",
 }
 
 

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Heavy imports wait until a verb needs them."""
 
+import errno
 import json
 import os
 import signal
@@ -55,8 +56,15 @@ _DEFAULT_CONFIG = Path("configs/mnist.toml")
 
 @app.command()
 def fit(
-    config: ConfigArgument = _DEFAULT_CONFIG,
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="A TOML file", show_default=str(_DEFAULT_CONFIG)),
+    ] = None,
     *,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a run from its last checkpoint"),
+    ] = None,
     device: DeviceOption = None,
     set_: SetOption = None,
     epochs: Annotated[int | None, typer.Option(help="Overrides training.epochs")] = None,
@@ -81,13 +89,19 @@ def fit(
         "training.deterministic": deterministic or None,
         "logging.profile": profile or None,
     }
-    loaded = _load(config, set_, flags)
+    if resume is None:
+        loaded = _load(config or _DEFAULT_CONFIG, set_, flags)
+    else:
+        loaded = _load_resumed(resume, set_, flags, given={"CONFIG": config, "--dry-run": dry_run})
     _require(loaded.training.device)
     console = _start_logging()
     with _stdout_for_the_result():
         workflow = _workflow()
-        seconds = time.perf_counter() - _START
-        fitted = workflow.fit(loaded, dry_run=dry_run, console=console, import_seconds=seconds)
+        options = {"console": console, "import_seconds": time.perf_counter() - _START}
+        if resume is None:
+            fitted = workflow.fit(loaded, dry_run=dry_run, **options)
+        else:
+            fitted = workflow.resume(resume, changed=loaded, **options)
     if json_:
         _print_json(fitted.summary)
     elif fitted.run is None:
@@ -247,12 +261,19 @@ def main() -> NoReturn:
         sys.exit(128 + signal.SIGTERM)  # an exception: files are closed, the terminal given back
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.append(str(Path.cwd()))  # where "my_module:MyLayer" of a configuration is looked for
     try:
         app()
     except TrainerError as error:
         typer.echo(f"trainer: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE):
+            raise
+        with suppress(OSError):  # which may be the very place that takes no more
+            typer.echo(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
+        os._exit(InputError.exit_code)  # without a last try to write what could not be written
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of control-C, without a word
             typer.echo("trainer: stopped by control-C", err=True)
@@ -266,6 +287,22 @@ def _load(path: Path, changes: list[str] | None, flags: dict[str, Any] | None = 
     config = load_config(path, changes or ())
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     return config.with_changes(given) if given else config
+
+
+def _load_resumed(
+    reference: str,
+    changes: list[str] | None,
+    flags: dict[str, Any],
+    given: dict[str, Any],
+) -> "Config":
+    """Returns the configuration of a run to resume; refuses what would make it another."""
+    from trainer.run import open_run
+
+    for option, value in given.items():
+        if value:
+            raise InputError(f"--resume takes everything from the run: expected no {option}")
+    run = open_run(reference, unfinished=True)
+    return run.continued(_load(run.path / "config.toml", changes, flags))
 
 
 def _require(device: str, run: str | None = None, runs: str = "runs") -> None:
@@ -339,15 +376,18 @@ def _start_logging() -> Console:
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             message = record.getMessage()
-            if record.levelno >= logging.WARNING:
-                console.print(Panel(Text(message), title="NOTICE", border_style="bold yellow"))
-            else:
-                console.print(message, highlight=False, markup=False, soft_wrap=True)
+            try:
+                if record.levelno >= logging.WARNING:
+                    console.print(Panel(Text(message), title="NOTICE", border_style="bold yellow"))
+                else:
+                    console.print(message, highlight=False, markup=False, soft_wrap=True)
+            except OSError:  # the terminal is gone: a training goes on, and log.txt has every line
+                logging.getLogger("trainer").removeHandler(self)
 
     logger = logging.getLogger("trainer")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # tensorflow-datasets gives the root logger a handler of its own
-    logger.handlers = [Handler()]
+    logger.handlers = [Handler(logging.INFO)]
     logging.getLogger("absl").setLevel(logging.ERROR)  # tensorflow-datasets tells every step
     return console
 

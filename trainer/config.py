@@ -23,6 +23,10 @@ _Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
 ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
 
 
+# A path: not empty, and without the byte that ends one.
+_Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+
+
 class Section(BaseModel):
     """A table of the TOML file: typed, frozen, and closed to keys it does not know."""
 
@@ -30,10 +34,15 @@ class Section(BaseModel):
 
 
 class KerasObject(Section):
-    """A Keras object by name: `{name = "EarlyStopping", options = {patience = 2}}`."""
+    """A Keras object by name: `"Lion"`, or `{name = "EarlyStopping", options = {patience = 2}}`."""
 
     name: str = Field(description='A Keras name, or "package.module:Name" for one of your own')
     options: dict[str, Any] = Field(default={}, description="Keyword arguments of its constructor")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class DataConfig(Section):
@@ -45,8 +54,8 @@ class DataConfig(Section):
         "tensorflow-datasets",
     )
     options: dict[str, Any] = Field(default={}, description="Options of a module of trainer/data")
-    directory: str = Field(default="data", description="Folder that keeps prepared data")
-    files: str | None = Field(
+    directory: _Folder = Field(default="data", description="Folder that keeps prepared data")
+    files: _Folder | None = Field(
         default=None,
         description="Folder with the original archives; the environment variable "
         "TRAINER_DATA_FILES is used where this is not set",
@@ -110,7 +119,7 @@ class OptimizerConfig(Section):
         if self.warmup_fraction and (name or "").lower() != "cosinedecay":
             raise ValueError(
                 "warmup_fraction expects schedule.name = 'CosineDecay', the Keras schedule that "
-                f"has a warm-up; received schedule.name = {name!r}"
+                f"has a warm-up (warmup_fraction = 0: none); received schedule.name = {name!r}"
             )
         return self
 
@@ -151,6 +160,11 @@ class TrainingConfig(Section):
     jit_compile: bool = Field(
         default=False, description="Compile the step with XLA (slower on a CPU)"
     )
+    checkpoint_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="Longest time between checkpoints; one is written after each epoch, too",
+    )
     limit_batches: int | None = Field(
         default=None, ge=1, lt=2**31, description="Use only this many batches of each split"
     )
@@ -159,7 +173,7 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     """What is written down."""
 
-    directory: str = Field(default="runs", description="Folder that holds the run directories")
+    directory: _Folder = Field(default="runs", description="Folder that holds the run directories")
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -364,6 +378,9 @@ def _explain(error: ValidationError) -> str:
         expected = f"text that matches {fault['ctx']['pattern']}"
     else:
         expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
+        expected = expected.replace(
+            "a valid dictionary or instance of KerasObject", "a name or { name, options }"
+        )
     return f"{key}: expected {expected}, received {_shown(fault['input'])}"
 
 

@@ -5,6 +5,7 @@ Everything else that goes wrong is a defect: it keeps its traceback and ends wit
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable
 
 
@@ -37,6 +38,16 @@ class CheckError(TrainerError):
     """A check failed: the loss is not finite, or the output is not where it should be."""
 
     exit_code = 4
+
+
+class StoppedError(TrainerError):
+    """A signal ended the training; its state is saved."""
+
+    def __init__(self, number: int, advice: str) -> None:
+        """Names the signal, and how to go on."""
+        cause = "control-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(f"stopped by {cause}; {advice}")
+        self.exit_code = 128 + number
 
 
 def nearest(name: str, known: Iterable[str], *, shown: int = 12) -> str:

@@ -1,6 +1,5 @@
 """Image files for a trained network: read, and converted to the shape it was trained on."""
 
-import tokenize
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.data import DataSpec, Images
+from trainer.data._prepared import DAMAGED_ARRAY
 from trainer.errors import InputError
 
-# What numpy raises for a header that is not one: it reads it as Python literals.
-_DAMAGED = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),
-)
 # A file that claims more pixels than this is refused before its pixels are unpacked.
 _MOST_PIXELS = 50_000_000
 
@@ -78,7 +73,7 @@ def _read_array(path: Path, spec: DataSpec) -> Images:
     array: NDArray[Any]
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except _DAMAGED as error:
+    except DAMAGED_ARRAY as error:
         raise InputError(f"{path} is not a .npy array: {error}") from None
     height, width, channels = spec.image_shape
     shape = array.shape

@@ -2,12 +2,20 @@
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from trainer.config import KerasObject
 from trainer.errors import InputError, nearest
+
+# What Keras and TensorFlow raise for options they cannot work with, early or late.
+REFUSALS = (
+    *(TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError, OSError),
+    tf.errors.OpError,
+)
 
 _KINDS = {
     "layer": (keras.layers, keras.layers.Layer),
@@ -19,7 +27,7 @@ _KINDS = {
 }
 
 
-def find(kind: str, name: str) -> type:
+def find(kind: str, name: str) -> Any:
     """Returns the class that a name of a configuration means.
 
     Args:
@@ -42,9 +50,12 @@ def find(kind: str, name: str) -> type:
         found = classes.get(name) or lower.get(name.lower()) or registered
         if found is None:
             raise InputError(f"unknown {kind} {name!r}: {nearest(name, classes)}")
+    if kind == "loss" and inspect.isfunction(found):
+        return lambda: found  # Keras takes a function of labels and outputs for a loss
     if not (inspect.isclass(found) and issubclass(found, base)):
+        received = getattr(found, "__name__", repr(found))
         raise InputError(
-            f"{kind} {name!r}: expected a subclass of keras {base.__name__}, got {found!r}"
+            f"{kind} {name!r}: expected a subclass of keras {base.__name__}, received {received}"
         )
     return found
 
@@ -71,9 +82,15 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
     """
     try:
         return factory(**options)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except REFUSALS as error:
+        reason = explain(error)
         raise InputError(f"{what} refuses the options {options}: {reason}") from None
+
+
+def explain(error: Exception) -> str:
+    """Returns the reason of an error of Keras or TensorFlow, short and without internal names."""
+    reason = re.sub(r"\{\{.*?\}\} ?", "", " ".join(str(error).split()))
+    return reason[:300] or type(error).__name__
 
 
 def _import(kind: str, name: str) -> Any:
@@ -83,7 +100,8 @@ def _import(kind: str, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise InputError(f"{kind} {name!r}: {error}") from None
+        where = "the folder you are in and the installed packages"
+        raise InputError(f"{kind} {name!r}: {error} (looked for in {where})") from None
     if not hasattr(module, attribute):
         raise InputError(f"{kind} {name!r}: {module_name} has no {attribute!r}")
     return getattr(module, attribute)

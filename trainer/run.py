@@ -9,6 +9,7 @@ runs/<UTC time>-<name>/
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -17,16 +18,17 @@ import re
 import subprocess
 import tempfile
 import tomllib
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from trainer import devices
 from trainer.config import Config, parse_config
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, TrainerError, nearest
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
 
@@ -53,6 +55,12 @@ class Run:
         """Whether the run came to its end."""
         return (self.path / "summary.json").exists()
 
+    def owns(self, path: Path) -> bool:
+        """Returns whether a path is the run directory or a file that the run itself writes."""
+        own = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
+        paths = (self.path, self.metrics, self.log, *(self.path / name for name in own))
+        return path.absolute() in [own.absolute() for own in paths]
+
     def create(self, config: Config) -> None:
         """Makes the directory and writes its config.toml.
 
@@ -78,19 +86,82 @@ class Run:
             ) from None
 
     @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other process from training into this run; the system ends it with ours.
+
+        Raises:
+            InputError: Another process trains into it.
+        """
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(f"{self.path} is being trained by another process") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def continued(self, changed: Config) -> Config:
+        """Returns the configuration to resume the run by.
+
+        Args:
+            changed: The run's own, with what a person asked to be different.
+
+        Raises:
+            InputError: That is more than a larger number of epochs.
+        """
+        own = self.config()
+        if changed.training.epochs < own.training.epochs:
+            raise InputError(
+                f"--resume: training.epochs of {self.name} is {own.training.epochs}: expected as "
+                f"many or more, received {changed.training.epochs}"
+            )
+        before, after = (config.model_dump() for config in (own, changed))
+        differing = [
+            f"{section}.{key} = {value!r} (received {after[section][key]!r})"
+            for section, table in before.items()
+            for key, value in table.items()
+            if after[section][key] != value and (section, key) != ("training", "epochs")
+        ]
+        if differing:
+            raise InputError(
+                f"--resume: {self.name} goes on by its own configuration, {', '.join(differing)}"
+            )
+        return changed
+
+    def reopen(self, config: Config) -> None:
+        """Makes a finished run one that is to be trained for longer; its summary stays beside.
+
+        Args:
+            config: With more epochs.
+        """
+        if self.finished:
+            epochs = self.config().training.epochs
+            (self.path / "summary.json").rename(self.path / f"summary-{epochs}-epochs.json")
+        self.write_text("config.toml", config.to_toml())
+
+    @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
-        """Also writes what the package logs to log.txt, and the traceback of what ends it."""
+        """Also writes what the package logs to log.txt, and what ends the run before its time."""
         handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("trainer")
         logger.addHandler(handler)
+        level = logger.level
+        logger.setLevel(logging.DEBUG)
         try:
             yield
+        except TrainerError as error:
+            logger.debug("ended: %s", error)
+            raise
         except BaseException:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(traceback.format_exc())
+            logger.debug("ended", exc_info=True)
             raise
         finally:
+            logger.setLevel(level)
             logger.removeHandler(handler)
             handler.close()
 
@@ -143,7 +214,9 @@ def name_run(config: Config, name: str) -> Run:
         name: What follows the time in the directory's name.
     """
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return Run(Path(config.logging.directory) / f"{time}-{name}")
+    path = Path(config.logging.directory) / f"{time}-{name}"
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return Run(next(p for p in (path, *itertools.islice(others, 99)) if not p.exists()))
 
 
 def _age(name: str) -> tuple[bool, str]:
@@ -165,8 +238,11 @@ def require_writable(directory: str) -> None:
         InputError: The folder, or the nearest parent that exists, cannot be written.
     """
     path = Path(directory).absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
+    try:
+        while not path.exists() and path != path.parent:
+            path = path.parent
+    except OSError as error:  # a name too long for the file system
+        raise InputError(f"logging.directory: {error}") from None
     if not path.is_dir() or not os.access(path, os.W_OK):
         why = "cannot be written" if path.is_dir() else "is a file, not a folder"
         raise InputError(
@@ -175,13 +251,15 @@ def require_writable(directory: str) -> None:
         )
 
 
-def open_run(reference: str, *, directory: str = "runs") -> Run:
-    """Finds a finished run.
+def open_run(reference: str, *, directory: str = "runs", unfinished: bool = False) -> Run:
+    """Finds a run.
 
     Args:
         reference: A run directory, its name, the name that `--name` gave (the newest of that
-            name), or "latest" (the newest finished one).
+            name), or "latest" (the newest).
         directory: Folder that holds the run directories.
+        unfinished: Also take a run that is not finished; else the newest means the newest
+            finished one.
 
     Raises:
         InputError: There is no such run, or it is not finished.
@@ -192,7 +270,7 @@ def open_run(reference: str, *, directory: str = "runs") -> Run:
         raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
     if named:
         # An unfinished run newer than the newest finished one hides nothing.
-        run = runs[max(named, key=lambda name: (runs[name].finished, _age(name)))]
+        run = runs[max(named, key=lambda name: (unfinished or runs[name].finished, _age(name)))]
     elif _is_run(reference):
         run = Run(Path(reference))
     elif reference in runs:
@@ -200,10 +278,11 @@ def open_run(reference: str, *, directory: str = "runs") -> Run:
     else:
         known = nearest(reference, [*runs, "latest"]) if runs else f"there is no run in {directory}"
         raise InputError(f"there is no run {reference!r}: {known}")
-    if not run.finished:
+    if not (run.finished or unfinished):
         done = [name for name, r in runs.items() if r.finished]
         newest = f"the newest finished one is {max(done)}" if done else "no run is finished"
-        raise InputError(f"run {run.name} is not finished (it has no summary.json); {newest}")
+        advice = f"go on with `trainer fit --resume {run.path}`"
+        raise InputError(f"run {run.name} is not finished: {advice}; {newest}")
     return run
 
 
@@ -253,8 +332,19 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+        _make_durable(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _make_durable(folder: Path) -> None:
+    """Has the system write a folder's names to the disk, where it can."""
+    with contextlib.suppress(OSError):  # not every system opens folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -26,11 +26,19 @@ from trainer.devices import Devices
 from trainer.errors import CheckError, InputError, nearest
 from trainer.run import Run, environment, name_run, open_run, require_writable
 from trainer.training import callbacks as watching
-from trainer.training.augmentation import make_augmentation
+from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
-from trainer.training.checkpoint import load_weights, save_weights
+from trainer.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    load_weights,
+    newest_checkpoint,
+    roll_back,
+    save_weights,
+)
 from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
+from trainer.training.signals import Signals
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +76,7 @@ class _Setting:
     placed: list[str]  # where the outputs were found
     model: keras.Model
     loop: Loop
+    augmentation: Augmentation | None
 
     def batches(self, split: str, *, shuffled: bool = False) -> Batches:
         training = self.config.training
@@ -89,8 +98,14 @@ class _Setting:
 class _Clock:
     """Seconds of each named part, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, import_seconds: float | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.import_seconds = import_seconds
+        self._start = time.perf_counter()
+
+    def total(self) -> float:
+        """Returns the seconds since the start, importing included."""
+        return time.perf_counter() - self._start + (self.import_seconds or 0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -125,8 +140,9 @@ def fit(
         InputError: The configuration does not fit the data, or cannot be written.
         MissingError: The device that was asked for is not here.
         CheckError: The loss is not finite, or the outputs are not on the device asked for.
+        StoppedError: A signal came; the state is saved.
     """
-    clock, start = _Clock(), time.perf_counter()
+    clock = _Clock(import_seconds)
     if dry_run:
         config = config.with_changes({"training.limit_batches": 1, "training.epochs": 1})
     else:
@@ -137,33 +153,61 @@ def fit(
     config = setting.config
     name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
     run = name_run(config, config.logging.name or name)
-    watched_by = [*_callbacks(setting, run.path), *callbacks]
-    batches = setting.training_batches(clock)
+    training = _Training(setting, run, [*_callbacks(setting, run.path), *callbacks], clock, console)
     run.create(config)  # from here on something is written; what was wrong is known by now
-    with run.logging():
-        times = watching.StepTimes()
-        _begin(setting, run, clock)
-        _train(setting, run, batches, watched_by, times, console)
-        save_weights(run, setting.model)
-        with clock.part("evaluation"):
-            # The weights that are kept need not be those of the last epoch: scored once more.
-            validation, _ = _score(setting, batches[1])
-            scores, probabilities = _score(setting, setting.batches("test"), collect=True)
-        summary = _summary(setting, validation, scores, clock, times) | {
-            "run": str(run.path),
-            "train_images": batches[0].images,  # fewer than there are, under limit_batches
-            "test_images": len(cast("NDArray[np.float32]", probabilities)),
-        }
-        run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
-        with clock.part("report"):
-            _report(setting, run, summary, probabilities)
-        summary["seconds"] |= {
-            "report": clock.seconds["report"],
-            "import": import_seconds,
-            "total": time.perf_counter() - start + (import_seconds or 0.0),
-        }
-        run.write_json("summary.json", summary)
-    return Fitted(summary, setting.model, run)
+    with run.locked(), run.logging():
+        return training.run_to_the_end()
+
+
+def resume(
+    reference: str,
+    *,
+    changed: Config | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    console: Console | None = None,
+    import_seconds: float | None = None,
+    directory: str = "runs",
+) -> Fitted:
+    """Goes on with a training from its newest checkpoint, as if it had never been interrupted.
+
+    Args:
+        reference: A run directory, its name, or "latest".
+        changed: The run's configuration with more epochs; None: as it is.
+        callbacks: The same as were given to `fit`.
+        console: As in `fit`.
+        import_seconds: As in `fit`.
+        directory: Folder that holds the run directories.
+
+    Returns:
+        As `fit`.
+
+    Raises:
+        InputError: There is no such run, it is finished, another process trains it, or data,
+            network or configuration are not what they were.
+        MissingError: As `fit`, and so are CheckError and StoppedError.
+    """
+    clock = _Clock(import_seconds)
+    run = open_run(reference, directory=directory, unfinished=True)
+    config = run.config() if changed is None else run.continued(changed)
+    if run.finished and config.training.epochs == run.config().training.epochs:
+        raise InputError(
+            f"run {run.name} is finished, after {config.training.epochs} epochs: "
+            "train it for longer with --epochs"
+        )
+    with run.locked(), run.logging():
+        setting = _assemble(config, clock)
+        saved = newest_checkpoint(run)
+        found = setting.data.spec.fingerprint
+        if saved is not None and saved.fingerprint != found:
+            raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
+        longer = config.training.epochs > run.config().training.epochs
+        run.reopen(setting.config)
+        roll_back(run, saved)
+        if saved is not None and longer:
+            saved = replace(saved, stopped=False)  # more epochs were asked for
+        watched_by = [*_callbacks(setting, run.path), *callbacks]
+        training = _Training(setting, run, watched_by, clock, console, saved)
+        return training.run_to_the_end()
 
 
 def evaluate(
@@ -189,13 +233,9 @@ def evaluate(
     run = open_run(reference, directory=directory)
     expected = _spec(run).fingerprint
     setting = _assemble(run.config().with_changes({"training.device": device}), _Clock())
-    found = setting.data.spec.fingerprint
-    if expected != found:
-        raise InputError(
-            f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
-            f"found {found} ({setting.data.spec.origin})"
-        )
-    load_weights(run, setting.model)
+    if expected != setting.data.spec.fingerprint:
+        raise InputError(_other_data(run, expected, setting.data.spec))
+    load_weights(run.weights, setting.model)
     batches = setting.batches(split)
     scores, _ = _score(setting, batches)
     return {
@@ -241,7 +281,7 @@ def predict(
     chosen = devices.select(device)
     with devices.dtype_policy(config.training.precision), chosen.strategy.scope():
         model = models.build(config.model, spec)
-    load_weights(run, model)
+    load_weights(run.weights, model)
     pixels = np.stack([picture.pixels for picture in pictures])
     with tf.device(chosen.names[0]):
         batches = [
@@ -317,7 +357,7 @@ def _assemble(config: Config, clock: _Clock) -> _Setting:
             tf.config.experimental.enable_op_determinism()
         with devices.dtype_policy(precision), chosen.strategy.scope():
             model = _compiled_model(config, data)
-            augment = make_augmentation(config.data.augmentation, data.spec)
+            augmentation = make_augmentation(config.data.augmentation, data.spec)
         placed = _rehearse(model, data, chosen)
         loop = Loop(
             model,
@@ -325,10 +365,10 @@ def _assemble(config: Config, clock: _Clock) -> _Setting:
             steps_per_call=config.training.steps_per_call,
             clip_norm=config.training.clip_norm,
             jit_compile=config.training.jit_compile,
-            augment=augment,
+            augment=augmentation,
             gradient_norms=config.logging.histograms,
         )
-    return _Setting(config, data, chosen, placed, model, loop)
+    return _Setting(config, data, chosen, placed, model, loop, augmentation)
 
 
 def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
@@ -354,8 +394,8 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
             loss = model.compute_loss(images, labels, outputs[0], training=False)
             model.compute_metrics(images, labels, outputs[0])
             model.reset_metrics()
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-        reason = re.sub(r"\{\{.*?\}\} ?", "", str(error))[:300]  # without TensorFlow's node names
+    except keras_objects.REFUSALS as error:
+        reason = keras_objects.explain(error)
         raise InputError(
             "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
             f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
@@ -401,6 +441,9 @@ def _callbacks(setting: _Setting, folder: Path) -> list[keras.callbacks.Callback
             key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
             for key, value in callback.options.items()
         }
+        for key, value in options.items():
+            if isinstance(value, str) and Run(folder).owns(Path(value)):
+                raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
         made.append(
             keras_objects.make("callback", callback.model_copy(update={"options": options}))
         )
@@ -409,14 +452,19 @@ def _callbacks(setting: _Setting, folder: Path) -> list[keras.callbacks.Callback
 
 
 def _check_callback(setting: _Setting, callback: keras.callbacks.Callback) -> None:
-    """Refuses what Keras would find out only after an epoch."""
+    """Refuses what Keras would find out only after an epoch, or what loses a person's work."""
     name = type(callback).__name__
+    if isinstance(callback, keras.callbacks.BackupAndRestore):
+        raise InputError(
+            f"callback {name!r} removes its folder at the end, whatever is in it: checkpoints are "
+            "written without it, and `trainer fit --resume` goes on from them"
+        )
     setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
     schedule = setting.config.optimizer.schedule
     if schedule is not None and isinstance(callback, setters):
         raise InputError(
             f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "
-            f"{schedule.name!r}: expected one of them"
+            f"{schedule.name!r}: expected one of them (a file without optimizer.schedule)"
         )
     monitor = getattr(callback, "monitor", None)
     metrics = setting.model.get_metrics_result()
@@ -440,10 +488,12 @@ def _dry_run(
 
 
 def _score(
-    setting: _Setting, batches: Batches, *, collect: bool = False
+    setting: _Setting, batches: Batches, *, collect: bool = False, signals: Signals | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """Evaluates, and refuses to call a network scored whose loss is no number."""
-    scores, probabilities = setting.loop.evaluate(batches, collect=collect)
+    scores, probabilities = setting.loop.evaluate(
+        batches, collect=collect, between=signals.stop_if_received if signals else None
+    )
     if not np.isfinite(scores["loss"]):
         raise CheckError(
             f"expected a finite loss, received {scores['loss']}: the network is broken"
@@ -451,59 +501,140 @@ def _score(
     return scores, probabilities
 
 
-def _begin(setting: _Setting, run: Run, clock: _Clock) -> None:
-    """Says and writes what is known before training."""
-    config, spec = setting.config, setting.data.spec
-    _log.info("run      %s", run.path)
-    _log.info(
-        "data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin
-    )
-    _log.info("network  %s, %s parameters", config.model.name, f"{setting.model.count_params():,}")
-    _log.info("device   %s, %s", ", ".join(setting.placed), config.training.precision)
-    facts = environment(setting.devices.names, spec.fingerprint)
-    run.write_json("environment.json", facts)
-    if config.logging.tensorboard:
+class _Training:
+    """One process's part of a training: from its beginning or a checkpoint to the report."""
+
+    def __init__(
+        self,
+        setting: _Setting,
+        run: Run,
+        callbacks: list[keras.callbacks.Callback],
+        clock: _Clock,
+        console: Console | None,
+        saved: Checkpoint | None = None,
+    ) -> None:
+        self._setting = setting
+        self._run = run
+        self._callbacks = callbacks
+        self._clock = clock
+        self._console = console
+        self._saved = saved
+        self._train, self._validation = setting.training_batches(clock)
+        self._times = watching.StepTimes()
+        self._signals = Signals(f"go on with `trainer fit --resume {run.path}`")
+
+    def run_to_the_end(self) -> Fitted:
+        """Trains, scores and reports."""
+        with self._signals.noted():
+            self._begin()
+            self._fit()
+            return self._finish()
+
+    def _begin(self) -> None:
+        """Says and writes what is known before training."""
+        setting, run, spec = self._setting, self._run, self._setting.data.spec
+        _log.info("run      %s", run.path)
+        _log.info(
+            "data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin
+        )
+        _log.info(
+            "network  %s, %s parameters",
+            *(setting.config.model.name, f"{setting.model.count_params():,}"),
+        )
+        _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
+        if setting.config.training.limit_batches is not None:
+            _log.info("limited  to %d batches of each split", setting.config.training.limit_batches)
+        if self._saved is not None:
+            position = self._saved.position
+            _log.info("resumed  at epoch %d, step %d of it", position.epoch + 1, position.step)
+            return
+        facts = environment(setting.devices.names, spec.fingerprint)
+        run.write_json("environment.json", facts)
+        if setting.config.logging.tensorboard:
+            with self._clock.part("report"):
+                report.write_start(run, setting.config, facts, setting.data)
+
+    def _fit(self) -> None:
+        """Runs the loop with everything that watches it, and closes their files in any case."""
+        setting, observers = self._setting, self._observers()
+        own = [watch for watch in observers if isinstance(watch, keras.callbacks.Callback)]
+        callbacks = [keras.callbacks.History(), *self._callbacks, *own]
+        others = [watch for watch in observers if watch not in own]
+        checkpoints = Checkpoints(
+            self._run,
+            watched=[*callbacks, *others, setting.loop.seconds],
+            variables=setting.augmentation.variables if setting.augmentation else [],
+            fingerprint=setting.data.spec.fingerprint,
+            every_seconds=setting.config.training.checkpoint_seconds,
+            signals=self._signals,
+            saved=self._saved,
+        )
+        try:
+            setting.loop.fit(
+                self._train,
+                self._validation,
+                epochs=setting.config.training.epochs,
+                callbacks=[*callbacks, checkpoints],
+                observers=[*observers, checkpoints],
+                warmup_calls=2 if setting.config.logging.profile else 1,
+                start=None if self._saved is None else self._saved.position,
+            )
+        finally:
+            for watch in observers:
+                if hasattr(watch, "close"):
+                    watch.close()
+        save_weights(self._run.weights, setting.model)
+        epochs, asked = len(setting.model.history.epoch), setting.config.training.epochs
+        if epochs < asked:
+            _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
+
+    def _observers(self) -> list[Any]:
+        config, run = self._setting.config, self._run
+        observers: list[Any] = [self._times, watching.MetricsFile(run.metrics)]
+        if config.logging.tensorboard:
+            histograms = config.logging.histograms
+            observers.append(watching.TensorBoardCurves(run.tensorboard, histograms=histograms))
+        if config.logging.profile:
+            observers.append(watching.Profiler(run.tensorboard / "train"))
+        if self._console is not None:
+            steps, epochs = self._train.steps, config.training.epochs
+            observers.append(watching.ProgressBar(self._console, steps=steps, epochs=epochs))
+        return observers
+
+    def _finish(self) -> Fitted:
+        """Scores the weights that are kept, which need not be the last epoch's, and reports."""
+        setting, run, clock = self._setting, self._run, self._clock
+        with clock.part("evaluation"):
+            validation, _ = _score(setting, self._validation, signals=self._signals)
+            test = setting.batches("test")
+            scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
+        summary = _summary(setting, validation, scores, clock, self._times) | {
+            "run": str(run.path),
+            "train_images": self._train.images,  # fewer than there are, under limit_batches
+            "test_images": len(cast("NDArray[np.float32]", probabilities)),
+        }
+        run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
         with clock.part("report"):
-            report.write_start(run, config, facts, setting.data)
+            _report(setting, run, summary, probabilities)
+        summary["seconds"] |= {
+            "report": clock.seconds["report"],
+            "import": clock.import_seconds,
+            "total": clock.total(),
+        }
+        run.write_json("summary.json", summary)
+        _log.debug("test     %s", watching.shown(scores))  # the terminal has it on stdout
+        return Fitted(summary, setting.model, run)
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
     return spec.name, spec.train, spec.validation, spec.test
 
 
-def _train(
-    setting: _Setting,
-    run: Run,
-    batches: tuple[Batches, Batches],
-    callbacks: list[keras.callbacks.Callback],
-    times: watching.StepTimes,
-    console: Console | None,
-) -> None:
-    """Runs the loop with everything that watches it, and closes their files whatever happens."""
-    config, (train, validation) = setting.config, batches
-    observers: list[Any] = [times, watching.MetricsFile(run.metrics)]
-    if config.logging.tensorboard:
-        curves = watching.TensorBoardCurves(run.tensorboard, histograms=config.logging.histograms)
-        observers.append(curves)
-    if config.logging.profile:
-        observers.append(watching.Profiler(run.tensorboard / "train"))
-    if console is not None:
-        bar = watching.ProgressBar(console, steps=train.steps, epochs=config.training.epochs)
-        observers.append(bar)
-    own = [watch for watch in observers if isinstance(watch, keras.callbacks.Callback)]
-    try:
-        setting.loop.fit(
-            train,
-            validation,
-            epochs=config.training.epochs,
-            callbacks=[*callbacks, *own],
-            observers=observers,
-            warmup_calls=2 if config.logging.profile else 1,
-        )
-    finally:
-        for watch in observers:
-            if hasattr(watch, "close"):
-                watch.close()
+def _other_data(run: Run, expected: str, found: DataSpec) -> str:
+    return (
+        f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
+        f"found {found.fingerprint} ({found.origin})"
+    )
 
 
 def _summary(

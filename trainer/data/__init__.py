@@ -11,15 +11,16 @@ import mmap
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
 from trainer.errors import InputError
 
+_Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Examples = tuple[Images, Labels]
@@ -44,7 +45,7 @@ class DataSpec(BaseModel):
 
     name: str
     version: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[_Size, _Size, _Size]
     class_names: tuple[str, ...]
     train: int
     validation: int
@@ -144,7 +145,7 @@ class Source:
     train: tuple[Images, NDArray[Any]]
     test: tuple[Images, NDArray[Any]] | None = None
     validation: tuple[Images, NDArray[Any]] | None = None
-    origin: str = "made in memory"
+    origin: str = "a module of trainer/data"
     fingerprint: str | None = None
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import tokenize
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ from trainer.data import Images, Source
 from trainer.errors import InputError
 
 _DESCRIPTION = "prepared.json"
+
+# What numpy raises for a file that is no array: it reads the header as Python literals.
+DAMAGED_ARRAY = (
+    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
+    *(SyntaxError, tokenize.TokenError),
+)
+
+# How folders begin that are filled beside their place; a killed process leaves them.
+PARTIAL = ".trainer-partial-"
 
 
 class _File(BaseModel):
@@ -71,7 +81,7 @@ def write_prepared(
     refuse_foreign(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{PARTIAL}{folder.name}-"))
     except OSError as error:
         raise InputError(
             f"prepared data cannot be written to {folder} ({error.strerror}): "
@@ -150,7 +160,7 @@ def open_prepared(folder: Path) -> Source:
         try:
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except DAMAGED_ARRAY as error:
             raise InputError(f"prepared data in {folder} is damaged ({error}); {remedy}") from None
         return images, labels
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ import filelock
 from trainer.config import DataConfig
 from trainer.data import Source, mnist_sample, names
 from trainer.data._prepared import (
+    PARTIAL,
     check_sums,
     open_prepared,
     refuse_foreign,
@@ -61,6 +63,10 @@ def load(config: DataConfig) -> Source:
         )
         return mnist_sample.load(config)
     source = open_prepared(folder)
+    if source.name != config.name:
+        raise InputError(
+            f"{folder}: expected prepared data of {config.name!r}, found that of {source.name!r}"
+        )
     if source.train[0].nbytes <= config.device_limit_mb * 10**6:
         check_sums(folder)  # 0.1 s for MNIST: what is trained on is what the fingerprint names
     return source
@@ -144,8 +150,7 @@ def _alone(directory: Path) -> Iterator[None]:
             "choose another folder with --set data.directory=..."
         ) from None
     try:
-        abandoned = (directory / "tensorflow_datasets").rglob("incomplete.*")
-        for left in (*directory.glob(".partial-*"), *abandoned):
+        for left in directory.glob(f"{PARTIAL}*"):
             shutil.rmtree(left)
         yield
     finally:
@@ -321,18 +326,21 @@ def _download(config: DataConfig, builder: Any, **options: str) -> None:
         tfds.download.DownloadError,
         tfds.core.download.download_manager.NonMatchingChecksumError,
     )
+    directory = Path(config.directory)
     try:
-        # It announces itself on stdout, where --json promises one document and nothing else.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**options))
+        # What is downloaded and unpacked is not needed again. It announces itself on stdout, where
+        # --json promises one document and nothing else.
+        with (
+            tempfile.TemporaryDirectory(dir=directory, prefix=PARTIAL) as downloads,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            builder.download_and_prepare(
+                download_dir=downloads,
+                download_config=tfds.download.DownloadConfig(**options),
+            )
     except refusals as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"data set {config.name!r} could not be prepared: {reason}") from None
-    finally:
-        # What the archives were unpacked to is not needed again.
-        shutil.rmtree(
-            Path(config.directory) / "tensorflow_datasets" / "downloads", ignore_errors=True
-        )
 
 
 def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import keras
 import tensorflow as tf
 
+from trainer import keras_objects
 from trainer.config import ModelConfig, call_with_options
 from trainer.data import DataSpec
 from trainer.errors import InputError, nearest
@@ -59,9 +60,8 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         raise InputError(
             f"model {config.name!r} does not fit into memory: lower its options"
         ) from None
-    except (TypeError, ValueError) as error:
-        # Keras explains a shape that does not fit over several lines, the reason in the first.
-        reason = " ".join(str(error).split())[:300]
+    except (TypeError, ValueError, NotImplementedError, IndexError, tf.errors.OpError) as error:
+        reason = keras_objects.explain(error)
         raise InputError(f"model {config.name!r} cannot be built: {reason}") from error
     if not isinstance(model, keras.Model) or not model.built:
         raise InputError(

@@ -1,6 +1,7 @@
 """Training images altered at random by Keras's preprocessing layers, in the step, on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -11,9 +12,25 @@ from trainer.data import DataSpec
 from trainer.errors import InputError
 
 
-def make_augmentation(
-    layers: Sequence[KerasObject], spec: DataSpec
-) -> Callable[[tf.Tensor], tf.Tensor] | None:
+class Augmentation:
+    """A chain of Keras layers that alters uint8 images.
+
+    Attributes:
+        variables: The state of its random layers.
+    """
+
+    def __init__(self, chain: keras.Sequential) -> None:
+        """Takes the built chain."""
+        self._chain = chain
+        self.variables: list[Any] = chain.variables
+
+    def __call__(self, images: tf.Tensor) -> tf.Tensor:
+        """Takes and returns images, uint8 [rows, H, W, C]."""
+        altered = self._chain(tf.cast(images, tf.float32), training=True)
+        return tf.cast(tf.clip_by_value(tf.round(altered), 0, 255), tf.uint8)
+
+
+def make_augmentation(layers: Sequence[KerasObject], spec: DataSpec) -> Augmentation | None:
     """Makes the function that the loop applies to each batch of training images.
 
     Random layers draw from generators seeded by `keras.utils.set_random_seed`, so that both data
@@ -24,29 +41,24 @@ def make_augmentation(
         spec: Gives the image shape, which the layers must keep.
 
     Returns:
-        A function from uint8 [rows, H, W, C] to the same; None where there are no layers.
+        What alters the images; None where there are no layers.
 
     Raises:
         InputError: A layer is unknown, refuses its options or changes the shape.
     """
     if not layers:
         return None
-    chain = keras.Sequential(
-        [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
-    )
+    made = [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
     try:
+        chain = keras.Sequential(made)
         # Trying it also makes its random state, which belongs to the strategy's scope.
         shape = chain(tf.zeros((1, *spec.image_shape)), training=True).shape
-    except (TypeError, ValueError, tf.errors.OpError) as error:
-        raise InputError(f"data.augmentation: {error}") from None
+    except keras_objects.REFUSALS as error:
+        raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from None
     if tuple(shape[1:]) != spec.image_shape:
         raise InputError(
             f"data.augmentation: expected to keep images of {list(spec.image_shape)}, "
             f"received {list(shape[1:])}"
         )
 
-    def augment(images: tf.Tensor) -> tf.Tensor:
-        altered = chain(tf.cast(images, tf.float32), training=True)
-        return tf.cast(tf.clip_by_value(tf.round(altered), 0, 255), tf.uint8)
-
-    return augment
+    return Augmentation(chain)

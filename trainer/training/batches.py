@@ -32,8 +32,8 @@ class Batches(Protocol):
     batch_size: int
     steps: int
 
-    def begin(self, epoch: int) -> Any:
-        """Returns the state that `select` draws the batches of an epoch from."""
+    def begin(self, epoch: int, step: int = 0) -> Any:
+        """Returns the state that `select` draws the batches of an epoch from, from a step on."""
 
     def select(self, state: Any, step: tf.Tensor) -> Any:
         """Returns the global batch of a step (int32 scalar), not yet divided among replicas."""
@@ -124,7 +124,7 @@ class ResidentBatches(_Epoch):
             lambda _: tf.constant(labels)
         )
 
-    def begin(self, epoch: int) -> tf.Tensor:
+    def begin(self, epoch: int, step: int = 0) -> tf.Tensor:  # noqa: ARG002 - any can be had
         """Returns the order of the epoch, int32 [n]."""
         return epoch_order(len(self._split), self._seed, epoch)
 
@@ -150,8 +150,8 @@ class StreamedBatches(_Epoch):
         super().__init__(split, batch_size, seed, limit_batches)
         self._image_shape = split.images.shape[1:]
 
-    def begin(self, epoch: int) -> Any:
-        """Returns an iterator over the batches of the epoch."""
+    def begin(self, epoch: int, step: int = 0) -> Any:
+        """Returns an iterator over the batches of the epoch, from a step on."""
         order = epoch_order(len(self._split), self._seed, epoch).numpy()
 
         def read(step: Any) -> tuple[Any, Any]:
@@ -164,7 +164,7 @@ class StreamedBatches(_Epoch):
             labels.set_shape((None,))
             return images, labels
 
-        dataset = tf.data.Dataset.range(self.steps)
+        dataset = tf.data.Dataset.range(step, self.steps)
         # Two batches are read at a time, in order; the queue behind them hides the disk's delays.
         dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True)
         return iter(dataset.prefetch(4))

@@ -111,22 +111,21 @@ class MetricsFile(keras.callbacks.Callback):
         """Names the file."""
         super().__init__()
         self._path = path
-        self._last: Window | None = None
+        self._step, self._learning_rate = 0, 0.0
         self._times = StepTimes()
 
     def __call__(self, window: Window) -> None:
         """Remembers what the epoch's line needs."""
-        self._last = window
+        self._step = window.first_step + window.steps
+        self._learning_rate = float(window.learning_rate[-1])
         self._times(window)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the line of an epoch."""
-        if self._last is None:
-            return
         line = {
             "epoch": epoch + 1,
-            "step": self._last.first_step + self._last.steps,
-            "learning_rate": float(self._last.learning_rate[-1]),
+            "step": self._step,
+            "learning_rate": self._learning_rate,
             **plain(logs or {}),
             **self._times.summary(),
         }
@@ -152,12 +151,12 @@ class TensorBoardCurves(keras.callbacks.Callback):
         }
         self._histograms = histograms
         self._gradient_norms: list[Any] = []
-        self._last: Window | None = None
+        self._learning_rate = 0.0
         self._write_steps: Callable[[tf.Tensor, tf.Tensor], None] | None = None
 
     def __call__(self, window: Window) -> None:
         """Writes the points of a window."""
-        self._last = window
+        self._learning_rate = float(window.learning_rate[-1])
         curves = {"loss": window.loss, "learning_rate": window.learning_rate, **window.metrics}
         end = window.first_step + window.steps
         with self._writers["train"].as_default():
@@ -177,14 +176,17 @@ class TensorBoardCurves(keras.callbacks.Callback):
         values = scalars(logs)
         train = {name: value for name, value in values.items() if not name.startswith("val_")}
         validation = {name[4:]: value for name, value in values.items() if name.startswith("val_")}
-        if self._last is not None:
-            train["learning_rate"] = float(self._last.learning_rate[-1])
+        train["learning_rate"] = self._learning_rate
         for run, values in (("train", train), ("validation", validation)):
             with self._writers[run].as_default(step=epoch + 1):
                 for name, value in values.items():
                     tf.summary.scalar(f"epoch/{name}", value)
         if self._histograms:
             self._write_histograms(epoch + 1)
+        self.flush()
+
+    def flush(self) -> None:
+        """Brings every point to its file."""
         for writer in self._writers.values():
             writer.flush()
 

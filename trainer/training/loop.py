@@ -7,7 +7,7 @@ and the clock is looked at.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -25,6 +25,21 @@ Logs = dict[str, Any]
 
 # Reductions whose replicas' values, weighted by their share of the batch, add up to the batch's.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands, between two calls.
+
+    Attributes:
+        epoch: Counted from 0.
+        step: Steps of the epoch that are done. All of them: its validation is to come.
+        logs: Loss and metrics since the epoch began.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    logs: Logs = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,7 @@ class Loop:
         callbacks: Sequence[keras.callbacks.Callback] = (),
         observers: Sequence[Callable[[Window], None]] = (),
         warmup_calls: int = 1,
+        start: Position | None = None,
     ) -> dict[str, list[float]]:
         """Trains the model.
 
@@ -146,6 +162,8 @@ class Loop:
                 under `steps_per_execution`.
             observers: Called with each window after the callbacks.
             warmup_calls: How many calls at the start are no measurement of the step.
+            start: Where an earlier process left off; a callback restores the state that belongs to
+                it when training begins.
 
         Returns:
             The value of each metric after each epoch, by name.
@@ -170,11 +188,16 @@ class Loop:
         except OSError as error:
             raise InputError(f"a callback cannot write: {error}") from None
         call = self._timed("tracing", self._trace_training, train)
+        start = start or Position()
         logs: Logs = {}
-        diverged = None
-        for epoch in range(epochs):
-            self._timed("callbacks", callback_list.on_epoch_begin, epoch)
-            logs, diverged = self._epoch(call, train, epoch, callback_list, observers)
+        diverged, epoch = None, start.epoch
+        for epoch in range(start.epoch, epochs):
+            position = start if epoch == start.epoch else Position(epoch)
+            if position.step == 0:
+                if model.stop_training:
+                    break
+                self._timed("callbacks", callback_list.on_epoch_begin, epoch)
+            logs, diverged = self._epoch(call, train, position, callback_list, observers)
             if diverged is not None:
                 break
             if validation is not None:
@@ -184,8 +207,6 @@ class Loop:
                     break
                 logs |= {f"val_{name}": value for name, value in scores.items()}
             self._timed("callbacks", callback_list.on_epoch_end, epoch, logs)
-            if model.stop_training:
-                break
         # For optimizers that average the weights: the average takes their place.
         model.optimizer.finalize_variable_values(model.trainable_variables)
         self._timed("callbacks", callback_list.on_train_end, logs)
@@ -203,6 +224,7 @@ class Loop:
         *,
         collect: bool = False,
         callbacks: keras.callbacks.CallbackList | None = None,
+        between: Callable[[], None] | None = None,
     ) -> tuple[Logs, NDArray[np.float32] | None]:
         """Scores every image once.
 
@@ -210,6 +232,7 @@ class Loop:
             batches: What to score.
             collect: Also return the probabilities, in the order of the batches.
             callbacks: Get Keras's test methods.
+            between: Called between two calls of the device.
 
         Returns:
             Loss and metrics, and float32 [images, classes] where `collect` is set.
@@ -235,6 +258,8 @@ class Loop:
                 outputs.append(probabilities.numpy())
             if callbacks is not None:
                 callbacks.on_test_batch_end(first + count - 1, logs)
+            if between is not None:
+                between()
         if callbacks is not None:
             callbacks.on_test_end(logs)
         return logs, np.concatenate(outputs) if collect else None
@@ -243,15 +268,18 @@ class Loop:
         self,
         call: Any,
         train: Batches,
-        epoch: int,
+        position: Position,
         callbacks: keras.callbacks.CallbackList,
         observers: Sequence[Callable[[Window], None]],
     ) -> tuple[Logs, tuple[int, float] | None]:
         """Trains one epoch; returns its logs, and the step and value of a loss that diverged."""
-        self.model.reset_metrics()
-        state = train.begin(epoch)
-        logs: Logs = {}
-        for first in range(0, train.steps, self.steps_per_call):
+        if position.step == 0:
+            self.model.reset_metrics()
+        epoch, logs = position.epoch, dict(position.logs)
+        state = train.begin(epoch, position.step)
+        for first in range(position.step, train.steps, self.steps_per_call):
+            if self.model.stop_training:
+                break
             count = min(self.steps_per_call, train.steps - first)
             self._timed("callbacks", callbacks.on_train_batch_begin, first)
             window = self._run_call(call, train, state, epoch, first, count)
@@ -262,8 +290,6 @@ class Loop:
             bad = np.flatnonzero(~np.isfinite(window.loss))
             if len(bad):
                 return logs, (window.first_step + int(bad[0]) + 1, float(window.loss[bad[0]]))
-            if self.model.stop_training:
-                break
         return logs, None
 
     def _run_call(

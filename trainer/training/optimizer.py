@@ -1,11 +1,9 @@
 """The optimizer and the learning-rate schedule that a configuration describes."""
 
 import inspect
-import re
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
@@ -42,8 +40,8 @@ def try_optimizer(config: OptimizerConfig) -> None:
     variable = keras.Variable([[1.0]])
     try:
         optimizer.apply([keras.ops.ones_like(variable)], [variable])
-    except (TypeError, ValueError, NotImplementedError, tf.errors.OpError) as error:
-        reason = re.sub(r"\{\{.*?\}\} ?", "", " ".join(str(error).split()))[:300]
+    except keras_objects.REFUSALS as error:
+        reason = keras_objects.explain(error)
         raise InputError(f"optimizer {config.name!r} cannot take a step: {reason}") from None
 
 

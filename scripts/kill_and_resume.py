@@ -1,0 +1,184 @@
+"""Kills a training with SIGKILL at random moments, resumes it each time, and compares the end.
+
+    python scripts/kill_and_resume.py --kills 50
+
+The same training runs twice, with dropout, augmentation and callbacks that remember: once in
+peace, once killed again and again. In the end weights, scores, metrics.jsonl, the CSV file of a
+Keras callback and every point in TensorBoard must be equal, bit for bit; measured times are left
+out. Ends with 1 and says what differs if they are not.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import h5py
+import numpy as np
+import typer
+
+_LAYERS = (
+    '[{name="Conv2D",options={filters=8,kernel_size=3,strides=2,activation="relu"}},'
+    '{name="BatchNormalization"},{name="Flatten"},{name="Dropout",options={rate=0.5}}]'
+)
+_CALLBACKS = (
+    '[{name="EarlyStopping",options={patience=1000,restore_best_weights=true}},'
+    '{name="ReduceLROnPlateau",options={patience=3,factor=0.9}},'
+    '{name="CSVLogger",options={filename="{run}/epochs.csv"}}]'
+)
+_SETTINGS = {
+    "data.name": "synthetic",
+    "data.options.examples": 2000,
+    "data.augmentation": '[{name="RandomRotation",options={factor=0.1}}]',
+    "model.name": "layers",
+    "model.options": f"{{layers={_LAYERS}}}",
+    "training.batch_size": 16,
+    "training.steps_per_call": 20,
+    "training.checkpoint_seconds": 0,
+    "training.callbacks": _CALLBACKS,
+}
+_TIMES = ("step_ms", "step_ms_quartiles", "images_per_second", "windows")
+
+
+def main(
+    *,
+    kills: Annotated[int, typer.Option(min=1)] = 50,
+    epochs: Annotated[int | None, typer.Option(help="Default: enough for the kills")] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments")] = 0,
+) -> None:
+    """Runs both, compares, and says what it saw."""
+    epochs = epochs or 4 + 4 * kills
+    with tempfile.TemporaryDirectory() as folder:
+        peaceful, killed = Path(folder) / "peaceful", Path(folder) / "killed"
+        for each in (peaceful, killed):
+            each.mkdir()
+            (each / "empty.toml").touch()
+        undisturbed = _start(peaceful, epochs)
+        done = _kill_and_resume(killed, epochs, kills, random.Random(seed))
+        if undisturbed.wait() != 0:
+            sys.exit("the undisturbed training failed")
+        differences = _compare(*(next((each / "runs").iterdir()) for each in (peaceful, killed)))
+    for difference in differences:
+        print(f"differs: {difference}")
+    print(
+        f"{done} kills in {epochs} epochs: "
+        + ("NOT equal" if differences else "weights, metrics, logs and curves are equal")
+    )
+    raise typer.Exit(1 if differences or done < kills else 0)
+
+
+def _start(folder: Path, epochs: int, run: Path | None = None) -> subprocess.Popen[str]:
+    """Starts a training in a folder, or goes on with a run."""
+    command = [sys.executable, "-m", "trainer", "fit"]
+    if run is None:
+        command += ["empty.toml", "--deterministic", "--epochs", str(epochs)]
+        for key, value in _SETTINGS.items():
+            command += ["--set", f"{key}={value}"]
+    else:
+        command += ["--resume", str(run)]
+    return subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+
+
+def _kill_and_resume(folder: Path, epochs: int, kills: int, moments: random.Random) -> int:
+    """Kills so many times, then lets the training end; returns how often it was killed."""
+    done = 0
+    while True:
+        run = next((path.parent for path in folder.glob("runs/*/config.toml")), None)
+        process = _start(folder, epochs, run)
+        if done < kills:
+            _kill(process, folder, moments)
+        _, said = process.communicate()
+        if process.returncode == 0:
+            return done
+        if process.returncode != -9:
+            sys.exit(f"resuming failed after {done} kills:\n{said}")
+        done += 1
+        print(f"kill {done}: newest checkpoint {_newest(folder)}", flush=True)
+
+
+def _kill(process: subprocess.Popen[str], folder: Path, moments: random.Random) -> None:
+    """Kills a process, mostly while it trains, now and then while it starts."""
+    before = _newest(folder)
+    if moments.random() < 0.2:
+        time.sleep(moments.uniform(0, 6))
+    else:
+        while process.poll() is None and _newest(folder) == before:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1.5))
+    process.kill()
+
+
+def _newest(folder: Path) -> str | None:
+    return max((path.name for path in folder.glob("runs/*/checkpoints/step-*")), default=None)
+
+
+def _compare(peaceful: Path, killed: Path) -> list[str]:
+    """Returns what differs between two finished runs."""
+    differences = []
+    for name in ("final.weights.h5", "best.weights.h5"):
+        files = [_datasets(run / "checkpoints" / name) for run in (peaceful, killed)]
+        same = files[0].keys() == files[1].keys() and all(
+            np.array_equal(files[0][key], files[1][key]) for key in files[0]
+        )
+        if not same:
+            differences.append(name)
+    for name, read in (
+        ("metrics.jsonl", _metrics),
+        ("epochs.csv", lambda run: (run / "epochs.csv").read_text()),
+        ("summary.json", _scores),
+        ("TensorBoard", _points),
+    ):
+        one, other = read(peaceful), read(killed)
+        if isinstance(one, dict):
+            keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+            differences += [f"{name}, {key}: {one.get(key)}, {other.get(key)}" for key in keys]
+        elif one != other:
+            differences.append(name)
+    return differences
+
+
+def _datasets(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    return found
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in _TIMES} for line in lines]
+
+
+def _scores(run: Path) -> dict[str, Any]:
+    summary = json.loads((run / "summary.json").read_text())
+    return {key: summary[key] for key in ("test", "validation", "epochs", "steps")}
+
+
+def _points(run: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """Returns every point that TensorBoard would read, in the order of the files."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for path in sorted((run / "tensorboard").rglob("*.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                array = make_ndarray(value.tensor)
+                if array.shape == () and value.tag not in _TIMES and array.dtype != object:
+                    key = (str(path.parent.relative_to(run)), value.tag)
+                    points.setdefault(key, []).append((event.step, float(array)))
+    return points
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,416 @@
+"""A training that is interrupted anywhere ends as if it had not been; nothing is lost."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import trainer
+from trainer.errors import InputError, StoppedError
+from trainer.run import Run, open_run
+from trainer.training import checkpoint
+from trainer.training.signals import Signals
+
+ROOT = Path(trainer.__file__).parent.parent
+
+# Dropout and augmentation draw at random; every call of four steps is followed by a checkpoint.
+SETTINGS: dict[str, Any] = {
+    "data.name": "synthetic",
+    "data.options": {"examples": 200, "height": 8, "width": 8},
+    "data.augmentation": [{"name": "RandomFlip"}],
+    "model.name": "layers",
+    "model.options": {
+        "layers": [
+            {"name": "Flatten"},
+            {"name": "Dense", "options": {"units": 8, "activation": "relu"}},
+            {"name": "BatchNormalization"},
+            {"name": "Dropout", "options": {"rate": 0.5}},
+        ]
+    },
+    "training.epochs": 3,
+    "training.batch_size": 16,
+    "training.steps_per_call": 4,
+    "training.checkpoint_seconds": 0.0,
+    "training.deterministic": True,
+    "training.precision": "float32",
+    "logging.tensorboard": False,
+}
+STEPS = 9  # an epoch: 144 images
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as little as SIGKILL."""
+
+
+class Bomb(keras.callbacks.Callback):
+    """Ends everything before so many steps are done, or in a validation."""
+
+    def __init__(self, step: int | None = None, validation: int | None = None) -> None:
+        super().__init__()
+        self.step, self.validation = step, validation
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        if self.step is not None and int(self.model.optimizer.iterations) >= self.step:
+            raise Killed
+
+    def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        if self.validation == int(self.model.optimizer.iterations) // STEPS:
+            raise Killed
+
+
+class Remembers(keras.callbacks.Callback):
+    """Somebody's own callback, with state of every plain kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open_file = sys.stderr  # not plain: passed over
+
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        self.calls, self.history, self.by_epoch = 0, [], {}
+        self.array, self.pair, self.worst = np.zeros(3), (1, None), np.float32(np.inf)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.calls += 1
+        self.history.append((batch, logs["loss"]))
+        self.array = self.array + logs["loss"]
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.by_epoch[epoch] = {"loss": logs["val_loss"]}
+        self.pair, self.worst = (epoch, "text"), np.float32(logs["loss"])
+
+    def remembered(self) -> Any:
+        state = (self.calls, self.history, self.by_epoch, self.array.tolist(), self.pair)
+        return *state, self.worst, type(self.worst)
+
+
+Fit = Callable[..., "trainer.workflow.Fitted"]
+
+
+@pytest.fixture
+def fit(in_tmp_path: Path) -> Fit:  # noqa: ARG001
+    """Trains by SETTINGS, with changes."""
+
+    def fit(*callbacks: keras.callbacks.Callback, **changes: Any) -> Any:
+        settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
+        return trainer.fit(trainer.Config().with_changes(settings), callbacks=callbacks)
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a training by SETTINGS leaves that nobody interrupted."""
+    directory = str(tmp_path_factory.mktemp("undisturbed"))
+    config = trainer.Config().with_changes(SETTINGS | {"logging.directory": directory})
+    return contents(trainer.fit(config).run)
+
+
+def contents(run: Run) -> dict[str, Any]:
+    """Everything that must not depend on interruptions."""
+    found: dict[str, Any] = {}
+    for name in ("final.weights.h5", "best.weights.h5"):
+        with h5py.File(run.checkpoints / name) as file:
+            file.visititems(
+                lambda path, item, name=name: (
+                    found.update({f"{name}/{path}": item[()].tobytes()})
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
+            )
+    times = ("step_ms", "step_ms_quartiles", "images_per_second", "windows")
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    found["metrics"] = [{k: v for k, v in line.items() if k not in times} for line in lines]
+    summary = run.read_json("summary.json")
+    found |= {key: summary[key] for key in ("test", "validation", "epochs", "steps")}
+    return found
+
+
+def newest() -> Run:
+    return open_run("latest", unfinished=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__placement": "stream", "optimizer__name": "Lion"},
+        {"training__precision": "mixed_float16", "training__clip_norm": 1.0},
+        {"optimizer__options": {"use_ema": True, "ema_momentum": 0.9}},
+        {
+            "optimizer__schedule": {"name": "CosineDecay"},
+            "training__callbacks": [
+                {"name": "EarlyStopping", "options": {"patience": 1, "min_delta": 9.0}}
+            ],
+        },
+        {
+            "training__callbacks": [
+                {
+                    "name": "EarlyStopping",
+                    "options": {"patience": 5, "min_delta": 0.2, "restore_best_weights": True},
+                },
+                {"name": "ReduceLROnPlateau", "options": {"patience": 1, "min_delta": 9.0}},
+            ]
+        },
+    ],
+    ids=["stream", "float16", "ema", "schedule", "callbacks"],
+)
+def test_a_killed_training_ends_as_if_it_had_not_been(fit: Fit, changes: dict[str, Any]) -> None:
+    table = keras.callbacks.CSVLogger
+    whole = fit(Bomb(), table("whole.csv"), logging__name="whole", **changes)
+    killed = table("killed.csv")
+    with pytest.raises(Killed):
+        fit(Bomb(step=STEPS + 4), killed, logging__name="killed", **changes)
+    killed.csv_file.close()  # as the system does for a process that was killed
+    with Path("killed.csv").open("a") as file:
+        file.write("what was written after the last checkpoint\n")
+    resumed = trainer.resume("killed", callbacks=[Bomb(), table("killed.csv")])
+    assert contents(resumed.run) == contents(whole.run)
+    assert resumed.model.history.history == whole.model.history.history
+    assert Path("killed.csv").read_text() == Path("whole.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "bomb", [Bomb(step=1), Bomb(step=2 * STEPS), Bomb(validation=2), Bomb(validation=3)]
+)
+def test_a_training_may_be_killed_anywhere(
+    fit: Fit, bomb: Bomb, undisturbed: dict[str, Any]
+) -> None:
+    with pytest.raises(Killed):
+        fit(bomb)
+    assert contents(trainer.resume("latest", callbacks=[Bomb()]).run) == undisturbed
+
+
+def test_what_a_callback_remembers_comes_back(fit: Fit) -> None:
+    whole = Remembers()
+    fit(Bomb(), whole)
+    Path("runs").rename("whole")
+    with pytest.raises(Killed):
+        fit(Bomb(step=2 * STEPS + 4), Remembers())
+    own = Remembers()
+    trainer.resume("latest", callbacks=[Bomb(), own])
+    assert own.remembered() == whole.remembered()
+    assert own.open_file is sys.stderr
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_run_without_a_checkpoint_starts_again(fit: Fit, step: int) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=step), logging__tensorboard=True)
+    run = newest()
+    assert len(list(run.checkpoints.iterdir())) == step
+    for path in run.checkpoints.iterdir():
+        path.unlink()
+    run.metrics.write_text("a line of an epoch that will be trained again\n")
+    (run.path / ".partial-x").write_text("half a file")
+    resumed = trainer.resume(run.name, callbacks=[Bomb()])
+    assert [line["epoch"] for line in contents(run)["metrics"]] == [1, 2, 3]
+    assert resumed.summary["steps"] == 3 * STEPS
+    assert not (run.path / ".partial-x").exists()
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "empty", "foreign"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    fit: Fit, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=2 * STEPS))
+    run = newest()
+    one, two = sorted(run.checkpoints.glob("step-*.npz"))
+    whole = two.read_bytes()
+    if how == "changed":
+        damage(two)
+    else:
+        content = {"cut": whole[: len(whole) // 2], "empty": b"", "foreign": b"PK\x03\x04 no zip"}
+        two.write_bytes(content[how])
+    expected = checkpoint._read(one).position
+    trainer_log = "trainer.training.checkpoint"
+    with caplog.at_level("WARNING", logger=trainer_log):
+        found = checkpoint.newest_checkpoint(run)
+    assert found is not None
+    assert found.position == expected
+    (said,) = [record.getMessage() for record in caplog.records if record.name == trainer_log]
+    assert str(two) in said
+    assert "going back to the one before" in said
+    damage(one)
+    with pytest.raises(InputError, match=r"every checkpoint of .* is damaged"):
+        checkpoint.newest_checkpoint(run)
+
+
+def test_the_newest_two_are_kept_and_the_best_weights(fit: Fit) -> None:
+    run = fit().run
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        *("best.weights.h5", "final.weights.h5", "step-00000026.npz", "step-00000027.npz"),
+    ]
+
+
+def test_a_finished_run_says_so_and_can_be_trained_for_longer(fit: Fit) -> None:
+    expected = contents(fit(logging__name="five", training__epochs=5).run)
+    run = fit(logging__name="three").run
+    with pytest.raises(InputError, match="is finished, after 3 epochs: train it for longer with"):
+        trainer.resume("three")
+    longer = run.config().with_changes({"training.epochs": 5})
+    trainer.resume("three", changed=longer)
+    assert contents(run) == expected
+    assert run.config().training.epochs == 5
+    assert run.read_json("summary-3-epochs.json")["epochs"] == 3
+
+
+def test_a_training_that_stopped_early_can_be_trained_for_longer(fit: Fit) -> None:
+    stops = [{"name": "EarlyStopping", "options": {"patience": 1, "min_delta": 9.0}}]
+    run = fit(training__callbacks=stops).run
+    assert run.read_json("summary.json")["epochs"] == 2
+    longer = run.config().with_changes({"training.epochs": 4})
+    assert trainer.resume("latest", changed=longer).summary["epochs"] == 3
+
+
+def test_only_the_number_of_epochs_may_change(fit: Fit) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=STEPS))
+    own = newest().config()
+    for changes, said in [
+        ({"training.epochs": 2}, "training.epochs of .* is 3: expected as many or more"),
+        ({"training.seed": 1}, r"its own configuration, training.seed = 0 \(received 1\)"),
+        ({"training.device": "cpu"}, r"training.device = 'auto' \(received 'cpu'\)"),
+        ({"model.name": "mlp", "logging.name": "x"}, "model.name = .*, logging.name = "),
+    ]:
+        with pytest.raises(InputError, match=said):
+            trainer.resume("latest", changed=own.with_changes(changes))
+
+
+def test_other_data_is_refused(fit: Fit) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=STEPS))
+    config = newest().path / "config.toml"
+    config.write_text(config.read_text().replace("examples = 200", "examples = 201"))
+    with pytest.raises(InputError, match=r"the data is not what .* was trained on"):
+        trainer.resume("latest", callbacks=[Bomb()])
+
+
+def test_another_network_is_refused(fit: Fit) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=STEPS))
+    config = newest().path / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("units = 8", "units = 9"))
+    with pytest.raises(InputError, match="is of another network, optimizer or list of"):
+        trainer.resume("latest", callbacks=[Bomb()])
+    config.write_text(text.replace('name = "Adam"', 'name = "SGD"'))
+    with pytest.raises(InputError, match="is of another network, optimizer or list of"):
+        trainer.resume("latest", callbacks=[Bomb()])
+    config.write_text(text)
+    with pytest.raises(InputError, match="is of another network, optimizer or list of"):
+        trainer.resume("latest")  # without the callback it was trained with
+
+
+def test_two_processes_do_not_train_one_run(fit: Fit) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=STEPS))
+    with (
+        filelock.FileLock(newest().path / ".lock"),
+        pytest.raises(InputError, match="is being trained by another process"),
+    ):
+        trainer.resume("latest", callbacks=[Bomb()])
+    trainer.resume("latest", callbacks=[Bomb()])
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[], None]]:
+    """Lets no file grow beyond some bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    fit: Fit, full_disk: Callable[[], None], undisturbed: dict[str, Any]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+            if int(self.model.optimizer.iterations) == STEPS + 4:
+                full_disk()
+
+    with pytest.raises(InputError, match=r"step-00000017\.npz: about \d+ bytes cannot be written"):
+        fit(Fills(), logging__name="full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = newest()
+    files = sorted(path.name for path in run.checkpoints.glob("*"))
+    assert files == ["best.weights.h5", "step-00000009.npz", "step-00000013.npz"]
+    trainer.resume("latest", callbacks=[Bomb()])
+    assert contents(run) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [(signal.SIGINT, "step"), (signal.SIGTERM, "validation"), (signal.SIGTERM, "end")],
+)
+def test_a_signal_is_obeyed_when_the_state_is_saved(
+    fit: Fit, number: signal.Signals, where: str, undisturbed: dict[str, Any]
+) -> None:
+
+    class Sends(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+            if where == "step" and int(self.model.optimizer.iterations) == STEPS + 4:
+                os.kill(os.getpid(), number)
+
+        def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+            if where == "validation":
+                os.kill(os.getpid(), number)
+
+        def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
+            if where == "end":
+                os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(StoppedError) as stopped:
+        fit(Sends(), logging__name="stopped", training__checkpoint_seconds=1e9)
+    assert stopped.value.exit_code == 128 + number
+    run = newest()
+    name = "control-C" if number == signal.SIGINT else "SIGTERM"
+    assert str(stopped.value) == f"stopped by {name}; go on with `trainer fit --resume {run.path}`"
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    steps = {"step": STEPS + 8, "validation": STEPS, "end": 3 * STEPS}[where]
+    assert (run.checkpoints / f"step-{steps:08}.npz").exists()
+    trainer.resume("latest", callbacks=[Bomb()])
+    assert contents(run) == undisturbed
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    signals = Signals("")
+    with pytest.raises(KeyboardInterrupt), signals.noted():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_script_that_kills_and_resumes_finds_no_difference() -> None:
+    """Real processes, real SIGKILL; TensorBoard's points are compared too."""
+    script = ROOT / "scripts" / "kill_and_resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "2", "--epochs", "8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights, metrics, logs and curves are equal" in done.stdout

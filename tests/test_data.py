@@ -999,7 +999,11 @@ def test_folder_without_any_archive_is_refused_or_noticed(
         )
     else:
         assert re.search("not prepared in .*no archives were given", str(refused.value))
-        (notice,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        (notice,) = [
+            record.getMessage()
+            for record in caplog.records
+            if record.levelno == logging.WARNING and record.name.startswith("trainer")
+        ]
         assert (
             notice == f"{folder} (TRAINER_DATA_FILES) holds no archive of mnist and is passed over."
         )

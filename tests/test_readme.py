@@ -1,5 +1,6 @@
 """The README is true: its commands run, its examples work, its links lead somewhere."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -14,8 +15,17 @@ from PIL import Image
 
 import trainer
 from trainer import cli, data, models
+from trainer.data import mnist_sample
 from trainer.data._prepared import write_prepared
 
+
+@functools.cache
+def sample() -> data.Source:
+    """The MNIST sample, read once."""
+    return _load_sample(trainer.Config().data)
+
+
+_load_sample = mnist_sample.load
 ROOT = Path(trainer.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -60,6 +70,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             folder = tmp_path / "own" / path[1]
             folder.mkdir(parents=True)
             (folder / f"{path[2]}.py").write_text(block)
+    monkeypatch.setattr(mnist_sample, "load", lambda config: sample())  # noqa: ARG005
     monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path / "own" / "data")])
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "own" / "models")])
     return tmp_path

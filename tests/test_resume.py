@@ -3,8 +3,8 @@
 import json
 import os
 import resource
+import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +21,6 @@ from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
 from trainer.training import checkpoint
 from trainer.training.signals import Signals
-
-ROOT = Path(trainer.__file__).parent.parent
 
 # Dropout and augmentation draw at random; every call of four steps is followed by a checkpoint.
 SETTINGS: dict[str, Any] = {
@@ -143,9 +141,11 @@ def newest() -> Run:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data__placement": "stream", "optimizer__name": "Lion"},
-        {"training__precision": "mixed_float16", "training__clip_norm": 1.0},
-        {"optimizer__options": {"use_ema": True, "ema_momentum": 0.9}},
+        {
+            "data__placement": "stream",
+            "optimizer__name": "Lion",
+            "optimizer__options": {"use_ema": True, "ema_momentum": 0.9},
+        },
         {
             "optimizer__schedule": {"name": "CosineDecay"},
             "training__callbacks": [
@@ -153,16 +153,18 @@ def newest() -> Run:
             ],
         },
         {
+            "training__precision": "mixed_float16",
+            "training__clip_norm": 1.0,
             "training__callbacks": [
                 {
                     "name": "EarlyStopping",
                     "options": {"patience": 5, "min_delta": 0.2, "restore_best_weights": True},
                 },
                 {"name": "ReduceLROnPlateau", "options": {"patience": 1, "min_delta": 9.0}},
-            ]
+            ],
         },
     ],
-    ids=["stream", "float16", "ema", "schedule", "callbacks"],
+    ids=["stream-ema", "schedule", "float16-callbacks"],
 )
 def test_a_killed_training_ends_as_if_it_had_not_been(fit: Fit, changes: dict[str, Any]) -> None:
     table = keras.callbacks.CSVLogger
@@ -179,9 +181,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(fit: Fit, changes: dict[st
     assert Path("killed.csv").read_text() == Path("whole.csv").read_text()
 
 
-@pytest.mark.parametrize(
-    "bomb", [Bomb(step=1), Bomb(step=2 * STEPS), Bomb(validation=2), Bomb(validation=3)]
-)
+@pytest.mark.parametrize("bomb", [Bomb(step=2 * STEPS), Bomb(validation=2), Bomb(validation=3)])
 def test_a_training_may_be_killed_anywhere(
     fit: Fit, bomb: Bomb, undisturbed: dict[str, Any]
 ) -> None:
@@ -202,14 +202,11 @@ def test_what_a_callback_remembers_comes_back(fit: Fit) -> None:
     assert own.open_file is sys.stderr
 
 
-@pytest.mark.parametrize("step", [0, 1])
-def test_a_run_without_a_checkpoint_starts_again(fit: Fit, step: int) -> None:
+def test_a_run_without_a_checkpoint_starts_again(fit: Fit) -> None:
     with pytest.raises(Killed):
-        fit(Bomb(step=step), logging__tensorboard=True)
+        fit(Bomb(step=0), logging__tensorboard=True)
     run = newest()
-    assert len(list(run.checkpoints.iterdir())) == step
-    for path in run.checkpoints.iterdir():
-        path.unlink()
+    assert list(run.checkpoints.iterdir()) == []
     run.metrics.write_text("a line of an epoch that will be trained again\n")
     (run.path / ".partial-x").write_text("half a file")
     resumed = trainer.resume(run.name, callbacks=[Bomb()])
@@ -225,13 +222,23 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after two epochs."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = trainer.Config().with_changes(SETTINGS | {"logging.directory": str(folder)})
+    with pytest.raises(Killed):
+        trainer.fit(config, callbacks=[Bomb(step=2 * STEPS)])
+    (path,) = folder.iterdir()
+    return path
+
+
 @pytest.mark.parametrize("how", ["changed", "cut", "empty", "foreign"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    fit: Fit, how: str, caplog: pytest.LogCaptureFixture
+    killed: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(Killed):
-        fit(Bomb(step=2 * STEPS))
-    run = newest()
+    shutil.copytree(killed, tmp_path / "run")
+    run = Run(tmp_path / "run")
     one, two = sorted(run.checkpoints.glob("step-*.npz"))
     whole = two.read_bytes()
     if how == "changed":
@@ -401,16 +408,3 @@ def test_a_second_signal_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_the_script_that_kills_and_resumes_finds_no_difference() -> None:
-    """Real processes, real SIGKILL; TensorBoard's points are compared too."""
-    script = ROOT / "scripts" / "kill_and_resume.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "2", "--epochs", "8"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "weights, metrics, logs and curves are equal" in done.stdout

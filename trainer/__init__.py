@@ -9,14 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import Config, load_config
+    from trainer.saving.export import export, verify
+    from trainer.saving.files import save
+    from trainer.saving.loading import load
     from trainer.workflow import evaluate, fit, predict, resume
 
 __version__ = "0.1.0"
-__all__ = ["Config", "evaluate", "fit", "load_config", "predict", "resume"]
+__all__ = [
+    "Config",
+    "evaluate",
+    "export",
+    "fit",
+    "load",
+    "load_config",
+    "predict",
+    "resume",
+    "save",
+    "verify",
+]
 
 _HOME = {
     "Config": "trainer.config",
     "load_config": "trainer.config",
+    "save": "trainer.saving.files",
+    "load": "trainer.saving.loading",
+    "export": "trainer.saving.export",
+    "verify": "trainer.saving.export",
     "evaluate": "trainer.workflow",
     "fit": "trainer.workflow",
     "predict": "trainer.workflow",

@@ -164,6 +164,85 @@ def predict(
 
 
 @app.command()
+def save(
+    run: RunArgument,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="name.keras or name.weights.h5")],
+    *,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there")
+    ] = False,
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Write the model of a run into one Keras file."""
+    _require("cpu", run, runs)
+    _start_logging()
+    with _stdout_for_the_result():
+        result = _saving("files").save(run, path, overwrite=overwrite, runs=runs)
+    _print_facts(result, as_json=json_)
+
+
+@app.command()
+def load(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, a saved or an exported model")
+    ],
+    *,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Score it on the test images it was made for")
+    ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run code that the file holds: know its maker")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say what a model is; any format will do."""
+    _start_logging()
+    with _stdout_for_the_result():
+        loaded = _saving("loading").load(path, trust=trust)
+        result = loaded.facts() | (loaded.evaluate() if evaluate else {})
+    _print_facts(result, as_json=json_)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    *,
+    format_: Annotated[
+        str, typer.Option("--format", help="saved_model | litert | litert_int8 | onnx")
+    ] = "saved_model",
+    name: Annotated[str | None, typer.Option(help="Of the model; default: data-network")] = None,
+    directory: Annotated[
+        str, typer.Option("--directory", help="Folder that holds exported models")
+    ] = "saved_models",
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Write a new version of a model for deployment, proven equal in another process."""
+    _require("cpu", run, runs)
+    _start_logging()
+    with _stdout_for_the_result():
+        folder, exported = _saving("export").export(
+            run, format_, name=name, directory=directory, runs=runs
+        )
+    verified = exported.verified.model_dump()
+    _print_facts({"path": str(folder), "format": exported.format, **verified}, as_json=json_)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An exported model or a version")],
+    *,
+    json_: JsonOption = False,
+) -> None:
+    """Check an exported model: its sums, and its answers in another process."""
+    _start_logging()
+    with _stdout_for_the_result():
+        folder, verified = _saving("export").verify(path)
+    _print_facts({"path": str(folder), **verified.model_dump()}, as_json=json_)
+
+
+@app.command()
 def tensorboard(
     *,
     runs: RunsOption = "runs",
@@ -218,7 +297,7 @@ def data_prepare(
     _start_logging()
     with _stdout_for_the_result():
         spec = _workflow().prepare_data(loaded.data, overwrite=overwrite)
-    _print_data(spec, as_json=json_)
+    _print_facts(spec, as_json=json_)
 
 
 @data_app.command("info")
@@ -230,7 +309,7 @@ def data_info(
     _start_logging()
     with _stdout_for_the_result():
         spec = _workflow().describe_data(loaded.data)
-    _print_data(spec, as_json=json_)
+    _print_facts(spec, as_json=json_)
 
 
 @config_app.command("show")
@@ -367,6 +446,13 @@ def _workflow() -> Any:
         return importlib.import_module("trainer.workflow")
 
 
+def _saving(module: str) -> Any:
+    import importlib
+
+    with _without_chatter():
+        return importlib.import_module(f"trainer.saving.{module}")
+
+
 def _start_logging() -> Console:
     """Shows what the package logs on stderr: notices in a frame that no one can miss."""
     import logging
@@ -412,11 +498,11 @@ def _scores(summary: dict[str, Any]) -> str:
     return ", ".join(f"test {name} {value:.4f}" for name, value in numbers.items())
 
 
-def _print_data(spec: dict[str, Any], *, as_json: bool) -> None:
+def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(spec)
+        _print_json(facts)
     else:
-        _print_table(spec)
+        _print_table(facts)
 
 
 def _print_table(rows: dict[str, Any]) -> None:

@@ -3,9 +3,7 @@
 import logging
 import re
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,19 +13,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from rich.console import Console
 
 from trainer import data as datasets
-from trainer import devices, images, keras_objects, models, report
+from trainer import devices, images, models, report
+from trainer.assembly import Clock, Setting, assemble, make_callbacks, spec_of
 from trainer.config import Config, DataConfig
-from trainer.data import Dataset, DataSpec, tfds
-from trainer.devices import Devices
-from trainer.errors import CheckError, InputError, nearest
+from trainer.data import DataSpec, tfds
+from trainer.errors import CheckError, InputError
 from trainer.run import Run, environment, name_run, open_run, require_writable
 from trainer.training import callbacks as watching
-from trainer.training.augmentation import Augmentation, make_augmentation
-from trainer.training.batches import Batches, make_batches, steps_per_epoch
+from trainer.training.batches import Batches
 from trainer.training.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -36,17 +32,10 @@ from trainer.training.checkpoint import (
     roll_back,
     save_weights,
 )
-from trainer.training.loop import Loop
-from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.signals import Signals
 
 _log = logging.getLogger(__name__)
 
-# What a metric cannot be called: it would take the place of a number of our own.
-_RESERVED = {
-    *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
-    *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
-}
 # Images given to `predict` go through the network so many at a time.
 _PREDICT_BATCH = 256
 
@@ -64,56 +53,6 @@ class Fitted:
     summary: dict[str, Any]
     model: keras.Model
     run: Run | None
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """Everything that a training or an evaluation needs, built from a configuration."""
-
-    config: Config  # with "auto" and fallbacks resolved
-    data: Dataset
-    devices: Devices
-    placed: list[str]  # where the outputs were found
-    model: keras.Model
-    loop: Loop
-    augmentation: Augmentation | None
-
-    def batches(self, split: str, *, shuffled: bool = False) -> Batches:
-        training = self.config.training
-        return make_batches(
-            self.data.split(split),
-            self.config.data,
-            self.devices.strategy,
-            batch_size=training.batch_size,
-            seed=training.seed if shuffled else None,
-            limit_batches=training.limit_batches,
-        )
-
-    def training_batches(self, clock: "_Clock") -> tuple[Batches, Batches]:
-        """Brings train and validation to the device."""
-        with clock.part("data"):
-            return self.batches("train", shuffled=True), self.batches("validation")
-
-
-class _Clock:
-    """Seconds of each named part, one after the other."""
-
-    def __init__(self, import_seconds: float | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.import_seconds = import_seconds
-        self._start = time.perf_counter()
-
-    def total(self) -> float:
-        """Returns the seconds since the start, importing included."""
-        return time.perf_counter() - self._start + (self.import_seconds or 0.0)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def fit(
@@ -142,18 +81,19 @@ def fit(
         CheckError: The loss is not finite, or the outputs are not on the device asked for.
         StoppedError: A signal came; the state is saved.
     """
-    clock = _Clock(import_seconds)
+    clock = Clock(import_seconds)
     if dry_run:
         config = config.with_changes({"training.limit_batches": 1, "training.epochs": 1})
     else:
         require_writable(config.logging.directory)
-    setting = _assemble(config, clock)
+    setting = assemble(config, clock)
     if dry_run:
         return _dry_run(setting, callbacks, clock)
     config = setting.config
     name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
     run = name_run(config, config.logging.name or name)
-    training = _Training(setting, run, [*_callbacks(setting, run.path), *callbacks], clock, console)
+    watched_by = [*make_callbacks(setting, run.path), *callbacks]
+    training = _Training(setting, run, watched_by, clock, console)
     run.create(config)  # from here on something is written; what was wrong is known by now
     with run.locked(), run.logging():
         return training.run_to_the_end()
@@ -186,7 +126,7 @@ def resume(
             network or configuration are not what they were.
         MissingError: As `fit`, and so are CheckError and StoppedError.
     """
-    clock = _Clock(import_seconds)
+    clock = Clock(import_seconds)
     run = open_run(reference, directory=directory, unfinished=True)
     config = run.config() if changed is None else run.continued(changed)
     if run.finished and config.training.epochs == run.config().training.epochs:
@@ -195,7 +135,7 @@ def resume(
             "train it for longer with --epochs"
         )
     with run.locked(), run.logging():
-        setting = _assemble(config, clock)
+        setting = assemble(config, clock)
         saved = newest_checkpoint(run)
         found = setting.data.spec.fingerprint
         if saved is not None and saved.fingerprint != found:
@@ -205,7 +145,7 @@ def resume(
         roll_back(run, saved)
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
-        watched_by = [*_callbacks(setting, run.path), *callbacks]
+        watched_by = [*make_callbacks(setting, run.path), *callbacks]
         training = _Training(setting, run, watched_by, clock, console, saved)
         return training.run_to_the_end()
 
@@ -231,8 +171,8 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise InputError(f"expected a split: train, validation or test; received {split!r}")
     run = open_run(reference, directory=directory)
-    expected = _spec(run).fingerprint
-    setting = _assemble(run.config().with_changes({"training.device": device}), _Clock())
+    expected = spec_of(run).fingerprint
+    setting = assemble(run.config().with_changes({"training.device": device}), Clock())
     if expected != setting.data.spec.fingerprint:
         raise InputError(_other_data(run, expected, setting.data.spec))
     load_weights(run.weights, setting.model)
@@ -275,7 +215,7 @@ def predict(
         MissingError: The device is not here.
     """
     run = open_run(reference, directory=directory)
-    spec = _spec(run)
+    spec = spec_of(run)
     pictures = [p for path in paths for p in images.read_pictures(Path(path), spec, invert=invert)]
     config = run.config()
     chosen = devices.select(device)
@@ -337,149 +277,13 @@ def describe_data(config: DataConfig) -> dict[str, Any]:
     return data.spec.model_dump(mode="json") | {"class_counts": counts}
 
 
-def _assemble(config: Config, clock: _Clock) -> _Setting:
-    """Chooses devices, loads data, builds and compiles the network; resolves what was left open."""
-    with clock.part("devices"):
-        chosen = devices.select(config.training.device)
-        precision = devices.choose_precision(config.training.precision, chosen)
-    # Before the data, which may have to be fetched first.
-    models.find(config.model)
-    try_optimizer(config.optimizer)
-    with clock.part("data"):
-        data = datasets.load(config.data)
-    resolved: dict[str, Any] = {"training.precision": precision}
-    if data.spec.name == "mnist_sample":
-        resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
-    config = config.with_changes(resolved)
-    with clock.part("model"):
-        keras.utils.set_random_seed(config.training.seed)
-        if config.training.deterministic:
-            tf.config.experimental.enable_op_determinism()
-        with devices.dtype_policy(precision), chosen.strategy.scope():
-            model = _compiled_model(config, data)
-            augmentation = make_augmentation(config.data.augmentation, data.spec)
-        placed = _rehearse(model, data, chosen)
-        loop = Loop(
-            model,
-            chosen.strategy,
-            steps_per_call=config.training.steps_per_call,
-            clip_norm=config.training.clip_norm,
-            jit_compile=config.training.jit_compile,
-            augment=augmentation,
-            gradient_norms=config.logging.histograms,
-        )
-    return _Setting(config, data, chosen, placed, model, loop, augmentation)
-
-
-def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
-    """Sends a few images through network, loss and metrics: what does not fit is known at once.
-
-    Returns:
-        Where the outputs were found.
-
-    Raises:
-        InputError: The loss or a metric does not fit what the network gives.
-        CheckError: The outputs are not on the devices asked for.
-    """
-    # Unlike the number of classes, so that no loss fits by chance of broadcasting.
-    few = 4 if data.spec.class_count == 3 else 3
-    images, labels = data.train.read(slice(few))
-    strategy = chosen.strategy
-    outputs = strategy.experimental_local_results(
-        strategy.run(lambda images: model(images, training=False), args=(images,))
-    )
-    placed = devices.check_placement(outputs, chosen)
-    try:
-        with strategy.scope():
-            loss = model.compute_loss(images, labels, outputs[0], training=False)
-            model.compute_metrics(images, labels, outputs[0])
-            model.reset_metrics()
-    except keras_objects.REFUSALS as error:
-        reason = keras_objects.explain(error)
-        raise InputError(
-            "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
-            f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
-        ) from None
-    sums = outputs[0].numpy().sum(axis=1)
-    if not np.allclose(sums, 1, atol=0.01):
-        raise InputError(
-            "expected a network that returns probabilities, each row adding up to 1; received "
-            f"rows that add up to {sums.round(3).tolist()} (does it end in a softmax?)"
-        )
-    if loss.shape != ():
-        raise InputError(
-            f"training.loss: expected one number for a batch, received {list(loss.shape)}: "
-            "its reduction is 'none'"
-        )
-    return placed
-
-
-def _compiled_model(config: Config, data: Dataset) -> keras.Model:
-    training = config.training
-    model = models.build(config.model, data.spec)
-    metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
-    taken = {metric.name for metric in metrics} & _RESERVED
-    if taken:
-        raise InputError(
-            f"training.metrics: {', '.join(taken)} is a name of our own: choose another"
-        )
-    steps = steps_per_epoch(len(data.train), training.batch_size, training.limit_batches)
-    model.compile(
-        optimizer=make_optimizer(config.optimizer, steps * training.epochs),
-        loss=keras_objects.make("loss", training.loss),
-        metrics=metrics,
-        jit_compile=False,  # the loop compiles the whole step, or does not
-    )
-    return model
-
-
-def _callbacks(setting: _Setting, folder: Path) -> list[keras.callbacks.Callback]:
-    """Makes the callbacks of the configuration; "{run}" in an option is the run directory."""
-    made = []
-    for callback in setting.config.training.callbacks:
-        options = {
-            key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
-            for key, value in callback.options.items()
-        }
-        for key, value in options.items():
-            if isinstance(value, str) and Run(folder).owns(Path(value)):
-                raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
-        made.append(
-            keras_objects.make("callback", callback.model_copy(update={"options": options}))
-        )
-        _check_callback(setting, made[-1])
-    return made
-
-
-def _check_callback(setting: _Setting, callback: keras.callbacks.Callback) -> None:
-    """Refuses what Keras would find out only after an epoch, or what loses a person's work."""
-    name = type(callback).__name__
-    if isinstance(callback, keras.callbacks.BackupAndRestore):
-        raise InputError(
-            f"callback {name!r} removes its folder at the end, whatever is in it: checkpoints are "
-            "written without it, and `trainer fit --resume` goes on from them"
-        )
-    setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
-    schedule = setting.config.optimizer.schedule
-    if schedule is not None and isinstance(callback, setters):
-        raise InputError(
-            f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "
-            f"{schedule.name!r}: expected one of them (a file without optimizer.schedule)"
-        )
-    monitor = getattr(callback, "monitor", None)
-    metrics = setting.model.get_metrics_result()
-    known = [f"{split}{metric}" for split in ("", "val_") for metric in metrics]
-    if monitor is not None and monitor not in known:
-        raise InputError(f"callback {name!r} monitors {monitor!r}: {nearest(monitor, known)}")
-
-
 def _dry_run(
-    setting: _Setting, callbacks: Sequence[keras.callbacks.Callback], clock: _Clock
+    setting: Setting, callbacks: Sequence[keras.callbacks.Callback], clock: Clock
 ) -> Fitted:
     """Goes through everything once; what callbacks write goes to a folder that is removed."""
     train, validation = setting.training_batches(clock)
     with tempfile.TemporaryDirectory() as folder:
-        own = _callbacks(setting, Path(folder))
+        own = make_callbacks(setting, Path(folder))
         setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
     kept, _ = _score(setting, validation)
     scores, _ = _score(setting, setting.batches("test"))
@@ -488,7 +292,7 @@ def _dry_run(
 
 
 def _score(
-    setting: _Setting, batches: Batches, *, collect: bool = False, signals: Signals | None = None
+    setting: Setting, batches: Batches, *, collect: bool = False, signals: Signals | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """Evaluates, and refuses to call a network scored whose loss is no number."""
     scores, probabilities = setting.loop.evaluate(
@@ -506,10 +310,10 @@ class _Training:
 
     def __init__(
         self,
-        setting: _Setting,
+        setting: Setting,
         run: Run,
         callbacks: list[keras.callbacks.Callback],
-        clock: _Clock,
+        clock: Clock,
         console: Console | None,
         saved: Checkpoint | None = None,
     ) -> None:
@@ -638,10 +442,10 @@ def _other_data(run: Run, expected: str, found: DataSpec) -> str:
 
 
 def _summary(
-    setting: _Setting,
+    setting: Setting,
     validation: dict[str, Any],
     scores: dict[str, Any],
-    clock: _Clock,
+    clock: Clock,
     times: watching.StepTimes,
 ) -> dict[str, Any]:
     """Puts together what summary.json says and `fit --json` prints."""
@@ -662,7 +466,7 @@ def _summary(
     }
 
 
-def _report(setting: _Setting, run: Run, summary: dict[str, Any], probabilities: Any) -> None:
+def _report(setting: Setting, run: Run, summary: dict[str, Any], probabilities: Any) -> None:
     """Writes TensorBoard's pictures and the model card."""
     labels = setting.data.test.labels[setting.data.test.rows][: len(probabilities)]
     classes = report.class_table(labels, probabilities, setting.data.spec)
@@ -676,11 +480,3 @@ def _report(setting: _Setting, run: Run, summary: dict[str, Any], probabilities:
             run, setting.config, setting.data, scores, probabilities, summary["epochs"]
         )
         report.write_hparams(run, setting.config, scores)
-
-
-def _spec(run: Run) -> DataSpec:
-    """Returns what the run knows of its data, without loading it."""
-    try:
-        return DataSpec.model_validate(run.read_json("summary.json")["data"])
-    except (KeyError, ValidationError) as error:
-        raise InputError(f"{run.path / 'summary.json'} is damaged: {error}") from None

@@ -237,12 +237,15 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
         left.unlink()
 
 
-def save_weights(path: Path, model: keras.Model) -> None:
+def save_weights(
+    path: Path, model: keras.Model, *, attributes: Mapping[str, str] | None = None
+) -> None:
     """Writes the model's weights and its optimizer's state as Keras does.
 
     Args:
         path: Ends in `.weights.h5`.
         model: The model.
+        attributes: What the file shall say besides.
 
     Raises:
         InputError: The disk does not take them; what was there before is untouched.
@@ -251,7 +254,7 @@ def save_weights(path: Path, model: keras.Model) -> None:
     def write(beside: Path) -> None:
         model.save_weights(beside, overwrite=True)
         with h5py.File(beside, "a") as file:
-            file.attrs[_PARAMETERS] = model.count_params()
+            file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
 
     try:
         write_whole(path, write)

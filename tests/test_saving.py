@@ -1,0 +1,625 @@
+"""A model leaves in every format, equal to what was trained; hostile files are refused."""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import trainer
+from trainer import cli
+from trainer.errors import CheckError, InputError, MissingError
+from trainer.run import Run
+from trainer.saving import formats, runtimes, safety
+from trainer.saving.export import export, verify
+from trainer.saving.files import save
+from trainer.saving.formats import FORMATS
+from trainer.saving.loading import load
+
+# One process for all of them: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("saving")
+
+LAYERS = [
+    {"name": "Conv2D", "options": {"filters": 4, "kernel_size": 3, "activation": "relu"}},
+    {"name": "Flatten"},
+    {"name": "Dropout", "options": {"rate": 0.2}},
+]
+SETTINGS: dict[str, Any] = {
+    "data.name": "synthetic",
+    "data.options": {"examples": 600, "height": 8, "width": 8, "classes": 4},
+    "model.name": "layers",
+    "model.options": {"layers": LAYERS},
+    "training.epochs": 6,
+    "training.batch_size": 16,
+    "optimizer.learning_rate": 0.005,
+    "training.precision": "mixed_bfloat16",
+    "logging.tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run, trained in mixed precision."""
+    folder = tmp_path_factory.mktemp("home")
+    config = trainer.Config().with_changes(
+        SETTINGS | {"logging.directory": str(folder / "runs"), "logging.name": "trained"}
+    )
+    fitted = trainer.fit(config)
+    assert fitted.summary["test"]["accuracy"] > 0.5  # something was learned
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> Run:
+    (path,) = (home / "runs").iterdir()
+    return Run(path)
+
+
+@pytest.fixture(scope="module")
+def exported(home: Path, run: Run) -> dict[str, Path]:
+    """The run in every format."""
+    directory = str(home / "saved_models")
+    return {kind: export(str(run.path), kind, directory=directory)[0] for kind in FORMATS}
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
+    """Runs the command in this process; returns code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capfd.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return call
+
+
+def refused(result: tuple[int, str, str], code: int = 2) -> str:
+    """Returns the one line on stderr of a command that ended with a code."""
+    assert (result[0], result[1]) == (code, ""), result
+    lines = [line for line in result[2].splitlines() if line.startswith("trainer: ")]
+    assert len(lines) == 1, result[2]
+    assert "Traceback" not in result[2]
+    return lines[0]
+
+
+def pictures(count: int, seed: int = 0) -> Any:
+    return np.random.RandomState(seed).randint(0, 256, (count, 8, 8, 1), np.uint8)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------- every format
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_says_what_the_model_says(
+    kind: str, exported: dict[str, Path], run: Run, command: Callable[..., Any]
+) -> None:
+    folder = exported[kind]
+    name = "synthetic-layers" if kind == "saved_model" else f"synthetic-layers-{kind}"
+    assert (folder.parent.name, folder.name) == (name, "1")
+    model, artefact = load(run.path), load(folder)
+    tolerance = FORMATS[kind].tolerance if kind != "litert_int8" else 0.2
+    for count in (1, 7, 300):
+        images = pictures(count, seed=count)
+        answers = artefact(images)
+        assert answers.shape == (count, 4)
+        assert answers.dtype == np.float32
+        # The run answers in bfloat16, which keeps 8 bits of a number.
+        assert abs(answers - model(images)).max() < tolerance + 0.05
+        assert answers.sum(axis=1) == pytest.approx(np.ones(count), abs=0.02)
+    scores = artefact.evaluate()
+    assert scores["images"] == 120
+    assert scores["accuracy"] == pytest.approx(
+        run.read_json("summary.json")["test"]["accuracy"], abs=2 / 120
+    )
+    assert artefact.kind == kind
+    code, out, _ = command("verify", folder.parent, "--json")
+    assert code == 0
+    verified = json.loads(out)
+    assert verified["largest_difference"] <= FORMATS[kind].tolerance
+    assert verified["path"] == str(folder)
+    code, out, _ = command("load", folder / FORMATS[kind].file, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["kind"] == kind
+    assert (facts["run"], facts["data"], facts["parameters"]) == (
+        *(run.name, "synthetic"),
+        model.parameters,
+    )
+    assert facts["input"] == "images uint8 [None, 8, 8, 1]"
+
+
+def test_a_format_compares_with_the_float32_network(exported: dict[str, Path], run: Run) -> None:
+    """Far closer than the bfloat16 network is; the card says how far that one is."""
+    facts = json.loads((exported["saved_model"] / "export.json").read_text())
+    assert facts["precision"] == "mixed_bfloat16"
+    assert facts["verified"]["largest_difference"] < 1e-6 < facts["precision_difference"] < 0.05
+    card = (exported["saved_model"] / "README.md").read_text()
+    assert "trained in mixed_bfloat16; in float32, as here, a probability differs by" in card
+    assert "tensorflow/serving" in card
+    assert run.name in card
+
+
+def test_tensorflow_s_own_program_runs_the_saved_model(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    images = pictures(3)
+    np.savez(tmp_path / "in.npz", images=images)
+    program = Path(sys.executable).with_name("saved_model_cli")
+    done = subprocess.run(
+        [
+            *(str(program), "run", "--dir", str(exported["saved_model"]), "--tag_set", "serve"),
+            *("--signature_def", "serving_default", "--outdir", str(tmp_path)),
+            *("--inputs", f"images={tmp_path / 'in.npz'}[images]"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = np.load(tmp_path / "probabilities.npy")
+    np.testing.assert_allclose(answers, load(exported["saved_model"])(images), atol=1e-6)
+    names = np.load(tmp_path / "class_name.npy", allow_pickle=True)
+    assert list(names) == [f"pattern {label}".encode() for label in answers.argmax(axis=1)]
+
+
+def test_a_server_can_be_sent_image_files(
+    exported: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    signature = tf.saved_model.load(str(exported["saved_model"])).signatures["serving_files"]
+    images = pictures(2)
+    files = []
+    for i, kind in enumerate(("PNG", "JPEG")):
+        buffer = io.BytesIO()
+        Image.fromarray(images[i, :, :, 0]).resize((8 + 4 * i, 8)).save(buffer, kind, quality=100)
+        files.append(buffer.getvalue())
+        (tmp_path / f"{i}.{kind.lower()}").write_bytes(files[-1])
+    answers = signature(image_bytes=tf.constant(files))["probabilities"].numpy()
+    np.testing.assert_allclose(answers[:1], load(exported["saved_model"])(images[:1]), atol=1e-6)
+    paths = sorted(tmp_path.iterdir())
+    predicted = trainer.predict(str(run.path), paths)
+    for row, other in zip(answers, predicted, strict=True):
+        assert row == pytest.approx(list(other["probabilities"].values()), abs=0.06)
+
+
+def test_an_artefact_needs_nothing_of_ours() -> None:
+    program = (
+        f"import runpy, sys; sys.argv = ['x', 'onnx', 'nowhere', 'none.npy', 'out']\n"
+        f"try: runpy.run_path({runtimes.__file__!r}, run_name='__main__')\n"
+        "except Exception: pass\n"
+        "try: import trainer\n"
+        "except ImportError: sys.exit(7)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", program], check=False, capture_output=True)
+    assert done.returncode == 7
+
+
+def test_versions_count_up_and_touch_no_other(
+    home: Path, run: Run, exported: dict[str, Path], command: Callable[..., Any]
+) -> None:
+    before = content(exported["onnx"])
+    (exported["onnx"].parent / "7").mkdir()
+    (exported["onnx"].parent / "08").mkdir()  # no version
+    code, out, _ = command(
+        *("export", run.path, "--format", "onnx", "--directory", home / "saved_models", "--json")
+    )
+    assert code == 0
+    assert json.loads(out)["path"] == str(exported["onnx"].parent / "8")
+    assert content(exported["onnx"]) == before
+    for name in ("7", "8", "08"):
+        shutil.rmtree(exported["onnx"].parent / name)
+
+
+def test_what_differs_is_not_published(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    original = FORMATS["litert"]
+
+    def wrong(source: formats.Source, path: Path) -> None:
+        for weight in source.model.trainable_variables:
+            weight.assign(weight * 1.01)
+        original.write(source, path)
+
+    arguments = ("export", run.path, "--directory", tmp_path / "out", "--format", "litert")
+    monkeypatch.setitem(FORMATS, "litert", replace(original, write=wrong))
+    result = command(*arguments)
+    assert "differs from the model: largest difference of a probability 0." in refused(result, 4)
+    assert list((tmp_path / "out").iterdir()) == []
+
+    def broken(source: formats.Source, path: Path) -> None:  # noqa: ARG001
+        path.write_bytes(b"nothing")
+
+    monkeypatch.setitem(FORMATS, "litert", replace(original, write=broken))
+    result = command(*arguments)
+    assert "its own runtime fails on it" in refused(result, 4)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["changed", "missing", "added", "answers"])
+def test_verify_finds_what_was_changed(
+    how: str, exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "name" / "1"
+    shutil.copytree(exported["saved_model"], folder)
+    variables = folder / "variables" / "variables.data-00000-of-00001"
+    if how == "changed":
+        variables.write_bytes(b"\0" + variables.read_bytes()[1:])
+    elif how == "missing":
+        variables.unlink()
+    elif how == "added":
+        (folder / "assets" / "more.txt").write_text("more")
+    else:
+        with np.load(folder / "check.npz") as kept:
+            arrays = dict(kept)
+        arrays["probabilities"] = arrays["probabilities"][:, ::-1]
+        np.savez(folder / "check.npz", **arrays)
+    said = refused(command("verify", folder), 4)
+    expected = {"added": "more.txt", "answers": "differs from the model"}
+    assert expected.get(how, variables.name) in said
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(
+        formats.importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else find(name)
+    )
+    result = command("export", run.path, "--format", "onnx", "--directory", tmp_path / "out")
+    assert "onnx needs tf2onnx: pip install -e '.[onnx]'" in refused(result, 3)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(MissingError):
+        FORMATS["onnx"].open(tmp_path)
+
+
+def test_an_export_that_cannot_begin_changes_nothing(
+    run: Run, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for arguments, said in [
+        (("--format", "onxx"), "unknown format 'onxx': did you mean 'onnx'?"),
+        (("--name", "../x"), "--name: expected letters"),
+        (("--directory", tmp_path / "file"), "cannot be written"),
+        (("--runs", tmp_path), None),
+    ]:
+        target = () if "--directory" in arguments else ("--directory", tmp_path / "out")
+        reference = run.path if said else "nope"
+        line = refused(command("export", reference, *target, *arguments))
+        assert (said or "there is no run 'nope'") in line
+        assert content(tmp_path) == {"file": b"kept"}
+
+
+# ---------------------------------------------------------------- Keras files
+
+
+def test_a_whole_model_comes_back_with_its_optimizer(
+    run: Run, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    path = tmp_path / "model.keras"
+    assert command("save", run.path, path)[0] == 0
+    model = keras.saving.load_model(path)  # by Keras alone
+    assert int(model.optimizer.iterations) == run.read_json("summary.json")["steps"]
+    images = pictures(5)
+    expected = load(run.path)(images)
+    np.testing.assert_array_equal(model(images).numpy(), expected)
+    loaded = load(path)
+    np.testing.assert_array_equal(loaded(images), expected)
+    assert loaded.facts()["run"] == run.name
+    assert loaded.evaluate()["accuracy"] == load(run.path).evaluate()["accuracy"]
+
+
+def test_weights_come_back_with_their_configuration(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.weights.h5"
+    save(str(run.path), path)
+    images = pictures(5)
+    np.testing.assert_array_equal(load(path)(images), load(run.path)(images))
+    best = load(run.checkpoints / "best.weights.h5")
+    assert (best.kind, best.origin.run) == ("weights", run.name)
+    shutil.copy(run.weights, tmp_path / "alone.weights.h5")
+    with pytest.raises(InputError, match="does not say which network it is for"):
+        load(tmp_path / "alone.weights.h5")
+
+
+def test_nothing_is_overwritten_unasked(
+    run: Run, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    path = tmp_path / "model.keras"
+    path.write_bytes(b"precious")
+    assert "exists already and is left as it is" in refused(command("save", run.path, path))
+    assert path.read_bytes() == b"precious"
+    for other, said in [
+        ("model.h5", "expected a path that ends in .keras or .weights.h5"),
+        ("no/folder.keras", "there is no folder"),
+    ]:
+        assert said in refused(command("save", run.path, tmp_path / other))
+    assert content(tmp_path) == {"model.keras": b"precious"}
+    assert command("save", run.path, path, "--overwrite")[0] == 0
+    assert load(path).kind == "keras"
+
+
+# ---------------------------------------------------------------- what is damaged or hostile
+
+
+@pytest.fixture(scope="module")
+def files(home: Path, run: Run, exported: dict[str, Path]) -> dict[str, Path]:
+    """One good file of every kind, by its ending."""
+    save(str(run.path), home / "good.keras")
+    save(str(run.path), home / "good.weights.h5")
+    return {
+        ".keras": home / "good.keras",
+        ".weights.h5": home / "good.weights.h5",
+        ".tflite": exported["litert"] / "model.tflite",
+        ".onnx": exported["onnx"] / "model.onnx",
+    }
+
+
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5", ".tflite", ".onnx"])
+@pytest.mark.parametrize("how", ["empty", "first", "half", "last", "text", "renamed", "missing"])
+def test_damaged_and_foreign_files_are_one_line(
+    ending: str, how: str, files: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    path, whole = tmp_path / f"bad{ending}", files[ending].read_bytes()
+    others = {".keras": ".onnx", ".weights.h5": ".keras", ".tflite": ".keras", ".onnx": ".tflite"}
+    damaged = {
+        "empty": b"",
+        "first": whole[:20],
+        "half": whole[: len(whole) // 2],
+        "last": whole[:-40],
+        "text": b"<html>not found</html>",
+        "renamed": files[others[ending]].read_bytes(),
+    }
+    if how != "missing":
+        path.write_bytes(damaged[how])
+    assert str(path) in refused(command("load", path))
+    assert content(tmp_path) == ({} if how == "missing" else {path.name: damaged[how]})
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "text", "no variables"])
+def test_a_damaged_saved_model_is_one_line(
+    how: str, exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exported["saved_model"], folder)
+    graph = folder / "saved_model.pb"
+    whole = graph.read_bytes()
+    if how == "no variables":
+        shutil.rmtree(folder / "variables")
+    else:
+        graph.write_bytes({"empty": b"", "half": whole[:999], "text": b"<html></html>"}[how])
+    assert str(folder) in refused(command("load", folder))
+
+
+def test_weights_of_another_network_are_refused(
+    files: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    path = tmp_path / "other.weights.h5"
+    shutil.copy(files[".weights.h5"], path)
+    with h5py.File(path, "a") as file:
+        origin = json.loads(file.attrs["trainer.origin"])
+        origin["config"]["model"]["options"]["layers"][0]["options"]["filters"] = 5
+        file.attrs["trainer.origin"] = json.dumps(origin)
+    assert "cannot be read into this model" in refused(command("load", path))
+
+
+def repacked(source: Path, target: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
+    """Writes a .keras archive anew, its members changed."""
+    with zipfile.ZipFile(source) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return target
+
+
+def test_a_keras_file_with_a_lambda_is_refused(tmp_path: Path, command: Callable[..., Any]) -> None:
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Lambda(lambda x: x + 1)])
+    path = tmp_path / "lambda.keras"
+    model.save(path)
+    said = refused(command("load", path))
+    assert "holds code: keras.layers:Lambda" in said
+    assert "--trust" in said
+    code, _, _ = command("load", path, "--trust")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("builtins", "eval"),
+        ("keras.utils", "get_file"),
+        ("mine", "Layer"),
+        ("keras.src.utils.file_utils", "File"),
+        ("keras.layers", "TFSMLayer"),
+        ("keras.activations", "function"),
+        (None, "__lambda__"),
+    ],
+)
+def test_a_keras_file_that_names_code_is_refused(
+    module: str | None,
+    name: str,
+    files: dict[str, Path],
+    tmp_path: Path,
+    command: Callable[..., Any],
+) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        config = json.loads(members["config.json"])
+        layer = config["config"]["layers"][2]
+        layer["config"]["activation"] = {"module": module, "class_name": name, "config": {}}
+        members["config.json"] = json.dumps(config).encode()
+
+    path = repacked(files[".keras"], tmp_path / "code.keras", change)
+    assert f"holds code: {module or 'keras'}:{name}" in refused(command("load", path))
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "assets/../../x", "extra.py"])
+def test_a_keras_file_whose_paths_leave_it_is_refused(
+    name: str, files: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    path = repacked(
+        files[".keras"], tmp_path / "path.keras", lambda members: members.update({name: b"x"})
+    )
+    assert f"holds {name!r}, which no .keras archive has" in refused(command("load", path))
+    assert [p.name for p in tmp_path.iterdir()] == ["path.keras"]
+
+
+def weights_with(change: Callable[[h5py.File], None], whole: bytes) -> bytes:
+    buffer = io.BytesIO(whole)
+    with h5py.File(buffer, "r+") as file:
+        change(file)
+    return buffer.getvalue()
+
+
+def declare_much(file: h5py.File) -> None:
+    file.create_dataset("layers/huge/vars/0", shape=(10**7, 10**5), dtype="f4", chunks=(1, 10**5))
+
+
+def link_outside(file: h5py.File) -> None:
+    file["layers/linked"] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+def keep_outside(file: h5py.File) -> None:
+    file.create_dataset("layers/out", (10,), "u1", external=[("/etc/passwd", 0, 10)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (declare_much, "declares 4000000"),
+        (link_outside, "refers to another file"),
+        (keep_outside, "keeps its values in another file"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
+def test_weights_that_reach_out_or_declare_too_much_are_refused(
+    ending: str,
+    change: Callable[[h5py.File], None],
+    said: str,
+    files: dict[str, Path],
+    tmp_path: Path,
+    command: Callable[..., Any],
+) -> None:
+    path = tmp_path / f"hostile{ending}"
+    if ending == ".keras":
+
+        def changed(members: dict[str, bytes]) -> None:
+            members["model.weights.h5"] = weights_with(change, members["model.weights.h5"])
+
+        repacked(files[ending], path, changed)
+    else:
+        path.write_bytes(weights_with(change, files[ending].read_bytes()))
+    assert said in refused(command("load", path))
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr(safety, "_MOST_BYTES", 10**6)
+    path = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", b" " * 10**7)
+    assert "unpacks to 10000000 bytes; at most 1000000" in refused(command("load", path))
+
+
+def test_legacy_files_and_pickles_are_refused(tmp_path: Path, command: Callable[..., Any]) -> None:
+    with h5py.File(tmp_path / "legacy.h5", "w") as file:
+        file.attrs["model_config"] = "{}"
+    assert "legacy .h5 models are not loaded" in refused(command("load", tmp_path / "legacy.h5"))
+    for name in ("model.pkl", "model.onnx"):
+        (tmp_path / name).write_bytes(pickle.dumps({"weights": [1]}))
+        assert "looks like a pickle" in refused(command("load", tmp_path / name))
+
+
+def reads() -> tf.Tensor:
+    return tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
+
+
+def writes() -> tf.Tensor:
+    with tf.control_dependencies([tf.io.write_file("/nowhere/at/all", "x")]):
+        return tf.constant(1.0)
+
+
+def calls() -> tf.Tensor:
+    return tf.py_function(lambda: 1.0, [], tf.float32)
+
+
+@pytest.mark.parametrize(
+    ("reach_out", "operation"),
+    [(reads, "ReadFile"), (writes, "WriteFile"), (calls, "EagerPyFunc")],
+)
+def test_a_saved_model_that_reaches_out_is_refused(
+    reach_out: Callable[[], tf.Tensor],
+    operation: str,
+    tmp_path: Path,
+    command: Callable[..., Any],
+) -> None:
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")])
+    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + reach_out()}
+
+    module.answer = answer
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": answer})
+    said = refused(command("load", tmp_path / "m"))
+    assert operation in said
+    assert "--trust" in said
+    assert command("load", tmp_path / "m", "--trust")[0] == 0
+
+
+def test_the_saver_s_own_operations_serve_no_answer(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """TensorFlow writes them into every SavedModel; nothing else may call them."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    safety.check_saved_model(exported["saved_model"])
+    saved = saved_model_pb2.SavedModel()
+    saved.ParseFromString((exported["saved_model"] / "saved_model.pb").read_bytes())
+    graph = saved.meta_graphs[0]
+    (tmp_path / "m").mkdir()
+    name = graph.saver_def.save_tensor_name
+    graph.signature_def["serving_default"].outputs["path"].name = name
+    (tmp_path / "m" / "saved_model.pb").write_bytes(saved.SerializeToString())
+    with pytest.raises(InputError, match="StatefulPartitionedCall"):
+        safety.check_saved_model(tmp_path / "m")
+
+
+def test_verify_and_load_say_what_they_expected(
+    tmp_path: Path, exported: dict[str, Path], command: Callable[..., Any]
+) -> None:
+    assert "expected an exported model" in refused(command("verify", tmp_path))
+    assert "expected an exported model" in refused(command("load", tmp_path))
+    assert "no such file or folder" in refused(command("load", tmp_path / "nothing"))
+    shutil.copytree(exported["onnx"], tmp_path / "m" / "1")
+    (tmp_path / "m" / "1" / "export.json").write_text("{}")
+    assert "export.json cannot be read" in refused(command("verify", tmp_path / "m"))
+    with pytest.raises(CheckError, match=r"2/model\.onnx: expected sha256"):
+        shutil.copytree(exported["onnx"], tmp_path / "m" / "2")
+        (tmp_path / "m" / "2" / "model.onnx").write_bytes(b"")
+        verify(tmp_path / "m")  # the newest version

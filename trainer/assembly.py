@@ -1,0 +1,292 @@
+"""Everything that a training or an evaluation needs, built from a configuration.
+
+What does not fit together is found out here, before anything is written and trained.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from pydantic import ValidationError
+
+from trainer import data as datasets
+from trainer import devices, keras_objects, models
+from trainer.config import Config
+from trainer.data import Dataset, DataSpec
+from trainer.devices import Devices
+from trainer.errors import InputError, nearest
+from trainer.run import Run
+from trainer.training.augmentation import Augmentation, make_augmentation
+from trainer.training.batches import Batches, make_batches, steps_per_epoch
+from trainer.training.checkpoint import load_weights
+from trainer.training.loop import Loop
+from trainer.training.optimizer import make_optimizer, try_optimizer
+
+# What a metric cannot be called: it would take the place of a number of our own.
+_RESERVED = {
+    *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
+    *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
+}
+
+
+class Clock:
+    """Seconds of each named part, one after the other."""
+
+    def __init__(self, import_seconds: float | None = None) -> None:
+        """Starts.
+
+        Args:
+            import_seconds: What importing took before.
+        """
+        self.seconds: dict[str, float] = {}
+        self.import_seconds = import_seconds
+        self._start = time.perf_counter()
+
+    def total(self) -> float:
+        """Returns the seconds since the start, importing included."""
+        return time.perf_counter() - self._start + (self.import_seconds or 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the seconds of what is within to a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a training or an evaluation needs.
+
+    Attributes:
+        config: With "auto" and fallbacks resolved.
+        data: The splits and what is known about them.
+        devices: The chosen ones.
+        placed: Where the outputs were found.
+        model: Built and compiled.
+        loop: Trains and evaluates the model.
+        augmentation: What alters training images, if anything does.
+    """
+
+    config: Config
+    data: Dataset
+    devices: Devices
+    placed: list[str]
+    model: keras.Model
+    loop: Loop
+    augmentation: Augmentation | None
+
+    def batches(self, split: str, *, shuffled: bool = False) -> Batches:
+        """Returns the batches of a split, in its order or shuffled anew each epoch."""
+        training = self.config.training
+        return make_batches(
+            self.data.split(split),
+            self.config.data,
+            self.devices.strategy,
+            batch_size=training.batch_size,
+            seed=training.seed if shuffled else None,
+            limit_batches=training.limit_batches,
+        )
+
+    def training_batches(self, clock: "Clock") -> tuple[Batches, Batches]:
+        """Brings train and validation to the device."""
+        with clock.part("data"):
+            return self.batches("train", shuffled=True), self.batches("validation")
+
+
+def assemble(config: Config, clock: Clock) -> Setting:
+    """Chooses devices, loads data, builds and compiles the network; resolves what was left open.
+
+    Args:
+        config: The experiment.
+        clock: Takes the seconds of each part.
+
+    Raises:
+        InputError: Something in the configuration does not fit the rest.
+        MissingError: The device that was asked for is not here.
+        CheckError: The outputs are not on the device asked for.
+    """
+    with clock.part("devices"):
+        chosen = devices.select(config.training.device)
+        precision = devices.choose_precision(config.training.precision, chosen)
+    # Before the data, which may have to be fetched first.
+    models.find(config.model)
+    try_optimizer(config.optimizer)
+    with clock.part("data"):
+        data = datasets.load(config.data)
+    resolved: dict[str, Any] = {"training.precision": precision}
+    if data.spec.name == "mnist_sample":
+        resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
+    config = config.with_changes(resolved)
+    with clock.part("model"):
+        keras.utils.set_random_seed(config.training.seed)
+        if config.training.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        with devices.dtype_policy(precision), chosen.strategy.scope():
+            model = compiled_model(config, data.spec)
+            augmentation = make_augmentation(config.data.augmentation, data.spec)
+        placed = _rehearse(model, data, chosen)
+        loop = Loop(
+            model,
+            chosen.strategy,
+            steps_per_call=config.training.steps_per_call,
+            clip_norm=config.training.clip_norm,
+            jit_compile=config.training.jit_compile,
+            augment=augmentation,
+            gradient_norms=config.logging.histograms,
+        )
+    return Setting(config, data, chosen, placed, model, loop, augmentation)
+
+
+def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
+    """Sends a few images through network, loss and metrics: what does not fit is known at once.
+
+    Returns:
+        Where the outputs were found.
+
+    Raises:
+        InputError: The loss or a metric does not fit what the network gives.
+        CheckError: The outputs are not on the devices asked for.
+    """
+    # Unlike the number of classes, so that no loss fits by chance of broadcasting.
+    few = 4 if data.spec.class_count == 3 else 3
+    images, labels = data.train.read(slice(few))
+    strategy = chosen.strategy
+    outputs = strategy.experimental_local_results(
+        strategy.run(lambda images: model(images, training=False), args=(images,))
+    )
+    placed = devices.check_placement(outputs, chosen)
+    try:
+        with strategy.scope():
+            loss = model.compute_loss(images, labels, outputs[0], training=False)
+            model.compute_metrics(images, labels, outputs[0])
+            model.reset_metrics()
+    except keras_objects.REFUSALS as error:
+        reason = keras_objects.explain(error)
+        raise InputError(
+            "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
+            f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
+        ) from None
+    sums = outputs[0].numpy().sum(axis=1)
+    if not np.allclose(sums, 1, atol=0.01):
+        raise InputError(
+            "expected a network that returns probabilities, each row adding up to 1; received "
+            f"rows that add up to {sums.round(3).tolist()} (does it end in a softmax?)"
+        )
+    if loss.shape != ():
+        raise InputError(
+            f"training.loss: expected one number for a batch, received {list(loss.shape)}: "
+            "its reduction is 'none'"
+        )
+    return placed
+
+
+def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
+    """Builds and compiles the network of a configuration, for a data set.
+
+    Raises:
+        InputError: A name is unknown, or an option is refused.
+    """
+    training = config.training
+    model = models.build(config.model, spec)
+    metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
+    taken = {metric.name for metric in metrics} & _RESERVED
+    if taken:
+        raise InputError(
+            f"training.metrics: {', '.join(taken)} is a name of our own: choose another"
+        )
+    steps = steps_per_epoch(spec.train, training.batch_size, training.limit_batches)
+    model.compile(
+        optimizer=make_optimizer(config.optimizer, steps * training.epochs),
+        loss=keras_objects.make("loss", training.loss),
+        metrics=metrics,
+        jit_compile=False,  # the loop compiles the whole step, or does not
+    )
+    return model
+
+
+def restore(run: Run, *, precision: str | None = None) -> keras.Model:
+    """Builds the compiled network of a finished run, with its weights and its optimizer's state.
+
+    Args:
+        run: A finished run.
+        precision: Of the network; None: as it was trained.
+
+    Raises:
+        InputError: The run is damaged.
+    """
+    config = run.config()
+    with devices.dtype_policy(precision or config.training.precision):
+        model = compiled_model(config, spec_of(run))
+        model.optimizer.build(model.trainable_variables)
+    load_weights(run.weights, model)
+    return model
+
+
+def spec_of(run: Run) -> DataSpec:
+    """Returns what a finished run knows of its data, without loading it.
+
+    Raises:
+        InputError: Its summary.json is damaged.
+    """
+    try:
+        return DataSpec.model_validate(run.read_json("summary.json")["data"])
+    except (KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{run.path / 'summary.json'} is damaged: {reason}") from None
+
+
+def make_callbacks(setting: Setting, folder: Path) -> list[keras.callbacks.Callback]:
+    """Makes the callbacks of the configuration.
+
+    Args:
+        setting: Its configuration names them; its model says what they can monitor.
+        folder: The run directory, which takes the place of "{run}" in an option.
+
+    Raises:
+        InputError: One is unknown, refuses its options, or would fail or do harm in training.
+    """
+    made = []
+    for callback in setting.config.training.callbacks:
+        options = {
+            key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
+            for key, value in callback.options.items()
+        }
+        for key, value in options.items():
+            if isinstance(value, str) and Run(folder).owns(Path(value)):
+                raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
+        made.append(
+            keras_objects.make("callback", callback.model_copy(update={"options": options}))
+        )
+        _check_callback(setting, made[-1])
+    return made
+
+
+def _check_callback(setting: Setting, callback: keras.callbacks.Callback) -> None:
+    """Refuses what Keras would find out only after an epoch, or what loses a person's work."""
+    name = type(callback).__name__
+    if isinstance(callback, keras.callbacks.BackupAndRestore):
+        raise InputError(
+            f"callback {name!r} removes its folder at the end, whatever is in it: checkpoints are "
+            "written without it, and `trainer fit --resume` goes on from them"
+        )
+    setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
+    schedule = setting.config.optimizer.schedule
+    if schedule is not None and isinstance(callback, setters):
+        raise InputError(
+            f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "
+            f"{schedule.name!r}: expected one of them (a file without optimizer.schedule)"
+        )
+    monitor = getattr(callback, "monitor", None)
+    metrics = setting.model.get_metrics_result()
+    known = [f"{split}{metric}" for split in ("", "val_") for metric in metrics]
+    if monitor is not None and monitor not in known:
+        raise InputError(f"callback {name!r} monitors {monitor!r}: {nearest(monitor, known)}")

@@ -1,0 +1,382 @@
+"""Exports a run's model, proves the artefact equal in another process, and publishes it.
+
+saved_models/<name>/<version>/    as TensorFlow Serving reads it
+    saved_model.pb ...            or model.tflite, model.onnx
+    export.json                   where it came from, its checksums, what was verified
+    check.npz                     held-out images and what the model says of them, for later checks
+    README.md                     the model card
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer import data as datasets
+from trainer.assembly import restore, spec_of
+from trainer.config import Config
+from trainer.data import DataSpec, Images, Labels
+from trainer.errors import CheckError, InputError
+from trainer.run import Run, open_run
+from trainer.saving import runtimes
+from trainer.saving.formats import Format, Probabilities, Source, find_format
+
+_MOST_TEST_IMAGES = 10_000
+_KEPT_IMAGES = 256
+_CALIBRATION_IMAGES = 500
+_FACTS, _CHECK, _CARD = "export.json", "check.npz", "README.md"
+
+
+class Verified(BaseModel):
+    """How an artefact compares with the float32 model, scored in a process without this package.
+
+    Attributes:
+        images: How many held-out images were compared.
+        largest_difference: Of any probability, at batch sizes 1, 7 and 256.
+        agreement: Share of images whose class is the same.
+        accuracy: Of the artefact on these images.
+        model_accuracy: Of the float32 model on these images.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    largest_difference: float
+    agreement: float
+    accuracy: float
+    model_accuracy: float
+
+
+class Exported(BaseModel):
+    """What export.json holds.
+
+    Attributes:
+        format: Name of the format.
+        time: When it was made (UTC).
+        run: Name of the run it came from.
+        config: Of that run.
+        spec: Of the data.
+        parameters: Of the model.
+        precision: That the model was trained in.
+        precision_difference: The largest difference of a probability between that precision and
+            the float32 of the artefact, on the verified images; 0 where both are the same.
+        verified: Against the model.
+        sha256: Of each file of the artefact.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    time: str
+    run: str
+    config: Config
+    spec: DataSpec
+    parameters: int
+    precision: str
+    precision_difference: float
+    verified: Verified
+    sha256: dict[str, str]
+
+
+def export(
+    reference: str,
+    kind: str,
+    *,
+    name: str | None = None,
+    directory: str = "saved_models",
+    runs: str = "runs",
+) -> tuple[Path, Exported]:
+    """Writes a new version of an exported model, verified before anyone can see it.
+
+    Args:
+        reference: A run directory, its name, or "latest".
+        kind: A format: "saved_model", "litert", "litert_int8" or "onnx".
+        name: Of the model; the data set's and the network's where it is None. A format other than
+            saved_model is added to it, so that a server finds one format under one name.
+        directory: Folder that holds the exported models.
+        runs: Folder that holds the run directories.
+
+    Returns:
+        The folder of the new version, and what its export.json holds.
+
+    Raises:
+        InputError: There is no such run or format, or the folder cannot be written.
+        MissingError: A package that the format needs is not installed.
+        CheckError: The artefact differs from the model; nothing is published.
+    """
+    format_ = find_format(kind)
+    format_.require()
+    run = open_run(reference, directory=runs)
+    name = name or re.sub(r"[^\w.-]+", "-", f"{spec_of(run).name}-{run.config().model.name}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise InputError(f"--name: expected letters, digits, '.', '_' and '-', received {name!r}")
+    folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror})") from None
+    try:
+        exported = _make(run, format_, beside)
+        beside.chmod(0o755)
+        return _publish(beside, folder), exported
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def verify(path: str | Path) -> tuple[Path, Verified]:
+    """Compares an exported model with what was noted when it was made.
+
+    Args:
+        path: The folder of a version, or of a model: then its newest version is meant.
+
+    Returns:
+        The folder of the version, and how it compares.
+
+    Raises:
+        InputError: There is no exported model.
+        MissingError: The format's runtime is not installed.
+        CheckError: A file was changed, or it no longer says what the model said.
+    """
+    folder = find_version(Path(path))
+    exported = read_facts(folder)
+    format_ = find_format(exported.format)
+    format_.require()
+    found = _checksums(folder)
+    for name in sorted(exported.sha256.keys() | found.keys()):
+        if exported.sha256.get(name) != found.get(name):
+            raise CheckError(
+                f"{folder / name}: expected sha256 {exported.sha256.get(name, 'of no such file')}, "
+                f"found {found.get(name, 'no such file')}"
+            )
+    with np.load(folder / _CHECK, allow_pickle=False) as kept:
+        images, labels, expected = (kept[key] for key in ("images", "labels", "probabilities"))
+    return folder, _verified(format_, folder / format_.file, images, labels, expected)
+
+
+def find_version(path: Path) -> Path:
+    """Returns the folder of a version: the path itself, or its newest version.
+
+    Raises:
+        InputError: Neither is there.
+    """
+    if (path / _FACTS).is_file():
+        return path
+    versions = _versions(path)
+    if not versions:
+        raise InputError(f"expected an exported model (with {_FACTS}), received {path}")
+    return path / str(max(versions))
+
+
+def read_facts(folder: Path) -> Exported:
+    """Reads the export.json of a version.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    try:
+        return Exported.model_validate_json((folder / _FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder / _FACTS} cannot be read: {reason}") from None
+
+
+def _make(run: Run, format_: Format, folder: Path) -> Exported:
+    """Writes the artefact and everything beside it into a folder nobody knows of yet."""
+    config, spec = run.config(), spec_of(run)
+    data = datasets.load(config.data)
+    if data.spec.fingerprint != spec.fingerprint:
+        raise InputError(f"the data is not what {run.name} was trained on: {data.spec.origin}")
+    images, labels = data.test.read(slice(_MOST_TEST_IMAGES))
+    model = restore(run, precision="float32")
+    expected = _answers(model, images)
+    difference = 0.0
+    if config.training.precision != "float32":
+        difference = float(abs(_answers(restore(run), images) - expected).max())
+    calibration = data.train.read(slice(_CALIBRATION_IMAGES))[0]
+    format_.write(Source(model, spec, calibration), folder / format_.file)
+    exported = Exported(
+        format=format_.name,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=run.name,
+        config=config,
+        spec=spec,
+        parameters=model.count_params(),
+        precision=config.training.precision,
+        precision_difference=difference,
+        verified=_verified(format_, folder / format_.file, images, labels, expected),
+        sha256=_checksums(folder),
+    )
+    kept = slice(_KEPT_IMAGES)
+    np.savez(
+        folder / _CHECK, images=images[kept], labels=labels[kept], probabilities=expected[kept]
+    )
+    (folder / _FACTS).write_text(exported.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return exported
+
+
+def _publish(beside: Path, folder: Path) -> Path:
+    """Gives a finished version the next number; the card, which names it, is written last."""
+    exported = read_facts(beside)
+    while True:
+        version = folder / str(max(_versions(folder), default=0) + 1)
+        (beside / _CARD).write_text(model_card(exported, version), encoding="utf-8")
+        try:
+            beside.rename(version)
+        except OSError:
+            if not version.exists():
+                raise
+        else:  # no other process was quicker
+            return version
+
+
+def model_card(exported: Exported, version: Path) -> str:
+    """Returns what a person should know before using an exported model."""
+    verified, spec = exported.verified, exported.spec
+    shape = ", ".join(map(str, spec.image_shape))
+    change = (
+        f"It was trained in {exported.precision}; in float32, as here, a probability differs by at "
+        f"most {exported.precision_difference:.2g}."
+        if exported.precision != "float32"
+        else "It was trained in float32, as it is here."
+    )
+    serving = (
+        [
+            "Serve it with TensorFlow Serving, and ask it:",
+            "",
+            "```sh",
+            "docker run -p 8501:8501 -e MODEL_NAME=" + version.parent.name + " \\",
+            f'    -v "$PWD/{version.parent}:/models/{version.parent.name}" tensorflow/serving',
+            f"curl http://localhost:8501/v1/models/{version.parent.name}:predict \\",
+            '    -d "{\\"signature_name\\": \\"serving_files\\", \\"instances\\": '
+            '[{\\"image_bytes\\": {\\"b64\\": \\"$(base64 -w0 image.png)\\"}}]}"',
+            "```",
+        ]
+        if exported.format == "saved_model"
+        else [f"Load it in Python with `trainer.load({str(version)!r})`."]
+    )
+    return "\n".join(
+        [
+            f"# {version.parent.name}, version {version.name}",
+            "",
+            f"A network of {exported.parameters:,} parameters from the run `{exported.run}`, as "
+            f"`{exported.format}`, made {exported.time}.",
+            "",
+            f"- Takes `images`: uint8 [batch, {shape}], 0 to 255",
+            f"- Gives `probabilities`: float32 [batch, {spec.class_count}], of the classes "
+            f"{', '.join(spec.class_names[:20])}" + (", ..." if spec.class_count > 20 else ""),
+            f"- Trained on {spec.name} {spec.version}: {spec.train:,} images",
+            f"- Verified on {verified.images:,} held-out images, in a process without the code it "
+            f"was made by: accuracy {verified.accuracy:.4f} (the float32 model: "
+            f"{verified.model_accuracy:.4f}), the same class for {verified.agreement:.2%}, largest "
+            f"difference of a probability {verified.largest_difference:.2g}",
+            f"- {change}",
+            f"- Data fingerprint (SHA-256): `{spec.fingerprint}`",
+            "",
+            *serving,
+            "",
+            f"`trainer verify {version}` compares it again.",
+            "",
+        ]
+    )
+
+
+def _verified(
+    format_: Format, artefact: Path, images: Images, labels: Labels, expected: Probabilities
+) -> Verified:
+    """Has the artefact score images in a process of its own, and compares.
+
+    Raises:
+        CheckError: It fails there, or its answers differ by more than the format's tolerance.
+    """
+    found = _answers_elsewhere(format_, artefact, images)
+    few = expected[: len(found["one"])]
+    differences = [found["one"] - few, found["seven"] - few, found["all"] - expected]
+    guesses, model_guesses = found["all"].argmax(axis=1), expected.argmax(axis=1)
+    verified = Verified(
+        images=len(images),
+        largest_difference=max(float(abs(d).max()) for d in differences),
+        agreement=float((guesses == model_guesses).mean()),
+        accuracy=float((guesses == labels).mean()),
+        model_accuracy=float((model_guesses == labels).mean()),
+    )
+    lost = verified.model_accuracy - verified.accuracy
+    # One image more or less is no loss of accuracy where there are few.
+    allowed = max(format_.points / 100, 1 / len(images))
+    if not verified.largest_difference <= format_.tolerance or lost > allowed:
+        raise CheckError(
+            f"{format_.name} differs from the model: largest difference of a probability "
+            f"{verified.largest_difference:.3g} (at most {format_.tolerance:g}), accuracy "
+            f"{verified.accuracy:.4f} of {verified.model_accuracy:.4f} (at most "
+            f"{100 * allowed:.2f} points less)"
+        )
+    return verified
+
+
+def _answers_elsewhere(
+    format_: Format, artefact: Path, images: Images
+) -> dict[str, NDArray[np.float32]]:
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "images.npy", Path(folder) / "probabilities.npz"
+        np.save(given, images)
+        program = [sys.executable, "-I", runtimes.__file__]
+        done = subprocess.run(
+            [*program, format_.name, str(artefact.absolute()), str(given), str(result)],
+            cwd=folder,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            raise CheckError(f"{format_.name}: its own runtime fails on it: {last[0]}")
+        with np.load(result, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+
+def _answers(model: keras.Model, images: Images) -> Probabilities:
+    answers: Probabilities = runtimes.predict_in_batches(
+        lambda batch: model(batch, training=False).numpy(), images, 256
+    )
+    return answers
+
+
+def artefact_files(folder: Path, artefact: Path) -> list[str]:
+    """Returns the files of an artefact, by their paths within the folder of its version.
+
+    Args:
+        folder: Of the version.
+        artefact: The folder itself for a SavedModel, else a file in it.
+    """
+    paths = [artefact] if artefact.is_file() else sorted(artefact.rglob("*"))
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return [name for name in names if name not in (_FACTS, _CHECK, _CARD)]
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of every file that is not ours."""
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in artefact_files(folder, folder)
+    }
+
+
+def _versions(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(path.name) for path in folder.iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]

@@ -1,0 +1,187 @@
+"""What a model file may hold. Loading a model is running a program: these look before it is run.
+
+Refused without trust: code (Lambda layers, functions, modules other than Keras's), operations that
+touch files, the network or Python, paths that leave an archive, files within files, and sizes that
+the file itself cannot hold.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import h5py
+
+from trainer.errors import InputError
+
+_MOST_BYTES = 8 * 10**9  # that a .keras archive may unpack to
+_KERAS_FILES = re.compile(r"metadata\.json|config\.json|model\.weights\.h5|assets/.+")
+_KERAS_MODULES = re.compile(
+    r"keras(\.(layers|models|initializers|regularizers|constraints|activations|losses|metrics"
+    r"|optimizers|optimizers\.schedules|random))?|keras\.src\.models\.(functional|sequential)"
+)
+_CODE = {"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer"}
+# Operations that a network does not need, by what they do: files, network, Python.
+_REACHES_OUT = re.compile(
+    r"File|Reader|Dataset|PyFunc|Rpc|Save|Restore|Load|Checkpoint|Summary|Print|Debug|Remap"
+    r"|RemoteCall|Send|Recv|Lmdb|LMDB"
+)
+# What TensorFlow itself writes into every SavedModel, to save and restore its variables.
+_SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
+_SAVER_OPERATIONS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
+
+
+def check_keras(path: Path, *, trust: bool = False) -> None:
+    """Looks into a .keras archive without loading it.
+
+    Args:
+        path: The archive.
+        trust: Let it hold code.
+
+    Raises:
+        InputError: It is damaged, holds code, or is not what Keras writes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_members(path, archive.infolist())
+            config = json.loads(archive.read("config.json"))
+            weights = archive.read("model.weights.h5")
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError, EOFError) as error:
+        raise InputError(f"{path} is no .keras archive, or is damaged: {error}") from None
+    if not trust:
+        for module, name in _objects(config):
+            if name in _CODE or not _KERAS_MODULES.fullmatch(module or "keras"):
+                raise InputError(
+                    f"{path} holds code: {module or 'keras'}:{name}; loading it would run that. "
+                    "If you know who made it, load it with --trust"
+                )
+    check_hdf5(path, io.BytesIO(weights), len(weights))
+
+
+def check_hdf5(path: Path, file: Any, size: int) -> None:
+    """Looks into a file of weights without reading any.
+
+    Args:
+        path: Of the file, or of the archive that holds it, for the message.
+        file: A path or a file object.
+        size: Bytes of the file.
+
+    Raises:
+        InputError: It is damaged, declares more than it holds, or refers to other files.
+    """
+    declared = 0
+    try:
+        with h5py.File(file, "r") as weights:
+            for name, item in _hdf5_items(weights):
+                if isinstance(item, h5py.ExternalLink):
+                    raise InputError(f"{path}: {name} refers to another file: refused")
+                if isinstance(item, h5py.Dataset):
+                    if item.external or item.is_virtual:
+                        raise InputError(
+                            f"{path}: {name} keeps its values in another file: refused"
+                        )
+                    declared += item.nbytes
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} holds no weights, or is damaged: {reason}") from None
+    if declared > size:
+        raise InputError(
+            f"{path} declares {declared} bytes of weights and has {size}: it is damaged, or made "
+            "to exhaust the memory"
+        )
+
+
+def check_saved_model(path: Path, *, trust: bool = False) -> None:
+    """Looks through the operations of a SavedModel without loading it.
+
+    Args:
+        path: Its folder.
+        trust: Let it hold operations that reach out.
+
+    Raises:
+        InputError: It is damaged, or has operations that touch files, the network or Python.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    saved = saved_model_pb2.SavedModel()
+    try:
+        saved.ParseFromString((path / "saved_model.pb").read_bytes())
+    except (OSError, DecodeError) as error:
+        raise InputError(f"{path} is no SavedModel, or is damaged: {error}") from None
+    if not saved.meta_graphs:
+        raise InputError(f"{path} is no SavedModel: it holds no graph")
+    if trust:
+        return
+    for graph in saved.meta_graphs:
+        for where, operation in _reaching_out(graph):
+            raise InputError(
+                f"{path} holds the operation {operation} (in {where}), which can touch files, the "
+                "network or Python. If you know who made it, load it with --trust"
+            )
+
+
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    for member in members:
+        name = PurePosixPath(member.filename)
+        if not _KERAS_FILES.fullmatch(member.filename) or ".." in name.parts or name.is_absolute():
+            raise InputError(f"{path} holds {member.filename!r}, which no .keras archive has")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > _MOST_BYTES:
+        raise InputError(f"{path} unpacks to {unpacked} bytes; at most {_MOST_BYTES} are read")
+
+
+def _objects(tree: Any) -> Iterator[tuple[str | None, str]]:
+    """Yields module and class of every object that a Keras configuration names."""
+    if isinstance(tree, dict):
+        if "class_name" in tree:
+            yield tree.get("module"), str(tree["class_name"])
+        children: Any = tree.values()
+    else:
+        children = tree if isinstance(tree, list) else ()
+    for child in children:
+        yield from _objects(child)
+
+
+def _hdf5_items(group: h5py.Group) -> Iterator[tuple[str, Any]]:
+    """Yields every link and object below a group, without following links out of the file."""
+    for name in group:
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            yield name, link
+            continue
+        item = group[name]
+        yield item.name, item
+        if isinstance(item, h5py.Group):
+            yield from _hdf5_items(item)
+
+
+def _reaching_out(graph: Any) -> Iterator[tuple[str, str]]:
+    """Yields function and operation of what reaches out; TensorFlow's own saver may, by itself."""
+    saver = {graph.saver_def.save_tensor_name.split(":")[0], graph.saver_def.restore_op_name}
+    answers = {
+        tensor.name.split(":")[0]
+        for signature in graph.signature_def.values()
+        for tensor in signature.outputs.values()
+    }
+    for node in graph.graph_def.node:
+        calls_saver = any(_SAVER.fullmatch(name) for name in _called(node))
+        if _REACHES_OUT.search(node.op) or (
+            calls_saver and (node.name not in saver or node.name in answers)
+        ):
+            yield "the graph", node.op
+    for function in graph.graph_def.library.function:
+        name = function.signature.name
+        for node in function.node_def:
+            own = _SAVER.fullmatch(name) and node.op in _SAVER_OPERATIONS
+            if (_REACHES_OUT.search(node.op) and not own) or any(
+                map(_SAVER.fullmatch, _called(node))
+            ):
+                yield name, node.op
+
+
+def _called(node: Any) -> list[str]:
+    return [value.func.name for value in node.attr.values() if value.HasField("func")]

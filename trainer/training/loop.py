@@ -418,8 +418,8 @@ class Loop:
 
     def _compiled(self, call: Any, batches: Batches) -> Any:
         with self.strategy.scope():
-            call.get_concrete_function(batches.begin(0), tf.constant(0), tf.constant(1))
-        return call
+            # Not `call` itself, which TensorFlow would trace a second time when it is first called.
+            return call.get_concrete_function(batches.begin(0), tf.constant(0), tf.constant(1))
 
     def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function and adds its seconds to one part of `seconds`."""

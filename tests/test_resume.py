@@ -1,5 +1,6 @@
 """A training that is interrupted anywhere ends as if it had not been; nothing is lost."""
 
+import io
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from rich.console import Console
 
 import trainer
 from trainer.errors import InputError, StoppedError
@@ -188,6 +190,16 @@ def test_a_training_may_be_killed_anywhere(
     with pytest.raises(Killed):
         fit(bomb)
     assert contents(trainer.resume("latest", callbacks=[Bomb()]).run) == undisturbed
+
+
+def test_who_looks_at_it_may_change(fit: Fit, undisturbed: dict[str, Any]) -> None:
+    """Begun without a progress bar and in the profiler's sight, resumed with a bar."""
+    with pytest.raises(Killed):
+        fit(Bomb(step=5), logging__profile=True, logging__tensorboard=True)
+    console = Console(file=io.StringIO(), force_terminal=True)
+    run = trainer.resume("latest", callbacks=[Bomb()], console=console).run
+    assert contents(run) == undisturbed
+    assert list(run.path.rglob("*.xplane.pb"))
 
 
 def test_what_a_callback_remembers_comes_back(fit: Fit) -> None:

@@ -361,12 +361,14 @@ class _Training:
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
         setting, observers = self._setting, self._observers()
-        own = [watch for watch in observers if isinstance(watch, keras.callbacks.Callback)]
-        callbacks = [keras.callbacks.History(), *self._callbacks, *own]
-        others = [watch for watch in observers if watch not in own]
+        callbacks = [keras.callbacks.History(), *self._callbacks]
+        watchers = [each for each in observers if isinstance(each, keras.callbacks.Callback)]
+        # The others remember nothing that a resumed training needs, and may not be there then.
+        passing = (watching.ProgressBar, watching.Profiler)
+        stateful = [each for each in observers if not isinstance(each, passing)]
         checkpoints = Checkpoints(
             self._run,
-            watched=[*callbacks, *others, setting.loop.seconds],
+            watched=[*callbacks, *stateful, setting.loop.seconds],
             variables=setting.augmentation.variables if setting.augmentation else [],
             fingerprint=setting.data.spec.fingerprint,
             every_seconds=setting.config.training.checkpoint_seconds,
@@ -378,7 +380,7 @@ class _Training:
                 self._train,
                 self._validation,
                 epochs=setting.config.training.epochs,
-                callbacks=[*callbacks, checkpoints],
+                callbacks=[*callbacks, *watchers, checkpoints],
                 observers=[*observers, checkpoints],
                 warmup_calls=2 if setting.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.position,

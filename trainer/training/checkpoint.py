@@ -49,6 +49,7 @@ class Checkpoint:
         position: Where it stood.
         stopped: Whether a callback had ended it.
         fingerprint: Of the data.
+        best_loss: The lowest validation loss so far, if there was one.
         variables: The value of each variable, in the order in which model, optimizer, metrics and
             augmentation list them.
         states: What each callback and observer remembered, as `_state` gives it.
@@ -58,6 +59,7 @@ class Checkpoint:
     position: Position
     stopped: bool
     fingerprint: str
+    best_loss: float | None
     variables: list[NDArray[Any]]
     states: list[dict[str, Any]]
     log_sizes: dict[str, int]
@@ -106,14 +108,14 @@ class Checkpoints(keras.callbacks.Callback):
         self._training = False
         self._last_time = 0.0
         self._fresh: list[dict[str, Any]] = []
-        self.best_loss: float | None = None
+        self._best_loss: float | None = None
         for callback in watched:
             if saved is not None and isinstance(callback, keras.callbacks.CSVLogger):
                 callback.append = True  # it would begin its file anew
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Restores everything, after the others have set themselves to their beginnings."""
-        self._fresh = copy.deepcopy([_state(each) for each in self._everyone()])
+        self._fresh = copy.deepcopy([_state(each) for each in self._watched])
         self._training = True
         self._last_time = time.monotonic()
         if self._saved is not None:
@@ -138,8 +140,8 @@ class Checkpoints(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves after an epoch, and the weights where no epoch was better."""
         loss = (logs or {}).get("val_loss")
-        if loss is not None and (self.best_loss is None or loss < self.best_loss):
-            self.best_loss = loss
+        if loss is not None and (self._best_loss is None or loss < self._best_loss):
+            self._best_loss = loss
             save_weights(self._run.checkpoints / "best.weights.h5", self.model)
         self._position = Position(epoch + 1)
         self._save()
@@ -148,9 +150,6 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Saves no more: from here on the weights may be those of another epoch."""
         self._training = False
-
-    def _everyone(self) -> list[Any]:
-        return [self, *self._watched]
 
     def _variables(self) -> list[Any]:
         model = self.model
@@ -168,12 +167,13 @@ class Checkpoints(keras.callbacks.Callback):
                 for name, value in _state(each).items()
                 if not _same(value, fresh.get(name))
             }
-            for each, fresh in zip(self._everyone(), self._fresh, strict=True)
+            for each, fresh in zip(self._watched, self._fresh, strict=True)
         ]
         checkpoint = Checkpoint(
             position=self._position,
             stopped=self.model.stop_training,
             fingerprint=self._fingerprint,
+            best_loss=self._best_loss,
             variables=[_value(variable) for variable in self._variables()],
             states=states,
             log_sizes=_log_sizes(self._run, self._watched),
@@ -182,21 +182,21 @@ class Checkpoints(keras.callbacks.Callback):
         self._last_time = time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
-        variables, everyone = self._variables(), self._everyone()
+        variables = self._variables()
         # Not by their names, which Keras counts up within a process: dense, dense_1, ...
         shapes = [tuple(variable.shape) for variable in variables]
-        if shapes != [value.shape for value in saved.variables] or len(everyone) != len(
-            saved.states
-        ):
+        saved_shapes = [value.shape for value in saved.variables]
+        if shapes != saved_shapes or len(self._watched) != len(saved.states):
             raise InputError(
                 f"the checkpoint of {self._run.path} is of another network, optimizer or list of "
                 "callbacks: was the code changed since?"
             )
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
-        for each, state in zip(everyone, saved.states, strict=True):
+        for each, state in zip(self._watched, saved.states, strict=True):
             for name, value in state.items():
                 setattr(each, name, value)
+        self._best_loss = saved.best_loss
         self.model.stop_training = saved.stopped
 
 
@@ -290,6 +290,7 @@ def _write(run: Run, checkpoint: Checkpoint, steps: int) -> None:
         "position": _packed(asdict(checkpoint.position), "position", arrays),
         "stopped": checkpoint.stopped,
         "fingerprint": checkpoint.fingerprint,
+        "best_loss": checkpoint.best_loss,
         "states": [
             {name: _packed(value, f"s {i} {name}", arrays) for name, value in state.items()}
             for i, state in enumerate(checkpoint.states)
@@ -324,6 +325,7 @@ def _read(path: Path) -> Checkpoint:
         position=Position(**_unpacked(facts["position"], arrays)),
         stopped=facts["stopped"],
         fingerprint=facts["fingerprint"],
+        best_loss=facts["best_loss"],
         variables=[array for name, array in arrays.items() if name.startswith("v ")],
         states=[
             {name: _unpacked(value, arrays) for name, value in state.items()}

@@ -127,6 +127,21 @@ def test_fit_evaluate_and_predict_tell_the_same_story(run: Run, tmp_path: Path) 
     assert first["probabilities"] == pytest.approx(results[1]["probabilities"])
 
 
+def test_weights_that_were_changed_are_refused(run: Run) -> None:
+    folder = Path(run("fit", "configs/debug.toml", "--epochs", "1", "--json").json["run"])
+    weights = folder / "checkpoints" / "final.weights.h5"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    np.save("one.npy", np.zeros((28, 28, 1), np.uint8))
+    for arguments in (("evaluate", "latest"), ("predict", "latest", "one.npy"), ("load", folder)):
+        result = run(*map(str, arguments))
+        assert result.code == 2
+        assert f"{weights} is damaged: expected sha256" in result.err
+    weights.unlink()
+    assert "found no file" in run("evaluate", "latest").err
+
+
 def test_validation_is_scored_as_fit_scored_it(run: Run) -> None:
     summary = run("fit", "configs/debug.toml", "--json").json
     again = run("evaluate", "latest", "--split", "validation", "--json").json

@@ -21,7 +21,7 @@ from trainer.config import Config
 from trainer.data import Dataset, DataSpec
 from trainer.devices import Devices
 from trainer.errors import InputError, nearest
-from trainer.run import Run
+from trainer.run import Run, sha256
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights
@@ -83,6 +83,11 @@ class Setting:
     model: keras.Model
     loop: Loop
     augmentation: Augmentation | None
+
+    @property
+    def random_state(self) -> list[Any]:
+        """Variables that are not the model's own: of augmentation."""
+        return [] if self.augmentation is None else self.augmentation.variables
 
     def batches(self, split: str, *, shuffled: bool = False) -> Batches:
         """Returns the batches of a split, in its order or shuffled anew each epoch."""
@@ -227,8 +232,23 @@ def restore(run: Run, *, precision: str | None = None) -> keras.Model:
     with devices.dtype_policy(precision or config.training.precision):
         model = compiled_model(config, spec_of(run))
         model.optimizer.build(model.trainable_variables)
-    load_weights(run.weights, model)
+    load_final_weights(run, model)
     return model
+
+
+def load_final_weights(run: Run, model: keras.Model) -> None:
+    """Reads the weights of a finished run, if they are what was written.
+
+    Raises:
+        InputError: They are missing, were changed, or are of another architecture.
+    """
+    expected = run.read_json("summary.json").get("weights_sha256")
+    found = sha256(run.weights) if run.weights.is_file() else None
+    if found != expected:
+        raise InputError(
+            f"{run.weights} is damaged: expected sha256 {expected}, found {found or 'no file'}"
+        )
+    load_weights(run.weights, model)
 
 
 def spec_of(run: Run) -> DataSpec:

@@ -9,6 +9,7 @@ runs/<UTC time>-<name>/
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -335,6 +336,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         _make_durable(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make_durable(folder: Path) -> None:

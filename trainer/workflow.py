@@ -17,18 +17,25 @@ from rich.console import Console
 
 from trainer import data as datasets
 from trainer import devices, images, models, report
-from trainer.assembly import Clock, Setting, assemble, make_callbacks, spec_of
+from trainer.assembly import (
+    Clock,
+    Setting,
+    assemble,
+    load_final_weights,
+    make_callbacks,
+    spec_of,
+)
 from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
 from trainer.errors import CheckError, InputError
-from trainer.run import Run, environment, name_run, open_run, require_writable
+from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
 from trainer.training import callbacks as watching
 from trainer.training.batches import Batches
 from trainer.training.checkpoint import (
     Checkpoint,
     Checkpoints,
-    load_weights,
     newest_checkpoint,
+    require_fit,
     roll_back,
     save_weights,
 )
@@ -140,13 +147,15 @@ def resume(
         found = setting.data.spec.fingerprint
         if saved is not None and saved.fingerprint != found:
             raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
+        if saved is not None:
+            require_fit(run, saved, setting.model, setting.random_state)
         longer = config.training.epochs > run.config().training.epochs
-        run.reopen(setting.config)
-        roll_back(run, saved)
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
         watched_by = [*make_callbacks(setting, run.path), *callbacks]
         training = _Training(setting, run, watched_by, clock, console, saved)
+        run.reopen(setting.config)  # from here on something is changed
+        roll_back(run, saved)
         return training.run_to_the_end()
 
 
@@ -175,7 +184,7 @@ def evaluate(
     setting = assemble(run.config().with_changes({"training.device": device}), Clock())
     if expected != setting.data.spec.fingerprint:
         raise InputError(_other_data(run, expected, setting.data.spec))
-    load_weights(run.weights, setting.model)
+    load_final_weights(run, setting.model)
     batches = setting.batches(split)
     scores, _ = _score(setting, batches)
     return {
@@ -221,7 +230,7 @@ def predict(
     chosen = devices.select(device)
     with devices.dtype_policy(config.training.precision), chosen.strategy.scope():
         model = models.build(config.model, spec)
-    load_weights(run.weights, model)
+    load_final_weights(run, model)
     pixels = np.stack([picture.pixels for picture in pictures])
     with tf.device(chosen.names[0]):
         batches = [
@@ -369,7 +378,7 @@ class _Training:
         checkpoints = Checkpoints(
             self._run,
             watched=[*callbacks, *stateful, setting.loop.seconds],
-            variables=setting.augmentation.variables if setting.augmentation else [],
+            variables=setting.random_state,
             fingerprint=setting.data.spec.fingerprint,
             every_seconds=setting.config.training.checkpoint_seconds,
             signals=self._signals,
@@ -416,6 +425,7 @@ class _Training:
             scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
         summary = _summary(setting, validation, scores, clock, self._times) | {
             "run": str(run.path),
+            "weights_sha256": sha256(run.weights),
             "train_images": self._train.images,  # fewer than there are, under limit_batches
             "test_images": len(cast("NDArray[np.float32]", probabilities)),
         }

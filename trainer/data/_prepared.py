@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.data import Images, Source
 from trainer.errors import InputError
+from trainer.run import sha256
 
 _DESCRIPTION = "prepared.json"
 
@@ -197,12 +198,6 @@ def check_sums(folder: Path) -> list[str]:
                 f"found {found}; make it anew with `trainer data prepare --overwrite`"
             )
     return list(prepared.files)
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_split(

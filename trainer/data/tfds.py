@@ -29,10 +29,10 @@ from trainer.data._prepared import (
     check_sums,
     open_prepared,
     refuse_foreign,
-    sha256,
     write_prepared,
 )
 from trainer.errors import InputError, nearest
+from trainer.run import sha256
 
 _log = logging.getLogger(__name__)
 

@@ -151,12 +151,6 @@ class Checkpoints(keras.callbacks.Callback):
         """Saves no more: from here on the weights may be those of another epoch."""
         self._training = False
 
-    def _variables(self) -> list[Any]:
-        model = self.model
-        optimizer = model.optimizer.variables
-        every = [*model.variables, *optimizer, *model.metrics_variables, *self._own_variables]
-        return list({id(variable): variable for variable in every}.values())
-
     def _save(self) -> None:
         for each in self._watched:
             if hasattr(each, "flush"):
@@ -174,7 +168,7 @@ class Checkpoints(keras.callbacks.Callback):
             stopped=self.model.stop_training,
             fingerprint=self._fingerprint,
             best_loss=self._best_loss,
-            variables=[_value(variable) for variable in self._variables()],
+            variables=[_value(v) for v in _variables(self.model, self._own_variables)],
             states=states,
             log_sizes=_log_sizes(self._run, self._watched),
         )
@@ -182,15 +176,9 @@ class Checkpoints(keras.callbacks.Callback):
         self._last_time = time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
-        variables = self._variables()
-        # Not by their names, which Keras counts up within a process: dense, dense_1, ...
-        shapes = [tuple(variable.shape) for variable in variables]
-        saved_shapes = [value.shape for value in saved.variables]
-        if shapes != saved_shapes or len(self._watched) != len(saved.states):
-            raise InputError(
-                f"the checkpoint of {self._run.path} is of another network, optimizer or list of "
-                "callbacks: was the code changed since?"
-            )
+        variables = _variables(self.model, self._own_variables)
+        if len(self._watched) != len(saved.states):
+            raise InputError(f"{self._run.path} was trained with another number of callbacks")
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
         for each, state in zip(self._watched, saved.states, strict=True):
@@ -215,6 +203,33 @@ def newest_checkpoint(run: Run) -> Checkpoint | None:
     if paths:
         raise InputError(f"every checkpoint of {run.path} is damaged: it cannot be resumed")
     return None
+
+
+def require_fit(
+    run: Run, saved: Checkpoint, model: keras.Model, own_variables: Sequence[Any]
+) -> None:
+    """Refuses a checkpoint of another network or optimizer.
+
+    Args:
+        run: Whose checkpoint it is, for the message.
+        saved: The checkpoint.
+        model: Compiled, its optimizer built.
+        own_variables: As `Checkpoints` takes them.
+
+    Raises:
+        InputError: It does not fit.
+    """
+    # Not by their names, which Keras counts up within a process: dense, dense_1, ...
+    shapes = [tuple(variable.shape) for variable in _variables(model, own_variables)]
+    if shapes != [value.shape for value in saved.variables]:
+        raise InputError(
+            f"the checkpoint of {run.path} is of another network or optimizer: did the code change?"
+        )
+
+
+def _variables(model: keras.Model, own: Sequence[Any]) -> list[Any]:
+    every = [*model.variables, *model.optimizer.variables, *model.metrics_variables, *own]
+    return list({id(variable): variable for variable in every}.values())
 
 
 def roll_back(run: Run, saved: Checkpoint | None) -> None:

@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_the_newest_two_are_kept_and_the_best_weights(fit: Fit) -> None:
     run = fit().run
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [
-        *("best.weights.h5", "final.weights.h5", "step-00000026.npz", "step-00000027.npz"),
+        *("best.weights.h5", "final.weights.h5", "step-0000000026.npz", "step-0000000027.npz"),
     ]
 
 
@@ -369,12 +369,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(
             if int(self.model.optimizer.iterations) == STEPS + 4:
                 full_disk()
 
-    with pytest.raises(InputError, match=r"step-00000017\.npz: about \d+ bytes cannot be written"):
+    with pytest.raises(
+        InputError, match=r"step-0000000017\.npz: about \d+ bytes cannot be written"
+    ):
         fit(Fills(), logging__name="full")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     run = newest()
     files = sorted(path.name for path in run.checkpoints.glob("*"))
-    assert files == ["best.weights.h5", "step-00000009.npz", "step-00000013.npz"]
+    assert files == ["best.weights.h5", "step-0000000009.npz", "step-0000000013.npz"]
     trainer.resume("latest", callbacks=[Bomb()])
     assert contents(run) == undisturbed
 
@@ -409,7 +411,7 @@ def test_a_signal_is_obeyed_when_the_state_is_saved(
     assert str(stopped.value) == f"stopped by {name}; go on with `trainer fit --resume {run.path}`"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     steps = {"step": STEPS + 8, "validation": STEPS, "end": 3 * STEPS}[where]
-    assert (run.checkpoints / f"step-{steps:08}.npz").exists()
+    assert (run.checkpoints / f"step-{steps:010}.npz").exists()
     trainer.resume("latest", callbacks=[Bomb()])
     assert contents(run) == undisturbed
 

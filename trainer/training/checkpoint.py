@@ -1,7 +1,7 @@
 """What a training leaves behind: checkpoints, from which it goes on bit for bit, and its weights.
 
 checkpoints/
-    step-00000450.npz   all state after so many steps; the newest two are kept
+    step-0000000450.npz   all state after so many steps; the newest two are kept
     best.weights.h5     weights of the epoch with the lowest validation loss, as Keras writes them
     final.weights.h5    those at the end
 
@@ -314,7 +314,7 @@ def _write(run: Run, checkpoint: Checkpoint, steps: int) -> None:
     }
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     arrays["sha256"] = _sha256(arrays)
-    path = run.checkpoints / f"step-{steps:08}.npz"
+    path = run.checkpoints / f"step-{steps:010}.npz"
 
     def write(beside: Path) -> None:
         with beside.open("wb") as file:

@@ -85,7 +85,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "predict": "run images --invert --device --runs --json",
         "save": "run path --overwrite --runs --json",
         "tensorboard": "--runs --port",
-        "verify": "path --json",
+        "verify": "path --trust --json",
     }
 
 

@@ -1,5 +1,6 @@
 """A model leaves in every format, equal to what was trained; hostile files are refused."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -15,6 +16,7 @@ from typing import Any
 import h5py
 import keras
 import numpy as np
+import onnx
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -257,7 +259,7 @@ def test_what_differs_is_not_published(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["changed", "missing", "added", "answers"])
+@pytest.mark.parametrize("how", ["changed", "missing", "added", "answers", "check"])
 def test_verify_finds_what_was_changed(
     how: str, exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
@@ -270,13 +272,15 @@ def test_verify_finds_what_was_changed(
         variables.unlink()
     elif how == "added":
         (folder / "assets" / "more.txt").write_text("more")
+    elif how == "check":
+        (folder / "check.npz").write_bytes(b"zz")
     else:
         with np.load(folder / "check.npz") as kept:
             arrays = dict(kept)
         arrays["probabilities"] = arrays["probabilities"][:, ::-1]
         np.savez(folder / "check.npz", **arrays)
     said = refused(command("verify", folder), 4)
-    expected = {"added": "more.txt", "answers": "differs from the model"}
+    expected = {"added": "more.txt", "answers": "differs from the model", "check": "check.npz"}
     assert expected.get(how, variables.name) in said
 
 
@@ -350,8 +354,10 @@ def test_nothing_is_overwritten_unasked(
     assert "exists already and is left as it is" in refused(command("save", run.path, path))
     assert path.read_bytes() == b"precious"
     for other, said in [
-        ("model.h5", "expected a path that ends in .keras or .weights.h5"),
+        ("model.h5", "expected a name that ends in .keras or .weights.h5"),
         ("no/folder.keras", "there is no folder"),
+        (".keras", "expected a name that ends in"),
+        (run.path / "other.keras", "lies in a run directory"),
     ]:
         assert said in refused(command("save", run.path, tmp_path / other))
     assert content(tmp_path) == {"model.keras": b"precious"}
@@ -590,6 +596,95 @@ def test_a_saved_model_that_reaches_out_is_refused(
     assert operation in said
     assert "--trust" in said
     assert command("load", tmp_path / "m", "--trust")[0] == 0
+
+
+def test_what_verify_would_run_is_looked_at_first(
+    exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    """A graph that writes a file, with sums that fit."""
+    target, written = tmp_path / "m", tmp_path / "written"
+    shutil.copytree(exported["saved_model"], target)
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")])
+    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        with tf.control_dependencies([tf.io.write_file(str(written), "x")]):
+            return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + 0.25}
+
+    module.answer = answer
+    tf.saved_model.save(module, str(target), signatures={"serving_default": answer})
+    facts = json.loads((target / "export.json").read_text())
+    files = [path for path in target.rglob("*") if path.is_file()]
+    facts["sha256"] = {
+        str(path.relative_to(target)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name not in ("export.json", "check.npz", "README.md")
+    }
+    (target / "export.json").write_text(json.dumps(facts))
+    assert "WriteFile" in refused(command("verify", target))
+    assert not written.exists()
+
+
+def test_a_file_read_into_a_constant_is_refused(tmp_path: Path) -> None:
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")])
+    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        constant = tf.raw_ops.ImmutableConst(
+            dtype=tf.float32, shape=[1], memory_region_name="/etc/hostname"
+        )
+        return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + constant}
+
+    module.answer = answer
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": answer})
+    with pytest.raises(InputError, match="ImmutableConst"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("code", ["evil:Layer", "TFSMLayer", "Lambda"])
+def test_weights_that_bring_code_along_are_refused(
+    code: str,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., Any],
+) -> None:
+    (tmp_path / "evil.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.weights.h5"
+    shutil.copy(files[".weights.h5"], path)
+    with h5py.File(path, "a") as file:
+        origin = json.loads(file.attrs["trainer.origin"])
+        origin["config"]["model"]["options"]["layers"][0]["name"] = code
+        file.attrs["trainer.origin"] = json.dumps(origin)
+    assert f"holds code: {code}" in refused(command("load", path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_another_file_are_refused(
+    files: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    model = onnx.load(str(files[".onnx"]))
+    onnx.save(
+        model, str(tmp_path / "m.onnx"), save_as_external_data=True, size_threshold=0, location="w"
+    )
+    assert "keeps its weights in other files" in refused(command("load", tmp_path / "m.onnx"))
+
+
+def test_a_trusted_file_finds_a_class_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    (tmp_path / "own_layers.py").write_text(
+        "import keras\nclass Twice(keras.layers.Layer):\n    def call(self, x): return x * 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_layers
+
+    path = tmp_path / "own.keras"
+    keras.Sequential([keras.Input((8, 8, 1)), own_layers.Twice()]).save(path)
+    assert "holds code: own_layers:Twice" in refused(command("load", path))
+    assert command("load", path, "--trust")[0] == 0
 
 
 def test_the_saver_s_own_operations_serve_no_answer(

@@ -233,12 +233,15 @@ def export(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An exported model or a version")],
     *,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run what reaches out of it: know its maker")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Check an exported model: its sums, and its answers in another process."""
     _start_logging()
     with _stdout_for_the_result():
-        folder, verified = _saving("export").verify(path)
+        folder, verified = _saving("export").verify(path, trust=trust)
     _print_facts({"path": str(folder), **verified.model_dump()}, as_json=json_)
 
 

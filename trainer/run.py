@@ -56,6 +56,11 @@ class Run:
         """Whether the run came to its end."""
         return (self.path / "summary.json").exists()
 
+    @property
+    def trained_epochs(self) -> int:
+        """How many epochs have a line in metrics.jsonl."""
+        return len(self.metrics.read_bytes().splitlines()) if self.metrics.is_file() else 0
+
     def owns(self, path: Path) -> bool:
         """Returns whether a path is the run directory or a file that the run itself writes."""
         own = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
@@ -112,13 +117,13 @@ class Run:
             changed: The run's own, with what a person asked to be different.
 
         Raises:
-            InputError: That is more than a larger number of epochs.
+            InputError: That is more than another number of epochs, or fewer than were trained.
         """
         own = self.config()
-        if changed.training.epochs < own.training.epochs:
+        if changed.training.epochs < self.trained_epochs:
             raise InputError(
-                f"--resume: training.epochs of {self.name} is {own.training.epochs}: expected as "
-                f"many or more, received {changed.training.epochs}"
+                f"--resume: {self.name} has trained {self.trained_epochs} epochs: expected as many "
+                f"or more, received {changed.training.epochs}"
             )
         before, after = (config.model_dump() for config in (own, changed))
         differing = [

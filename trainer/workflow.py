@@ -136,7 +136,7 @@ def resume(
     clock = Clock(import_seconds)
     run = open_run(reference, directory=directory, unfinished=True)
     config = run.config() if changed is None else run.continued(changed)
-    if run.finished and config.training.epochs == run.config().training.epochs:
+    if run.finished and config.training.epochs <= run.config().training.epochs:
         raise InputError(
             f"run {run.name} is finished, after {config.training.epochs} epochs: "
             "train it for longer with --epochs"
@@ -144,16 +144,34 @@ def resume(
     with run.locked(), run.logging():
         setting = assemble(config, clock)
         saved = newest_checkpoint(run)
+        # A first epoch has its line in the metrics just before its checkpoint.
+        if saved is None and (run.finished or run.trained_epochs > 1):
+            raise InputError(
+                f"{run.checkpoints} holds no checkpoint any more: it cannot be resumed"
+            )
         found = setting.data.spec.fingerprint
         if saved is not None and saved.fingerprint != found:
             raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
         if saved is not None:
+            begun = saved.position.epoch + (saved.position.step > 0)
+            if begun > config.training.epochs:
+                raise InputError(
+                    f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
+                    f"received {config.training.epochs}"
+                )
             require_fit(run, saved, setting.model, setting.random_state)
         longer = config.training.epochs > run.config().training.epochs
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
+            if config.optimizer.schedule is not None:
+                _log.warning(
+                    "The learning-rate schedule now goes over %d epochs: the result is not that of "
+                    "a training that was this long from its beginning.",
+                    config.training.epochs,
+                )
         watched_by = [*make_callbacks(setting, run.path), *callbacks]
         training = _Training(setting, run, watched_by, clock, console, saved)
+        run.checkpoints.mkdir(exist_ok=True)
         run.reopen(setting.config)  # from here on something is changed
         roll_back(run, saved)
         return training.run_to_the_end()

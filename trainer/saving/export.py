@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from trainer.errors import CheckError, InputError
 from trainer.run import Run, open_run
 from trainer.saving import runtimes
 from trainer.saving.formats import Format, Probabilities, Source, find_format
+from trainer.saving.safety import check_saved_model
 
 _MOST_TEST_IMAGES = 10_000
 _KEPT_IMAGES = 256
@@ -138,11 +140,12 @@ def export(
             folder.rmdir()
 
 
-def verify(path: str | Path) -> tuple[Path, Verified]:
+def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verified]:
     """Compares an exported model with what was noted when it was made.
 
     Args:
         path: The folder of a version, or of a model: then its newest version is meant.
+        trust: Run operations of a SavedModel that reach out.
 
     Returns:
         The folder of the version, and how it compares.
@@ -163,8 +166,15 @@ def verify(path: str | Path) -> tuple[Path, Verified]:
                 f"{folder / name}: expected sha256 {exported.sha256.get(name, 'of no such file')}, "
                 f"found {found.get(name, 'no such file')}"
             )
-    with np.load(folder / _CHECK, allow_pickle=False) as kept:
-        images, labels, expected = (kept[key] for key in ("images", "labels", "probabilities"))
+    if exported.format == "saved_model":
+        check_saved_model(folder, trust=trust)
+    try:
+        with np.load(folder / _CHECK, allow_pickle=False) as kept:
+            images, labels, expected = (kept[key] for key in ("images", "labels", "probabilities"))
+        if expected.shape != (len(images), exported.spec.class_count) or not len(images):
+            raise ValueError(f"probabilities of shape {list(expected.shape)}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckError(f"{folder / _CHECK} was changed or is damaged: {error}") from None
     return folder, _verified(format_, folder / format_.file, images, labels, expected)
 
 
@@ -208,7 +218,14 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
     if config.training.precision != "float32":
         difference = float(abs(_answers(restore(run), images) - expected).max())
     calibration = data.train.read(slice(_CALIBRATION_IMAGES))[0]
-    format_.write(Source(model, spec, calibration), folder / format_.file)
+    try:
+        format_.write(Source(model, spec, calibration), folder / format_.file)
+    except OSError:
+        raise
+    except Exception as error:
+        # Each converter has errors of its own for what its format cannot express.
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{run.name} cannot be written as {format_.name}: {reason}") from error
     exported = Exported(
         format=format_.name,
         time=datetime.now(UTC).isoformat(timespec="seconds"),

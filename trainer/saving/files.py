@@ -1,6 +1,7 @@
 """Saves the model of a run as Keras files that say where they came from."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,12 @@ def save(
         InputError: There is no such run, the path has another ending, exists, or cannot be written.
     """
     path = Path(path)
-    if not path.name.endswith(ENDINGS):
-        raise InputError(f"expected a path that ends in {' or '.join(ENDINGS)}, received {path}")
-    if path.exists() and not overwrite:
+    if not path.name.endswith(ENDINGS) or path.name in ENDINGS or len(path.name) > 200:
+        raise InputError(f"expected a name that ends in {' or '.join(ENDINGS)}, received {path}")
+    if os.path.lexists(path) and not overwrite:
         raise InputError(f"{path} exists already and is left as it is: replace it with --overwrite")
+    if any((folder / "config.toml").is_file() for folder in path.absolute().parents):
+        raise InputError(f"{path} lies in a run directory, which keeps its own files: elsewhere")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     run = open_run(reference, directory=runs)
@@ -90,11 +93,11 @@ def origin_of(path: Path) -> Origin | None:
     else:
         with h5py.File(path, "r") as file:
             text = file.attrs.get(_ATTRIBUTE, "")
-    if not text:
-        return None
     try:
-        return Origin.model_validate(json.loads(text), strict=False)
-    except (ValidationError, ValueError, TypeError) as error:
+        if not isinstance(text, str):
+            raise TypeError(f"expected text, received {type(text).__name__}")
+        return Origin.model_validate(json.loads(text), strict=False) if text else None
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: what it says of its origin is damaged: {reason}") from None
 

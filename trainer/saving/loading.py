@@ -14,7 +14,7 @@ from trainer import devices, models
 from trainer.assembly import restore, spec_of
 from trainer.data import Images
 from trainer.errors import InputError
-from trainer.run import Run
+from trainer.run import Run, open_run
 from trainer.saving import safety
 from trainer.saving.export import artefact_files, find_version, read_facts
 from trainer.saving.files import Origin, origin_of
@@ -112,6 +112,8 @@ def load(path: str | Path, *, trust: bool = False) -> Loaded:
     """
     path = Path(path)
     try:
+        if not path.exists() and path.parent == Path():
+            path = open_run(str(path)).path  # the name of a run, or "latest"
         kind = _identify(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -120,7 +122,7 @@ def load(path: str | Path, *, trust: bool = False) -> Loaded:
     if kind == "keras":
         return _load_keras(path, trust=trust)
     if kind == "weights":
-        return _load_weights(path)
+        return _load_weights(path, trust=trust)
     return _load_exported(path, kind, trust=trust)
 
 
@@ -166,7 +168,12 @@ def _load_run(path: Path) -> Loaded:
 def _load_keras(path: Path, *, trust: bool) -> Loaded:
     safety.check_keras(path, trust=trust)
     try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=not trust)
+        own = safety.imported(path) if trust else None
+        model = keras.saving.load_model(
+            path, custom_objects=own, compile=False, safe_mode=not trust
+        )
+    except InputError:
+        raise
     except Exception as error:
         # What a damaged file makes Keras raise is of many kinds.
         reason = " ".join(str(error).split())[:300]
@@ -174,7 +181,7 @@ def _load_keras(path: Path, *, trust: bool) -> Loaded:
     return _of_keras(path, "keras", model, path.stat().st_size, origin_of(path))
 
 
-def _load_weights(path: Path) -> Loaded:
+def _load_weights(path: Path, *, trust: bool) -> Loaded:
     safety.check_hdf5(path, path, path.stat().st_size)
     origin = origin_of(path) or _origin_of_run(path)
     if origin is None:
@@ -182,6 +189,7 @@ def _load_weights(path: Path) -> Loaded:
             f"{path} does not say which network it is for: expected a file made by `trainer save`, "
             "or one within its run directory"
         )
+    safety.check_network(path, origin.config.model.options, trust=trust)
     with devices.dtype_policy(origin.config.training.precision):
         model = models.build(origin.config.model, origin.spec)
     load_weights(path, model)
@@ -215,6 +223,9 @@ def _load_exported(path: Path, kind: str, *, trust: bool) -> Loaded:
     exported = read_facts(folder) if (folder / "export.json").is_file() else None
     if path.is_dir():
         safety.check_saved_model(path, trust=trust)
+    if kind == "onnx":
+        FORMATS[kind].require()
+        safety.check_onnx(path)
     predict = FORMATS[kind].open(path)
     size = sum((folder / name).stat().st_size for name in artefact_files(folder, path))
     if exported is None:

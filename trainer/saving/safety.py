@@ -5,6 +5,7 @@ touch files, the network or Python, paths that leave an archive, files within fi
 the file itself cannot hold.
 """
 
+import importlib
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import h5py
 from trainer.errors import InputError
 
 _MOST_BYTES = 8 * 10**9  # that a .keras archive may unpack to
+_MOST_GRAPH_BYTES = 2 * 10**9  # of a graph, the most that its format can hold
 _KERAS_FILES = re.compile(r"metadata\.json|config\.json|model\.weights\.h5|assets/.+")
 _KERAS_MODULES = re.compile(
     r"keras(\.(layers|models|initializers|regularizers|constraints|activations|losses|metrics"
@@ -27,7 +29,7 @@ _CODE = {"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", 
 # Operations that a network does not need, by what they do: files, network, Python.
 _REACHES_OUT = re.compile(
     r"File|Reader|Dataset|PyFunc|Rpc|Save|Restore|Load|Checkpoint|Summary|Print|Debug|Remap"
-    r"|RemoteCall|Send|Recv|Lmdb|LMDB"
+    r"|RemoteCall|Send|Recv|Lmdb|LMDB|ImmutableConst|UnigramCandidateSampler|Skipgram|Proto|Abort"
 )
 # What TensorFlow itself writes into every SavedModel, to save and restore its variables.
 _SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
@@ -109,6 +111,9 @@ def check_saved_model(path: Path, *, trust: bool = False) -> None:
 
     saved = saved_model_pb2.SavedModel()
     try:
+        size = (path / "saved_model.pb").stat().st_size
+        if size > _MOST_GRAPH_BYTES:
+            raise InputError(f"{path}: a graph of {size} bytes; at most {_MOST_GRAPH_BYTES}")
         saved.ParseFromString((path / "saved_model.pb").read_bytes())
     except (OSError, DecodeError) as error:
         raise InputError(f"{path} is no SavedModel, or is damaged: {error}") from None
@@ -122,6 +127,65 @@ def check_saved_model(path: Path, *, trust: bool = False) -> None:
                 f"{path} holds the operation {operation} (in {where}), which can touch files, the "
                 "network or Python. If you know who made it, load it with --trust"
             )
+
+
+def check_network(path: Path, options: Any, *, trust: bool = False) -> None:
+    """Looks through the options of a network that a file brings along.
+
+    Args:
+        path: The file, for the message.
+        options: Of `[model]`: tables, lists and values.
+        trust: Let them name code.
+
+    Raises:
+        InputError: They name a class of a module that is not Keras's, or one that runs files.
+    """
+    if isinstance(options, dict):
+        options = list(options.values())
+    if isinstance(options, list):
+        for option in options:
+            check_network(path, option, trust=trust)
+    elif isinstance(options, str) and not trust and (":" in options or options in _CODE):
+        raise InputError(
+            f"{path} holds code: {options}; loading it would run that. If you know who made it, "
+            "load it with --trust"
+        )
+
+
+def check_onnx(path: Path) -> None:
+    """Looks into an .onnx file for weights that it takes from other files.
+
+    Raises:
+        InputError: It is damaged, or refers to other files.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as onnx: {error}") from None
+    outside = onnx.TensorProto.EXTERNAL
+    if any(tensor.data_location == outside for tensor in model.graph.initializer):
+        raise InputError(f"{path} keeps its weights in other files: refused")
+
+
+def imported(path: Path) -> dict[str, Any]:
+    """Imports the classes that a trusted .keras archive names, for Keras to find them.
+
+    Raises:
+        InputError: One cannot be imported.
+    """
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+    found = {}
+    for module, name in _objects(config):
+        if module is not None and not module.startswith("keras"):
+            try:
+                found[name] = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise InputError(f"{path}: {module}:{name}: {error}") from None
+    return found
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
@@ -138,7 +202,8 @@ def _objects(tree: Any) -> Iterator[tuple[str | None, str]]:
     """Yields module and class of every object that a Keras configuration names."""
     if isinstance(tree, dict):
         if "class_name" in tree:
-            yield tree.get("module"), str(tree["class_name"])
+            module = tree.get("module")
+            yield None if module is None else str(module), str(tree["class_name"])
         children: Any = tree.values()
     else:
         children = tree if isinstance(tree, list) else ()

@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 # How many parameters the file is for: Keras passes over those that a model has no place for.
 _PARAMETERS = "trainer.parameters"
 _KEPT = 2
+_DEPTH = 20  # of lists and tables within each other, that a callback remembers
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError)
 
 
@@ -118,6 +119,8 @@ class Checkpoints(keras.callbacks.Callback):
         self._fresh = copy.deepcopy([_state(each) for each in self._watched])
         self._training = True
         self._last_time = time.monotonic()
+        for callback in self._watched:
+            _say_what_is_not_kept(callback)
         if self._saved is not None:
             self._restore(self._saved)
 
@@ -246,7 +249,9 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
         size = sizes.get(os.path.relpath(path, run.path))
         if size is None:
             path.unlink()
-        elif path.exists() and path.stat().st_size > size:
+        elif not path.exists() or path.stat().st_size < size:
+            _log.warning("%s is shorter than it was: what is missing is not written again.", path)
+        else:
             os.truncate(path, size)
     for left in run.path.rglob(".partial-*"):
         left.unlink()
@@ -386,13 +391,29 @@ def _state(thing: Any) -> dict[str, Any]:
     return {name: getattr(thing, name) for name in names if _is_plain(getattr(thing, name))}
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    plain = (type(None), bool, int, float, str, np.generic, np.ndarray)
-    return isinstance(value, plain) or _operation(value) is not None
+def _say_what_is_not_kept(callback: Any) -> None:
+    """Names the attributes of a person's own callback that no checkpoint holds."""
+    if type(callback).__module__.partition(".")[0] in ("keras", "trainer"):
+        return
+    lost = sorted(vars(callback).keys() - _state(callback).keys() - {"_model", "params"})
+    if lost:
+        name = type(callback).__name__
+        _log.info("callback %s: a checkpoint does not keep %s", name, ", ".join(lost))
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Returns whether a value comes back as what it was: of these very types, and not too deep."""
+    if depth > _DEPTH:
+        return False
+    if type(value) in (list, tuple):
+        return all(_is_plain(item, depth + 1) for item in value)
+    if type(value) is dict:
+        return all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in "biufcSU"
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) in (type(None), bool, float, str) or _operation(value) is not None
 
 
 def _operation(value: Any) -> str | None:

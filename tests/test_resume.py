@@ -183,7 +183,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(fit: Fit, changes: dict[st
     assert Path("killed.csv").read_text() == Path("whole.csv").read_text()
 
 
-@pytest.mark.parametrize("bomb", [Bomb(step=2 * STEPS), Bomb(validation=2), Bomb(validation=3)])
+@pytest.mark.parametrize("bomb", [Bomb(step=2 * STEPS), Bomb(validation=3)])
 def test_a_training_may_be_killed_anywhere(
     fit: Fit, bomb: Bomb, undisturbed: dict[str, Any]
 ) -> None:

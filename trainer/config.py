@@ -17,12 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trainer.errors import InputError, nearest
 
-# TOML has no tuples: an array is taken for one, its items checked strictly all the same.
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:\d+)?|all)$"
 _Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
+# TOML has no tuples: an array is taken for one, its items checked strictly all the same.
 ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
-
-
 # A path: not empty, and without the byte that ends one.
 _Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 

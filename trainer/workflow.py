@@ -143,23 +143,7 @@ def resume(
         )
     with run.locked(), run.logging():
         setting = assemble(config, clock)
-        saved = newest_checkpoint(run)
-        # A first epoch has its line in the metrics just before its checkpoint.
-        if saved is None and (run.finished or run.trained_epochs > 1):
-            raise InputError(
-                f"{run.checkpoints} holds no checkpoint any more: it cannot be resumed"
-            )
-        found = setting.data.spec.fingerprint
-        if saved is not None and saved.fingerprint != found:
-            raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
-        if saved is not None:
-            begun = saved.position.epoch + (saved.position.step > 0)
-            if begun > config.training.epochs:
-                raise InputError(
-                    f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
-                    f"received {config.training.epochs}"
-                )
-            require_fit(run, saved, setting.model, setting.random_state)
+        saved = _checkpoint_that_fits(run, setting)
         longer = config.training.epochs > run.config().training.epochs
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
@@ -462,6 +446,28 @@ class _Training:
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
     return spec.name, spec.train, spec.validation, spec.test
+
+
+def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
+    """Reads the newest checkpoint, refusing one that does not fit; None: begin at the start."""
+    saved = newest_checkpoint(run)
+    if saved is None:
+        # A first epoch has its line in the metrics just before its checkpoint.
+        if run.finished or run.trained_epochs > 1:
+            raise InputError(
+                f"{run.checkpoints} holds no checkpoint any more: it cannot be resumed"
+            )
+        return None
+    if saved.fingerprint != setting.data.spec.fingerprint:
+        raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
+    begun, epochs = saved.position.epoch + (saved.position.step > 0), setting.config.training.epochs
+    if begun > epochs:
+        raise InputError(
+            f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
+            f"received {epochs}"
+        )
+    require_fit(run, saved, setting.model, setting.random_state)
+    return saved
 
 
 def _other_data(run: Run, expected: str, found: DataSpec) -> str:

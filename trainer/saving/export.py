@@ -7,7 +7,6 @@ saved_models/<name>/<version>/    as TensorFlow Serving reads it
     README.md                     the model card
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -24,11 +23,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import data as datasets
+from trainer import keras_objects
 from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
 from trainer.errors import CheckError, InputError
-from trainer.run import Run, open_run
+from trainer.run import Run, open_run, sha256
 from trainer.saving import runtimes
 from trainer.saving.formats import Format, Probabilities, Source, find_format
 from trainer.saving.safety import check_saved_model
@@ -131,7 +131,7 @@ def export(
     try:
         exported = _make(run, format_, beside)
         beside.chmod(0o755)
-        return _publish(beside, folder), exported
+        return _publish(beside, folder, exported), exported
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from None
     finally:
@@ -224,7 +224,7 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
         raise
     except Exception as error:
         # Each converter has errors of its own for what its format cannot express.
-        reason = " ".join(str(error).split())[:300]
+        reason = keras_objects.explain(error)
         raise InputError(f"{run.name} cannot be written as {format_.name}: {reason}") from error
     exported = Exported(
         format=format_.name,
@@ -246,9 +246,8 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
     return exported
 
 
-def _publish(beside: Path, folder: Path) -> Path:
+def _publish(beside: Path, folder: Path, exported: Exported) -> Path:
     """Gives a finished version the next number; the card, which names it, is written last."""
-    exported = read_facts(beside)
     while True:
         version = folder / str(max(_versions(folder), default=0) + 1)
         (beside / _CARD).write_text(model_card(exported, version), encoding="utf-8")
@@ -387,10 +386,7 @@ def artefact_files(folder: Path, artefact: Path) -> list[str]:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file that is not ours."""
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in artefact_files(folder, folder)
-    }
+    return {name: sha256(folder / name) for name in artefact_files(folder, folder)}
 
 
 def _versions(folder: Path) -> list[int]:

@@ -4,7 +4,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import keras
@@ -14,7 +14,7 @@ from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec
 from trainer.errors import InputError
-from trainer.run import open_run, write_whole
+from trainer.run import Run, open_run, write_whole
 from trainer.training.checkpoint import save_weights
 
 ENDINGS = (".keras", ".weights.h5")
@@ -37,6 +37,11 @@ class Origin(BaseModel):
     run: str
     config: Config
     spec: DataSpec
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Returns the origin of what a finished run left."""
+        return cls(run=run.name, config=run.config(), spec=spec_of(run))
 
 
 def save(
@@ -67,7 +72,7 @@ def save(
         raise InputError(f"{path}: there is no folder {path.parent}")
     run = open_run(reference, directory=runs)
     model = restore(run)
-    origin = Origin(run=run.name, config=run.config(), spec=spec_of(run)).model_dump_json()
+    origin = Origin.of(run).model_dump_json()
     if len(origin) > _MOST_BYTES:
         raise InputError(
             f"{run.name} cannot be saved with its origin, which takes {len(origin)} bytes "

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from trainer import keras_objects
 from trainer.data import DataSpec, Images
 from trainer.errors import InputError, MissingError, nearest
 from trainer.saving.runtimes import RUNTIMES, Predict
@@ -74,7 +75,7 @@ class Format:
             return RUNTIMES[self.name](path)
         except Exception as error:
             # Each runtime has errors of its own, some of them plain RuntimeError.
-            reason = " ".join(str(error).split())[:300]
+            reason = keras_objects.explain(error)
             raise InputError(f"{path} cannot be read as {self.name}: {reason}") from error
 
     def require(self) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import data as datasets
-from trainer import devices, models
-from trainer.assembly import restore, spec_of
+from trainer import devices, keras_objects, models
+from trainer.assembly import restore
 from trainer.data import Images
 from trainer.errors import InputError
 from trainer.run import Run, open_run
@@ -160,23 +160,19 @@ def _load_run(path: Path) -> Loaded:
     run = Run(path)
     if not run.finished:
         raise InputError(f"run {run.name} is not finished: `trainer fit --resume {path}` goes on")
-    model = restore(run)
-    origin = Origin(run=run.name, config=run.config(), spec=spec_of(run))
-    return _of_keras(path, "run", model, run.weights.stat().st_size, origin)
+    return _of_keras(path, "run", restore(run), run.weights.stat().st_size, Origin.of(run))
 
 
 def _load_keras(path: Path, *, trust: bool) -> Loaded:
     safety.check_keras(path, trust=trust)
+    own = safety.imported(path) if trust else None
     try:
-        own = safety.imported(path) if trust else None
         model = keras.saving.load_model(
             path, custom_objects=own, compile=False, safe_mode=not trust
         )
-    except InputError:
-        raise
     except Exception as error:
         # What a damaged file makes Keras raise is of many kinds.
-        reason = " ".join(str(error).split())[:300]
+        reason = keras_objects.explain(error)
         raise InputError(f"{path} cannot be loaded by Keras: {reason}") from error
     return _of_keras(path, "keras", model, path.stat().st_size, origin_of(path))
 
@@ -201,7 +197,7 @@ def _origin_of_run(path: Path) -> Origin | None:
     run = Run(path.absolute().parent.parent)
     if not run.finished or path.absolute().parent != run.checkpoints:
         return None
-    return Origin(run=run.name, config=run.config(), spec=spec_of(run))
+    return Origin.of(run)
 
 
 def _of_keras(

@@ -243,10 +243,8 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
         saved: The checkpoint.
     """
     sizes = {} if saved is None else saved.log_sizes
-    logs = {str(path) for path in _logs(run)}
-    for name in logs | {str(run.path / name) for name in sizes}:
-        path = Path(name)
-        size = sizes.get(os.path.relpath(path, run.path))
+    for name in {os.path.relpath(path, run.path) for path in _logs(run)} | sizes.keys():
+        path, size = run.path / name, sizes.get(name)
         if size is None:
             path.unlink()
         elif not path.exists() or path.stat().st_size < size:
@@ -457,7 +455,7 @@ def _unpacked(tree: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
         return arrays[content][()]
     if kind == "operation":
         return getattr(keras.ops, content)
-    items = [_unpacked(item, arrays) for item in content] if kind != "dict" else None
     if kind == "dict":
         return {_unpacked(k, arrays): _unpacked(v, arrays) for k, v in content}
-    return tuple(items or ()) if kind == "tuple" else items
+    items = [_unpacked(item, arrays) for item in content]
+    return tuple(items) if kind == "tuple" else items

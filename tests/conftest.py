@@ -16,6 +16,23 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TFDS_DATA_DIR"] = str(Path(__file__).parent / "there-is-no-such-folder")
 
+_LAYERS = [
+    {"name": "Conv2D", "options": {"filters": 4, "kernel_size": 3, "activation": "relu"}},
+    {"name": "Flatten"},
+    {"name": "Dropout", "options": {"rate": 0.2}},
+]
+_TRAINED: dict[str, Any] = {
+    "data.name": "synthetic",
+    "data.options": {"examples": 600, "height": 8, "width": 8, "classes": 4},
+    "model.name": "layers",
+    "model.options": {"layers": _LAYERS},
+    "training.epochs": 6,
+    "training.batch_size": 16,
+    "optimizer.learning_rate": 0.005,
+    "training.precision": "mixed_bfloat16",
+    "logging.tensorboard": False,
+}
+
 
 def pytest_configure() -> None:
     """Splits the CPU into two logical devices, which only works before TensorFlow is used."""
@@ -176,3 +193,54 @@ def prepared_mnist(mnist_files: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "all-of-mnist"
     data.load(DataConfig(directory=str(folder), files=str(mnist_files)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run, trained in mixed precision."""
+    import trainer
+
+    folder = tmp_path_factory.mktemp("home")
+    config = trainer.Config().with_changes(
+        _TRAINED | {"logging.directory": str(folder / "runs"), "logging.name": "trained"}
+    )
+    fitted = trainer.fit(config)
+    assert fitted.summary["test"]["accuracy"] > 0.5  # something was learned
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(home: Path) -> Any:
+    """That run."""
+    from trainer.run import Run
+
+    (path,) = (home / "runs").iterdir()
+    return Run(path)
+
+
+@pytest.fixture(scope="session")
+def exported(home: Path, run: Any) -> dict[str, Path]:
+    """The run in every format."""
+    from trainer.saving.export import export
+    from trainer.saving.formats import FORMATS
+
+    directory = str(home / "saved_models")
+    return {kind: export(str(run.path), kind, directory=directory)[0] for kind in FORMATS}
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
+    """Runs the command in this process; returns code, stdout and stderr."""
+    from trainer import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capfd.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return call

@@ -84,6 +84,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "load": "path --evaluate --trust --json",
         "predict": "run images --invert --device --runs --json",
         "save": "run path --overwrite --runs --json",
+        "serve": "name --directory --host --port --most-bytes --trust",
         "tensorboard": "--runs --port",
         "verify": "path --trust --json",
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
 import trainer
@@ -95,6 +96,8 @@ def test_every_command_runs(
         if arguments == ["tensorboard"]:
             assert tensorboard(clone).startswith("http://localhost:")
             continue
+        if arguments[0] == "serve":  # up to where it would wait for requests
+            monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         with pytest.raises(SystemExit) as end:
             cli.main()

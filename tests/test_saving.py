@@ -1,6 +1,7 @@
 """A model leaves in every format, equal to what was trained; hostile files are refused."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import pickle
@@ -22,76 +23,16 @@ import tensorflow as tf
 from PIL import Image
 
 import trainer
-from trainer import cli
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import Run
 from trainer.saving import formats, runtimes, safety
-from trainer.saving.export import export, verify
+from trainer.saving.export import verify
 from trainer.saving.files import save
 from trainer.saving.formats import FORMATS
 from trainer.saving.loading import load
 
 # One process for all of them: what they share takes long to make.
 pytestmark = pytest.mark.xdist_group("saving")
-
-LAYERS = [
-    {"name": "Conv2D", "options": {"filters": 4, "kernel_size": 3, "activation": "relu"}},
-    {"name": "Flatten"},
-    {"name": "Dropout", "options": {"rate": 0.2}},
-]
-SETTINGS: dict[str, Any] = {
-    "data.name": "synthetic",
-    "data.options": {"examples": 600, "height": 8, "width": 8, "classes": 4},
-    "model.name": "layers",
-    "model.options": {"layers": LAYERS},
-    "training.epochs": 6,
-    "training.batch_size": 16,
-    "optimizer.learning_rate": 0.005,
-    "training.precision": "mixed_bfloat16",
-    "logging.tensorboard": False,
-}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one finished run, trained in mixed precision."""
-    folder = tmp_path_factory.mktemp("home")
-    config = trainer.Config().with_changes(
-        SETTINGS | {"logging.directory": str(folder / "runs"), "logging.name": "trained"}
-    )
-    fitted = trainer.fit(config)
-    assert fitted.summary["test"]["accuracy"] > 0.5  # something was learned
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(home: Path) -> Run:
-    (path,) = (home / "runs").iterdir()
-    return Run(path)
-
-
-@pytest.fixture(scope="module")
-def exported(home: Path, run: Run) -> dict[str, Path]:
-    """The run in every format."""
-    directory = str(home / "saved_models")
-    return {kind: export(str(run.path), kind, directory=directory)[0] for kind in FORMATS}
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Any]:
-    """Runs the command in this process; returns code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        said = capfd.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return call
 
 
 def refused(result: tuple[int, str, str], code: int = 2) -> str:
@@ -287,9 +228,9 @@ def test_verify_finds_what_was_changed(
 def test_a_missing_package_is_named_with_its_extra(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
-    find = formats.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        formats.importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else find(name)
     )
     result = command("export", run.path, "--format", "onnx", "--directory", tmp_path / "out")
     assert "onnx needs tf2onnx: pip install -e '.[onnx]'" in refused(result, 3)

@@ -4,6 +4,7 @@ Everything else that goes wrong is a defect: it keeps its traceback and ends wit
 """
 
 import difflib
+import importlib.util
 import re
 import signal
 from collections.abc import Iterable
@@ -48,6 +49,22 @@ class StoppedError(TrainerError):
         cause = "control-C" if number == signal.SIGINT else signal.Signals(number).name
         super().__init__(f"stopped by {cause}; {advice}")
         self.exit_code = 128 + number
+
+
+def require_packages(what: str, packages: Iterable[str], *, extra: str) -> None:
+    """Refuses what needs packages that are not installed.
+
+    Args:
+        what: Needs them.
+        packages: Names of modules.
+        extra: Of this package; brings them.
+
+    Raises:
+        MissingError: One cannot be imported.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingError(f"{what} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
 
 
 def nearest(name: str, known: Iterable[str], *, shown: int = 12) -> str:

@@ -90,6 +90,8 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
 def explain(error: Exception) -> str:
     """Returns the reason of an error of Keras or TensorFlow, short and without internal names."""
     reason = re.sub(r"\{\{.*?\}\} ?", "", " ".join(str(error).split()))
+    reason = re.sub(r"^Graph execution error: .*<stack traces unavailable> ", "", reason)
+    reason = re.sub(r"( \[\[.*?\]\])? \[Op:\w+\]$", "", reason)
     return reason[:300] or type(error).__name__
 
 

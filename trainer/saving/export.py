@@ -159,13 +159,7 @@ def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verified]:
     exported = read_facts(folder)
     format_ = find_format(exported.format)
     format_.require()
-    found = _checksums(folder)
-    for name in sorted(exported.sha256.keys() | found.keys()):
-        if exported.sha256.get(name) != found.get(name):
-            raise CheckError(
-                f"{folder / name}: expected sha256 {exported.sha256.get(name, 'of no such file')}, "
-                f"found {found.get(name, 'no such file')}"
-            )
+    check_sums(folder, exported)
     if exported.format == "saved_model":
         check_saved_model(folder, trust=trust)
     try:
@@ -186,10 +180,10 @@ def find_version(path: Path) -> Path:
     """
     if (path / _FACTS).is_file():
         return path
-    versions = _versions(path)
-    if not versions:
+    found = versions(path)
+    if not found:
         raise InputError(f"expected an exported model (with {_FACTS}), received {path}")
-    return path / str(max(versions))
+    return path / str(max(found))
 
 
 def read_facts(folder: Path) -> Exported:
@@ -203,6 +197,21 @@ def read_facts(folder: Path) -> Exported:
     except (OSError, ValueError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder / _FACTS} cannot be read: {reason}") from None
+
+
+def check_sums(folder: Path, exported: Exported) -> None:
+    """Compares the files of a version with their sums.
+
+    Raises:
+        CheckError: One was changed, is missing, or was added.
+    """
+    found = _checksums(folder)
+    for name in sorted(exported.sha256.keys() | found.keys()):
+        if exported.sha256.get(name) != found.get(name):
+            raise CheckError(
+                f"{folder / name}: expected sha256 {exported.sha256.get(name, 'of no such file')}, "
+                f"found {found.get(name, 'no such file')}"
+            )
 
 
 def _make(run: Run, format_: Format, folder: Path) -> Exported:
@@ -249,7 +258,7 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
 def _publish(beside: Path, folder: Path, exported: Exported) -> Path:
     """Gives a finished version the next number; the card, which names it, is written last."""
     while True:
-        version = folder / str(max(_versions(folder), default=0) + 1)
+        version = folder / str(max(versions(folder), default=0) + 1)
         (beside / _CARD).write_text(model_card(exported, version), encoding="utf-8")
         try:
             beside.rename(version)
@@ -272,7 +281,8 @@ def model_card(exported: Exported, version: Path) -> str:
     )
     serving = (
         [
-            "Serve it with TensorFlow Serving, and ask it:",
+            f"Serve it with TensorFlow Serving, or with `trainer serve {version.parent.name}`, and "
+            "ask it:",
             "",
             "```sh",
             "docker run -p 8501:8501 -e MODEL_NAME=" + version.parent.name + " \\",
@@ -389,7 +399,8 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / name) for name in artefact_files(folder, folder)}
 
 
-def _versions(folder: Path) -> list[int]:
+def versions(folder: Path) -> list[int]:
+    """Returns the numbers of the versions in the folder of a model; none where there is no such."""
     if not folder.is_dir():
         return []
     return [int(path.name) for path in folder.iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]

@@ -1,7 +1,6 @@
 """The formats a model is exported to: one table for exporting, loading, verifying and measuring."""
 
 import contextlib
-import importlib.util
 import io
 import tempfile
 import warnings
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer import keras_objects
 from trainer.data import DataSpec, Images
-from trainer.errors import InputError, MissingError, nearest
+from trainer.errors import InputError, nearest, require_packages
 from trainer.saving.runtimes import RUNTIMES, Predict
 
 Probabilities = NDArray[np.float32]
@@ -80,11 +79,7 @@ class Format:
 
     def require(self) -> None:
         """Raises MissingError where a package that the format needs is not installed."""
-        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise MissingError(
-                f"{self.name} needs {', '.join(missing)}: pip install -e '.[{self.extra}]'"
-            )
+        require_packages(self.name, self.packages, extra=self.extra)
 
 
 def find_format(name: str) -> Format:

@@ -1,0 +1,600 @@
+"""A served model answers as TensorFlow Serving would, all at once, and refuses the rest."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import importlib.util
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+
+from trainer.saving.loading import load
+from trainer.serving import app as serving_app
+from trainer.serving.app import make_app
+from trainer.serving.batching import Batcher
+from trainer.serving.messages import RequestError, parse_request, render_answer
+from trainer.serving.servable import Servables
+from trainer.serving.server import listen
+
+# With the other tests that share the exported models.
+pytestmark = pytest.mark.xdist_group("saving")
+
+MOST_BYTES = 100_000
+MODEL = "/v1/models/shapes"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server in a thread of this process, on a real socket."""
+
+    port: int
+    folder: Path
+    servables: Servables
+
+    def ask(self, path: str, body: Any = None, method: str = "") -> tuple[int, Any]:
+        """Returns status and JSON; a body that is no bytes is sent as JSON."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        client.request(method or ("GET" if body is None else "POST"), path, body)
+        response = client.getresponse()
+        assert response.headers["content-type"] == "application/json"
+        answer = json.loads(response.read())
+        client.close()
+        return response.status, answer
+
+    def wait_for(self, version: int) -> None:
+        for _ in range(200):
+            if self.ask("/health")[1]["version"] == str(version):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"version {version} never served: {self.ask(MODEL)}")
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[Server]:
+    servables = Servables("shapes", folder)
+    listening = listen("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(servables, most_bytes=MOST_BYTES), log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield Server(listening.getsockname()[1], folder, servables)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _looking_often() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving_app, "_SECONDS_TO_LOOK", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One version of the exported model."""
+    folder = tmp_path_factory.mktemp("saved_models") / "shapes"
+    shutil.copytree(exported["saved_model"], folder / "1")
+    with served(folder) as server:
+        yield server
+
+
+def pictures(count: int, seed: int = 0) -> Any:
+    return np.random.RandomState(seed).randint(0, 256, (count, 8, 8, 1), np.uint8)
+
+
+def encoded(image: Any, kind: str = "PNG") -> dict[str, str]:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return {"b64": base64.b64encode(buffer.getvalue()).decode()}
+
+
+# ---------------------------------------------------------------- the interface
+
+
+def test_every_form_of_a_request_is_answered_in_its_form(server: Server) -> None:
+    images = pictures(3)
+    expected = load(server.folder / "1")(images)
+    rows, label = images.tolist(), expected.argmax(axis=1)
+    for path in (f"{MODEL}:predict", f"{MODEL}/versions/1:predict"):
+        for instances in (rows, [{"images": row} for row in rows]):
+            status, answer = server.ask(path, {"instances": instances})
+            assert status == 200
+            assert answer.keys() == {"predictions"}
+            assert [p["class"] for p in answer["predictions"]] == list(label)
+            assert [p["class_name"] for p in answer["predictions"]] == [
+                f"pattern {i}" for i in label
+            ]
+            found = [p["probabilities"] for p in answer["predictions"]]
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+        for inputs in (rows, {"images": rows}):
+            status, answer = server.ask(path, {"inputs": inputs, "signature_name": ""})
+            assert status == 200
+            assert answer["outputs"].keys() == {"probabilities", "class", "class_name"}
+            np.testing.assert_allclose(answer["outputs"]["probabilities"], expected, atol=1e-6)
+    for instance in (encoded(images[0, :, :, 0]), {"image_bytes": encoded(images[0, :, :, 0])}):
+        status, answer = server.ask(
+            f"{MODEL}:predict", {"signature_name": "serving_files", "instances": [instance]}
+        )
+        assert status == 200
+        np.testing.assert_allclose(
+            answer["predictions"][0]["probabilities"], expected[0], atol=1e-6
+        )
+
+
+def test_state_and_signatures_are_told_in_tensorflow_serving_s_words(server: Server) -> None:
+    fine = {"error_code": "OK", "error_message": ""}
+    state = {"model_version_status": [{"version": "1", "state": "AVAILABLE", "status": fine}]}
+    assert server.ask(MODEL) == (200, state)
+    assert server.ask(f"{MODEL}/versions/1") == (200, state)
+    status, answer = server.ask(f"{MODEL}/metadata")
+    assert status == 200
+    assert answer["model_spec"] == {"name": "shapes", "signature_name": "", "version": "1"}
+    signatures = answer["metadata"]["signature_def"]["signature_def"]
+    images = signatures["serving_default"]["inputs"]["images"]
+    assert images["dtype"] == "DT_UINT8"
+    assert [d["size"] for d in images["tensor_shape"]["dim"]] == ["-1", "8", "8", "1"]
+    assert signatures["serving_files"]["inputs"]["image_bytes"]["dtype"] == "DT_STRING"
+    assert signatures["serving_default"]["outputs"].keys() == {
+        *("probabilities", "class", "class_name")
+    }
+    assert server.ask("/health") == (200, {"status": "ok", "model": "shapes", "version": "1"})
+
+
+ROW = np.zeros((8, 8, 1), int).tolist()
+FILES = {"signature_name": "serving_files"}
+# A PNG of two colours that unpacks to a hundred million pixels.
+BOMB = io.BytesIO()
+Image.new("1", (10_000, 10_000)).save(BOMB, "PNG", optimize=True)
+CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "body"),
+    [
+        (400, "JSON Parse error", b""),
+        (400, "JSON Parse error", b"{'a': 1}"),
+        (400, "JSON Parse error", b"\xff\x00"),
+        (400, "JSON Parse error", b'{"instances": [' + b"9" * 5000 + b"]}"),
+        (400, "nested too deeply", b"[" * 90_000),
+        (400, "expected a JSON object", [1]),
+        (400, "received neither", {}),
+        (400, "received both", {"instances": [ROW], "inputs": [ROW]}),
+        (400, "expected a list of at least one", {"instances": []}),
+        (400, "expected a list of at least one", {"instances": ROW[0][0][0]}),
+        (400, "expected uint8 [None, 8, 8, 1], received []", {"inputs": 3}),
+        (400, "received [0]", {"inputs": []}),
+        (400, "received [1, 8, 8]", {"instances": [np.zeros((8, 8), int).tolist()]}),
+        (400, "differ in length", {"instances": [ROW, ROW[1:]]}),
+        (400, "differ in length", {"instances": [[*ROW[:7], 3]]}),
+        (400, "expected uint8, received float", {"instances": [[[[0.5]] * 8] * 8]}),
+        (400, "expected uint8, received bool", {"instances": [[[[True]] * 8] * 8]}),
+        (400, "expected uint8, received a string", {"instances": [[[["7"]] * 8] * 8]}),
+        (400, "expected uint8, received null", {"instances": [[[[None]] * 8] * 8]}),
+        (400, "out of the range of uint8", {"instances": [[[[256]] * 8] * 8]}),
+        (400, "out of the range of uint8", {"instances": [[[[-1]] * 8] * 8]}),
+        (400, "instances[0]: expected images, received image", {"instances": [{"image": ROW}]}),
+        (400, "instances[1]: expected images", {"instances": [{"images": ROW}, ROW]}),
+        (400, "inputs: expected images, received none", {"inputs": {}}),
+        (400, "signature_name: expected a string", {"signature_name": 3, "inputs": [ROW]}),
+        (400, "'no' not found; available: serving_d", {"signature_name": "no", "inputs": [ROW]}),
+        (400, "no base64", FILES | {"instances": [{"b64": "?"}]}),
+        (400, "expected PNG or JPEG files", FILES | {"instances": [{"b64": "AAAA"}]}),
+        (400, "expected PNG or JPEG files", FILES | {"instances": [""]}),
+        (400, "expected a string or", FILES | {"instances": [7]}),
+        (400, "Invalid PNG data", FILES | {"instances": [{"b64": CUT}]}),
+        (
+            400,
+            "an image of more than 16777216 pixels",
+            FILES | {"instances": [{"b64": base64.b64encode(BOMB.getvalue()).decode()}]},
+        ),
+        (413, "expected a body of at most 100000 bytes, received 100001", b" " * 100_001),
+    ],
+)
+def test_a_bad_request_hears_what_is_wrong(
+    server: Server, status: int, message: str, body: Any
+) -> None:
+    found, answer = server.ask(f"{MODEL}:predict", body)
+    assert (found, list(answer)) == (status, ["error"])
+    assert message in answer["error"]
+    assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "method", "path"),
+    [
+        (404, "Servable not found for request: Latest(other)", "POST", "/v1/models/other:predict"),
+        (404, "Specific(shapes, 7)", "POST", f"{MODEL}/versions/7:predict"),
+        (404, "Specific(shapes, 7)", "GET", f"{MODEL}/versions/7"),
+        (404, "Latest(other)", "GET", "/v1/models/other/metadata"),
+        (404, "Malformed request: POST", "POST", f"{MODEL}/versions/x:predict"),
+        (404, "Malformed request: POST", "POST", f"{MODEL}/versions/{'9' * 5000}:predict"),
+        (404, "Malformed request: POST", "POST", f"{MODEL}:classify"),
+        (404, "Malformed request: GET /", "GET", "/..%2f..%2fetc/passwd"),
+        (405, "Method Not Allowed", "GET", f"{MODEL}:predict"),
+        (405, "Method Not Allowed", "DELETE", MODEL),
+    ],
+)
+def test_what_is_not_there_is_said_so(
+    server: Server, status: int, message: str, method: str, path: str
+) -> None:
+    found, answer = server.ask(path, b"{}", method)
+    assert (found, list(answer)) == (status, ["error"])
+    assert message in answer["error"]
+
+
+def test_what_is_no_http_is_refused_and_a_slow_sender_let_go(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"\x16\x03\x01\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 400 ")
+    monkeypatch.setattr(serving_app, "_SECONDS_TO_SEND", 0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        head = f"POST {MODEL}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{"
+        raw.sendall(head.encode())
+        assert raw.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+SPECS = {
+    "serving_default": {
+        "a": tf.TensorSpec((None, 2), tf.float32),
+        "b": tf.TensorSpec((None,), tf.string),
+        "c": tf.TensorSpec((None, None), tf.bool),
+    }
+}
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+JSON = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "b", "c", "b64", "x"]), inner, max_size=3)
+    ),
+)
+
+
+@given(st.dictionaries(st.sampled_from(["instances", "inputs", "signature_name"]), JSON))
+def test_any_json_is_understood_or_refused(document: Any) -> None:
+    try:
+        call = parse_request(json.dumps(document).encode(), SPECS)
+    except RequestError as error:
+        assert error.status == 400
+    else:
+        for name, array in call.tensors.items():
+            assert SPECS[call.signature][name].shape.is_compatible_with(array.shape)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.floats(width=32), min_size=2, max_size=2),
+            st.binary(max_size=5),
+            st.lists(st.booleans(), min_size=3, max_size=3),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_rows_and_columns_carry_the_same_values(rows: Any) -> None:
+    """And an answer made of what was understood says what the request said."""
+    instances = [{"a": a, "b": {"b64": base64.b64encode(b).decode()}, "c": c} for a, b, c in rows]
+    inputs = {name: [row[name] for row in instances] for name in "abc"}
+    by_row = parse_request(json.dumps({"instances": instances}).encode(), SPECS)
+    by_name = parse_request(json.dumps({"inputs": inputs}).encode(), SPECS)
+    assert (by_row.by_row, by_name.by_row) == (True, False)
+    for name in "abc":
+        np.testing.assert_array_equal(by_row.tensors[name], by_name.tensors[name])
+    outputs = {"b_bytes" if name == "b" else name: by_row.tensors[name] for name in "abc"}
+    renamed = [{"b_bytes" if k == "b" else k: v for k, v in row.items()} for row in instances]
+    answer = render_answer(outputs, by_row=True)
+    assert json.dumps(answer) == json.dumps({"predictions": renamed})
+    (only,) = render_answer({"a": by_row.tensors["a"]}, by_row=False).items()
+    assert json.dumps(only[1]) == json.dumps(inputs["a"])
+
+
+def test_numbers_keep_their_value_or_are_refused() -> None:
+    sizes = {"serving_default": {"a": tf.TensorSpec((None,), tf.float32)}}
+    assert parse_request(b'{"inputs": [1, 2.5, NaN]}', sizes).tensors["a"].dtype == np.float32
+    for body in (b'{"inputs": [1e300]}', b'{"inputs": [1' + b"0" * 400 + b"]}"):
+        with pytest.raises(RequestError, match="out of the range of float32"):
+            parse_request(body, sizes)
+
+
+# ---------------------------------------------------------------- many at once
+
+
+class Doubling:
+    """Doubles its input; "spoilt" (a negative number) fails the whole call."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self.signatures = {"f": {"x": tf.TensorSpec((2 if fixed else None, None), tf.int32)}}
+        self.calls: list[int] = []
+
+    def run(self, signature: str, tensors: Any) -> Any:
+        time.sleep(0.02)  # meanwhile others come
+        self.calls.append(len(tensors["x"]))
+        if (tensors["x"] < 0).any():
+            raise ValueError(f"{signature}: negative")
+        return {"y": tensors["x"] * 2}
+
+
+def asked(servable: Any, arrays: list[Any], **options: Any) -> list[Any]:
+    async def ask() -> list[Any]:
+        batcher = Batcher(**options)
+        waiting = [batcher.predict(servable, "f", {"x": np.array(x)}) for x in arrays]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    return asyncio.run(ask())
+
+
+def test_requests_that_wait_share_a_call() -> None:
+    servable = Doubling()
+    arrays = [[[i, i + 1]] * (1 + i % 3) for i in range(20)]
+    for array, answer in zip(arrays, asked(servable, arrays), strict=True):
+        np.testing.assert_array_equal(answer["y"], np.array(array) * 2)
+    assert servable.calls == [39]
+    servable = Doubling()
+    asked(servable, arrays, most_rows=10)
+    assert sum(servable.calls) == 39
+    assert max(servable.calls) <= 10
+    assert len(servable.calls) <= 5
+
+
+def test_one_that_fails_spoils_no_other() -> None:
+    servable = Doubling()
+    answers = asked(servable, [[[1]], [[-1]], [[2]]])
+    assert [a["y"].item() for a in (answers[0], answers[2])] == [2, 4]
+    assert str(answers[1]) == "f: negative"
+    assert servable.calls == [3, 1, 1, 1]
+
+
+def test_what_does_not_fit_together_is_called_apart() -> None:
+    servable = Doubling()
+    answers = asked(servable, [[[1]], [[1, 2]], [[3]]])
+    assert [a["y"].shape for a in answers] == [(1, 1), (1, 2), (1, 1)]
+    assert servable.calls == [2, 1]
+    servable = Doubling(fixed=True)
+    assert len(asked(servable, [[[1], [2]], [[3], [4]]])) == 2
+    assert servable.calls == [2, 2]
+
+
+def test_many_clients_at_once_hear_their_own_answers(server: Server) -> None:
+    images = pictures(160, seed=5)
+    expected = load(server.folder / "1")(images)
+    faults = []
+
+    def client(first: int) -> None:
+        for i in range(first, first + 10):
+            bad = server.ask(f"{MODEL}:predict", {"instances": [i]})
+            status, answer = server.ask(f"{MODEL}:predict", {"instances": [images[i].tolist()]})
+            found = answer["predictions"][0]["probabilities"]
+            if bad[0] != 400 or status != 200 or abs(found - expected[i]).max() > 1e-6:
+                faults.append(i)
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(0, 160, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+# ---------------------------------------------------------------- versions
+
+
+def publish(source: Path, folder: Path, version: int) -> Path:
+    beside = shutil.copytree(source, folder / f".{version}")
+    return beside.rename(folder / str(version))
+
+
+def test_versions_come_and_go_while_it_serves(exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    publish(exported["saved_model"], folder, 2)
+    with served(folder) as server:
+        assert server.ask("/health")[1]["version"] == "2"
+        # A damaged version is not taken; what is wrong is told, and 2 goes on.
+        name = Path("variables") / "variables.data-00000-of-00001"
+        whole = (exported["saved_model"] / name).read_bytes()
+        damaged = shutil.copytree(exported["saved_model"], tmp_path / "damaged")
+        (damaged / name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        variables = publish(damaged, folder, 10) / name
+        for _ in range(100):
+            status, answer = server.ask(f"{MODEL}/versions/10")
+            if status == 200 and answer["model_version_status"][0]["state"] == "END":
+                break
+            time.sleep(0.05)
+        message = answer["model_version_status"][0]["status"]["error_message"]
+        assert "expected sha256" in message
+        assert server.ask(f"{MODEL}/versions/10:predict", {"instances": [ROW]})[0] == 404
+        assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
+        # Mended, it serves; the one before still answers by its number.
+        variables.write_bytes(whole)
+        server.wait_for(10)
+        assert server.ask(f"{MODEL}/versions/2:predict", {"instances": [ROW]})[0] == 200
+        # An older one, put there later, is loaded when it is asked for.
+        publish(exported["saved_model"], folder, 1)
+        state = server.ask(f"{MODEL}/versions/1")[1]["model_version_status"][0]["state"]
+        assert state == "START"
+        assert server.ask(f"{MODEL}/versions/1:predict", {"instances": [ROW]})[0] == 200
+        # The newest taken away: the one before serves again.
+        shutil.rmtree(folder / "10")
+        server.wait_for(2)
+        assert server.ask(f"{MODEL}/versions/10")[0] == 404
+        # Everything taken away: the last one goes on.
+        shutil.rmtree(folder / "2")
+        shutil.rmtree(folder / "1")
+        time.sleep(0.3)
+        assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (2, "there is no exported model 'synthetic-layer' in", ("synthetic-layer",)),
+        (2, "did you mean 'synthetic-layers'?", ("synthetic-layer",)),
+        (2, "holds onnx: `trainer serve` takes a SavedModel", ("synthetic-layers-onnx",)),
+        (2, "there is no exported model '' in", ("",)),
+        (
+            2,
+            "cannot listen at no.such.host.invalid",
+            ("synthetic-layers", "--host", "no.such.host.invalid"),
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    code: int,
+    message: str,
+    arguments: tuple[str, ...],
+    exported: dict[str, Path],
+    command: Callable[..., Any],
+) -> None:
+    directory = exported["saved_model"].parent.parent
+    found, out, err = command("serve", *arguments, "--directory", directory)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_taken_port_a_damaged_model_and_a_missing_package(
+    exported: dict[str, Path],
+    tmp_path: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = exported["saved_model"].parent.parent
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = command(
+            *("serve", "synthetic-layers", "--directory", directory, "--port", port)
+        )
+    assert code == 2
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in err
+    damaged = publish(exported["saved_model"], tmp_path / "shapes", 1)
+    (damaged / "saved_model.pb").write_bytes(b"nothing")
+    (damaged / "export.json").unlink()
+    code, _, err = command("serve", tmp_path / "shapes", "--port", 0)
+    assert code == 2
+    assert "is no SavedModel, or is damaged" in err
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name)
+    )
+    code, _, err = command("serve", "synthetic-layers", "--directory", directory)
+    assert (code, err) == (
+        *(3, "trainer: trainer serve needs uvicorn: pip install -e '.[serve]'\n"),
+    )
+
+
+def test_the_command_serves_and_stops_when_told(exported: dict[str, Path]) -> None:
+    """A request that is being answered when the signal comes is still answered."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "serve", exported["saved_model"].parent, "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stderr.readline()
+    port = int(re.search(r"version 1, is served at http://127\.0\.0\.1:(\d+)", line)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+        body = json.dumps({"instances": [ROW]}).encode()
+        head = (
+            "POST /v1/models/synthetic-layers:predict HTTP/1.1\r\nHost: x\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        raw.sendall(head.encode() + body[:-1])
+        time.sleep(0.3)  # the server has begun to read it
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        raw.sendall(body[-1:])
+        assert raw.recv(10_000).startswith(b"HTTP/1.1 200 OK")
+    rest = process.communicate(timeout=30)[1]
+    assert process.returncode == 143
+    assert rest == "trainer: stopped by SIGTERM\n"
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, without a window."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def test_what_is_drawn_on_the_page_is_answered(
+    server: Server, browser: Browser, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    faults: list[Any] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+    sent: list[Any] = []
+    page.on("request", lambda r: sent.append(r.post_data) if r.method == "POST" else None)
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    assert page.inner_text("h1") == "shapes, version 1"
+    box = page.locator("#board").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 60, steps=5)
+    page.mouse.move(box["x"] + 120, box["y"] + 240, steps=5)
+    page.mouse.up()
+    page.wait_for_function("document.querySelectorAll('.value').length === 4")
+    page.wait_for_timeout(300)
+    # What was sent is a picture of the drawing, and what is shown is the network's answer to it.
+    image = np.array(json.loads(sent[-1])["instances"], np.uint8)
+    assert image.shape == (1, 8, 8, 1)
+    assert image.max() > 100
+    assert (image == 0).mean() > 0.3
+    expected = load(server.folder / "1")(image)[0]
+    shown = [float(value) for value in page.locator(".value").all_inner_texts()]
+    assert shown == pytest.approx(expected, abs=1e-4)
+    assert page.inner_text("#answer").startswith(f"pattern {expected.argmax()} (")
+    Image.fromarray(pictures(1)[0, :, :, 0]).save(tmp_path / "picture.png")
+    page.set_input_files("#file", tmp_path / "picture.png")
+    best = load(server.folder / "1")(pictures(1))[0]
+    page.wait_for_function(
+        "text => document.getElementById('answer').textContent === text",
+        arg=f"pattern {best.argmax()} ({100 * best.max():.1f}%)",
+    )
+    page.click("#clear")
+    assert page.inner_text("#answer") == ""
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    page.set_input_files("#file", tmp_path / "no.png")
+    page.wait_for_function("document.getElementById('fault').textContent.length > 0")
+    assert "expected PNG or JPEG" in page.inner_text("#fault")
+    assert [fault for fault in faults if "400 (Bad Request)" not in fault] == []
+    page.close()

@@ -1,0 +1,199 @@
+"""The web application: TensorFlow Serving's REST interface, health, and a page to draw on."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from importlib import resources
+from typing import Any
+
+import tensorflow as tf
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from trainer import keras_objects
+from trainer.serving.batching import Batcher
+from trainer.serving.messages import (
+    DEFAULT_SIGNATURE,
+    IMAGE_FILES,
+    RequestError,
+    parse_request,
+    render_answer,
+)
+from trainer.serving.servable import Servable, Servables
+
+_logger = logging.getLogger(__name__)
+
+_SECONDS_TO_LOOK = 1.0  # between two looks for a new version
+_FEW_BYTES = 100_000  # are read in less time than another thread takes to wake up and do it
+_SECONDS_TO_SEND = 30.0  # that a client has for the body of a request
+
+
+class _Name(StringConvertor):
+    regex = "[^/:]+"
+
+
+class _Number(StringConvertor):
+    regex = "[0-9]{1,18}"
+
+
+register_url_convertor("name", _Name())
+register_url_convertor("number", _Number())
+
+
+def make_app(servables: Servables, *, most_bytes: int) -> Starlette:
+    """Makes the application.
+
+    Args:
+        servables: The versions of the model.
+        most_bytes: The largest body of a request.
+    """
+    answers = _Answers(servables, most_bytes)
+    model = "/v1/models/{name:name}"
+    routes = [Route("/", answers.page), Route("/health", answers.health)]
+    for prefix in (model, model + "/versions/{version:number}"):
+        routes += [
+            Route(f"{prefix}:predict", answers.predict, methods=["POST"]),
+            Route(f"{prefix}/metadata", answers.metadata),
+            Route(prefix, answers.status),
+        ]
+    handlers: Any = {
+        RequestError: _show_request_error,
+        HTTPException: _show_http_exception,
+        Exception: _show_defect,
+    }
+    return Starlette(routes=routes, lifespan=answers.lifespan, exception_handlers=handlers)
+
+
+class _Answers:
+    """What each address answers; long work is done in threads, so that every client is heard."""
+
+    def __init__(self, servables: Servables, most_bytes: int) -> None:
+        self._servables = servables
+        self._most_bytes = most_bytes
+        self._batcher = Batcher()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        """Looks for new versions while the server runs."""
+        looking = asyncio.create_task(self._look_for_versions())
+        yield
+        looking.cancel()
+
+    async def predict(self, request: Request) -> Response:
+        servable = await self._servable(request)
+        body = await _read_body(request, self._most_bytes)
+        if len(body) <= _FEW_BYTES:
+            call = parse_request(body, servable.signatures)
+        else:
+            call = await run_in_threadpool(parse_request, body, servable.signatures)
+        try:
+            outputs = await self._batcher.predict(servable, call.signature, call.tensors)
+        except tf.errors.InvalidArgumentError as error:
+            raise RequestError(400, keras_objects.explain(error)) from error
+        return JSONResponse(render_answer(outputs, by_row=call.by_row))
+
+    async def metadata(self, request: Request) -> Response:
+        servable = await self._servable(request)
+        return JSONResponse(servable.metadata(self._servables.name))
+
+    async def status(self, request: Request) -> Response:
+        found = await run_in_threadpool(self._servables.status, _version(request))
+        if request.path_params["name"] != self._servables.name or not found:
+            raise _not_found(request)
+        return JSONResponse({"model_version_status": found})
+
+    async def health(self, _: Request) -> Response:
+        name, version = self._servables.name, str(self._servables.newest.version)
+        return JSONResponse({"status": "ok", "model": name, "version": version})
+
+    async def page(self, _: Request) -> Response:
+        return HTMLResponse(render_page(self._servables))
+
+    async def _servable(self, request: Request) -> Servable:
+        found = None
+        if request.path_params["name"] == self._servables.name:
+            version = _version(request)
+            if version is None:
+                return self._servables.newest
+            # An older version is loaded when it is first asked for.
+            found = await run_in_threadpool(self._servables.find, version)
+        if found is None:
+            raise _not_found(request)
+        return found
+
+    async def _look_for_versions(self) -> None:
+        while True:
+            await asyncio.sleep(_SECONDS_TO_LOOK)
+            try:
+                await run_in_threadpool(self._servables.refresh)
+            except OSError as error:
+                _logger.warning("cannot look for new versions: %s", error)
+
+
+def render_page(servables: Servables) -> str:
+    """Returns the page to draw on, with what it has to know of the newest version."""
+    newest = servables.newest
+    images = newest.signatures.get(DEFAULT_SIGNATURE, {}).get("images")
+    facts = {
+        "name": servables.name,
+        "version": newest.version,
+        "classes": newest.class_names,
+        "shape": None if images is None else images.shape.as_list()[1:],
+        "takes_files": any(IMAGE_FILES in inputs for inputs in newest.signatures.values()),
+    }
+    page = resources.files("trainer.serving").joinpath("page.html").read_text(encoding="utf-8")
+    # No "<" of a class name may end the element that the facts are in.
+    return page.replace("{{facts}}", json.dumps(facts).replace("<", "\\u003c"))
+
+
+def _version(request: Request) -> int | None:
+    text = request.path_params.get("version")
+    return None if text is None else int(text)
+
+
+def _not_found(request: Request) -> RequestError:
+    name, version = request.path_params["name"], _version(request)
+    which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+    return RequestError(404, f"Servable not found for request: {which}")
+
+
+async def _read_body(request: Request, most_bytes: int) -> bytes:
+    """Reads a body to its end, keeping no more of it than is allowed.
+
+    What is too much is read and dropped: a client hears the answer only when all was taken.
+    """
+    body = bytearray()
+    size = 0
+    try:
+        async with asyncio.timeout(_SECONDS_TO_SEND):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= most_bytes:
+                    body += chunk
+    except TimeoutError:
+        raise RequestError(
+            408, f"the body of a request has {_SECONDS_TO_SEND:g} seconds to arrive"
+        ) from None
+    if size > most_bytes:
+        raise RequestError(413, f"expected a body of at most {most_bytes} bytes, received {size}")
+    return bytes(body)
+
+
+async def _show_request_error(_: Request, error: RequestError) -> Response:
+    return JSONResponse({"error": str(error)}, error.status)
+
+
+async def _show_http_exception(request: Request, error: HTTPException) -> Response:
+    message = f"Malformed request: {request.method} {request.url.path}: {error.detail}"
+    return JSONResponse({"error": message}, error.status_code, headers=error.headers)
+
+
+async def _show_defect(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"Internal: {type(error).__name__}: {error}"}, 500)

@@ -1,0 +1,213 @@
+"""The versions of an exported model, loaded as they are published."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf.json_format import MessageToDict
+from tensorflow.core.protobuf import saved_model_pb2
+
+from trainer import keras_objects
+from trainer.errors import InputError, TrainerError
+from trainer.saving.export import check_sums, read_facts, versions
+from trainer.saving.safety import check_saved_model
+from trainer.serving.messages import Inputs, Tensors
+
+_logger = logging.getLogger(__name__)
+
+
+class Servable:
+    """One version, ready to answer.
+
+    Attributes:
+        version: Its number.
+        signatures: The inputs of each function.
+        class_names: Of the data it was trained on; empty where the folder does not say.
+    """
+
+    def __init__(self, folder: Path, *, trust: bool) -> None:
+        """Checks and loads a version, and calls each function once: first calls are slow.
+
+        Args:
+            folder: Of the version.
+            trust: Run operations that reach out.
+
+        Raises:
+            InputError: It is damaged, no SavedModel, or holds what is not trusted.
+            CheckError: A file is not as it was exported.
+        """
+        self.version = int(folder.name)
+        self.class_names: tuple[str, ...] = ()
+        if (folder / "export.json").is_file():
+            facts = read_facts(folder)
+            check_sums(folder, facts)
+            self.class_names = facts.spec.class_names
+        check_saved_model(folder, trust=trust)
+        try:
+            self._loaded = tf.saved_model.load(str(folder))
+            self._metadata = _signature_definitions(folder)
+            self._functions = dict(self._loaded.signatures)
+            self.signatures: dict[str, Inputs] = {
+                name: function.structured_input_signature[1]
+                for name, function in self._functions.items()
+            }
+            self._warm_up()
+        except Exception as error:
+            # What a damaged SavedModel makes TensorFlow raise is of many kinds.
+            reason = keras_objects.explain(error)
+            raise InputError(f"{folder} cannot be served: {reason}") from error
+
+    def run(self, signature: str, tensors: Tensors) -> Tensors:
+        """Calls a function.
+
+        Args:
+            signature: Its name.
+            tensors: As `signatures` describes them.
+
+        Returns:
+            Its outputs by name.
+        """
+        given = {name: tf.constant(array) for name, array in tensors.items()}
+        outputs = self._functions[signature](**given)
+        return {name: outputs[name].numpy() for name in sorted(outputs)}
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """Returns what `/metadata` answers: the signatures, in the words of the protocol."""
+        spec = {"name": name, "signature_name": "", "version": str(self.version)}
+        return {
+            "model_spec": spec,
+            "metadata": {"signature_def": {"signature_def": self._metadata}},
+        }
+
+    def _warm_up(self) -> None:
+        for signature, inputs in self.signatures.items():
+            if all(spec.dtype != tf.string and spec.shape.rank for spec in inputs.values()):
+                zeros = {
+                    name: np.zeros(
+                        [n or 1 for n in spec.shape.as_list()], spec.dtype.as_numpy_dtype
+                    )
+                    for name, spec in inputs.items()
+                }
+                self.run(signature, zeros)
+
+
+class Servables:
+    """The versions of one model.
+
+    The newest is loaded when it is published and serves from then on; an older one when it is first
+    asked for. A version that cannot be served is said once, and the one before goes on.
+    """
+
+    def __init__(self, name: str, folder: Path, *, trust: bool = False) -> None:
+        """Loads the newest version.
+
+        Args:
+            name: By which it is served.
+            folder: Holds a folder for each version, named by its number.
+            trust: Run operations that reach out.
+
+        Raises:
+            TrainerError: It cannot be served.
+        """
+        self.name = name
+        self._folder = folder
+        self._trust = trust
+        self._loaded: dict[int, Servable] = {}
+        self._failed: dict[int, tuple[object, str]] = {}
+        self._lock = threading.Lock()  # nothing is loaded twice at a time
+        self.newest = self._load(max(versions(folder)))
+
+    def find(self, version: int | None) -> Servable | None:
+        """Returns a version, loading it where need be; None where there is none to serve.
+
+        Args:
+            version: Its number; None for the newest.
+        """
+        if version is None or version == self.newest.version:
+            return self.newest
+        with self._lock:
+            if version not in self._loaded and version in versions(self._folder):
+                self._try(version)
+            return self._loaded.get(version)
+
+    def refresh(self) -> None:
+        """Turns to the newest version that can be served, and lets go of what was removed."""
+        with self._lock:
+            there = versions(self._folder)
+            for version in sorted(there, reverse=True):
+                if version in self._loaded or self._try(version):
+                    self._turn_to(self._loaded[version])
+                    break
+            # The last one served goes on even where its folder is gone.
+            for version in self._loaded.keys() - {*there, self.newest.version}:
+                del self._loaded[version]
+
+    def status(self, version: int | None) -> list[dict[str, Any]]:
+        """Returns the state of one version or of all, in the words of TensorFlow Serving.
+
+        "AVAILABLE" is loaded, "START" is loaded when asked for, "END" cannot be served.
+        """
+        with self._lock:
+            known = {*versions(self._folder), *self._loaded}
+            return [
+                self._state(number)
+                for number in sorted(known, reverse=True)
+                if version in (None, number)
+            ]
+
+    def _state(self, version: int) -> dict[str, Any]:
+        state, code, message = "START", "OK", ""
+        if version in self._loaded:
+            state = "AVAILABLE"
+        elif version in self._failed:
+            state, code, message = "END", "FAILED_PRECONDITION", self._failed[version][1]
+        status = {"error_code": code, "error_message": message}
+        return {"version": str(version), "state": state, "status": status}
+
+    def _try(self, version: int) -> bool:
+        """Loads a version; one that failed is tried again only when its files have changed."""
+        stamp = _stamp(self._folder / str(version))
+        if version in self._failed and self._failed[version][0] == stamp:
+            return False
+        try:
+            self._load(version)
+        except TrainerError as error:
+            self._failed[version] = stamp, str(error)
+            _logger.warning("version %d is not served: %s", version, error)
+            return False
+        self._failed.pop(version, None)
+        return True
+
+    def _load(self, version: int) -> Servable:
+        servable = Servable(self._folder / str(version), trust=self._trust)
+        self._loaded[version] = servable
+        return servable
+
+    def _turn_to(self, servable: Servable) -> None:
+        if servable is not self.newest:
+            self.newest = servable
+            _logger.info("%s: version %d serves from now on", self.name, servable.version)
+
+
+def _stamp(folder: Path) -> object:
+    """Returns what changes when a file below a folder does."""
+    try:
+        found = [(str(path), path.stat()) for path in sorted(folder.rglob("*"))]
+    except OSError:  # removed while it was looked at
+        return None
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+
+def _signature_definitions(folder: Path) -> dict[str, Any]:
+    saved = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    return {
+        name: MessageToDict(
+            definition,
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+        )
+        for name, definition in saved.meta_graphs[0].signature_def.items()
+    }

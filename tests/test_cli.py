@@ -72,6 +72,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
 
     walk(typer.main.get_command(cli.app), "")
     assert found == {
+        "benchmark formats": "run --quick --runs --json",
         "config schema": "",
         "config show": "config --set --json",
         "data info": "config --set --json",

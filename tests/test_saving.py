@@ -83,6 +83,13 @@ def test_every_format_says_what_the_model_says(
     verified = json.loads(out)
     assert verified["largest_difference"] <= FORMATS[kind].tolerance
     assert verified["path"] == str(folder)
+    code, out, _ = command("evaluate", folder, "--split", "validation", "--json")
+    assert code == 0
+    validation = json.loads(out)
+    assert (validation["split"], validation["images"]) == ("validation", 48)
+    of_the_run = trainer.evaluate(str(run.path), split="validation")
+    assert validation["accuracy"] == pytest.approx(of_the_run["accuracy"], abs=2 / 48)
+    assert validation["loss"] == pytest.approx(of_the_run["loss"], rel=0.1)
     code, out, _ = command("load", folder / FORMATS[kind].file, "--json")
     assert code == 0
     facts = json.loads(out)
@@ -103,6 +110,15 @@ def test_a_format_compares_with_the_float32_network(exported: dict[str, Path], r
     assert "trained in mixed_bfloat16; in float32, as here, a probability differs by" in card
     assert "tensorflow/serving" in card
     assert run.name in card
+
+
+def test_evaluate_refuses_what_it_cannot_do_with_a_saved_model(
+    exported: dict[str, Path], command: Callable[..., Any]
+) -> None:
+    result = command("evaluate", exported["onnx"], "--split", "all")
+    assert "expected a split: train, validation or test; received 'all'" in refused(result)
+    result = command("evaluate", exported["onnx"], "--device", "cpu")
+    assert "is no run; a saved model is scored by its own runtime" in refused(result)
 
 
 def test_tensorflow_s_own_program_runs_the_saved_model(

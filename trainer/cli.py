@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -31,8 +32,10 @@ app = typer.Typer(
     add_completion=False,
 )
 data_app = typer.Typer(help="Prepare a data set, or say what it is.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 config_app = typer.Typer(help="Show a configuration, or the schema of all.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(config_app, name="config")
 
 ConfigArgument = Annotated[
@@ -48,6 +51,11 @@ DeviceOption = Annotated[
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help='A run directory, its name, or "latest"')
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Measure less, in under a minute")]
+JsonFileOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help='Also write one JSON document; "-": on stdout'),
 ]
 RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
 
@@ -113,19 +121,28 @@ def fit(
 
 @app.command()
 def evaluate(
-    run: RunArgument,
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model'),
+    ],
     *,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     device: DeviceOption = None,
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
-    """Score a finished run again, by its own configuration."""
+    """Score a finished run again, by its own configuration; or a saved or exported model."""
+    saved = _is_saved_model(run, runs)
+    if saved and device is not None:
+        raise InputError(f"--device: {run} is no run; a saved model is scored by its own runtime")
     device = "auto" if device is None else device
-    _require(device, run, runs)
+    _require(device, None if saved else run, runs)
     _start_logging()
     with _stdout_for_the_result():
-        result = _workflow().evaluate(run, split=split, device=device, directory=runs)
+        if saved:
+            result = _saving("loading").load(run).evaluate(split)
+        else:
+            result = _workflow().evaluate(run, split=split, device=device, directory=runs)
     if json_:
         _print_json(result)
         return
@@ -310,6 +327,27 @@ def doctor(config: ConfigArgument = _DEFAULT_CONFIG, *, json_: JsonOption = Fals
     Console().print(table)
 
 
+@benchmark_app.command("formats")
+def benchmark_formats(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help='A run directory, its name, or "latest"')
+    ] = "latest",
+    *,
+    quick: QuickOption = False,
+    runs: RunsOption = "runs",
+    json_: JsonFileOption = None,
+) -> None:
+    """Compare the formats a model can be exported to: size, speed, and what is lost."""
+    _require("cpu", run, runs)
+    _require_new_file(json_)
+    _start_logging()
+    with _stdout_for_the_result():
+        measure = _import("trainer.benchmark.formats").benchmark_formats
+        result = measure(run, runs=runs, quick=quick)
+        folder = result.write(runs)
+    _print_measured(result, folder, json_)
+
+
 @data_app.command("prepare")
 def data_prepare(
     config: ConfigArgument = _DEFAULT_CONFIG,
@@ -420,6 +458,13 @@ def _require(device: str, run: str | None = None, runs: str = "runs") -> None:
         open_run(run, directory=runs)
 
 
+def _is_saved_model(reference: str, runs: str) -> bool:
+    """Says whether a reference names a file or a folder that is no run."""
+    folders = (Path(reference), Path(runs, reference))
+    is_run = any((folder / "config.toml").exists() for folder in folders)
+    return bool(reference) and Path(reference).exists() and not is_run
+
+
 def _stdout_for_the_result() -> AbstractContextManager[Any]:
     """Sends what others print (callbacks, a person's own modules) to stderr, beside the notices."""
     return redirect_stdout(sys.stderr)
@@ -465,18 +510,19 @@ def _without_chatter() -> Iterator[None]:
 
 
 def _workflow() -> Any:
-    """Imports everything, TensorFlow among it."""
-    import importlib
-
-    with _without_chatter():
-        return importlib.import_module("trainer.workflow")
+    return _import("trainer.workflow")
 
 
 def _saving(module: str) -> Any:
+    return _import(f"trainer.saving.{module}")
+
+
+def _import(module: str) -> Any:
+    """Imports what brings TensorFlow along."""
     import importlib
 
     with _without_chatter():
-        return importlib.import_module(f"trainer.saving.{module}")
+        return importlib.import_module(module)
 
 
 def _start_logging() -> Console:
@@ -537,3 +583,30 @@ def _print_table(rows: dict[str, Any]) -> None:
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         table.add_row(Text(key, "bold"), Text(shown))
     Console().print(table)
+
+
+def _require_new_file(path: Path | None) -> None:
+    """Refuses a file that cannot be written before what it is for has taken its time."""
+    if path is None or path == Path("-"):
+        return
+    if os.path.lexists(path):
+        raise InputError(f"--json: {path} exists already and is left as it is: name another")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--json: {path.parent} is no folder that can be written")
+
+
+def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
+    if json_ == Path("-"):
+        typer.echo(result.json(), nl=False)
+        return
+    if json_ is not None:
+        from trainer.run import write_text
+
+        write_text(json_, result.json())
+    table = Table(*(result.table[0] if result.table else ()), title=result.subject, box=SIMPLE_HEAD)
+    for row in result.table:
+        table.add_row(*map(Text, row.values()))
+    Console().print(table)
+    for name, reason in result.skipped.items():
+        typer.echo(f"{name} was left out: {reason}")
+    typer.echo(f"kept in {folder}; see it with `trainer tensorboard`")

@@ -30,7 +30,7 @@ def write_start(run: Run, config: Config, environment: dict[str, Any], data: Dat
             positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
             images, labels = data.train.read(positions)
             titles = [data.spec.class_names[label] for label in labels]
-            tf.summary.image("sample_images", _as_image(picture_grid(images, titles)))
+            tf.summary.image("sample_images", as_image(picture_grid(images, titles)))
 
 
 def write_graph(run: Run, graph: tf.Graph | None) -> None:
@@ -55,7 +55,7 @@ def write_end(
         for name, value in scores.items():
             tf.summary.scalar(f"epoch/{name}", value)
         figure = confusion_figure(labels, guesses, data.spec)
-        tf.summary.image("confusion_matrix", _as_image(figure))
+        tf.summary.image("confusion_matrix", as_image(figure))
         wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
         if len(wrong):
             names = data.spec.class_names
@@ -63,7 +63,7 @@ def write_end(
                 f"{names[labels[i]]}, taken for\n{names[guesses[i]]} ({probabilities[i].max():.0%})"
                 for i in wrong
             ]
-            tf.summary.image("confident_mistakes", _as_image(picture_grid(images[wrong], titles)))
+            tf.summary.image("confident_mistakes", as_image(picture_grid(images[wrong], titles)))
 
 
 def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
@@ -232,7 +232,7 @@ def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:
     return {key: v if isinstance(v, plain) else json.dumps(v) for key, v in table.items()}
 
 
-def _as_image(figure: Figure) -> tf.Tensor:
+def as_image(figure: Figure) -> tf.Tensor:
     """Draws a figure as PNG and returns its pixels, uint8 [1, height, width, 4]."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

@@ -209,7 +209,7 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one of the run's text files, whole or not at all."""
-        write_whole(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text(self.path / name, text)
 
 
 def name_run(config: Config, name: str) -> Run:
@@ -219,10 +219,15 @@ def name_run(config: Config, name: str) -> Run:
         config: Says in which folder.
         name: What follows the time in the directory's name.
     """
+    return Run(name_directory(config.logging.directory, name))
+
+
+def name_directory(folder: str, name: str) -> Path:
+    """Returns a path within a folder that begins with the time of day and is not taken."""
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    path = Path(config.logging.directory) / f"{time}-{name}"
+    path = Path(folder) / f"{time}-{name}"
     others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return Run(next(p for p in (path, *itertools.islice(others, 99)) if not p.exists()))
+    return next(p for p in (path, *itertools.islice(others, 99)) if not p.exists())
 
 
 def _age(name: str) -> tuple[bool, str]:
@@ -341,6 +346,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         _make_durable(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:

@@ -179,8 +179,6 @@ def evaluate(
         InputError: There is no such run, or the data is not what it was trained on.
         MissingError: The device is not here.
     """
-    if split not in ("train", "validation", "test"):
-        raise InputError(f"expected a split: train, validation or test; received {split!r}")
     run = open_run(reference, directory=directory)
     expected = spec_of(run).fingerprint
     setting = assemble(run.config().with_changes({"training.device": device}), Clock())

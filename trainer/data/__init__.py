@@ -119,7 +119,13 @@ class Dataset:
     test: Split
 
     def split(self, name: str) -> Split:
-        """Returns a split by its name: "train", "validation" or "test"."""
+        """Returns a split by its name: "train", "validation" or "test".
+
+        Raises:
+            InputError: It is none of these.
+        """
+        if name not in ("train", "validation", "test"):
+            raise InputError(f"expected a split: train, validation or test; received {name!r}")
         split: Split = getattr(self, name)
         return split
 

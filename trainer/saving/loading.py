@@ -73,11 +73,14 @@ class Loaded:
             "data": None if spec is None else spec.name,
         }
 
-    def evaluate(self) -> dict[str, Any]:
-        """Scores the test images of the data it was trained on.
+    def evaluate(self, split: str = "test") -> dict[str, Any]:
+        """Scores the images of a split of the data it was trained on.
+
+        Args:
+            split: "train", "validation" or "test".
 
         Returns:
-            Mean cross-entropy, accuracy and the number of images.
+            Split, number of images, mean cross-entropy and accuracy.
 
         Raises:
             InputError: It does not say what it was trained on, or that is not to be had.
@@ -87,15 +90,15 @@ class Loaded:
         data = datasets.load(self.origin.config.data)
         if data.spec.fingerprint != self.origin.spec.fingerprint:
             raise InputError(f"the data is not what {self.path} was trained on: {data.spec.origin}")
-        right, loss = 0, 0.0
-        for first in range(0, len(data.test), _BATCH):
-            images, labels = data.test.read(slice(first, first + _BATCH))
+        scored, right, loss = data.split(split), 0, 0.0
+        for first in range(0, len(scored), _BATCH):
+            images, labels = scored.read(slice(first, first + _BATCH))
             answers = self(images)
             right += int((answers.argmax(axis=1) == labels).sum())
             chosen = answers[np.arange(len(labels)), labels].astype(np.float64)
             loss -= float(np.log(np.clip(chosen, 1e-7, 1)).sum())  # as Keras clips
-        count = len(data.test)
-        return {"images": count, "loss": loss / count, "accuracy": right / count}
+        count = len(scored)
+        return {"split": split, "images": count, "loss": loss / count, "accuracy": right / count}
 
 
 def load(path: str | Path, *, trust: bool = False) -> Loaded:

@@ -1,0 +1,1 @@
+"""Measurements that anyone can run again: how long things take here, and how sure that is."""

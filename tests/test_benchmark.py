@@ -18,8 +18,6 @@ from trainer.errors import MissingError
 from trainer.saving.export import read_facts
 from trainer.saving.formats import FORMATS
 
-pytestmark = pytest.mark.xdist_group("saving")
-
 
 class Device:
     """Work that is asked for at once and done later, on a clock of its own."""
@@ -151,7 +149,6 @@ def test_formats_are_compared(
         assert row["accuracy"] == verified.accuracy
         assert row["largest_difference"] == verified.largest_difference
         assert row["latency"]["blocks"] == 40
-        assert row["latency"]["calls_a_block"] * row["latency_p50_ms"] > 0.01
         assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"] < 1000
         assert row["images_per_second"] * row["batches"]["median_seconds"] == pytest.approx(BATCH)
         assert row["load_seconds"] > 0

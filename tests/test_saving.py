@@ -31,9 +31,6 @@ from trainer.saving.files import save
 from trainer.saving.formats import FORMATS
 from trainer.saving.loading import load
 
-# One process for all of them: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("saving")
-
 
 def refused(result: tuple[int, str, str], code: int = 2) -> str:
     """Returns the one line on stderr of a command that ended with a code."""

@@ -37,9 +37,6 @@ from trainer.serving.messages import RequestError, parse_request, render_answer
 from trainer.serving.servable import Servables
 from trainer.serving.server import listen
 
-# With the other tests that share the exported models.
-pytestmark = pytest.mark.xdist_group("saving")
-
 MOST_BYTES = 100_000
 MODEL = "/v1/models/shapes"
 

@@ -108,9 +108,9 @@ class Measurement:
         self._blocks: list[float] = []
         self._first = self._time_block()
         least = max(block_seconds, _CLOCKS_A_BLOCK * clock_seconds())
-        while (seconds := self._time_block() * self._calls) < least:
-            self._calls = max(2 * self._calls, math.ceil(self._calls * least / max(seconds, 1e-9)))
+        self._grow(least)
         self._warm_up_blocks, self._settled = self._warm_up(most_warm_up_seconds)
+        self._grow(least)  # what has become steady is faster than it was
 
     def run_block(self) -> None:
         """Times one block and counts it."""
@@ -131,6 +131,11 @@ class Measurement:
             call()
         self._wait()
         return (time.perf_counter() - start) / self._calls
+
+    def _grow(self, least_seconds: float) -> None:
+        while (seconds := self._time_block() * self._calls) < least_seconds:
+            more = math.ceil(self._calls * least_seconds / max(seconds, 1e-9))
+            self._calls = max(2 * self._calls, more)
 
     def _warm_up(self, most_seconds: float) -> tuple[int, bool]:
         end = time.perf_counter() + most_seconds

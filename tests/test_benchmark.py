@@ -139,7 +139,7 @@ def test_formats_are_compared(
         *("benchmark", "formats", run.path, "--quick", "--runs", home / "runs", "--json", out)
     )
     assert code == 0
-    assert "litert_int8 was left out: litert_int8 needs what is not here" in said
+    assert "left out: litert_int8: litert_int8 needs what is not here" in said
     document = json.loads(out.read_text())
     assert document["skipped"].keys() == {"litert_int8"}
     assert [row["format"] for row in document["rows"]] == ["saved_model", "litert", "onnx"]
@@ -148,7 +148,7 @@ def test_formats_are_compared(
         verified = read_facts(exported[kind]).verified
         assert row["accuracy"] == verified.accuracy
         assert row["largest_difference"] == verified.largest_difference
-        assert row["latency"]["blocks"] == 40
+        assert row["timing"]["blocks"] == 40
         assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"] < 1000
         assert row["images_per_second"] * row["batches"]["median_seconds"] == pytest.approx(BATCH)
         assert row["load_seconds"] > 0
@@ -161,7 +161,7 @@ def test_formats_are_compared(
     folder = Path(said.split("kept in ")[1].split(";")[0])
     assert json.loads((folder / "formats.json").read_text()) == document
     assert len((folder / "formats.csv").read_text().splitlines()) == 4
-    assert (folder / "formats.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
     assert FORMATS.keys() - document["skipped"].keys() == {"saved_model", "litert", "onnx"}
     # A benchmark is no run: `latest` goes past it. And no file is overwritten.

@@ -179,6 +179,8 @@ def test_a_killed_training_ends_as_if_it_had_not_been(fit: Fit, changes: dict[st
         file.write("what was written after the last checkpoint\n")
     resumed = trainer.resume("killed", callbacks=[Bomb(), table("killed.csv")])
     assert contents(resumed.run) == contents(whole.run)
+    seconds = resumed.summary["seconds"]  # the parts are those of both sessions, and so is the sum
+    assert sum(v for k, v in seconds.items() if k != "total" and v) <= seconds["total"]
     assert resumed.model.history.history == whole.model.history.history
     assert Path("killed.csv").read_text() == Path("whole.csv").read_text()
 

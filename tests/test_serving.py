@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
+from trainer.errors import InputError
 from trainer.saving.loading import load
 from trainer.serving import app as serving_app
-from trainer.serving.app import make_app
+from trainer.serving import protocol
+from trainer.serving.app import make_server
 from trainer.serving.batching import Batcher
 from trainer.serving.messages import RequestError, parse_request, render_answer
 from trainer.serving.servable import Servables
@@ -73,8 +74,7 @@ class Server:
 def served(folder: Path) -> Iterator[Server]:
     servables = Servables("shapes", folder)
     listening = listen("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(servables, most_bytes=MOST_BYTES), log_config=None)
-    server = uvicorn.Server(config)
+    server = make_server(servables, most_bytes=MOST_BYTES)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -105,9 +105,10 @@ def pictures(count: int, seed: int = 0) -> Any:
     return np.random.RandomState(seed).randint(0, 256, (count, 8, 8, 1), np.uint8)
 
 
-def encoded(image: Any, kind: str = "PNG") -> dict[str, str]:
+def encoded(image: Any, kind: str = "PNG", mode: str = "") -> dict[str, str]:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
+    picture = Image.fromarray(image)
+    (picture.convert(mode) if mode else picture).save(buffer, kind)
     return {"b64": base64.b64encode(buffer.getvalue()).decode()}
 
 
@@ -168,6 +169,8 @@ FILES = {"signature_name": "serving_files"}
 # A PNG of two colours that unpacks to a hundred million pixels.
 BOMB = io.BytesIO()
 Image.new("1", (10_000, 10_000)).save(BOMB, "PNG", optimize=True)
+LARGE = encoded(np.zeros((3000, 3000), np.uint8))
+CMYK = encoded(np.zeros((8, 8, 4), np.uint8), "JPEG", "CMYK")
 CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
 
 
@@ -184,7 +187,7 @@ CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
         (400, "received both", {"instances": [ROW], "inputs": [ROW]}),
         (400, "expected a list of at least one", {"instances": []}),
         (400, "expected a list of at least one", {"instances": ROW[0][0][0]}),
-        (400, "expected uint8 [None, 8, 8, 1], received []", {"inputs": 3}),
+        (400, "expected uint8 [n, 8, 8, 1], received []", {"inputs": 3}),
         (400, "received [0]", {"inputs": []}),
         (400, "received [1, 8, 8]", {"instances": [np.zeros((8, 8), int).tolist()]}),
         (400, "differ in length", {"instances": [ROW, ROW[1:]]}),
@@ -199,6 +202,8 @@ CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
         (400, "instances[1]: expected images", {"instances": [{"images": ROW}, ROW]}),
         (400, "inputs: expected images, received none", {"inputs": {}}),
         (400, "signature_name: expected a string", {"signature_name": 3, "inputs": [ROW]}),
+        (400, "signature_name: expected a string", {"signature_name": [], "inputs": [ROW]}),
+        (400, "received \ud800", {"inputs": {"\ud800": ROW}}),
         (400, "'no' not found; available: serving_d", {"signature_name": "no", "inputs": [ROW]}),
         (400, "no base64", FILES | {"instances": [{"b64": "?"}]}),
         (400, "expected PNG or JPEG files", FILES | {"instances": [{"b64": "AAAA"}]}),
@@ -207,9 +212,11 @@ CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
         (400, "Invalid PNG data", FILES | {"instances": [{"b64": CUT}]}),
         (
             400,
-            "an image of more than 16777216 pixels",
+            "more than 16777216 pixels in the images of one request",
             FILES | {"instances": [{"b64": base64.b64encode(BOMB.getvalue()).decode()}]},
         ),
+        (400, "more than 16777216 pixels", FILES | {"instances": [LARGE, LARGE]}),
+        (400, "expected grey or RGB, received CMYK", FILES | {"instances": [CMYK]}),
         (413, "expected a body of at most 100000 bytes, received 100001", b" " * 100_001),
     ],
 )
@@ -232,6 +239,7 @@ def test_a_bad_request_hears_what_is_wrong(
         (404, "Malformed request: POST", "POST", f"{MODEL}/versions/x:predict"),
         (404, "Malformed request: POST", "POST", f"{MODEL}/versions/{'9' * 5000}:predict"),
         (404, "Malformed request: POST", "POST", f"{MODEL}:classify"),
+        (404, "Malformed request: GET", "GET", f"{MODEL}/"),
         (404, "Malformed request: GET /", "GET", "/..%2f..%2fetc/passwd"),
         (405, "Method Not Allowed", "GET", f"{MODEL}:predict"),
         (405, "Method Not Allowed", "DELETE", MODEL),
@@ -250,12 +258,22 @@ def test_what_is_no_http_is_refused_and_a_slow_sender_let_go(
 ) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
         raw.sendall(b"\x16\x03\x01\r\n\r\n")
-        assert raw.recv(1000).startswith(b"HTTP/1.1 400 ")
+        answer = raw.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].startswith("Malformed request")
     monkeypatch.setattr(serving_app, "_SECONDS_TO_SEND", 0.1)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
         head = f"POST {MODEL}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{"
         raw.sendall(head.encode())
         assert raw.recv(1000).startswith(b"HTTP/1.1 408 ")
+    # One that never begins is let go, and hundreds of them shut nobody out.
+    monkeypatch.setattr(protocol, "SECONDS_TO_BEGIN", 0.3)
+    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(200)]
+    silent[0].sendall(b"GET /\r\n")
+    assert server.ask("/health")[0] == 200
+    assert {raw.recv(10) for raw in silent} == {b""}
+    for raw in silent:
+        raw.close()
 
 
 SPECS = {
@@ -442,11 +460,36 @@ def test_versions_come_and_go_while_it_serves(exported: dict[str, Path], tmp_pat
         shutil.rmtree(folder / "10")
         server.wait_for(2)
         assert server.ask(f"{MODEL}/versions/10")[0] == 404
+        # Replaced under its number, it is loaded anew; what is damaged then is not.
+        before = server.servables.newest
+        shutil.rmtree(folder / "2")
+        publish(exported["saved_model"], folder, 2)
+        for _ in range(200):
+            if server.servables.newest is not before:
+                break
+            time.sleep(0.05)
+        assert server.servables.newest is not before
+        assert server.ask("/health")[1]["version"] == "2"
         # Everything taken away: the last one goes on.
         shutil.rmtree(folder / "2")
         shutil.rmtree(folder / "1")
         time.sleep(0.3)
         assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
+
+
+def test_a_damaged_newest_version_does_not_keep_the_server_from_starting(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "shapes"
+    publish(exported["saved_model"], folder, 1)
+    (folder / "2").mkdir()
+    (folder / "3").write_text("no folder")
+    servables = Servables("shapes", folder)
+    assert servables.newest.version == 1
+    assert [state["state"] for state in servables.status(None)] == ["END", "END", "AVAILABLE"]
+    shutil.rmtree(folder / "1")
+    with pytest.raises(InputError, match="is no SavedModel"):
+        Servables("shapes", folder)
 
 
 # ---------------------------------------------------------------- the command
@@ -459,6 +502,7 @@ def test_versions_come_and_go_while_it_serves(exported: dict[str, Path], tmp_pat
         (2, "did you mean 'synthetic-layers'?", ("synthetic-layer",)),
         (2, "holds onnx: `trainer serve` takes a SavedModel", ("synthetic-layers-onnx",)),
         (2, "there is no exported model '' in", ("",)),
+        (2, "cannot be read: File name too long", ("x" * 300,)),
         (
             2,
             "cannot listen at no.such.host.invalid",
@@ -585,8 +629,13 @@ def test_what_is_drawn_on_the_page_is_answered(
     best = load(server.folder / "1")(pictures(1))[0]
     page.wait_for_function(
         "text => document.getElementById('answer').textContent === text",
-        arg=f"pattern {best.argmax()} ({100 * best.max():.1f}%)",
+        arg=f"pattern {best.argmax()} ({best.max():.4f})",
     )
+    seen = page.evaluate(
+        "() => Array.from(document.getElementById('seen').getContext('2d')"
+        ".getImageData(0, 0, 8, 8).data).filter((_, i) => i % 4 === 0)"
+    )
+    assert seen == pictures(1).ravel().tolist()
     page.click("#clear")
     assert page.inner_text("#answer") == ""
     (tmp_path / "no.png").write_bytes(b"no picture")

@@ -57,6 +57,17 @@ JsonFileOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help='Also write one JSON document; "-": on stdout'),
 ]
+BenchmarkDeviceOption = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="cpu | cpu:N | gpu | gpu:N | all; repeatable; default: all"),
+]
+CompareOption = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="OLD.json", help="Say what moved since, beyond noise"),
+]
+ToleranceOption = Annotated[
+    float, typer.Option(min=0, help="With --compare: exit code 4 beyond this share slower")
+]
 RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
 
 _DEFAULT_CONFIG = Path("configs/mnist.toml")
@@ -140,7 +151,8 @@ def evaluate(
     _start_logging()
     with _stdout_for_the_result():
         if saved:
-            result = _saving("loading").load(run).evaluate(split)
+            with _without_chatter():
+                result = _saving("loading").load(run).evaluate(split)
         else:
             result = _workflow().evaluate(run, split=split, device=device, directory=runs)
     if json_:
@@ -215,7 +227,7 @@ def load(
 ) -> None:
     """Say what a model is; any format will do."""
     _start_logging()
-    with _stdout_for_the_result():
+    with _stdout_for_the_result(), _without_chatter():
         loaded = _saving("loading").load(path, trust=trust)
         result = loaded.facts() | (loaded.evaluate() if evaluate else {})
     _print_facts(result, as_json=json_)
@@ -228,7 +240,12 @@ def export(
     format_: Annotated[
         str, typer.Option("--format", help="saved_model | litert | litert_int8 | onnx")
     ] = "saved_model",
-    name: Annotated[str | None, typer.Option(help="Of the model; default: data-network")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model (default: data-network); -FORMAT is added to all but saved_model"
+        ),
+    ] = None,
     directory: Annotated[
         str, typer.Option("--directory", help="Folder that holds exported models")
     ] = "saved_models",
@@ -238,7 +255,7 @@ def export(
     """Write a new version of a model for deployment, proven equal in another process."""
     _require("cpu", run, runs)
     _start_logging()
-    with _stdout_for_the_result():
+    with _stdout_for_the_result(), _without_chatter():
         folder, exported = _saving("export").export(
             run, format_, name=name, directory=directory, runs=runs
         )
@@ -257,9 +274,10 @@ def verify(
 ) -> None:
     """Check an exported model: its sums, and its answers in another process."""
     _start_logging()
-    with _stdout_for_the_result():
+    with _stdout_for_the_result(), _without_chatter():
         folder, verified = _saving("export").verify(path, trust=trust)
-    _print_facts({"path": str(folder), **verified.model_dump()}, as_json=json_)
+    result = {"result": "unchanged, and the same answers to the images kept with it"}
+    _print_facts({"path": str(folder), **result, **verified.model_dump()}, as_json=json_)
 
 
 @app.command()
@@ -327,6 +345,47 @@ def doctor(config: ConfigArgument = _DEFAULT_CONFIG, *, json_: JsonOption = Fals
     Console().print(table)
 
 
+@benchmark_app.command("matmul")
+def benchmark_matmul(
+    *,
+    device: BenchmarkDeviceOption = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="dot | square; repeatable; default: both")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help="float32 | bfloat16 | float16; repeatable; default: all"),
+    ] = None,
+    largest: Annotated[int | None, typer.Option(help="The largest n; default: by effort")] = None,
+    textbook: Annotated[
+        bool, typer.Option("--textbook", help="What the book prints, beside what it should print")
+    ] = False,
+    quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the numbers and of the order")] = 0,
+    runs: RunsOption = "runs",
+    json_: JsonFileOption = None,
+) -> None:
+    """Time the same matrix product at growing size on every device."""
+    devices = device or []
+    for word in devices:
+        _require_word(word)
+    before = _start_benchmark(json_, compare, runs)
+    with _stdout_for_the_result():
+        measure = _import("trainer.benchmark.matmul_result")
+        options = {"largest": largest, "quick": quick, "seed": seed}
+        if textbook:
+            result = measure.textbook_matmul(devices, **options)
+        else:
+            result = measure.benchmark_matmul(
+                devices, shapes=shape or [], dtypes=dtype or [], **options
+            )
+        folder = result.write(runs)
+    _print_measured(result, folder, json_)
+    _compare(before, result, tolerance)
+
+
 @benchmark_app.command("formats")
 def benchmark_formats(
     run: Annotated[
@@ -334,18 +393,20 @@ def benchmark_formats(
     ] = "latest",
     *,
     quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
     runs: RunsOption = "runs",
     json_: JsonFileOption = None,
 ) -> None:
     """Compare the formats a model can be exported to: size, speed, and what is lost."""
     _require("cpu", run, runs)
-    _require_new_file(json_)
-    _start_logging()
-    with _stdout_for_the_result():
+    before = _start_benchmark(json_, compare, runs)
+    with _stdout_for_the_result(), _without_chatter():
         measure = _import("trainer.benchmark.formats").benchmark_formats
         result = measure(run, runs=runs, quick=quick)
         folder = result.write(runs)
     _print_measured(result, folder, json_)
+    _compare(before, result, tolerance)
 
 
 @data_app.command("prepare")
@@ -461,8 +522,10 @@ def _require(device: str, run: str | None = None, runs: str = "runs") -> None:
 def _is_saved_model(reference: str, runs: str) -> bool:
     """Says whether a reference names a file or a folder that is no run."""
     folders = (Path(reference), Path(runs, reference))
-    is_run = any((folder / "config.toml").exists() for folder in folders)
-    return bool(reference) and Path(reference).exists() and not is_run
+    with suppress(OSError):  # a name too long for the file system names nothing
+        is_run = any((folder / "config.toml").exists() for folder in folders)
+        return bool(reference) and Path(reference).exists() and not is_run
+    return False
 
 
 def _stdout_for_the_result() -> AbstractContextManager[Any]:
@@ -472,7 +535,7 @@ def _stdout_for_the_result() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Keeps the lines that TensorFlow says about itself at start-up from the terminal.
+    """Keeps the lines that TensorFlow and LiteRT say about themselves from the terminal.
 
     It writes them to file descriptor 2 before its own log level counts; TF_CPP_MIN_LOG_LEVEL=0
     lets them through. The filter is a process of its own, so that what TensorFlow says when it
@@ -487,12 +550,18 @@ def _without_chatter() -> Iterator[None]:
         # Where there is no driver, TensorFlow's error that CUDA does not start is no news.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     grep = shutil.which("grep")
+    if sys.stderr is None:  # closed by whoever started us
+        yield
+        return
     if grep is None or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
         yield
         return
     sys.stderr.flush()
     terminal = os.dup(2)
-    chatter = r"^WARNING: All log messages before absl|^I0000 |^To enable the following instruct"
+    chatter = (
+        r"^WARNING: All log messages before absl|^I0000 |^To enable the following instruct"
+        r"|^fully_quantize: |^INFO: Created TensorFlow Lite XNNPACK"
+    )
     command = [grep, "--line-buffered", "-vE", chatter]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal)
     stdin = cast("IO[bytes]", process.stdin)
@@ -580,19 +649,49 @@ def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
 def _print_table(rows: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 1))
     for key, value in rows.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            shown = ", ".join(map(str, value))
         table.add_row(Text(key, "bold"), Text(shown))
     Console().print(table)
 
 
-def _require_new_file(path: Path | None) -> None:
-    """Refuses a file that cannot be written before what it is for has taken its time."""
-    if path is None or path == Path("-"):
-        return
-    if os.path.lexists(path):
-        raise InputError(f"--json: {path} exists already and is left as it is: name another")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--json: {path.parent} is no folder that can be written")
+def _start_benchmark(json_: Path | None, compare: Path | None, runs: str) -> Any:
+    """Refuses what cannot be written or compared before measuring takes its time.
+
+    Returns:
+        The result to compare with; None where there is none.
+    """
+    from trainer.run import require_writable
+
+    require_writable(runs)
+    if json_ is not None and json_ != Path("-"):
+        if os.path.lexists(json_):
+            raise InputError(f"--json: {json_} exists already and is left as it is: name another")
+        if not json_.parent.is_dir() or not os.access(json_.parent, os.W_OK):
+            raise InputError(f"--json: {json_.parent} is no folder that can be written")
+    _start_logging()
+    if compare is None:
+        return None
+    from trainer.benchmark.compare import read_document
+
+    return read_document(compare)
+
+
+def _compare(before: Any, result: Any, tolerance: float) -> None:
+    if before is not None:
+        from trainer.benchmark.compare import compare
+
+        for line in compare(before, result.document(), tolerance=tolerance):
+            typer.echo(line, err=True)
+
+
+def _require_word(device: str) -> None:
+    """Refuses a GPU within milliseconds on a machine that cannot have one."""
+    from trainer.devices import require_driver
+
+    if device.startswith("gpu"):
+        require_driver(device)
 
 
 def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
@@ -607,6 +706,8 @@ def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
     for row in result.table:
         table.add_row(*map(Text, row.values()))
     Console().print(table)
-    for name, reason in result.skipped.items():
-        typer.echo(f"{name} was left out: {reason}")
+    for plot in result.plots:
+        typer.echo(plot)
+    for line in (*result.notes, *(f"left out: {k}: {why}" for k, why in result.skipped.items())):
+        typer.echo(line)
     typer.echo(f"kept in {folder}; see it with `trainer tensorboard`")

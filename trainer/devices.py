@@ -81,16 +81,25 @@ def select(device: str) -> Devices:
     import tensorflow as tf
 
     require_driver(device)
+    names = _choose(device, *_logical_devices())
+    if len(names) == 1:
+        return Devices(names, tf.distribute.OneDeviceStrategy(names[0]))
+    return Devices(names, tf.distribute.MirroredStrategy(list(names)))
+
+
+def _logical_devices() -> tuple[list[str], list[str]]:
+    """Returns the names of the GPUs and of the CPUs."""
+    import tensorflow as tf
+
     for gpu in tf.config.list_physical_devices("GPU"):
         # Memory growth can be set until the GPU is first used, and must be the same for all.
         if not tf.config.experimental.get_memory_growth(gpu):
             tf.config.experimental.set_memory_growth(gpu, True)
-    gpus = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices("GPU")]
-    cpus = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices("CPU")]
-    names = _choose(device, gpus, cpus)
-    if len(names) == 1:
-        return Devices(names, tf.distribute.OneDeviceStrategy(names[0]))
-    return Devices(names, tf.distribute.MirroredStrategy(list(names)))
+    gpus, cpus = (
+        [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices(kind)]
+        for kind in ("GPU", "CPU")
+    )
+    return gpus, cpus
 
 
 def _choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
@@ -109,6 +118,46 @@ def _choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
     if index >= len(gpus):
         raise InputError(f"--device {device}: available: {', '.join(gpus).lower()}")
     return (gpus[index],)
+
+
+def select_each(words: list[str]) -> list[str]:
+    """Turns what was asked for into single devices, to be measured one beside the other.
+
+    "cpu:1" asks for a second logical CPU device: with it, what compares two devices can be
+    rehearsed on a machine without a GPU.
+
+    Args:
+        words: "cpu", "cpu:N", "gpu", "gpu:N" or "all"; none means the CPU and every GPU.
+
+    Returns:
+        TensorFlow's names, for example ["CPU:0", "GPU:0"].
+
+    Raises:
+        InputError: A word is none of these, or asks for a GPU beyond those there are.
+        MissingError: A GPU is asked for and none is usable.
+    """
+    import tensorflow as tf
+
+    for word in words:
+        if not re.fullmatch(r"all|(cpu|gpu)(:\d{1,2})?", word):
+            raise InputError(f"--device: expected cpu, cpu:N, gpu, gpu:N or all; received {word!r}")
+    numbers = [int(w.partition(":")[2] or 0) for w in words if w.startswith("cpu")]
+    if max(numbers, default=0) > 0:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        parts = [tf.config.LogicalDeviceConfiguration() for _ in range(max(numbers) + 1)]
+        if len(tf.config.get_logical_device_configuration(cpu) or [1]) < len(parts):
+            tf.config.set_logical_device_configuration(cpu, parts)
+    gpus, cpus = _logical_devices()
+    names: list[str] = []
+    for word in words or ["all"]:
+        if word == "all":
+            names += [cpus[0], *gpus]
+        elif word.startswith("cpu"):
+            names.append(f"CPU:{word.partition(':')[2] or 0}")
+        else:
+            require_driver(word)
+            names += _choose(word, gpus, cpus)
+    return list(dict.fromkeys(names))
 
 
 def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
@@ -201,6 +250,19 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@functools.cache
+def cpu_caches() -> dict[str, int]:
+    """Returns the bytes of each cache of the first CPU, smallest first; empty where not told."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        names = ("level", "type", "size")
+        level, kind, size = ((folder / name).read_text().strip() for name in names)
+        if kind != "Instruction":
+            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
+            found[f"L{level}"] = int(size.rstrip("KMG")) * unit
+    return found
 
 
 def gpu_models() -> list[str]:

@@ -316,7 +316,9 @@ def environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, An
         "gpus": devices.gpu_models(),
         "devices": list(device_names),
         "variables": {
-            k: v for k, v in os.environ.items() if k.startswith(("TF_", "CUDA_", "XLA_", "OMP_"))
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("TF_", "CUDA_", "XLA_", "OMP_")) and not k.startswith("TF_CLI_")
         },
         "git": _git_state(),
         "data_fingerprint": fingerprint,

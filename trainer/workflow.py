@@ -419,10 +419,12 @@ class _Training:
     def _finish(self) -> Fitted:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
         setting, run, clock = self._setting, self._run, self._clock
+        traced = setting.loop.seconds.tracing
         with clock.part("evaluation"):
             validation, _ = _score(setting, self._validation, signals=self._signals)
             test = setting.batches("test")
             scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
+        clock.seconds["evaluation"] -= setting.loop.seconds.tracing - traced  # counted there
         summary = _summary(setting, validation, scores, clock, self._times) | {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
@@ -435,11 +437,16 @@ class _Training:
         summary["seconds"] |= {
             "report": clock.seconds["report"],
             "import": clock.import_seconds,
-            "total": clock.total(),
+            "total": clock.total() + self._earlier_seconds(),
         }
         run.write_json("summary.json", summary)
         _log.debug("test     %s", watching.shown(scores))  # the terminal has it on stdout
         return Fitted(summary, setting.model, run)
+
+    def _earlier_seconds(self) -> float:
+        """Returns what the loop took before the interruption: its clock goes on from there."""
+        # The last of what a checkpoint watches is the loop's own clock.
+        return 0.0 if self._saved is None else sum(self._saved.states[-1].values())
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:

@@ -10,6 +10,8 @@ runs/<UTC time>-benchmark-<name>/
 import csv
 import io
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from matplotlib.figure import Figure
 
 from trainer.errors import InputError
 from trainer.run import name_directory, write_text
+
+_PLOT_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,13 @@ class Result:
         skipped: What was not measured, and why.
         settings: How it was measured.
         environment: What the figures depend on besides.
+        notes: What people should read besides, a line each.
+        facts: More of what was found, in plain values.
+        references: Timings of what the machine can do, by name: by them two results are made
+            comparable.
         figures: By file name.
+        curves: For TensorBoard: by run and tag, values by step.
+        plots: For the terminal.
     """
 
     name: str
@@ -42,7 +52,12 @@ class Result:
     skipped: dict[str, str]
     settings: dict[str, Any]
     environment: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict, repr=False)
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict, repr=False)
+    plots: list[str] = field(default_factory=list, repr=False)
 
     def document(self) -> dict[str, Any]:
         """Returns everything but the pictures, in plain values."""
@@ -51,6 +66,8 @@ class Result:
             "subject": self.subject,
             "settings": self.settings,
             "rows": self.rows,
+            "facts": self.facts,
+            "references": self.references,
             "skipped": self.skipped,
             "environment": self.environment,
         }
@@ -109,8 +126,71 @@ class Result:
 
         from trainer.report import as_image
 
-        reasons = "".join(f"\n\n{name}: {reason}" for name, reason in self.skipped.items())
+        lines = [*self.notes, *(f"{name}: {reason}" for name, reason in self.skipped.items())]
         with tf.summary.create_file_writer(str(path)).as_default(step=0):
-            tf.summary.text(f"benchmark/{self.name}", self._markdown() + reasons)
+            if self.curves:
+                tf.summary.experimental.write_raw_pb(_layout(self.name, self.curves))
+            tf.summary.text(f"benchmark/{self.name}_table", "\n\n".join([self._markdown(), *lines]))
             for name, figure in self.figures.items():
-                tf.summary.image(f"benchmark/{name}", as_image(figure))
+                tf.summary.image(f"benchmark/{self.name}_{name}", as_image(figure))
+        for run, tags in self.curves.items():
+            with tf.summary.create_file_writer(str(path / run)).as_default():
+                for tag, points in tags.items():
+                    for step, value in points:
+                        tf.summary.scalar(tag, value, step=step)
+
+
+def _layout(name: str, curves: dict[str, dict[str, list[tuple[int, float]]]]) -> bytes:
+    """Returns the layout of TensorBoard's page of custom scalars: a chart for each tag."""
+    from tensorboard.plugins.custom_scalar import layout_pb2
+    from tensorboard.plugins.custom_scalar import summary as layout_summary
+
+    tags = dict.fromkeys(tag for run in curves.values() for tag in run)
+    charts = [
+        layout_pb2.Chart(title=tag, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$"]))
+        for tag in tags
+    ]
+    title = f"{name}: {' against '.join(curves)}"
+    layout = layout_pb2.Layout(category=[layout_pb2.Category(title=title, chart=charts)])
+    packed: bytes = layout_summary.pb(layout).SerializeToString()
+    return packed
+
+
+def time_text(seconds: float) -> str:
+    """Returns a time with the unit that suits it: "1.23 ms"."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def terminal_plot(
+    series: dict[str, dict[int, float]], *, title: str, show: Callable[[float], str]
+) -> str:
+    """Draws curves in characters: a line for each size, and along it a logarithmic scale.
+
+    Args:
+        series: By name, positive values by size.
+        title: Above the drawing.
+        show: Writes a value, for the ends of the scale.
+
+    Returns:
+        Lines of at most 80 characters; each curve is drawn by a letter.
+    """
+    values = [value for curve in series.values() for value in curve.values()]
+    low, high = math.log(min(values)), math.log(max(values))
+    sizes = sorted({size for curve in series.values() for size in curve})
+    margin = max(len(f"{size:,}") for size in sizes)
+    letters = dict(zip(series, "ABCDEFGH", strict=False))
+    lines = [title, *(f"{letter} {name}" for name, letter in letters.items())]
+    for size in sizes:
+        line = [" "] * _PLOT_WIDTH
+        for name, letter in letters.items():
+            if size in series[name]:
+                place = (math.log(series[name][size]) - low) / ((high - low) or 1)
+                line[round(place * (_PLOT_WIDTH - 1))] = letter
+        lines.append(f"{size:>{margin},} |{''.join(line).rstrip()}")
+    ends = show(math.exp(low)), show(math.exp(high))
+    lines.append(f"{'':>{margin}} +{'-' * _PLOT_WIDTH}")
+    lines.append(f"{'':>{margin}}  {ends[0]}{ends[1]:>{_PLOT_WIDTH - len(ends[0])}}")
+    return "\n".join(lines)

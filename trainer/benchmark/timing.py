@@ -89,8 +89,8 @@ class Measurement:
     def __init__(
         self,
         call: Callable[[], Any],
-        *,
         wait: Callable[[], Any] = lambda: None,
+        *,
         block_seconds: float = 0.02,
         most_warm_up_seconds: float = 2.0,
     ) -> None:
@@ -106,11 +106,17 @@ class Measurement:
         self._call, self._wait = call, wait
         self._calls = 1
         self._blocks: list[float] = []
+        self._last = 0.0
         self._first = self._time_block()
         least = max(block_seconds, _CLOCKS_A_BLOCK * clock_seconds())
         self._grow(least)
         self._warm_up_blocks, self._settled = self._warm_up(most_warm_up_seconds)
         self._grow(least)  # what has become steady is faster than it was
+
+    @property
+    def call_seconds(self) -> float:
+        """Seconds of one call, as last seen."""
+        return self._last
 
     def run_block(self) -> None:
         """Times one block and counts it."""
@@ -130,7 +136,8 @@ class Measurement:
         for _ in calls:
             call()
         self._wait()
-        return (time.perf_counter() - start) / self._calls
+        self._last = (time.perf_counter() - start) / self._calls
+        return self._last
 
     def _grow(self, least_seconds: float) -> None:
         while (seconds := self._time_block() * self._calls) < least_seconds:

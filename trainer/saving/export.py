@@ -275,7 +275,7 @@ def model_card(exported: Exported, version: Path) -> str:
     shape = ", ".join(map(str, spec.image_shape))
     change = (
         f"It was trained in {exported.precision}; in float32, as here, a probability differs by at "
-        f"most {exported.precision_difference:.2g}."
+        f"most {exported.precision_difference:.2g} on these images."
         if exported.precision != "float32"
         else "It was trained in float32, as it is here."
     )

@@ -98,7 +98,15 @@ class Loaded:
             chosen = answers[np.arange(len(labels)), labels].astype(np.float64)
             loss -= float(np.log(np.clip(chosen, 1e-7, 1)).sum())  # as Keras clips
         count = len(scored)
-        return {"split": split, "images": count, "loss": loss / count, "accuracy": right / count}
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "data": data.spec.name,
+            "split": split,
+            "images": count,
+            "loss": loss / count,
+            "accuracy": right / count,
+        }
 
 
 def load(path: str | Path, *, trust: bool = False) -> Loaded:

@@ -9,12 +9,13 @@ from importlib import resources
 from typing import Any
 
 import tensorflow as tf
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from trainer import keras_objects
@@ -26,6 +27,7 @@ from trainer.serving.messages import (
     parse_request,
     render_answer,
 )
+from trainer.serving.protocol import Protocol
 from trainer.serving.servable import Servable, Servables
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ _logger = logging.getLogger(__name__)
 _SECONDS_TO_LOOK = 1.0  # between two looks for a new version
 _FEW_BYTES = 100_000  # are read in less time than another thread takes to wake up and do it
 _SECONDS_TO_SEND = 30.0  # that a client has for the body of a request
+_SECONDS_TO_FINISH = 10  # that running requests have when the server is stopped
 
 
 class _Name(StringConvertor):
@@ -45,6 +48,24 @@ class _Number(StringConvertor):
 
 register_url_convertor("name", _Name())
 register_url_convertor("number", _Number())
+
+
+def make_server(servables: Servables, *, most_bytes: int) -> uvicorn.Server:
+    """Makes the server; `run` it with a socket.
+
+    Args:
+        servables: The versions of the model.
+        most_bytes: The largest body of a request.
+    """
+    config = uvicorn.Config(
+        make_app(servables, most_bytes=most_bytes),
+        http=Protocol,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+    )
+    return uvicorn.Server(config)
 
 
 def make_app(servables: Servables, *, most_bytes: int) -> Starlette:
@@ -68,7 +89,18 @@ def make_app(servables: Servables, *, most_bytes: int) -> Starlette:
         HTTPException: _show_http_exception,
         Exception: _show_defect,
     }
-    return Starlette(routes=routes, lifespan=answers.lifespan, exception_handlers=handlers)
+    app = Starlette(routes=routes, lifespan=answers.lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Json(Response):
+    """JSON in ASCII, which holds any text, and with NaN and Infinity, as TensorFlow Serving's."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
 class _Answers:
@@ -97,21 +129,21 @@ class _Answers:
             outputs = await self._batcher.predict(servable, call.signature, call.tensors)
         except tf.errors.InvalidArgumentError as error:
             raise RequestError(400, keras_objects.explain(error)) from error
-        return JSONResponse(render_answer(outputs, by_row=call.by_row))
+        return _Json(render_answer(outputs, by_row=call.by_row))
 
     async def metadata(self, request: Request) -> Response:
         servable = await self._servable(request)
-        return JSONResponse(servable.metadata(self._servables.name))
+        return _Json(servable.metadata(self._servables.name))
 
     async def status(self, request: Request) -> Response:
         found = await run_in_threadpool(self._servables.status, _version(request))
         if request.path_params["name"] != self._servables.name or not found:
             raise _not_found(request)
-        return JSONResponse({"model_version_status": found})
+        return _Json({"model_version_status": found})
 
     async def health(self, _: Request) -> Response:
         name, version = self._servables.name, str(self._servables.newest.version)
-        return JSONResponse({"status": "ok", "model": name, "version": version})
+        return _Json({"status": "ok", "model": name, "version": version})
 
     async def page(self, _: Request) -> Response:
         return HTMLResponse(render_page(self._servables))
@@ -131,10 +163,7 @@ class _Answers:
     async def _look_for_versions(self) -> None:
         while True:
             await asyncio.sleep(_SECONDS_TO_LOOK)
-            try:
-                await run_in_threadpool(self._servables.refresh)
-            except OSError as error:
-                _logger.warning("cannot look for new versions: %s", error)
+            await run_in_threadpool(self._servables.refresh)
 
 
 def render_page(servables: Servables) -> str:
@@ -181,19 +210,21 @@ async def _read_body(request: Request, most_bytes: int) -> bytes:
         raise RequestError(
             408, f"the body of a request has {_SECONDS_TO_SEND:g} seconds to arrive"
         ) from None
+    except ClientDisconnect:
+        raise RequestError(400, "the client went away") from None
     if size > most_bytes:
         raise RequestError(413, f"expected a body of at most {most_bytes} bytes, received {size}")
     return bytes(body)
 
 
 async def _show_request_error(_: Request, error: RequestError) -> Response:
-    return JSONResponse({"error": str(error)}, error.status)
+    return _Json({"error": str(error)}, error.status)
 
 
 async def _show_http_exception(request: Request, error: HTTPException) -> Response:
     message = f"Malformed request: {request.method} {request.url.path}: {error.detail}"
-    return JSONResponse({"error": message}, error.status_code, headers=error.headers)
+    return _Json({"error": message}, error.status_code, headers=error.headers)
 
 
 async def _show_defect(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"Internal: {type(error).__name__}: {error}"}, 500)
+    return _Json({"error": f"Internal: {type(error).__name__}: {error}"}, 500)

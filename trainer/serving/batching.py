@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.serving.messages import Tensors
+from trainer.serving.messages import RequestError, Tensors
 from trainer.serving.servable import Servable
+
+_MOST_WAITING = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +59,11 @@ class Batcher:
             tensors: Its inputs, one at least.
 
         Raises:
+            RequestError: More requests wait than can be answered soon; status 503.
             Exception: What the function raises for these inputs; others in the batch are answered.
         """
+        if len(self._waiting) >= _MOST_WAITING:
+            raise RequestError(503, f"{_MOST_WAITING} requests are waiting already")
         answer: asyncio.Future[Tensors] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(servable, signature, tensors, answer))
         if self._task is None or self._task.done():

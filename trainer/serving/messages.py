@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 DEFAULT_SIGNATURE = "serving_default"
 # Inputs of this name are image files, as `trainer export` makes them.
 IMAGE_FILES = "image_bytes"
-# An image of more is refused before it is decoded: some bytes of PNG can unpack to gigabytes.
+# Images of more are refused before they are decoded: some bytes of PNG can unpack to gigabytes.
 _MOST_PIXELS = 4096 * 4096
 
 Inputs = Mapping[str, tf.TensorSpec]
@@ -64,9 +64,10 @@ def parse_request(body: bytes, signatures: Mapping[str, Inputs]) -> Call:
         RequestError: It is no such JSON, or its tensors do not fit the function; status 400.
     """
     document = _document(body)
-    signature = document.get("signature_name") or DEFAULT_SIGNATURE
+    signature = document.get("signature_name", "")
     if not isinstance(signature, str):
         raise RequestError(400, "signature_name: expected a string")
+    signature = signature or DEFAULT_SIGNATURE
     if signature not in signatures:
         known = ", ".join(sorted(signatures))
         raise RequestError(
@@ -80,8 +81,10 @@ def parse_request(body: bytes, signatures: Mapping[str, Inputs]) -> Call:
     by_row = given == ["instances"]
     columns = (_columns if by_row else _named)(document[given[0]], inputs)
     tensors = {name: _tensor(name, columns[name], spec) for name, spec in inputs.items()}
-    for file in tensors.get(IMAGE_FILES, np.empty(0)).flat:
-        _check_image(file)
+    if sum(map(_count_pixels, tensors.get(IMAGE_FILES, np.empty(0)).flat)) > _MOST_PIXELS:
+        raise RequestError(
+            400, f"{IMAGE_FILES}: more than {_MOST_PIXELS} pixels in the images of one request"
+        )
     return Call(signature, tensors, by_row)
 
 
@@ -157,9 +160,8 @@ def _tensor(name: str, value: Any, spec: tf.TensorSpec) -> NDArray[Any]:
         shape.append(len(first))
         first = first[0] if first else None
     if not spec.shape.is_compatible_with(shape) or 0 in shape:
-        raise RequestError(
-            400, f"{name}: expected {spec.dtype.name} {spec.shape.as_list()}, received {shape}"
-        )
+        sizes = ", ".join("n" if size is None else str(size) for size in spec.shape)
+        raise RequestError(400, f"{name}: expected {spec.dtype.name} [{sizes}], received {shape}")
     level = [value]
     for size in shape:
         if set(map(type, level)) != {list} or set(map(len, level)) != {size}:
@@ -200,21 +202,21 @@ def _string(name: str, value: Any) -> bytes:
         raise RequestError(400, f"{name}: no base64: {error}") from None
 
 
-def _check_image(file: bytes) -> None:
-    """Looks at the head of an image file."""
+def _count_pixels(file: bytes) -> int:
+    """Returns how many pixels the head of an image file says it has."""
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
             Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as image,
         ):
-            pixels = image.width * image.height
+            if image.mode == "CMYK":
+                raise RequestError(400, f"{IMAGE_FILES}: expected grey or RGB, received CMYK")
+            return int(image.width * image.height)
+    except Image.DecompressionBombError:
+        return _MOST_PIXELS + 1
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise RequestError(400, f"{IMAGE_FILES}: expected PNG or JPEG files{reason}") from None
-    except Image.DecompressionBombError:
-        pixels = _MOST_PIXELS + 1
-    if pixels > _MOST_PIXELS:
-        raise RequestError(400, f"{IMAGE_FILES}: an image of more than {_MOST_PIXELS} pixels")
 
 
 def _plain(name: str, array: NDArray[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,25 @@ class Servable:
                 self.run(signature, zeros)
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A version as it was last tried: its files then, and what came of it."""
+
+    stamp: object
+    servable: Servable | None
+    fault: str = ""
+
+
 class Servables:
     """The versions of one model.
 
     The newest is loaded when it is published and serves from then on; an older one when it is first
-    asked for. A version that cannot be served is said once, and the one before goes on.
+    asked for. A version that cannot be served is said once, and the one before goes on; it is tried
+    again when its files have changed, as is one that was replaced under the same number.
     """
 
     def __init__(self, name: str, folder: Path, *, trust: bool = False) -> None:
-        """Loads the newest version.
+        """Loads the newest version that can be served.
 
         Args:
             name: By which it is served.
@@ -110,15 +121,18 @@ class Servables:
             trust: Run operations that reach out.
 
         Raises:
-            TrainerError: It cannot be served.
+            InputError: None can be served.
         """
         self.name = name
         self._folder = folder
         self._trust = trust
-        self._loaded: dict[int, Servable] = {}
-        self._failed: dict[int, tuple[object, str]] = {}
+        self._tried: dict[int, _Tried] = {}
         self._lock = threading.Lock()  # nothing is loaded twice at a time
-        self.newest = self._load(max(versions(folder)))
+        newest = self._newest_that_serves()
+        if newest is None:
+            faults = {tried.fault for tried in self._tried.values()}
+            raise InputError("; ".join(sorted(faults)) or f"there is no version in {folder}")
+        self.newest = newest
 
     def find(self, version: int | None) -> Servable | None:
         """Returns a version, loading it where need be; None where there is none to serve.
@@ -129,21 +143,18 @@ class Servables:
         if version is None or version == self.newest.version:
             return self.newest
         with self._lock:
-            if version not in self._loaded and version in versions(self._folder):
-                self._try(version)
-            return self._loaded.get(version)
+            return self._try(version) if version in self._versions() else None
 
     def refresh(self) -> None:
         """Turns to the newest version that can be served, and lets go of what was removed."""
         with self._lock:
-            there = versions(self._folder)
-            for version in sorted(there, reverse=True):
-                if version in self._loaded or self._try(version):
-                    self._turn_to(self._loaded[version])
-                    break
-            # The last one served goes on even where its folder is gone.
-            for version in self._loaded.keys() - {*there, self.newest.version}:
-                del self._loaded[version]
+            newest = self._newest_that_serves()
+            # Where nothing is left, the last one goes on.
+            if newest is not None and newest is not self.newest:
+                self.newest = newest
+                _logger.info("%s: version %d serves from now on", self.name, newest.version)
+            for version in self._tried.keys() - set(self._versions()):
+                del self._tried[version]
 
     def status(self, version: int | None) -> list[dict[str, Any]]:
         """Returns the state of one version or of all, in the words of TensorFlow Serving.
@@ -151,7 +162,7 @@ class Servables:
         "AVAILABLE" is loaded, "START" is loaded when asked for, "END" cannot be served.
         """
         with self._lock:
-            known = {*versions(self._folder), *self._loaded}
+            known = {*self._versions(), self.newest.version}
             return [
                 self._state(number)
                 for number in sorted(known, reverse=True)
@@ -160,36 +171,36 @@ class Servables:
 
     def _state(self, version: int) -> dict[str, Any]:
         state, code, message = "START", "OK", ""
-        if version in self._loaded:
+        tried = self._tried.get(version)
+        if version == self.newest.version or (tried is not None and tried.servable is not None):
             state = "AVAILABLE"
-        elif version in self._failed:
-            state, code, message = "END", "FAILED_PRECONDITION", self._failed[version][1]
+        elif tried is not None:
+            state, code, message = "END", "FAILED_PRECONDITION", tried.fault
         status = {"error_code": code, "error_message": message}
         return {"version": str(version), "state": state, "status": status}
 
-    def _try(self, version: int) -> bool:
-        """Loads a version; one that failed is tried again only when its files have changed."""
-        stamp = _stamp(self._folder / str(version))
-        if version in self._failed and self._failed[version][0] == stamp:
-            return False
+    def _versions(self) -> list[int]:
+        """Returns the numbers there are, the newest first; none while the folder is unreadable."""
         try:
-            self._load(version)
-        except TrainerError as error:
-            self._failed[version] = stamp, str(error)
+            return sorted(versions(self._folder), reverse=True)
+        except OSError:
+            return []
+
+    def _newest_that_serves(self) -> Servable | None:
+        return next(filter(None, map(self._try, self._versions())), None)
+
+    def _try(self, version: int) -> Servable | None:
+        """Returns a version, loaded if its files are not those that were tried last."""
+        folder = self._folder / str(version)
+        stamp, tried = _stamp(folder), self._tried.get(version)
+        if tried is not None and tried.stamp == stamp:
+            return tried.servable
+        try:
+            self._tried[version] = _Tried(stamp, Servable(folder, trust=self._trust))
+        except (TrainerError, OSError) as error:
+            self._tried[version] = _Tried(stamp, None, str(error))
             _logger.warning("version %d is not served: %s", version, error)
-            return False
-        self._failed.pop(version, None)
-        return True
-
-    def _load(self, version: int) -> Servable:
-        servable = Servable(self._folder / str(version), trust=self._trust)
-        self._loaded[version] = servable
-        return servable
-
-    def _turn_to(self, servable: Servable) -> None:
-        if servable is not self.newest:
-            self.newest = servable
-            _logger.info("%s: version %d serves from now on", self.name, servable.version)
+        return self._tried[version].servable
 
 
 def _stamp(folder: Path) -> object:
@@ -198,7 +209,7 @@ def _stamp(folder: Path) -> object:
         found = [(str(path), path.stat()) for path in sorted(folder.rglob("*"))]
     except OSError:  # removed while it was looked at
         return None
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return [(name, stat.st_ino, stat.st_size, stat.st_ctime_ns) for name, stat in found]
 
 
 def _signature_definitions(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_MOST_CONNECTIONS = 512
-_SECONDS_TO_FINISH = 10  # that running requests have when the server is stopped
+_BACKLOG = 512
 
 
 def serve(
@@ -44,25 +43,15 @@ def serve(
     require_packages("trainer serve", ("starlette", "uvicorn"), extra="serve")
     folder = _find_model(name, Path(directory))
     with listen(host, port) as listening:
-        import uvicorn
-
-        from trainer.serving.app import make_app
+        from trainer.serving.app import make_server
         from trainer.serving.servable import Servables
 
         servables = Servables(folder.name, folder, trust=trust)
         # Requests are made of many small lists. Without this, Python's collector looks through all
         # of TensorFlow's objects again and again while it reads them: 200 ms each time.
         gc.freeze()
-        config = uvicorn.Config(
-            make_app(servables, most_bytes=most_bytes),
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            limit_concurrency=_MOST_CONNECTIONS,
-            timeout_graceful_shutdown=_SECONDS_TO_FINISH,
-        )
         _say_where(servables, listening)
-        uvicorn.Server(config).run(sockets=[listening])
+        make_server(servables, most_bytes=most_bytes).run(sockets=[listening])
 
 
 def _say_where(servables: "Servables", listening: socket.socket) -> None:
@@ -77,12 +66,13 @@ def _say_where(servables: "Servables", listening: socket.socket) -> None:
 
 def _find_model(name: str, directory: Path) -> Path:
     """Returns the folder of a model that has a SavedModel to serve."""
-    folder = directory / name if name else directory
-    if not versions(folder) and versions(Path(name)):
-        folder = Path(name)
-    folder = folder.absolute()
-    found = versions(folder)
-    if not found:
+    try:
+        named = [path.absolute() for path in (directory / name, Path(name)) if name]
+        folder = next((path for path in named if versions(path)), directory)
+        found = versions(folder)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    if not found or folder == directory:
         known = [path.name for path in directory.glob("*") if versions(path)]
         there = nearest(name, known) if known else "none is there: `trainer export` makes one"
         raise InputError(f"there is no exported model {name!r} in {directory}: {there}")
@@ -114,7 +104,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(_MOST_CONNECTIONS)
+        listening.listen(_BACKLOG)
     except (OSError, UnicodeError) as error:
         if listening is not None:
             listening.close()

@@ -72,7 +72,9 @@ def test_the_verbs_and_options_are_frozen() -> None:
 
     walk(typer.main.get_command(cli.app), "")
     assert found == {
-        "benchmark formats": "run --quick --runs --json",
+        "benchmark formats": "run --quick --compare --tolerance --runs --json",
+        "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --compare "
+        "--tolerance --seed --runs --json",
         "config schema": "",
         "config show": "config --set --json",
         "data info": "config --set --json",

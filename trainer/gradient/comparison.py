@@ -259,7 +259,7 @@ def derive(
         methods,
         _closed_forms(expression, names, symbolic.formulas),
         (*_independence(names, order, taped.unconnected), WATCH),
-        _disagreement(methods, largest),
+        _disagreement(methods, numeric.error, largest, _TOLERANCES[order]),
         float(numeric.error.max()),
         taped.graph,
     )
@@ -371,22 +371,29 @@ def _closed_forms(
     return found
 
 
-def _disagreement(methods: Sequence[Method], largest: float) -> float:
+def _disagreement(
+    methods: Sequence[Method], error: Array, largest: float, tolerance: float
+) -> float:
     """Returns the largest relative disagreement of value or derivative between two methods.
 
+    Relative to the largest of the three, but at the least to what rounding and the differences'
+    own error allow: where a derivative is 0, all that is left of it is their error.
+
     Args:
-        methods: Two or more.
-        largest: Magnitude of a part of the expression. What cancels to little against it is little
-            by rounding: a millionth of it (a thousandth, for a derivative, whose differences divide
-            the rounding by a step) is the least that disagreements are held against.
+        methods: The three.
+        error: Of the differences, as they estimate it, of the derivative's shape; it counts up to a
+            fixed part of `largest`, or of 1, so that no estimate excuses everything.
+        largest: Magnitude of a part of the expression.
+        tolerance: Within which they agree.
     """
     values = np.stack([method.value for method in methods])
     derivatives = np.stack([method.derivative for method in methods])
-    floor = max(1e-3 * largest, 1e-6 * abs(derivatives).max())
+    floor = np.minimum(4 * error / tolerance, max(largest, 1.0))
+    floor = np.maximum(floor, 1e-6 * abs(derivatives).max())
     return float(np.max([_spread(values, 1e-6 * largest), _spread(derivatives, floor)]))
 
 
-def _spread(found: Array, floor: float) -> float:
+def _spread(found: Array, floor: Array | float) -> float:
     apart = found.max(axis=0) - found.min(axis=0)
     scale = np.maximum(abs(found).max(axis=0), floor)
     # Zero three times is agreement; what is not finite in a method is none, and stays nan.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
-from trainer.gradient.expression import Expression, evaluate
+from trainer.gradient.expression import Expression, evaluate, largest_part
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]
@@ -23,7 +23,10 @@ _EPSILON = float(np.finfo(np.float64).eps)
 _SHRINK = (
     1.4  # from step to step, as in Numerical Recipes: no whole number, so no period is met twice
 )
-_STEPS = 32
+_STEPS = 60
+# In units of eps times the largest part: the columns of the table multiply rounding by up to 8, and
+# an expression rounds more often than once. Too little would prefer steps that are too small.
+_ROUNDING = 64
 _COLUMNS = 5  # of the table of extrapolations: rows that met a kink far away are left behind
 
 
@@ -68,11 +71,13 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> Difference
         for lower in range(1, order + 1):
             for number, label in enumerate(labels):
                 _require_two_sides(function, point, number, lower, label)
-        derivative, error = _all_derivatives(function, point, order)
+        derivative, error = _all_derivatives(function, point, order, largest_part(expression))
     return Differences(evaluate(expression, expression.at), derivative, error)
 
 
-def _all_derivatives(function: Function, point: Array, order: int) -> tuple[Array, Array]:
+def _all_derivatives(
+    function: Function, point: Array, order: int, largest: float
+) -> tuple[Array, Array]:
     """Returns every derivative of an order and its estimated error, [outputs, inputs, ...]."""
     shape = (function(point).size, *[len(point)] * order)
     derivative, error = np.empty(shape), np.empty(shape)
@@ -82,7 +87,7 @@ def _all_derivatives(function: Function, point: Array, order: int) -> tuple[Arra
             first = (slice(None), *sorted(index))
             derivative[place], error[place] = derivative[first], error[first]
         else:
-            derivative[place], error[place] = _extrapolated(function, point, index)
+            derivative[place], error[place] = _extrapolated(function, point, index, largest)
     return derivative, error
 
 
@@ -99,10 +104,19 @@ def _scales(x: float) -> list[float]:
     return sorted({max(1.0, least), abs(x)} - {0.0})
 
 
-def _extrapolated(function: Function, point: Array, index: tuple[int, ...]) -> tuple[Array, Array]:
-    """Returns one derivative of every output, and its estimated error, by the best scale."""
-    values = abs(function(point))
-    best, least = np.zeros_like(values), np.full_like(values, np.inf)
+def _extrapolated(
+    function: Function, point: Array, index: tuple[int, ...], largest: float
+) -> tuple[Array, Array]:
+    """Returns one derivative of every output, and its estimated error, by the best scale.
+
+    Args:
+        function: From inputs to outputs.
+        point: The inputs.
+        index: By which inputs to differentiate, one after the other.
+        largest: Magnitude of a part of the function, by which it is rounded.
+    """
+    outputs = function(point).size
+    best, least = np.zeros(outputs), np.full(outputs, np.inf)
     for which in (0, -1):
         starts = {n: 0.05 * _scales(point[n])[which] for n in set(index)}
         former: list[Array] = []
@@ -110,7 +124,10 @@ def _extrapolated(function: Function, point: Array, index: tuple[int, ...]) -> t
             steps = {n: _exact_step(start / _SHRINK**number) for n, start in starts.items()}
             row = [_quotient(function, point, index, steps)]
             # Quotients that are alike because all of them were rounded to nothing prove nothing.
-            rounding = 2 ** len(index) * _EPSILON * values / math.prod(steps[n] for n in index)
+            rounding = _ROUNDING * _EPSILON * largest
+            rounding *= 2 ** len(index) / math.prod(steps[n] for n in index)
+            if (rounding > least).all():
+                break  # and more so with each smaller step
             # The error of a central difference is a series in h**2: each column takes a term away.
             for column in range(1, min(len(former) + 1, _COLUMNS)):
                 factor = _SHRINK ** (2 * column)

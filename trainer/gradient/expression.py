@@ -221,6 +221,7 @@ def largest_part(expression: Expression) -> float:
         if node.number is not None:
             return np.asarray(node.number, dtype=np.float64)
         if node.operation == "name":
+            largest = max(largest, float(abs(expression.at[node.name]).max()))
             return expression.at[node.name]
         arguments = [walk(argument) for argument in node.arguments]
         value = np.asarray(_NUMPY[node.operation](*arguments), dtype=np.float64)

@@ -242,8 +242,8 @@ class _Loss:
                 loss = compute()
             return tape.gradient(loss, [weight.value for weight in model.trainable_variables])
 
-        self._compute = tf.function(compute)
-        self._differentiate = tf.function(differentiate)
+        self._compute = tf.function(compute).get_concrete_function()
+        self._differentiate = tf.function(differentiate).get_concrete_function()
 
     def value(self) -> float:
         """Returns the loss."""
@@ -313,12 +313,12 @@ def _quotients(
 def _float64() -> Iterator[None]:
     """Makes float64 what layers, losses and metrics compute in, inside the block."""
     former = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    try:
-        with devices.dtype_policy("float64"):
+    with devices.dtype_policy("float64"):  # first: a policy that was never set follows floatx
+        keras.config.set_floatx("float64")
+        try:
             yield
-    finally:
-        keras.config.set_floatx(former)
+        finally:
+            keras.config.set_floatx(former)
 
 
 def _require_float64(model: keras.Model) -> None:

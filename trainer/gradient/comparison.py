@@ -96,8 +96,7 @@ class Result:
     @property
     def title(self) -> str:
         """The expression and the point."""
-        at = ", ".join(f"{name} = {array.tolist()}" for name, array in self.expression.at.items())
-        return _shortened(f"{self.expression.text} at {at}")
+        return _shortened(f"{self.expression.text} at {_point(self.expression)}")
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -290,8 +289,7 @@ def tangent_figure(expression: Expression, name: str, x: float, y: float, slope:
     axes.plot([x], [y], "o", color="black")
     axes.annotate(f"({x:.6g}, {y:.6g})", (x, y), xytext=(8, -14), textcoords="offset points")
     axes.set_xlabel(name, parse_math=False)
-    others = [f"{n} = {array.tolist()}" for n, array in expression.at.items() if n != name]
-    axes.set_title(_shortened(", ".join(others)), fontsize=9, parse_math=False)
+    axes.set_title(_shortened(_point(expression, without=name)), fontsize=9, parse_math=False)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
     return figure
@@ -398,6 +396,12 @@ def _spread(found: Array, floor: Array | float) -> float:
     scale = np.maximum(abs(found).max(axis=0), floor)
     # Zero three times is agreement; what is not finite in a method is none, and stays nan.
     return float(np.divide(apart, scale, out=np.copy(apart), where=scale != 0).max())
+
+
+def _point(expression: Expression, without: str = "") -> str:
+    """Writes the value of each name but one."""
+    others = [(name, array) for name, array in expression.at.items() if name != without]
+    return ", ".join(f"{name} = {_shown(array)}" for name, array in others)
 
 
 def _shown(array: Array) -> str:

@@ -28,6 +28,7 @@ TOLERANCE = 1e-5
 IMAGES = 8
 ENTRIES = 20  # of each weight
 _EPSILON = float(np.finfo(np.float64).eps)
+_TINY = float(np.finfo(np.float64).tiny)
 # cbrt(eps) is the best step of a central difference (Press et al., Numerical Recipes, 3rd ed.,
 # 2007, formula 5.7.8). A smaller one meets fewer kinks, and rounds by less than the tolerance.
 STEP = 0.2 * _EPSILON ** (1 / 3)
@@ -46,7 +47,8 @@ class WeightCheck:
         compared: How many gradients were compared.
         kinks: How many more were drawn and left out, because the loss has a kink there.
         largest: The largest gradient of those compared, absolute.
-        relative_error: The largest difference of tape and quotient, relative to `largest`.
+        relative_error: The largest difference of tape and quotient, relative to the largest
+            gradient that was drawn, or to what rounding alone would make of the tolerance.
         connected: Whether the loss depends on the weight, as the tape sees it.
     """
 
@@ -268,7 +270,7 @@ def _check_weight(
     here = loss.value()
     # What the rounding of two losses makes of a quotient; sums of many products round more often.
     noise = 100 * _EPSILON * abs(here) / STEP
-    largest = max(float(abs(quotients[:, 0]).max()), noise / TOLERANCE)
+    largest = max(float(abs(quotients[:, 0]).max()), noise / TOLERANCE, _TINY)
     smooth = (abs(quotients[:, 1:]) < TOLERANCE / 4 * largest).all(axis=1)
     expected, received = quotients[smooth, 0], taped.flat[drawn[smooth]]
     wrong = abs(received - expected)

@@ -14,8 +14,8 @@ from trainer.gradient.expression import CONSTANTS, Expression, Node
 
 # Decimal digits: enough that what is left after rounding to float64 is exact.
 _DIGITS = 40
-# Parts of all formulas together: what sympy gets through in about ten seconds.
-MOST_PARTS = 15_000
+# Parts of all formulas together: what sympy gets through in a few seconds.
+MOST_PARTS = 5_000
 
 
 class _Jump(sympy.Function):

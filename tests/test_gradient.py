@@ -163,6 +163,8 @@ def test_tensors() -> None:
     assert derivatives("dot(x, x)", "x=[1,2,3]") == [2, 4, 6]
     assert derivatives("mean(x**2)", "x=[1,2,4]") == pytest.approx([2 / 3, 4 / 3, 8 / 3])
     assert derivatives("x@A@x", at, "A") == [1, -2, -2, 4]
+    large = f"A={[[0.1] * 7] * 8},x={[0.5] * 7}"  # 63 elements
+    assert len(derivatives("sigmoid(A@x)", large, "A,x")[0]) == 63
     assert derivatives("dot(x, matmul(A, x))", at, "x") == [-8, -11]
     assert derivatives("sum(transpose(A)@A)", "A=[[1,2],[3,4]]") == [6, 6, 14, 14]
     assert derivatives("x@A@x", at, "x", order=2) == [[2, 5], [5, 8]]

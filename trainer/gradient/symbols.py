@@ -16,6 +16,7 @@ from trainer.gradient.expression import CONSTANTS, Expression, Node
 _DIGITS = 40
 # Parts of all formulas together: what sympy gets through in a few seconds.
 MOST_PARTS = 5_000
+MOST_DERIVATIVES = 100_000  # parts times inputs: many of them are 0 at once
 
 
 class _Jump(sympy.Function):
@@ -143,7 +144,7 @@ def _derivatives(formulas: NDArray[Any], inputs: list[Any]) -> NDArray[Any]:
 
 def _require_short(formulas: NDArray[Any], inputs: int) -> None:
     parts = itertools.chain.from_iterable(map(sympy.preorder_traversal, formulas.flat))
-    most = MOST_PARTS // inputs
+    most = min(MOST_PARTS, MOST_DERIVATIVES // inputs)
     if sum(1 for _ in itertools.islice(parts, most + 1)) > most:
         raise InputError(
             f"the formulas have more than {most:,} parts, to be differentiated {inputs} times: "

@@ -640,7 +640,8 @@ def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:
         table.add_row(*map(Text, row.values()))
     typer.echo(result.title)
     Console().print(table)
-    for line in (*result.lines, f"kept in {folder}; see it with `trainer tensorboard`"):
+    advice = "; see it with `trainer tensorboard`" if (folder / "tensorboard").is_dir() else ""
+    for line in (*result.lines, f"kept in {folder}{advice}"):
         typer.echo(line)
 
 

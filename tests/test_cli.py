@@ -84,6 +84,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "export": "run --format --name --directory --runs --json",
         "fit": "config --resume --device --set --epochs --name --dry-run --deterministic "
         "--profile --json",
+        "gradient": "expression --at --wrt --order --model --runs --json",
         "load": "path --evaluate --trust --json",
         "predict": "run images --invert --device --runs --json",
         "save": "run path --overwrite --runs --json",

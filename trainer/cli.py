@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from trainer.errors import InputError, TrainerError
+from trainer.errors import CheckError, InputError, TrainerError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -386,6 +386,49 @@ def benchmark_matmul(
     _compare(before, result, tolerance)
 
 
+@app.command()
+def gradient(
+    expression: Annotated[
+        str | None,
+        typer.Argument(metavar="EXPR", help="Of named numbers, vectors and matrices"),
+    ] = None,
+    *,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="NAME=VALUE,...", help="a=1,x=[1,2],A=[[1,2],[3,4]]"),
+    ] = None,
+    wrt: Annotated[
+        str | None, typer.Option("--wrt", metavar="NAME,...", help="Variables to differentiate by")
+    ] = None,
+    order: Annotated[int, typer.Option(help="2 gives second derivatives; up to 4")] = 1,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="CONFIG", help="Check the network of a TOML file instead"),
+    ] = None,
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Differentiate an expression three ways, or check the gradients of a network."""
+    if model is not None and (expression, at, wrt, order) != (None, None, None, 1):
+        raise InputError(
+            "--model takes the network's own loss: expected no EXPR, --at, --wrt, --order"
+        )
+    _start_logging()
+    with _stdout_for_the_result(), _without_chatter():
+        if model is None:
+            from trainer.gradient.comparison import derive
+
+            result: Any = derive(expression, at=at, wrt=wrt, order=order)
+        else:
+            from trainer.gradient.network import check
+
+            result = check(_load(model, None))
+        folder = result.write(runs)
+    _print_gradient(result, folder, as_json=json_)
+    if not result.passed:
+        raise CheckError(result.verdict)
+
+
 @benchmark_app.command("formats")
 def benchmark_formats(
     run: Annotated[
@@ -692,6 +735,33 @@ def _require_word(device: str) -> None:
 
     if device.startswith("gpu"):
         require_driver(device)
+
+
+def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.document() | {"run": str(folder)})
+        return
+    rows = result.table()
+    table = Table(box=SIMPLE_HEAD)
+    for title in rows[0]:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    typer.echo(result.title)
+    Console().print(table)
+    advice = "; see it with `trainer tensorboard`" if (folder / "tensorboard").is_dir() else ""
+    for line in (*result.lines, f"kept in {folder}{advice}"):
+        typer.echo(line)
+
+
+def _require_new_file(path: Path | None) -> None:
+    """Refuses a file that cannot be written before what it is for has taken its time."""
+    if path is None or path == Path("-"):
+        return
+    if os.path.lexists(path):
+        raise InputError(f"--json: {path} exists already and is left as it is: name another")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--json: {path.parent} is no folder that can be written")
 
 
 def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""One training step and one test step on one replica: the only GradientTape of the project.
+"""One training step and one test step on one replica: the only GradientTape that trains.
 
 Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that a compiled
 model's losses, metrics and optimizer behave as Keras users know them. They differ in one thing: a

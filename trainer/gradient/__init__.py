@@ -1,0 +1,1 @@
+"""Derivatives three ways (tape, symbols, differences), of an expression and of a network's loss."""

@@ -772,7 +772,9 @@ def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
         from trainer.run import write_text
 
         write_text(json_, result.json())
-    table = Table(*(result.table[0] if result.table else ()), title=result.subject, box=SIMPLE_HEAD)
+    table = Table(title=result.subject, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in result.table[0] if result.table else ():
+        table.add_column(title, no_wrap=True)
     for row in result.table:
         table.add_row(*map(Text, row.values()))
     Console().print(table)

@@ -17,6 +17,11 @@ from trainer.benchmark.timing import Timing
 from trainer.run import environment
 
 SHAPES: tuple[Shape, ...] = ("dot", "square")
+_LEGEND = (
+    "rate: dot products by the bytes they read, square ones by their operations; share: of the "
+    "best block that was measured, those of numpy and of sums beside them included; from: the "
+    "cache that holds the operands"
+)
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 _STYLES = {"float32": "-", "tf32": "--", "bfloat16": "-.", "float16": ":"}
 
@@ -130,7 +135,7 @@ def make_result(
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(effort)},
         environment=environment(tuple(names), fingerprint="")
         | {"caches": places.cpu_caches(), "threads": _threads()},
-        notes=notes,
+        notes=[_LEGEND, *notes],
         facts={"crossovers": {name: asdict(c) for name, c in crossovers.items()}},
         references=_reference_facts(found),
         figures={shape: _figure(shape, timings, crossovers) for shape in shapes},
@@ -169,10 +174,9 @@ def _row(measured: Measured, timing: Timing, found: Measurements) -> dict[str, A
         "places": measured.places,
         "timing": timing.facts(),
     }
-    most = _most(case, found)
-    row["most"] = most
     rate = row["gflop_per_s"] if case.shape == "square" else row["gbyte_per_s"]
-    row["share"] = None if most is None else check_share(rate / most, case.key)
+    row["most"] = _most(case, rate, found)
+    row["share"] = None if row["most"] is None else rate / row["most"]
     beside = found.references.get(replace(case, cold=False))
     if beside is not None and not case.cold:
         others = {name: reference.timing().median for name, reference in beside.items()}
@@ -186,27 +190,46 @@ def _level(case: Case) -> str:
     return reference.cache_of(case.bytes) if case.device.startswith("CPU") else "memory"
 
 
-def _most(case: Case, found: Measurements) -> float | None:
+def _most(case: Case, rate: float, found: Measurements) -> float | None:
     """Returns the best block of what was measured of the thing that bounds a case.
 
     For squares the GFLOP/s of that device and type. For dots the GB/s of that device, whatever the
     type, at sizes that fit no smaller cache than the operands do: a cache is no slower than the
     next larger one.
+
+    Raises:
+        CheckError: The case is far beyond the references.
     """
+    independent = [
+        _work(other) / min(r.timing().block_seconds) / 1e9
+        for other, references in found.references.items()
+        if _bounds(other, case)
+        for r in references.values()
+    ]
+    if not independent:
+        return None
+    check_share(rate, max(independent), case.key)
+    own = [
+        _work(measured.case) / min(measured.measurement.timing().block_seconds) / 1e9
+        for measured in found.cases
+        if _bounds(measured.case, case)
+    ]
+    return max(independent + own)
+
+
+def _work(case: Case) -> int:
+    return case.operations if case.shape == "square" else case.bytes
+
+
+def _bounds(other: Case, case: Case) -> bool:
+    """Says whether a case can do no more work a second than another one, or only as much."""
+    if (other.shape, other.device) != (case.shape, case.device):
+        return False
+    if case.shape == "square":
+        return other.dtype == case.dtype
     levels = [*places.cpu_caches(), "memory"]
-    level = "memory" if case.cold else _level(case)
-    rates = []
-    for other, references in found.references.items():
-        if (other.shape, other.device) != (case.shape, case.device):
-            continue
-        if case.shape == "square" and other.dtype != case.dtype:
-            continue
-        if case.shape == "dot" and levels.index(_level(other)) < levels.index(level):
-            continue
-        work = other.operations if case.shape == "square" else other.bytes
-        best = min(min(r.timing().block_seconds) for r in references.values())
-        rates.append(work / best / 1e9)
-    return max(rates, default=None)
+    own, its = ("memory" if c.cold else _level(c) for c in (case, other))
+    return levels.index(its) >= levels.index(own)
 
 
 def _reference_facts(found: Measurements) -> dict[str, dict[str, Any]]:
@@ -254,19 +277,16 @@ def _told(name: str, crossover: Crossover) -> str:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    low, high = row["timing"]["quartiles_seconds"]
     square = row["shape"] == "square"
     rate = row["gflop_per_s"] if square else row["gbyte_per_s"]
     return {
-        "shape": row["shape"],
-        "n": f"{row['n']:,}",
+        "n": f"{row['shape']} {row['n']:,}",
         "device": row["device"],
         "type": row["dtype"],
-        "operands": "cold" if row["cold"] else row["fits"],
+        "from": "cold" if row["cold"] else row["fits"],
         "time": time_text(row["seconds"]),
-        "quartiles": f"{time_text(low)} to {time_text(high)}",
         "rate": f"{rate:.3g} {'GFLOP/s' if square else 'GB/s'}",
-        "share": "" if row["share"] is None else f"{row['share']:.0%}",
+        "share": "" if row["share"] is None else f"{row['share']:.1%}",
         "stable": "yes" if row["timing"]["stable"] else "no",
     }
 

@@ -20,7 +20,7 @@ from trainer.benchmark.matmul import Case, Effort
 from trainer.benchmark.timing import Timing
 from trainer.errors import CheckError, InputError
 
-TINY = Effort(dots=(1, 1000), squares=(2, 64), blocks=3, block_seconds=0.001, warm_up_seconds=0.01)
+TINY = Effort(dots=(1, 1000), squares=(2, 64), blocks=5, block_seconds=0.004, warm_up_seconds=0.02)
 
 
 def measured(names: list[str], shapes: Any, effort: Effort = TINY) -> Any:
@@ -54,7 +54,7 @@ def test_products_are_measured_where_they_were_asked_for() -> None:
 
 def test_a_clock_that_does_not_wait_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow asked to return before the work is done, as it does on a GPU."""
-    effort = replace(TINY, squares=(1024,), warm_up_seconds=0.0)
+    effort = replace(TINY, squares=(512,), warm_up_seconds=0.0)
     monkeypatch.setattr(matmul, "_waiting", lambda _: lambda: None)
     tf.config.experimental.set_synchronous_execution(False)
     try:
@@ -197,7 +197,7 @@ def test_the_command_measures_keeps_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(matmul, "QUICK", TINY)
-    old, runs = tmp_path / "old.json", ("--runs", tmp_path / "runs")
+    old, runs = tmp_path / "old.json", ("--dtype", "float32", "--runs", tmp_path / "runs")
     code, out, _ = command("benchmark", "matmul", "--quick", "--json", old, *runs)
     assert code == 0
     assert "square 64" in out
@@ -209,7 +209,7 @@ def test_the_command_measures_keeps_and_compares(
     document = read_document(old)
     assert document == json.loads((folder / "matmul.json").read_text())
     assert document["environment"]["packages"]["tensorflow"] == tf.__version__
-    assert document["settings"]["blocks"] == 3
+    assert document["settings"]["blocks"] == 5
     # Compared with one that took a tenth of the time, this is slower.
     fast = changed(document, 0.1)
     (tmp_path / "fast.json").write_text(json.dumps(fast))

@@ -429,6 +429,30 @@ def gradient(
         raise CheckError(result.verdict)
 
 
+@benchmark_app.command("operations")
+def benchmark_operations(
+    *,
+    device: BenchmarkDeviceOption = None,
+    quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the numbers and of the order")] = 0,
+    runs: RunsOption = "runs",
+    json_: JsonFileOption = None,
+) -> None:
+    """Time the operations and layers of networks, forward and with their gradient."""
+    devices = device or []
+    for word in devices:
+        _require_word(word)
+    before = _start_benchmark(json_, compare, runs)
+    with _stdout_for_the_result():
+        measure = _import("trainer.benchmark.operations").benchmark_operations
+        result = measure(devices, quick=quick, seed=seed)
+        folder = result.write(runs)
+    _print_measured(result, folder, json_)
+    _compare(before, result, tolerance)
+
+
 @benchmark_app.command("formats")
 def benchmark_formats(
     run: Annotated[

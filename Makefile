@@ -14,7 +14,7 @@ help:  ## Say what there is
 fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options on
 	@$(BIN)/trainer fit $(ARGS)
 
-test: $(VENV)/.installed-dev  ## Run the tests (offline, under three minutes on two cores)
+test: $(VENV)/.installed-dev  ## Run the tests (offline, three to five minutes on two cores)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports

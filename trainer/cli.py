@@ -369,9 +369,7 @@ def benchmark_matmul(
 ) -> None:
     """Time the same matrix product at growing size on every device."""
     devices = device or []
-    for word in devices:
-        _require_word(word)
-    before = _start_benchmark(json_, compare, runs)
+    before = _start_benchmark(json_, compare, runs, devices)
     with _stdout_for_the_result():
         measure = _import("trainer.benchmark.matmul_result")
         options = {"largest": largest, "quick": quick, "seed": seed}
@@ -442,9 +440,7 @@ def benchmark_operations(
 ) -> None:
     """Time the operations and layers of networks, forward and with their gradient."""
     devices = device or []
-    for word in devices:
-        _require_word(word)
-    before = _start_benchmark(json_, compare, runs)
+    before = _start_benchmark(json_, compare, runs, devices)
     with _stdout_for_the_result():
         measure = _import("trainer.benchmark.operations").benchmark_operations
         result = measure(devices, quick=quick, seed=seed)
@@ -723,14 +719,20 @@ def _print_table(rows: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _start_benchmark(json_: Path | None, compare: Path | None, runs: str) -> Any:
-    """Refuses what cannot be written or compared before measuring takes its time.
+def _start_benchmark(
+    json_: Path | None, compare: Path | None, runs: str, devices: list[str] | None = None
+) -> Any:
+    """Refuses what is not here, cannot be written or compared, before measuring takes its time.
 
     Returns:
         The result to compare with; None where there is none.
     """
+    from trainer.devices import require_driver
     from trainer.run import require_writable
 
+    for device in devices or ():
+        if device.startswith("gpu"):
+            require_driver(device)
     require_writable(runs)
     if json_ is not None and json_ != Path("-"):
         if os.path.lexists(json_):
@@ -751,14 +753,6 @@ def _compare(before: Any, result: Any, tolerance: float) -> None:
 
         for line in compare(before, result.document(), tolerance=tolerance):
             typer.echo(line, err=True)
-
-
-def _require_word(device: str) -> None:
-    """Refuses a GPU within milliseconds on a machine that cannot have one."""
-    from trainer.devices import require_driver
-
-    if device.startswith("gpu"):
-        require_driver(device)
 
 
 def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:

@@ -154,6 +154,10 @@ class Measurements:
     def everything(self) -> Iterator[Measurement]:
         """Yields every measurement."""
         yield from (measured.measurement for measured in self.cases)
+        yield from self.all_references()
+
+    def all_references(self) -> Iterator[Measurement]:
+        """Yields what the cases are held against."""
         for references in self.references.values():
             yield from references.values()
 
@@ -161,7 +165,17 @@ class Measurements:
 def measure(
     devices: list[str], shapes: list[Shape], dtypes: list[str], effort: Effort, *, seed: int
 ) -> Measurements:
-    """Measures every case on every device, with the references taking turns.
+    """Measures every case on every device, with the references taking turns; see `prepare`."""
+    found = prepare(devices, shapes, dtypes, effort, seed=seed)
+    _logger.info("measuring: %d blocks of each, in turns", effort.blocks)
+    take_turns(found.everything(), blocks=effort.blocks, seed=seed)
+    return found
+
+
+def prepare(
+    devices: list[str], shapes: list[Shape], dtypes: list[str], effort: Effort, *, seed: int
+) -> Measurements:
+    """Checks and warms up every case on every device, and what it is held against.
 
     Args:
         devices: For example ["CPU:0", "GPU:0"].
@@ -193,8 +207,6 @@ def measure(
                     found.skipped[case.key] = f"no memory on {device}"
                     break
                 budget -= used
-    _logger.info("measuring: %d blocks of each, in turns", effort.blocks)
-    take_turns(found.everything(), blocks=effort.blocks, seed=seed)
     return found
 
 

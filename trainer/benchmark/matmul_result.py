@@ -12,7 +12,7 @@ from trainer.benchmark import matmul, reference
 from trainer.benchmark.checks import check_share
 from trainer.benchmark.crossover import Crossover, find_crossover
 from trainer.benchmark.matmul import Case, Effort, Measured, Measurements, Shape
-from trainer.benchmark.results import Result, terminal_plot, time_text
+from trainer.benchmark.results import Result, skipped_gpus, terminal_plot, time_text
 from trainer.benchmark.timing import Timing
 from trainer.run import environment
 
@@ -121,11 +121,8 @@ def make_result(
     timings = {measured.case: measured.measurement.timing() for measured in found.cases}
     rows = [_row(measured, timings[measured.case], found) for measured in found.cases]
     crossovers = _crossovers(names, timings, seed)
-    skipped = dict(found.skipped)
+    skipped = found.skipped | skipped_gpus(names)
     notes = [_told(name, crossover) for name, crossover in crossovers.items()]
-    if not any(name.startswith("GPU") for name in names):
-        skipped["GPU"] = "no GPU was measured: TensorFlow finds none, or none was asked for"
-        notes.append("no GPU was measured; `trainer doctor` says what there is")
     return Result(
         name="matmul",
         subject=f"matrix products on {', '.join(names)}",
@@ -167,7 +164,7 @@ def _row(measured: Measured, timing: Timing, found: Measurements) -> dict[str, A
         "seconds": seconds,
         "gflop_per_s": case.operations / seconds / 1e9,
         "gbyte_per_s": case.bytes / seconds / 1e9,
-        "fits": "memory" if case.cold else _level(case),
+        "fits": _level(case),
         "to_device_seconds": measured.to_device_seconds,
         "to_host_seconds": measured.to_host_seconds,
         "error": measured.error,
@@ -186,8 +183,8 @@ def _row(measured: Measured, timing: Timing, found: Measurements) -> dict[str, A
 
 
 def _level(case: Case) -> str:
-    """Returns the cache of the CPU that holds the operands; a GPU's caches are not looked up."""
-    return reference.cache_of(case.bytes) if case.device.startswith("CPU") else "memory"
+    """Returns where the operands come from: the cache that holds them, or memory."""
+    return "memory" if case.cold else reference.cache_of(case.bytes, case.device)
 
 
 def _most(case: Case, rate: float, found: Measurements) -> float | None:
@@ -228,7 +225,7 @@ def _bounds(other: Case, case: Case) -> bool:
     if case.shape == "square":
         return other.dtype == case.dtype
     levels = [*places.cpu_caches(), "memory"]
-    own, its = ("memory" if c.cold else _level(c) for c in (case, other))
+    own, its = _level(case), _level(other)
     return levels.index(its) >= levels.index(own)
 
 

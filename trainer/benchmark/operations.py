@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainer import devices as places
 from trainer.benchmark import checks, matmul, reference
 from trainer.benchmark.matmul import Effort, Measurements
-from trainer.benchmark.results import Result, time_text
+from trainer.benchmark.results import Result, skipped_gpus, time_text
 from trainer.benchmark.timing import Measurement, take_turns
 from trainer.run import environment
 
@@ -126,7 +126,7 @@ def benchmark_operations(words: list[str], *, quick: bool = False, seed: int = 0
     """
     names = places.select_each(words)
     effort = _PEAK_QUICK if quick else _PEAK_FULL
-    found = matmul.measure(names, ["dot", "square"], ["float32"], effort, seed=seed)
+    found = matmul.prepare(names, ["dot", "square"], ["float32"], effort, seed=seed)
     rows: list[dict[str, Any]] = []
     measured: list[Measurement] = []
     for device, size in itertools.product(names, _SIZES):
@@ -137,20 +137,19 @@ def benchmark_operations(words: list[str], *, quick: bool = False, seed: int = 0
                 rows.append(row)
                 measured.append(measurement)
     _logger.info("measuring: %d blocks of each, in turns", effort.blocks)
-    # The references once more among them: what the machine can do changes with what else it does.
-    take_turns([*measured, *found.everything()], blocks=effort.blocks, seed=seed)
+    # The references among them: what the machine can do changes with what else it does.
+    take_turns([*measured, *found.all_references()], blocks=effort.blocks, seed=seed)
     for row, measurement in zip(rows, measured, strict=True):
         _complete(row, measurement)
     most = {name: _most(name, found, rows) for name in names}
     for row in rows:
         row["share"] = _share(row, most[row["device"]])
-    no_gpu = {"GPU": "no GPU was measured: TensorFlow finds none, or none was asked for"}
     return Result(
         name="operations",
         subject=f"operations on {', '.join(names)}",
         rows=rows,
         table=[_shown(row) for row in rows],
-        skipped=dict(found.skipped) | ({} if any(n.startswith("GPU") for n in names) else no_gpu),
+        skipped=found.skipped | skipped_gpus(names),
         settings={"seed": seed, "devices": names, **asdict(effort)},
         environment=environment(tuple(names), fingerprint=""),
         notes=[
@@ -178,11 +177,8 @@ def _prepare(
         layers = [made] if isinstance(made, keras.Layer) else []
         weights = [weight.value for layer in layers for weight in layer.trainable_variables]
         call = _compiled(function, weights, gradient=gradient)
-        measurement = Measurement(
-            lambda: _on(device, call, inputs),
-            tf.test.experimental.sync_devices,
-            block_seconds=effort.block_seconds,
-            most_warm_up_seconds=effort.warm_up_seconds,
+        measurement = effort.start(
+            lambda: _on(device, call, inputs), tf.test.experimental.sync_devices
         )
         answers = tf.nest.flatten(_on(device, call, inputs))
     key = f"{operation.name}/{size}/{device}/{'gradient' if gradient else 'forward'}"
@@ -242,7 +238,7 @@ def _complete(row: dict[str, Any], measurement: Measurement) -> None:
         "best_seconds": min(timing.block_seconds),
         "gflop_per_s": row["flops"] / timing.median / 1e9,
         "gbyte_per_s": row["bytes"] / timing.median / 1e9,
-        "fits": reference.cache_of(row["bytes"]) if row["device"][:3] == "CPU" else "memory",
+        "fits": reference.cache_of(row["bytes"], row["device"]),
         "timing": timing.facts(),
     }
 
@@ -262,7 +258,7 @@ def _most(device: str, found: Measurements, rows: list[dict[str, Any]]) -> dict[
             if case.shape == "square":
                 flops.append(case.operations / best / 1e9)
             else:
-                level = reference.cache_of(case.bytes) if device[:3] == "CPU" else "memory"
+                level = reference.cache_of(case.bytes, device)
                 bytes_[level].append(case.bytes / best / 1e9)
     for row in rows:
         if row["device"] == device:

@@ -42,11 +42,17 @@ def read_back(
     return ask, wait
 
 
-def cache_of(size: int) -> str:
-    """Returns the smallest cache of the CPU that holds so many bytes; "memory" beyond the last."""
-    for name, capacity in devices.cpu_caches().items():
-        if size <= capacity:
-            return name
+def cache_of(size: int, device: str) -> str:
+    """Returns the smallest cache that holds so many bytes; "memory" beyond the last.
+
+    Args:
+        size: Bytes.
+        device: For example "CPU:0"; the caches of a GPU are not looked up.
+    """
+    if device.startswith("CPU"):
+        for name, capacity in devices.cpu_caches().items():
+            if size <= capacity:
+                return name
     return "memory"
 
 

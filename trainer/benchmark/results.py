@@ -156,6 +156,13 @@ def _layout(name: str, curves: dict[str, dict[str, list[tuple[int, float]]]]) ->
     return packed
 
 
+def skipped_gpus(names: list[str]) -> dict[str, str]:
+    """Returns why there are no figures of a GPU, where none of the devices is one."""
+    if any(name.startswith("GPU") for name in names):
+        return {}
+    return {"GPU": "no GPU was measured: none was asked for, or `trainer doctor` says why"}
+
+
 def time_text(seconds: float) -> str:
     """Returns a time with the unit that suits it: "1.23 ms"."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):

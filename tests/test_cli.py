@@ -75,6 +75,8 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "benchmark formats": "run --quick --compare --tolerance --runs --json",
         "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --compare "
         "--tolerance --seed --runs --json",
+        "benchmark step": "config --device --batch-size --precision --jit-compile --set --quick "
+        "--compare --tolerance --runs --json",
         "benchmark operations": "--device --quick --compare --tolerance --seed --runs --json",
         "config schema": "",
         "config show": "config --set --json",

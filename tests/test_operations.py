@@ -42,7 +42,9 @@ def test_operations_are_measured_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(benchmark, "_PEAK_QUICK", TINY)
-    monkeypatch.setattr(benchmark, "operations", lambda size: FEW if size == "small" else [])
+    monkeypatch.setattr(
+        benchmark, "operations", lambda size: FEW if size == "small" else pytest.fail(size)
+    )
     code, out, err = command(
         *("benchmark", "operations", "--quick", "--device", "cpu:1", "--runs", tmp_path / "runs")
     )
@@ -57,6 +59,7 @@ def test_operations_are_measured_and_kept(
     assert rows["dropout", True]["flops"] == 1800
     assert rows["matmul", False]["bytes"] == 4 * (72 + 63 + 56)
     assert rows["dense", False]["bytes"] == 4 * (72 + 63 + 7 + 56)  # its bias, too
+    assert document["skipped"]["large"] == "left out by --quick"
     for row in rows.values():
         assert row["device"] == "CPU:1"
         assert row["share"] is None or 0 < row["share"] <= 1

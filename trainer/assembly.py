@@ -107,12 +107,13 @@ class Setting:
             return self.batches("train", shuffled=True), self.batches("validation")
 
 
-def assemble(config: Config, clock: Clock) -> Setting:
+def assemble(config: Config, clock: Clock, chosen: Devices | None = None) -> Setting:
     """Chooses devices, loads data, builds and compiles the network; resolves what was left open.
 
     Args:
         config: The experiment.
         clock: Takes the seconds of each part.
+        chosen: Devices that take the place of the configuration's.
 
     Raises:
         InputError: Something in the configuration does not fit the rest.
@@ -120,7 +121,7 @@ def assemble(config: Config, clock: Clock) -> Setting:
         CheckError: The outputs are not on the device asked for.
     """
     with clock.part("devices"):
-        chosen = devices.select(config.training.device)
+        chosen = chosen or devices.select(config.training.device)
         precision = devices.choose_precision(config.training.precision, chosen)
     # Before the data, which may have to be fetched first.
     models.find(config.model)

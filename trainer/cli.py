@@ -449,6 +449,51 @@ def benchmark_operations(
     _compare(before, result, tolerance)
 
 
+@benchmark_app.command("step")
+def benchmark_step(
+    config: ConfigArgument = _DEFAULT_CONFIG,
+    *,
+    device: BenchmarkDeviceOption = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", help="Repeatable; default: 32 to 2048 and the file's own"),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            help="float32 | mixed_bfloat16 | mixed_float16; repeatable; default: float32 and what "
+            '"auto" chooses',
+        ),
+    ] = None,
+    jit_compile: Annotated[
+        bool | None,
+        typer.Option("--jit-compile/--no-jit-compile", help="With XLA or without; default: both"),
+    ] = None,
+    set_: SetOption = None,
+    quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
+    runs: RunsOption = "runs",
+    json_: JsonFileOption = None,
+) -> None:
+    """Time the training step of a configuration, and say where its time goes."""
+    loaded, devices = _load(config, set_), device or []
+    before = _start_benchmark(json_, compare, runs, devices)
+    with _stdout_for_the_result():
+        result = _import("trainer.benchmark.step_result").benchmark_step(
+            loaded,
+            devices,
+            batch_sizes=batch_size or [],
+            precisions=precision or [],
+            jit_compile=jit_compile,
+            quick=quick,
+        )
+        folder = result.write(runs)
+    _print_measured(result, folder, json_)
+    _compare(before, result, tolerance)
+
+
 @benchmark_app.command("formats")
 def benchmark_formats(
     run: Annotated[

@@ -83,8 +83,15 @@ def select(device: str) -> Devices:
     require_driver(device)
     names = _choose(device, *_logical_devices())
     if len(names) == 1:
-        return Devices(names, tf.distribute.OneDeviceStrategy(names[0]))
+        return single(names[0])
     return Devices(names, tf.distribute.MirroredStrategy(list(names)))
+
+
+def single(name: str) -> Devices:
+    """Returns one device, by TensorFlow's name for it, for example "CPU:1"."""
+    import tensorflow as tf
+
+    return Devices((name,), tf.distribute.OneDeviceStrategy(name))
 
 
 def _logical_devices() -> tuple[list[str], list[str]]:

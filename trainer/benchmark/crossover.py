@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from trainer.benchmark.timing import Timing
 
@@ -23,6 +24,25 @@ class Crossover:
     size: float | None
     interval: tuple[float, float] | None
     reason: str
+
+    def told(self, size: str) -> str:
+        """Returns it in words; `size` names what grows."""
+        if self.size is None:
+            return self.reason
+        interval = "not sure"
+        if self.interval is not None:
+            interval = "{:.3g} to {:.3g}".format(*self.interval)
+        return f"faster from {size} {self.size:.3g} on ({interval})"
+
+    def draw(self, axes: Axes, device: str) -> None:
+        """Marks where `device` begins to win, and the interval; nothing where there is none."""
+        if self.size is None:
+            return
+        axes.axvline(self.size, color="grey", linestyle=":")
+        text = f" {device} wins from {self.size:.3g} on"
+        axes.text(self.size, axes.get_ylim()[0], text, rotation=90, va="bottom")
+        if self.interval is not None:
+            axes.axvspan(*self.interval, color="grey", alpha=0.15, linewidth=0)
 
 
 def find_crossover(

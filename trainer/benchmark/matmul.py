@@ -68,7 +68,7 @@ FULL = Effort(
 QUICK = Effort(
     dots=(1, 100, 10_000, 1_000_000, 10_000_000),
     squares=tuple(4**k for k in range(6)),
-    blocks=9,
+    blocks=7,
     block_seconds=0.004,
     warm_up_seconds=0.05,
 )
@@ -160,6 +160,24 @@ class Measurements:
         """Yields what the cases are held against."""
         for references in self.references.values():
             yield from references.values()
+
+    def reference_facts(self) -> dict[str, dict[str, Any]]:
+        """Returns the timings of what the cases are held against, by name."""
+        return {
+            f"{case.key}/{name}": measurement.timing().facts()
+            for case, references in self.references.items()
+            for name, measurement in references.items()
+        }
+
+    def peak(self, device: str, dtype: str) -> float:
+        """Returns the GFLOP/s of the best block of square products; `everything` has been run."""
+        return max(
+            case.operations / seconds / 1e9
+            for case, references in self.references.items()
+            if (case.shape, case.device, case.dtype) == ("square", device, dtype)
+            for measurement in references.values()
+            for seconds in measurement.timing().block_seconds
+        )
 
 
 def measure(

@@ -134,7 +134,7 @@ def make_result(
         | {"caches": places.cpu_caches(), "threads": _threads()},
         notes=[_LEGEND, *notes],
         facts={"crossovers": {name: asdict(c) for name, c in crossovers.items()}},
-        references=_reference_facts(found),
+        references=found.reference_facts(),
         figures={shape: _figure(shape, timings, crossovers) for shape in shapes},
         curves=_curves(rows),
         plots=[_terminal_plot(shape, timings) for shape in shapes],
@@ -229,14 +229,6 @@ def _bounds(other: Case, case: Case) -> bool:
     return levels.index(its) >= levels.index(own)
 
 
-def _reference_facts(found: Measurements) -> dict[str, dict[str, Any]]:
-    return {
-        f"{case.key}/{name}": measurement.timing().facts()
-        for case, references in found.references.items()
-        for name, measurement in references.items()
-    }
-
-
 def _series(timings: dict[Case, Timing], shape: str) -> dict[tuple[str, str], dict[int, Timing]]:
     """Returns the hot timings of a shape by (device, type) and size."""
     found: dict[tuple[str, str], dict[int, Timing]] = {}
@@ -264,13 +256,7 @@ def _crossovers(names: list[str], timings: dict[Case, Timing], seed: int) -> dic
 
 def _told(name: str, crossover: Crossover) -> str:
     shape, dtype, first, second = name.split("/")
-    start = f"{shape}, {dtype}: {second} against {first}:"
-    if crossover.size is None:
-        return f"{start} {crossover.reason}"
-    interval = (
-        "not sure" if crossover.interval is None else "{:.3g} to {:.3g}".format(*crossover.interval)
-    )
-    return f"{start} faster from n = {crossover.size:.3g} on ({interval})"
+    return f"{shape}, {dtype}: {second} against {first}: {crossover.told('n =')}"
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
@@ -316,12 +302,8 @@ def _figure(shape: str, timings: dict[Case, Timing], crossovers: dict[str, Cross
         axes.loglog(sizes, medians, style, color=colour, marker=".", label=f"{device} {dtype}")
         axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
     for name, crossover in crossovers.items():
-        if crossover.size is not None and name.startswith(f"{shape}/float32/"):
-            axes.axvline(crossover.size, color="grey", linestyle=":")
-            text = f" {name.rpartition('/')[2]} wins from n = {crossover.size:.3g} on"
-            axes.text(crossover.size, axes.get_ylim()[0], text, rotation=90, va="bottom")
-            if crossover.interval is not None:
-                axes.axvspan(*crossover.interval, color="grey", alpha=0.15, linewidth=0)
+        if name.startswith(f"{shape}/float32/"):
+            crossover.draw(axes, name.rpartition("/")[2])
     product = "[1, n] x [n, 1]" if shape == "dot" else "[n, n] x [n, n]"
     axes.set(
         xlabel="n", ylabel="seconds", title=f"{product}: the median, from quartile to quartile"

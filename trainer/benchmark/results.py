@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +189,7 @@ def terminal_plot(
     low, high = math.log(min(values)), math.log(max(values))
     sizes = sorted({size for curve in series.values() for size in curve})
     margin = max(len(f"{size:,}") for size in sizes)
-    letters = dict(zip(series, "ABCDEFGH", strict=False))
+    letters = dict(zip(series, string.ascii_letters, strict=False))
     lines = [title, *(f"{letter} {name}" for name, letter in letters.items())]
     for size in sizes:
         line = [" "] * _PLOT_WIDTH

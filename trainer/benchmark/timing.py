@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,15 @@ class Timing:
         """Whether it settled, and the quartiles lie close to the median."""
         low, high = self.quartiles
         return self.settled and high - low <= _WIDE * self.median
+
+    def of_each(self, parts: int) -> "Timing":
+        """Returns what one of so many equal parts of a call takes; the first call stays whole."""
+        return replace(self, block_seconds=tuple(s / parts for s in self.block_seconds))
+
+    def relative_to(self, other: "Timing") -> "Timing":
+        """Returns the ratios of blocks that took turns: what slows both down cancels out."""
+        pairs = zip(self.block_seconds, other.block_seconds, strict=True)
+        return replace(self, block_seconds=tuple(own / its for own, its in pairs))
 
     def facts(self) -> dict[str, Any]:
         """Returns everything above in plain values."""
@@ -147,7 +156,7 @@ class Measurement:
     def _warm_up(self, most_seconds: float) -> tuple[int, bool]:
         end = time.perf_counter() + most_seconds
         last, blocks = self._time_block(), 1
-        while time.perf_counter() < end:
+        while blocks < 2 or time.perf_counter() < end:
             this, blocks = self._time_block(), blocks + 1
             if abs(this - last) <= _AGREEMENT * max(this, last):
                 return blocks, True

@@ -5,8 +5,9 @@ nothing between steps. The host and the device meet once a call: there logs are 
 and the clock is looked at.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,6 +218,22 @@ class Loop:
             )
         history: dict[str, list[float]] = model.history.history
         return history
+
+    def repeat(self, train: Batches, steps: int) -> Iterator[Window]:
+        """Trains without end, and without validation and callbacks: what a benchmark measures.
+
+        Args:
+            train: Batches to train on.
+            steps: In each call; at most those of an epoch.
+
+        Yields:
+            What each call recorded, as `fit` gives it to its observers.
+        """
+        call = self._timed("tracing", self._trace_training, train)
+        for epoch in itertools.count():
+            state = train.begin(epoch)
+            for first in range(0, train.steps - steps + 1, steps):
+                yield self._run_call(call, train, state, epoch, first, steps)
 
     def evaluate(
         self,

@@ -1,0 +1,205 @@
+"""The benchmark of a training step: what it counts, what it times, what it refuses."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer import devices
+from trainer.assembly import Clock, Setting, assemble
+from trainer.benchmark import step
+from trainer.benchmark.flops import count_flops
+from trainer.benchmark.matmul import Effort
+from trainer.benchmark.timing import Timing
+from trainer.config import Config
+from trainer.errors import CheckError
+
+TINY = Effort((), (128,), blocks=3, block_seconds=0.002, warm_up_seconds=0.01)
+
+
+def config(**training: Any) -> Config:
+    """A small network on made-up images."""
+    return Config().with_changes(
+        {
+            "data.name": "synthetic",
+            "data.options": {"examples": 400, "height": 8, "width": 8, "classes": 4},
+            "model.name": "mlp",
+            "model.options": {"units": [16]},
+            **{f"training.{key}": value for key, value in training.items()},
+        }
+    )
+
+
+def prepared(**training: Any) -> Setting:
+    """The same, assembled on the second logical CPU."""
+    return assemble(config(**training), Clock(), devices.single("CPU:1"))
+
+
+def graph_of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> tf.Graph:
+    """Traces a function of float32 tensors."""
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    return tf.function(function).get_concrete_function(*specs).graph
+
+
+def derived(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what computes the gradients of its inputs."""
+
+    def derive(*inputs: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = tf.reduce_sum(tf.square(function(*inputs)))
+        return tape.gradient(loss, inputs)
+
+    return derive
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "flops"),
+    [
+        (tf.matmul, [(3, 4), (4, 5)], 2 * 60),
+        (lambda a, b: tf.matmul(a, b, transpose_a=True), [(4, 3), (4, 5)], 2 * 60),
+        (tf.matmul, [(7, 3, 4), (7, 4, 5)], 7 * 2 * 60),
+        (lambda a, b: tf.einsum("bij,bkj->bik", a, b), [(7, 3, 4), (7, 5, 4)], 7 * 2 * 60),
+        (derived(tf.matmul), [(3, 4), (4, 5)], 3 * 2 * 60),
+        # Valid 3 x 3 convolution of 8 x 8 images: 36 places, 2 channels in, 5 out.
+        (lambda x, k: tf.nn.conv2d(x, k, 1, "VALID"), [(4, 8, 8, 2), (3, 3, 2, 5)], 2 * 4 * 3240),
+        (
+            derived(lambda x, k: tf.nn.conv2d(x, k, 1, "VALID")),
+            [(4, 8, 8, 2), (3, 3, 2, 5)],
+            3 * 2 * 4 * 3240,
+        ),
+        (
+            derived(lambda x, k: tf.nn.depthwise_conv2d(x, k, [1] * 4, "VALID")),
+            [(4, 8, 8, 2), (3, 3, 2, 1)],
+            3 * 2 * 4 * 36 * 2 * 9,
+        ),
+        (lambda a, b: a * b, [(3, 4), (3, 4)], 0),
+        # A product that nothing needs, and one of two branches that are alike.
+        (lambda a, b: (tf.matmul(a, b), a)[1], [(3, 4), (4, 5)], 0),
+        (
+            lambda a, b: tf.cond(a[0, 0] > 0, lambda: a @ b, lambda: a @ (2 * b)),
+            [(3, 4), (4, 5)],
+            2 * 60,
+        ),
+    ],
+)
+def test_products_are_counted(
+    function: Callable[..., Any], shapes: list[tuple[int, ...]], flops: int
+) -> None:
+    assert count_flops(graph_of(function, *shapes)) == flops
+
+
+def test_what_cannot_be_counted_is_not_guessed() -> None:
+    lstm = keras.layers.LSTM(4, unroll=False)
+    assert count_flops(graph_of(lstm, (3, 5, 2))) is None
+    assert count_flops(graph_of(lambda a: tf.matmul(a, a, transpose_b=True), (None, 4))) is None  # type: ignore[arg-type]
+    branches = graph_of(lambda a: tf.cond(a[0, 0] > 0, lambda: a @ a, lambda: a), (3, 3))
+    assert count_flops(branches) is None
+
+
+def test_the_bare_step_trains_as_the_loop_does() -> None:
+    """On one batch that is all the data, both take the same steps."""
+    options = {"batch_size": 200, "limit_batches": 1, "precision": "float32", "clip_norm": 0.5}
+    trained, bare = prepared(**options), prepared(**options)
+    train = trained.batches("train")
+    for _ in islice(trained.loop.repeat(train, 1), 3):
+        pass
+    images, labels = bare.data.train.read(slice(train.batch_size))
+    with tf.device("CPU:1"):
+        step.bare_steps(bare)(tf.constant(images), tf.constant(labels), tf.constant(3))
+    for expected, found in zip(trained.model.weights, bare.model.weights, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loop_repeats_epochs_in_calls_of_equal_length() -> None:
+    setting = prepared(batch_size=64, steps_per_call=2)
+    train = setting.batches("train", shuffled=True)
+    windows = list(islice(setting.loop.repeat(train, 2), 5))
+    assert train.steps == 5  # the fifth step, which makes no whole call, is left out
+    assert [(w.epoch, w.first_step, w.steps) for w in windows] == [
+        *[(0, 0, 2), (0, 2, 2), (1, 5, 2), (1, 7, 2), (2, 10, 2)]
+    ]
+    assert int(setting.model.optimizer.iterations) == 10
+
+
+def test_steps_are_measured_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(step, "QUICK", TINY)
+    (tmp_path / "own.toml").write_text(config().to_toml())
+    code, out, err = command(
+        *("benchmark", "step", tmp_path / "own.toml", "--quick", "--runs", tmp_path / "runs"),
+        *("--device", "cpu:0", "--device", "cpu:1", "--set", "training.precision=float32"),
+        *("--batch-size", "20", "--batch-size", "50", "--batch-size", "1000"),
+    )
+    assert code == 0, err
+    folder = Path(out.split("kept in ")[1].split(";")[0])
+    document = json.loads((folder / "step.json").read_text())
+    rows = {(row["device"], row["batch_size"]): row for row in document["rows"]}
+    assert rows.keys() == {(f"CPU:{i}", size) for i in (0, 1) for size in (20, 50)}
+    for (device, size), row in rows.items():
+        # 64 pixels to 16 units to 4 classes; the gradient to the images is not needed.
+        assert row["flops"] == 2 * size * (2 * 64 * 16 + 3 * 16 * 4)
+        assert row["step_ms"] > 0
+        assert row["images_per_second"] == pytest.approx(1000 * size / row["step_ms"])
+        assert row["share"] == pytest.approx(row["gflop_per_s"] / row["peak_gflop_per_s"])
+        low, high = row["overhead_interval"]
+        assert -1 < low <= row["overhead"] <= high
+        assert row["timing"]["median_seconds"] == pytest.approx(row["step_ms"] / 1e3)
+        left_out = document["skipped"][f"step/1000/{device}/float32/graph"]
+        assert left_out == "there are only 288 training images"
+    assert "GPU" in document["skipped"]
+    assert "float32, graph: CPU:1 against CPU:0:" in out
+    assert (folder / "step.png").is_file()
+    for name in ("CPU0", "CPU1"):
+        events = EventAccumulator(str(folder / "tensorboard" / name)).Reload()
+        points = events.Tensors("step_float32/step_ms")
+        assert [point.step for point in points] == [20, 50]
+
+
+def test_a_rate_beyond_the_peak_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.benchmark.step_result import benchmark_step
+
+    monkeypatch.setattr(step, "QUICK", TINY)
+    monkeypatch.setattr(step, "count_flops", lambda graph: 10**15)  # noqa: ARG005
+    with pytest.raises(CheckError, match=r"step/128/CPU:0/float32/graph: .*% of the most"):
+        benchmark_step(
+            config(precision="float32"), ["cpu"], batch_sizes=[], precisions=[], quick=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected 1 or more, received 0"),
+        (["--precision", "bfloat16"], "--precision: 'bfloat16'"),
+        (["--device", "tpu"], "--device: expected cpu, cpu:N, gpu, gpu:N or all"),
+    ],
+)
+def test_bad_words_are_refused(
+    command: Callable[..., Any], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, _, err = command("benchmark", "step", *arguments, "--runs", tmp_path / "runs")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_timing_is_divided() -> None:
+    timing = Timing(5.0, (1.0, 2.0, 3.0), 4, 5, settled=True).of_each(10)
+    assert timing.median == pytest.approx(0.2)
+    assert timing.first_seconds == 5.0
+
+
+def test_what_slows_two_down_alike_is_taken_out() -> None:
+    bare = Timing(1.0, (1.0, 3.0, 1.0), 1, 2, settled=True)
+    loop = Timing(1.0, (1.1, 3.3, 1.1), 1, 2, settled=True)
+    assert loop.relative_to(bare).median == pytest.approx(1.1)
+    assert loop.relative_to(bare).interval == pytest.approx((1.1, 1.1))

@@ -42,7 +42,7 @@ def main() -> None:
         print(f"{method.name:>20}: {float(method.derivative[0, 0]):.12g}")
     print(result.verdict)
     weight, bias = fit_line()
-    print(f"a line through points of y = 3 x - 1, by 200 steps: y = {weight:.3f} x + {bias:.3f}")
+    print(f"a line through points of y = 3 x - 1, by 200 steps: y = {weight:.3f} x {bias:+.3f}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     config = config.with_changes({"training.epochs": 8, "logging.directory": str(folder / "runs")})
     fitted = trainer.fit(config)
     run = str(fitted.summary["run"])
-    print(f"trained: test accuracy {fitted.summary['test']['accuracy']:.2f}")
+    print(f"trained on made-up images: test accuracy {fitted.summary['test']['accuracy']:.2f}")
 
     # Saving and loading: one file, the same network, from raw images to probabilities.
     images = np.random.default_rng(1).integers(0, 256, (3, *fitted.model.input_shape[1:]), np.uint8)

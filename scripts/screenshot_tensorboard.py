@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 # The charts are drawn by a worker: a picture taken at once shows axes without lines.
 _DRAWING_SECONDS = 6.0
-_PAGES = ("timeseries", "scalars", "images", "graphs", "text", "hparams")
+_PAGES = ("timeseries", "scalars", "custom_scalars", "images", "graphs", "text", "hparams")
 
 
 def main(

@@ -29,7 +29,7 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     out = _run("2_gradients", monkeypatch, capsys)
     assert re.findall(r"(?:is|:) ([\d.]+)$", out, flags=re.MULTILINE)[:4] == ["10"] * 4
     assert "the three agree" in out
-    assert "y = 3.000 x + -1.000" in out
+    assert "y = 3.000 x -1.000" in out
 
 
 def test_networks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.figure import Figure
 
 from trainer import devices
 from trainer.benchmark import checks, matmul, matmul_result
 from trainer.benchmark.compare import compare, read_document
-from trainer.benchmark.crossover import find_crossover
+from trainer.benchmark.crossover import Crossover, find_crossover
 from trainer.benchmark.matmul import Case, Effort
+from trainer.benchmark.results import rate_text
 from trainer.benchmark.timing import Timing
 from trainer.errors import CheckError, InputError
 
-TINY = Effort(dots=(1, 1000), squares=(2, 64), blocks=5, block_seconds=0.004, warm_up_seconds=0.02)
+TINY = Effort(dots=(1, 1000), squares=(2, 64), blocks=11, block_seconds=0.004, warm_up_seconds=0.02)
 
 
 def measured(names: list[str], shapes: Any, effort: Effort = TINY) -> Any:
@@ -201,7 +203,7 @@ def test_the_command_measures_keeps_and_compares(
     code, out, _ = command("benchmark", "matmul", "--quick", "--json", old, *runs)
     assert code == 0
     assert "square 64" in out
-    assert "no GPU was measured" in out
+    assert "left out: GPU: TensorFlow finds none" in out
     folder = Path(out.split("kept in ")[1].split(";")[0])
     assert {path.name for path in folder.iterdir()} == {
         *("matmul.json", "matmul.csv", "dot.png", "square.png", "tensorboard"),
@@ -209,7 +211,7 @@ def test_the_command_measures_keeps_and_compares(
     document = read_document(old)
     assert document == json.loads((folder / "matmul.json").read_text())
     assert document["environment"]["packages"]["tensorflow"] == tf.__version__
-    assert document["settings"]["blocks"] == 5
+    assert document["settings"]["blocks"] == 11
     # Compared with one that took a tenth of the time, this is slower.
     fast = changed(document, 0.1)
     (tmp_path / "fast.json").write_text(json.dumps(fast))
@@ -218,7 +220,18 @@ def test_the_command_measures_keeps_and_compares(
     )
     assert code == 4
     assert "slower by more than 10%" in err
-    code, out, _ = command("benchmark", "matmul", "--textbook", "--quick", "--json", "-", *runs)
+    code, out, _ = command(
+        *(
+            "benchmark",
+            "matmul",
+            "--textbook",
+            "--quick",
+            "--json",
+            "-",
+            "--runs",
+            tmp_path / "runs",
+        )
+    )
     assert code == 0
     textbook = json.loads(out)
     assert [row["n"] for row in textbook["rows"]] == [1, 1000]
@@ -269,3 +282,31 @@ def test_a_case_counts_its_work() -> None:
     assert Case("dot", 3, "CPU:0", "bfloat16").operations == 6
     assert Case("dot", 3, "CPU:0", "bfloat16").bytes == 12
     assert Case("square", 3, "CPU:0", "tf32").bytes == 72
+
+
+def test_the_book_s_program_takes_no_other_shape(command: Callable[..., Any]) -> None:
+    code, _, err = command("benchmark", "matmul", "--textbook", "--shape", "square")
+    assert code == 2
+    assert "--textbook shows the book's own program: no --shape" in err
+
+
+def test_a_winner_that_is_not_sure_is_not_named() -> None:
+    same = timings([1.0, 1.0], 0.3)
+    crossover = Crossover(2.0, None, "")
+    figure = Figure()
+    axes = figure.subplots()
+    crossover.draw(axes, "GPU:0")
+    assert crossover.told("n =") == "neither is faster for sure"
+    assert not axes.lines
+    sure = find_crossover([1, 10], same, timings([3.0, 0.1], 0.1), seed=0)
+    sure.draw(axes, "GPU:0")
+    assert axes.lines
+    assert sure.told("n =").startswith("faster from n = ")
+    assert "95% interval" in sure.told("n =")
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"), [(201e9, "201 GB/s"), (3.2e6, "3.2 MB/s"), (213.4, "0.213 kB/s")]
+)
+def test_a_rate_has_the_prefix_that_suits_it(rate: float, shown: str) -> None:
+    assert rate_text(rate, "B/s") == shown

@@ -369,6 +369,8 @@ def benchmark_matmul(
 ) -> None:
     """Time the same matrix product at growing size on every device."""
     devices = device or []
+    if textbook and (shape or dtype or compare):
+        raise InputError("--textbook shows the book's own program: no --shape, --dtype, --compare")
     before = _start_benchmark(json_, compare, runs, devices)
     with _stdout_for_the_result():
         measure = _import("trainer.benchmark.matmul_result")
@@ -835,7 +837,7 @@ def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
         from trainer.run import write_text
 
         write_text(json_, result.json())
-    table = Table(title=result.subject, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=Text(result.subject), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in result.table[0] if result.table else ():
         table.add_column(title, no_wrap=True)
     for row in result.table:

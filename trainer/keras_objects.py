@@ -32,8 +32,9 @@ def find(kind: str, name: str) -> Any:
 
     Args:
         kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
-        name: A Keras name in any case ("adam", "Conv2D"), the name a class was registered under
-            with `keras.saving.register_keras_serializable`, or "package.module:Name".
+        name: A Keras name in any case ("adam", "Conv2D"), one of this package ("FusedAdam"), the
+            name a class was registered under with `keras.saving.register_keras_serializable`, or
+            "package.module:Name".
 
     Raises:
         InputError: There is no such class, or it is of another kind.
@@ -44,6 +45,11 @@ def find(kind: str, name: str) -> Any:
     else:
         classes = {
             n: c for n, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base)
+        }
+        classes |= {  # of this package
+            key.removeprefix("trainer>"): c
+            for key, c in keras.saving.get_custom_objects().items()
+            if key.startswith("trainer>") and inspect.isclass(c) and issubclass(c, base)
         }
         lower = {n.lower(): c for n, c in classes.items()}
         registered = keras.saving.get_registered_object(name)

@@ -29,20 +29,19 @@ class Crossover:
         """Returns it in words; `size` names what grows."""
         if self.size is None:
             return self.reason
-        interval = "not sure"
-        if self.interval is not None:
-            interval = "{:.3g} to {:.3g}".format(*self.interval)
-        return f"faster from {size} {self.size:.3g} on ({interval})"
+        if self.interval is None:
+            return "neither is faster for sure"
+        low, high = self.interval
+        return f"faster from {size} {self.size:.3g} on (95% interval: {low:.3g} to {high:.3g})"
 
     def draw(self, axes: Axes, device: str) -> None:
-        """Marks where `device` begins to win, and the interval; nothing where there is none."""
-        if self.size is None:
+        """Marks where `device` begins to win, and the interval; nothing where that is not sure."""
+        if self.size is None or self.interval is None:
             return
         axes.axvline(self.size, color="grey", linestyle=":")
         text = f" {device} wins from {self.size:.3g} on"
         axes.text(self.size, axes.get_ylim()[0], text, rotation=90, va="bottom")
-        if self.interval is not None:
-            axes.axvspan(*self.interval, color="grey", alpha=0.15, linewidth=0)
+        axes.axvspan(*self.interval, color="grey", alpha=0.15, linewidth=0)
 
 
 def find_crossover(

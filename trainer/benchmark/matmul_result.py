@@ -12,7 +12,7 @@ from trainer.benchmark import matmul, reference
 from trainer.benchmark.checks import check_share
 from trainer.benchmark.crossover import Crossover, find_crossover
 from trainer.benchmark.matmul import Case, Effort, Measured, Measurements, Shape
-from trainer.benchmark.results import Result, skipped_gpus, terminal_plot, time_text
+from trainer.benchmark.results import Result, rate_text, skipped_gpus, terminal_plot, time_text
 from trainer.benchmark.timing import Timing
 from trainer.run import environment
 
@@ -259,16 +259,21 @@ def _told(name: str, crossover: Crossover) -> str:
     return f"{shape}, {dtype}: {second} against {first}: {crossover.told('n =')}"
 
 
+def _size_text(n: int) -> str:
+    zeros = len(str(n)) - 1
+    return f"10^{zeros}" if zeros > 3 and n == 10**zeros else f"{n:,}"
+
+
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     square = row["shape"] == "square"
-    rate = row["gflop_per_s"] if square else row["gbyte_per_s"]
+    rate = 1e9 * (row["gflop_per_s"] if square else row["gbyte_per_s"])
     return {
-        "n": f"{row['shape']} {row['n']:,}",
+        "n": f"{row['shape']} {_size_text(row['n'])}",
         "device": row["device"],
         "type": row["dtype"],
         "from": "cold" if row["cold"] else row["fits"],
         "time": time_text(row["seconds"]),
-        "rate": f"{rate:.3g} {'GFLOP/s' if square else 'GB/s'}",
+        "rate": rate_text(rate, "FLOP/s" if square else "B/s"),
         "share": "" if row["share"] is None else f"{row['share']:.1%}",
         "stable": "yes" if row["timing"]["stable"] else "no",
     }

@@ -269,10 +269,17 @@ def _most(device: str, found: Measurements, rows: list[dict[str, Any]]) -> dict[
     return {"gflop_per_s": max([peak, *own]), **rates}
 
 
-def _share(row: dict[str, Any], most: dict[str, float]) -> float | None:
+def _share(row: dict[str, Any], most: dict[str, float]) -> float:
     """Returns the share of the roofline: of the peak, or of what the bytes leave room for."""
+    if not row["flops"]:  # an embedding only moves numbers
+        return float(row["gbyte_per_s"] / most[row["fits"]])
     allowed = min(most["gflop_per_s"], most[row["fits"]] * row["flops"] / row["bytes"])
-    return row["gflop_per_s"] / allowed if allowed else None
+    return float(row["gflop_per_s"] / allowed)
+
+
+def _levels(peaks: dict[str, float]) -> list[str]:
+    """Returns the caches and memory, the slowest first."""
+    return [name for name in reversed(peaks) if name != "gflop_per_s"]
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
@@ -282,8 +289,8 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "device": row["device"],
         "pass": "gradient" if row["gradient"] else "forward",
         "time": time_text(row["seconds"]),
-        "GFLOP/s": f"{row['gflop_per_s']:.3g}",
-        "share": "" if row["share"] is None else f"{row['share']:.0%}",
+        "GFLOP/s": f"{row['gflop_per_s']:.3g}" if row["flops"] else "",
+        "share": f"{row['share']:.1%}",
         "stable": "yes" if row["timing"]["stable"] else "no",
     }
 
@@ -296,21 +303,21 @@ def _roofline(rows: list[dict[str, Any]], most: dict[str, dict[str, float]]) -> 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
     intensities = [row["flops"] / row["bytes"] for row in rows if row["flops"]]
+    largest = rows[-1]["size"]
     line = np.geomspace(min(intensities) / 2, max(intensities) * 2, 100)
     for number, (device, peaks) in enumerate(most.items()):
         colour = f"C{number}"
-        roof = np.minimum(peaks["gflop_per_s"], peaks["memory"] * line)
-        label = (
-            f"{device}: {peaks['gflop_per_s']:.0f} GFLOP/s, {peaks['memory']:.0f} GB/s of memory"
-        )
-        axes.loglog(line, roof, color=colour, label=label)
+        for level, style in zip(_levels(peaks), ("-", "--", "-.", ":"), strict=False):
+            roof = np.minimum(peaks["gflop_per_s"], peaks[level] * line)
+            label = f"{device}: {peaks['gflop_per_s']:.0f} GFLOP/s, {level} {peaks[level]:.0f} GB/s"
+            axes.loglog(line, roof, style, color=colour, label=label)
         for row in rows:
             if row["device"] == device and row["flops"]:
                 place = row["flops"] / row["bytes"], row["gflop_per_s"]
-                marker = "o" if row["size"] == "large" else "."
+                marker = "o" if row["size"] == largest else "."
                 fill = "none" if row["gradient"] else colour
                 axes.plot(*place, marker, color=colour, markerfacecolor=fill)
-                if row["size"] == "large" and not row["gradient"]:
+                if row["size"] == largest and not row["gradient"]:
                     axes.annotate(
                         row["operation"],
                         place,
@@ -321,7 +328,8 @@ def _roofline(rows: list[dict[str, Any]], most: dict[str, dict[str, float]]) -> 
     axes.set(
         xlabel="operations for each byte",
         ylabel="GFLOP/s",
-        title="roofline: large (circles) and small (dots) operations; hollow: with gradient",
+        title=f"roofline: {largest} operations (circles; hollow: with gradient)"
+        + (", small ones (dots)" if largest == "large" else ""),
     )
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=9)

@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from trainer import devices as places
 from trainer.errors import InputError
 from trainer.run import name_directory, write_text
 
@@ -127,7 +128,12 @@ class Result:
 
         from trainer.report import as_image
 
-        lines = [*self.notes, *(f"{name}: {reason}" for name, reason in self.skipped.items())]
+        smoothing = ["Set the page's smoothing to 0: it averages neighbouring sizes."]
+        lines = [
+            *self.notes,
+            *(smoothing if self.curves else []),
+            *(f"{name}: {reason}" for name, reason in self.skipped.items()),
+        ]
         with tf.summary.create_file_writer(str(path)).as_default(step=0):
             if self.curves:
                 tf.summary.experimental.write_raw_pb(_layout(self.name, self.curves))
@@ -161,7 +167,17 @@ def skipped_gpus(names: list[str]) -> dict[str, str]:
     """Returns why there are no figures of a GPU, where none of the devices is one."""
     if any(name.startswith("GPU") for name in names):
         return {}
-    return {"GPU": "no GPU was measured: none was asked for, or `trainer doctor` says why"}
+    if places.select_each([]) == ["CPU:0"]:
+        return {"GPU": "TensorFlow finds none on this machine; `trainer doctor` says more"}
+    return {"GPU": "there is one, but it was not asked for"}
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """Returns a rate with the prefix that suits it: 3e9 "FLOP/s" is "3 GFLOP/s"."""
+    for prefix, factor in (("G", 1e9), ("M", 1e6)):
+        if rate >= factor:
+            return f"{rate / factor:.3g} {prefix}{unit}"
+    return f"{rate / 1e3:.3g} k{unit}"
 
 
 def time_text(seconds: float) -> str:

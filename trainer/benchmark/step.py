@@ -162,7 +162,7 @@ def choose_cases(
         batch_sizes: None means some between 32 and 2048 and the configuration's own.
         precisions: None means float32 and what "auto" chooses.
         jit_compile: With XLA or without; None means both.
-        quick: Where nothing is said, only what the configuration says.
+        quick: Where nothing is said, only what the configuration says, and four times its batch.
 
     Raises:
         InputError: A size or a precision cannot be.
@@ -174,8 +174,9 @@ def choose_cases(
         if size < 1:
             raise InputError(f"--batch-size: expected 1 or more, received {size}")
     training = config.training
-    own, usual = {training.batch_size}, set() if quick else set(_BATCH_SIZES)
-    sizes = sorted(set(batch_sizes) or own | usual)
+    own = training.batch_size
+    usual = {own, 4 * own} if quick else {own, *_BATCH_SIZES}
+    sizes = sorted(set(batch_sizes) or usual)
     both = [training.jit_compile] if quick else [False, True]
     compilers = both if jit_compile is None else [jit_compile]
     cases = []

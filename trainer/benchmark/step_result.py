@@ -24,6 +24,8 @@ _LEGEND = (
     "already; data: choosing, gathering and augmenting the batches alone, in percent of a step"
 )
 
+_LEFT_OUT = {"other batch sizes and precisions, XLA": "by --quick, where they are not asked for"}
+
 # By device, type and compiler: a step's time by batch size.
 _Series = dict[tuple[str, str, str], dict[int, Timing]]
 
@@ -65,7 +67,7 @@ def benchmark_step(
         f"{found.data.name}",
         rows=rows,
         table=[_shown(row) for row in rows],
-        skipped=found.skipped | skipped_gpus(names),
+        skipped=found.skipped | skipped_gpus(names) | (_LEFT_OUT if quick else {}),
         settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(effort)},
         environment=environment(tuple(names), found.data.fingerprint),
         notes=[_LEGEND, *(_told(name, crossover) for name, crossover in crossovers.items())],
@@ -204,7 +206,7 @@ def _draw_parts(axes: Axes, rows: list[dict[str, Any]]) -> None:
     parts = {
         "bare step": [row["bare_ms"] for row in rows],
         "batches": [row["batches_ms"] for row in rows],
-        "else": [max(0, r["step_ms"] - r["bare_ms"] - r["batches_ms"]) for r in rows],
+        "rest of the loop": [max(0, r["step_ms"] - r["bare_ms"] - r["batches_ms"]) for r in rows],
     }
     left = np.zeros(len(rows))
     for name, milliseconds in parts.items():

@@ -25,6 +25,7 @@ _KERAS_MODULES = re.compile(
     r"keras(\.(layers|models|initializers|regularizers|constraints|activations|losses|metrics"
     r"|optimizers|optimizers\.schedules|random))?|keras\.src\.models\.(functional|sequential)"
 )
+_OWN = {("trainer.training.fused_adam", "FusedAdam")}
 _CODE = {"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer"}
 # Operations that a network does not need, by what they do: files, network, Python.
 _REACHES_OUT = re.compile(
@@ -55,7 +56,8 @@ def check_keras(path: Path, *, trust: bool = False) -> None:
         raise InputError(f"{path} is no .keras archive, or is damaged: {error}") from None
     if not trust:
         for module, name in _objects(config):
-            if name in _CODE or not _KERAS_MODULES.fullmatch(module or "keras"):
+            known = _KERAS_MODULES.fullmatch(module or "keras") or (module, name) in _OWN
+            if name in _CODE or not known:
                 raise InputError(
                     f"{path} holds code: {module or 'keras'}:{name}; loading it would run that. "
                     "If you know who made it, load it with --trust"

@@ -8,6 +8,7 @@ import keras
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
 from trainer.errors import InputError
+from trainer.training import fused_adam  # noqa: F401 - registers its class by name
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:

@@ -178,6 +178,8 @@ def test_a_rate_beyond_the_peak_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--json", "/proc/no/file"], "--json: /proc/no/file cannot be written: No such file"),
+        (["--json", "a" * 300], "cannot be written: File name too long"),
         (["--batch-size", "0"], "--batch-size: expected 1 or more, received 0"),
         (["--precision", "bfloat16"], "--precision: 'bfloat16'"),
         (["--device", "tpu"], "--device: expected cpu, cpu:N, gpu, gpu:N or all"),
@@ -189,6 +191,31 @@ def test_bad_words_are_refused(
     code, _, err = command("benchmark", "step", *arguments, "--runs", tmp_path / "runs")
     assert code == 2
     assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.benchmark.step_result import benchmark_step
+
+    monkeypatch.setattr(step, "QUICK", TINY)
+    wild = config(precision="float32").with_changes(
+        {"optimizer.name": "SGD", "optimizer.learning_rate": 1e30}
+    )
+    with pytest.raises(CheckError, match="expected a finite loss, received nan"):
+        benchmark_step(wild, ["cpu"], batch_sizes=[], precisions=[], quick=True)
+
+
+def test_a_request_of_which_nothing_can_be_measured_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(step, "QUICK", TINY)
+    (tmp_path / "own.toml").write_text(config().to_toml())
+    code, _, err = command(
+        *("benchmark", "step", tmp_path / "own.toml", "--quick", "--batch-size", "1000"),
+        *("--runs", tmp_path / "runs"),
+    )
+    assert code == 2
+    assert "nothing was measured: step/1000/" in err
     assert not (tmp_path / "runs").exists()
 
 

@@ -194,7 +194,7 @@ def test_set_takes_a_word_for_a_string(word: str) -> None:
 
 def test_set_changes_the_file_in_turn(load: Callable[..., Config]) -> None:
     config = load(
-        '[data]\nname = "mnist"\noptions = { examples = 9 }\n',
+        '[data]\nname = "fashion_mnist"\noptions = { examples = 9 }\n',
         "data.name=fashion_mnist",
         "data.options.height=3",
         "data.options.nested.deep=[1, 2.5, 'three', true]",
@@ -616,3 +616,16 @@ def test_options_are_checked_against_a_signature() -> None:
     assert refused(call, names=["inner"]).startswith("inner: training.epochs")
     with pytest.raises(ValidationError, match="epochs"):
         call(names=["validation"])
+
+
+def test_another_name_leaves_the_options_of_the_former_behind(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[model]\nname = "cnn"\noptions = { crop = 2 }\n'
+        '[optimizer]\nname = "Adam"\noptions = { beta_1 = 0.7 }\n'
+    )
+    config = load_config(path, ["model.options.units=[8]", "model.name=mlp"])
+    assert (config.model.name, config.model.options) == ("mlp", {"units": [8]})
+    assert config.optimizer.options == {"beta_1": 0.7}
+    assert load_config(path, ["optimizer.name=SGD"]).optimizer.options == {}
+    assert load_config(path, ["model.name=cnn"]).model.options == {"crop": 2}

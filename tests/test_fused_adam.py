@@ -61,7 +61,7 @@ def test_rows_of_an_embedding_are_updated() -> None:
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-def test_two_devices_take_the_steps_of_one() -> None:
+def test_two_devices_take_the_steps_of_one(two_devices: Any) -> None:
     def train(strategy: tf.distribute.Strategy) -> list[Any]:
         with strategy.scope():
             weight, optimizer = keras.Variable([1.0, 2.0]), FusedAdam(0.1)
@@ -77,7 +77,7 @@ def test_two_devices_take_the_steps_of_one() -> None:
         return [np.array(each) for each in (weight, *optimizer.variables)]
 
     expected = train(tf.distribute.OneDeviceStrategy("CPU:0"))
-    found = train(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    found = train(two_devices)
     for one, two in zip(expected, found, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-6)
 

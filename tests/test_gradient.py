@@ -433,3 +433,9 @@ def test_what_cannot_be_checked_is_said() -> None:
         network.check(configured("layers", layers=["Flatten", own_type]))
     with pytest.raises(InputError, match="differs from call to call"):
         network.check(configured("layers", layers=["Flatten", "test_gradient>Restless"]))
+
+
+def test_what_no_axes_can_show_is_derived_all_the_same(tmp_path: Path) -> None:
+    result = derive("1e150*x", at="x=1")
+    assert result.passed
+    assert not (result.write(str(tmp_path)) / "function.png").exists()

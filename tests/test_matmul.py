@@ -310,3 +310,14 @@ def test_a_winner_that_is_not_sure_is_not_named() -> None:
 )
 def test_a_rate_has_the_prefix_that_suits_it(rate: float, shown: str) -> None:
     assert rate_text(rate, "B/s") == shown
+
+
+@pytest.mark.parametrize(
+    "references", [{"a": {}}, {"a": {"median_seconds": 0}}, None, [1], {"a": 1}]
+)
+def test_damaged_references_are_refused(tmp_path: Path, references: Any) -> None:
+    (tmp_path / "old.json").write_text(
+        json.dumps({"benchmark": "matmul", "rows": [], "references": references})
+    )
+    with pytest.raises(InputError, match="is no result of a benchmark"):
+        read_document(tmp_path / "old.json")

@@ -103,7 +103,7 @@ class Setting:
 
     def training_batches(self, clock: "Clock") -> tuple[Batches, Batches]:
         """Brings train and validation to the device."""
-        with clock.part("data"):
+        with clock.part("to_device"):
             return self.batches("train", shuffled=True), self.batches("validation")
 
 

@@ -736,8 +736,8 @@ def _print_json(content: Any) -> None:
 
 def _print_result(summary: dict[str, Any]) -> None:
     seconds = summary["seconds"]
-    parts = ("import", "data", "tracing", "training", "evaluation", "report", "total")
-    times = ", ".join(f"{part} {seconds[part]:.1f}" for part in parts)
+    parts = ("import", "data", "to_device", "tracing", "training", "evaluation", "report", "total")
+    times = ", ".join(f"{part.replace('_', ' ')} {seconds[part]:.1f}" for part in parts)
     step = summary["step_ms"]
     typer.echo(f"{summary['data']['name']}: {_scores(summary)}")
     typer.echo(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
@@ -780,12 +780,8 @@ def _start_benchmark(
     for device in devices or ():
         if device.startswith("gpu"):
             require_driver(device)
-    require_writable(runs)
-    if json_ is not None and json_ != Path("-"):
-        if os.path.lexists(json_):
-            raise InputError(f"--json: {json_} exists already and is left as it is: name another")
-        if not json_.parent.is_dir() or not os.access(json_.parent, os.W_OK):
-            raise InputError(f"--json: {json_.parent} is no folder that can be written")
+    require_writable(runs, "--runs")
+    _require_new_file(json_)
     _start_logging()
     if compare is None:
         return None
@@ -825,8 +821,11 @@ def _require_new_file(path: Path | None) -> None:
         return
     if os.path.lexists(path):
         raise InputError(f"--json: {path} exists already and is left as it is: name another")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--json: {path.parent} is no folder that can be written")
+    try:
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise InputError(f"--json: {path} cannot be written: {error.strerror}") from None
 
 
 def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:

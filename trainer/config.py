@@ -239,7 +239,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: A TOML file.
         overrides: Changes as `"section.key=value"`, the value written in TOML. A word that is no
-            TOML value is taken for a string, so `data.name=fashion_mnist` needs no quotes.
+            TOML value is taken for a string, so `data.name=fashion_mnist` needs no quotes. A
+            change of `model.name`, `data.name` or `optimizer.name` drops the file's options of
+            what was named before: they are those of another function.
 
     Returns:
         The configuration, complete and frozen.
@@ -267,13 +269,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path} is not TOML: {error}") from None
     changed = copy.deepcopy(tree)
     try:
-        for override in overrides:
-            key, value = parse_override(override)
+        given = [parse_override(override) for override in overrides]
+        for key, value in given:
+            _forget_options(changed, key, value)
+        for key, value in given:
             _put(changed, key, value)
         return parse_config(changed, origin="--set" if overrides else str(path))
     except InputError:
         parse_config(tree, origin=str(path))  # the file's own fault, if it has one
         raise
+
+
+def _forget_options(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Drops the options of a section whose name is changed to another."""
+    section, _, last = key.partition(".")
+    table = tree.get(section)
+    if last == "name" and isinstance(table, dict) and value != table.get("name"):
+        table.pop("options", None)
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str) -> Config:

@@ -242,8 +242,12 @@ def _is_run(reference: str) -> bool:
         return False
 
 
-def require_writable(directory: str) -> None:
+def require_writable(directory: str, option: str = "logging.directory") -> None:
     """Refuses a folder for runs that cannot be written, before anything slow has started.
+
+    Args:
+        directory: The folder.
+        option: What a person names it by, for the message.
 
     Raises:
         InputError: The folder, or the nearest parent that exists, cannot be written.
@@ -253,13 +257,10 @@ def require_writable(directory: str) -> None:
         while not path.exists() and path != path.parent:
             path = path.parent
     except OSError as error:  # a name too long for the file system
-        raise InputError(f"logging.directory: {error}") from None
-    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise InputError(f"{option}: {error}") from None
+    if not directory or not path.is_dir() or not os.access(path, os.W_OK):
         why = "cannot be written" if path.is_dir() else "is a file, not a folder"
-        raise InputError(
-            f"logging.directory = {directory!r}: {path} {why}; "
-            "choose another with --set logging.directory=..."
-        )
+        raise InputError(f"{option} = {directory!r}: {path} {why}; choose another folder")
 
 
 def open_run(reference: str, *, directory: str = "runs", unfinished: bool = False) -> Run:

@@ -19,9 +19,10 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         _timings(document)
+        _references(document)
         str(document["benchmark"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"--compare: {path} is no result of a benchmark ({reason})") from None
     return dict(document)
 
@@ -53,7 +54,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> li
     common = [key for key in after if key in before]
     if not common:
         raise InputError("--compare: the two results have no figure in common")
-    drift = _drift(old.get("references", {}), new.get("references", {}))
+    drift = _drift(_references(old), _references(new))
     lines, slower = [], []
     for key in common:
         low, high = (drift * seconds for seconds in before[key]["interval_seconds"])
@@ -84,7 +85,17 @@ def _timings(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _drift(old: dict[str, Any], new: dict[str, Any]) -> float:
+def _references(document: dict[str, Any]) -> dict[str, float]:
+    """Returns the median of each reference, in seconds, by its key."""
+    found = {}
+    for key, timing in document.get("references", {}).items():
+        found[key] = float(timing["median_seconds"])
+        if not 0 < found[key] < math.inf:
+            raise ValueError("a reference that took no time")
+    return found
+
+
+def _drift(old: dict[str, float], new: dict[str, float]) -> float:
     """Returns how much longer the references take; 1 where there are none in common."""
-    ratios = [new[key]["median_seconds"] / old[key]["median_seconds"] for key in new if key in old]
+    ratios = [new[key] / old[key] for key in new if key in old]
     return float(np.median(ratios)) if ratios else 1.0

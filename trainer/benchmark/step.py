@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import tensorflow as tf
 
 from trainer import devices as places
@@ -21,7 +22,7 @@ from trainer.benchmark.matmul import Effort, Measurements
 from trainer.benchmark.timing import Measurement, Timing, take_turns
 from trainer.config import Config
 from trainer.data import DataSpec
-from trainer.errors import InputError, nearest
+from trainer.errors import CheckError, InputError, nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ def measure(config: Config, cases: list[Case], effort: Effort) -> Found:
             measured.append(_prepare(setting, case, effort))
         except tf.errors.ResourceExhaustedError:
             skipped[case.key] = f"no memory on {case.device}"
+    if not measured:
+        raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
     _logger.info("measuring: %d blocks of each, in turns", effort.blocks)
     parts = [part for each in measured for part in (each.loop, each.bare, each.batches)]
     take_turns([*parts, *products.all_references()], blocks=effort.blocks, seed=seed)
@@ -226,6 +229,8 @@ def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
         batches=effort.start(_batches_alone(setting, train, steps), _wait),
     )
     checks.check_device(run_bare(1), case.device, case.key)
+    if not np.isfinite(loss := next(windows).loss).all():
+        raise CheckError(f"{case.key}: expected a finite loss, received {loss[-1]}")
     return measured
 
 

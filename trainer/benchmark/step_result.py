@@ -73,9 +73,9 @@ def benchmark_step(
         notes=[_LEGEND, *(_told(name, crossover) for name, crossover in crossovers.items())],
         facts={"crossovers": {name: asdict(c) for name, c in crossovers.items()}},
         references=found.products.reference_facts(),
-        figures={"step": _figure(rows, series, crossovers)} if rows else {},
+        figures={"step": _figure(rows, series, crossovers)},
         curves=_curves(rows),
-        plots=[_terminal_plot(series)] if rows else [],
+        plots=[_terminal_plot(series)],
     )
 
 

@@ -28,6 +28,7 @@ WATCH = (
     "tape.watch: a tape records what happens to each tf.Variable by itself, and to a tensor, as "
     "these values are, only after tape.watch(tensor)"
 )
+_MOST_DRAWN = 1e100
 # What is lost from order to order: an order divides the rounding of the differences once more by h.
 _TOLERANCES = {1: 1e-6, 2: 1e-5, 3: 1e-4, 4: 1e-3}
 
@@ -190,6 +191,8 @@ class Result:
             float(tape.value),
             float(tape.derivative[0, 0]),
         )
+        if max(abs(x), abs(y), abs(slope)) > _MOST_DRAWN:
+            return None  # beyond what axes can be drawn for
         return tangent_figure(self.expression, name, x, y, slope)
 
     def _inputs(self) -> list[str]:
@@ -277,7 +280,7 @@ def tangent_figure(expression: Expression, name: str, x: float, y: float, slope:
     reach = max(1.0, abs(x))
     points = np.linspace(x - reach, x + reach, 401)
     values = np.array([evaluate(expression, expression.at | {name: np.array(p)}) for p in points])
-    values[~np.isfinite(values)] = np.nan  # matplotlib leaves a gap
+    values[~(abs(values) < _MOST_DRAWN)] = np.nan  # matplotlib leaves a gap
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(points, values, color="tab:blue", label=_shortened(expression.text))
@@ -299,9 +302,8 @@ def _variables(expression: Expression, wrt: str | None) -> tuple[str, ...]:
     used = expression.root.names()
     if wrt is None:
         if len(used) != 1:
-            raise InputError(
-                f"--wrt: expected the variables to differentiate by, of {', '.join(sorted(used))}"
-            )
+            known = f"of {', '.join(sorted(used))}" if used else "and the expression has none"
+            raise InputError(f"--wrt: expected the variables to differentiate by, {known}")
         wrt = next(iter(used))
     names = tuple(name.strip() for name in wrt.split(","))
     for name in names:

@@ -1,4 +1,4 @@
-"""A small convolutional network: (convolution, ReLU, pooling) a few times, then a dense layer."""
+"""A small convolutional network: (convolution, pooling, ReLU) a few times, then a dense layer."""
 
 from typing import Annotated, Literal
 
@@ -20,6 +20,8 @@ def build(
     padding: Literal["valid", "same"] = "valid",
     dense: Size = 128,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2,
+    crop: Annotated[int, Field(ge=0)] = 0,
+    batch_normalization: bool = False,
 ) -> keras.Model:
     """Builds the network.
 
@@ -31,16 +33,26 @@ def build(
             edges, for images that "valid" would shrink to nothing.
         dense: Units of the hidden dense layer.
         dropout: Share of its outputs that training sets to zero.
+        crop: Rows and columns to leave out at each edge of the images, where nothing is seen.
+        batch_normalization: Normalize the hidden layer's outputs before their ReLU, which lets a
+            training of one epoch take large steps (Ioffe and Szegedy 2015).
     """
     images, x = image_input(spec)  # (B, H, W, C)
+    if crop:
+        x = layers.Cropping2D(crop, name="crop")(x)
     for i, channels in enumerate(filters, start=1):
         size = kernel_size if i == 1 else 3
-        convolution = layers.Conv2D(
-            channels, size, padding=padding, activation="relu", name=f"convolution_{i}"
-        )
+        convolution = layers.Conv2D(channels, size, padding=padding, name=f"convolution_{i}")
         x = convolution(x)  # (B, H, W, channels)
         x = layers.MaxPooling2D(2, padding="same", name=f"pooling_{i}")(x)  # halves H and W
+        # The largest of four is the same before and after a ReLU; here it has a quarter to do.
+        x = layers.ReLU(name=f"relu_{i}")(x)
     x = layers.Flatten(name="flatten")(x)  # (B, H * W * channels)
-    x = layers.Dense(dense, activation="relu", name="hidden")(x)  # (B, dense)
+    x = layers.Dense(dense, use_bias=not batch_normalization, name="hidden")(x)  # (B, dense)
+    if batch_normalization:
+        # A ReLU follows: a scale would only be undone by the next layer. The averages must follow
+        # within the few hundred steps of an epoch.
+        x = layers.BatchNormalization(scale=False, momentum=0.8, name="normalization")(x)
+    x = layers.ReLU(name="relu")(x)
     x = layers.Dropout(dropout, name="dropout")(x)
     return keras.Model(images, class_probabilities(x, spec), name="cnn")

@@ -1,0 +1,186 @@
+"""Times `trainer fit` beside what one would use instead, in one run, taking turns.
+
+    python scripts/compare_peers.py --quick --seeds 3
+
+PyTorch (CPU) gets an environment of its own in `.peers/`; Keras is the one installed here. Every
+program is started as a person would start it and runs alone. The order is drawn anew for each seed.
+Needs all of MNIST (`TRAINER_DATA_FILES` or a network), and a network to install PyTorch. Writes
+`.peers/peers.json` and `.peers/peers.png`; `--quick` leaves out the two official examples, which
+take minutes.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from trainer import data, load_config
+
+ROOT = Path(__file__).parent.parent
+TORCH = "torch==2.13.0"
+OURS = "trainer fit"
+
+
+def programs(folder: Path, *, quick: bool) -> dict[str, list[str]]:
+    """Returns the command of each program, by name; a seed is appended."""
+    torch = [str(folder / "venv/bin/python"), str(ROOT / "scripts/peers/torch_mnist.py")]
+    keras = [sys.executable, str(ROOT / "scripts/peers/keras_mnist.py")]
+    images = str(folder / "mnist.npz")
+    fit = [sys.executable, "-m", "trainer", "fit", "configs/mnist.toml", "--json"]
+    fit += ["--set", f"logging.directory={folder / 'runs'}"]
+    narrowed = [*torch, images, "narrowed", "--channels-last"]
+    found = {
+        OURS: [*fit, "--set"],
+        "trainer fit, float32": [*fit, "--set", "training.precision=float32", "--set"],
+        "PyTorch published": [*torch, images, "published"],
+        "PyTorch published, channels last": [*torch, images, "published", "--channels-last"],
+        "PyTorch published, channels last, bf16": [
+            *(*torch, images, "published", "--channels-last", "--bf16")
+        ],
+        "PyTorch narrowed, channels last": narrowed,
+        "PyTorch narrowed, channels last, bf16": [*narrowed, "--bf16"],
+    }
+    if not quick:
+        found["PyTorch official example"] = [*torch, images, "official"]
+        found["keras.io mnist_convnet"] = [*keras, images]
+    return found
+
+
+def prepare(folder: Path) -> None:
+    """Installs PyTorch into an environment of its own, and writes the images it reads."""
+    folder.mkdir(exist_ok=True)
+    python = folder / "venv/bin/python"
+    if not (folder / "venv/.installed").exists():
+        venv.create(folder / "venv", with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, "numpy"], check=True)
+        (folder / "venv/.installed").touch()
+    kept = data.load(load_config(ROOT / "configs/mnist.toml").data)
+    if kept.spec.name != "mnist":
+        sys.exit(f"expected all of MNIST, received {kept.spec.name}: set TRAINER_DATA_FILES")
+    (images, labels), (more, more_labels) = kept.train.read(), kept.validation.read()
+    test, test_labels = kept.test.read()
+    np.savez(
+        folder / "mnist.npz",
+        train_images=np.concatenate([images, more])[..., 0],
+        train_labels=np.concatenate([labels, more_labels]),
+        test_images=test[..., 0],
+        test_labels=test_labels,
+    )
+
+
+def run(name: str, command: list[str], seed: int) -> dict[str, Any]:
+    """Runs a program to its end, and returns what it says and what the process took."""
+    last = [f"training.seed={seed}"] if name.startswith(OURS) else ["--seed", str(seed)]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, *last], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    )
+    out = process.communicate()[0]
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        sys.exit(f"{name} ended with {process.returncode}: {' '.join([*command, *last])}")
+    said = json.loads(out)
+    if name.startswith(OURS):
+        parts = said["seconds"]
+        said = {
+            "training_seconds": parts["training"] + parts["to_device"],
+            "seconds_with_evaluation": parts["training"] + parts["to_device"] + parts["evaluation"],
+            "epochs": said["epochs"],
+            "accuracy": said["test"]["accuracy"],
+            "images": said["train_images"],
+        }
+    return {"program": name, "seed": seed, "process_seconds": seconds, **said}
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns medians and ratios to `trainer fit`, program by program."""
+    names = list(dict.fromkeys(row["program"] for row in rows))
+    found = []
+    for name in names:
+        own = [row for row in rows if row["program"] == name]
+        entry = {
+            key: statistics.median(row[key] for row in own)
+            for key in ("training_seconds", "seconds_with_evaluation", "process_seconds", "epochs")
+        }
+        accuracies = [row["accuracy"] for row in own]
+        entry |= {"program": name, "accuracy": statistics.mean(accuracies)}
+        entry["at_99"] = sum(a >= 0.99 for a in accuracies) / len(accuracies)
+        found.append(entry)
+    ours = next(entry for entry in found if entry["program"] == OURS)
+    for entry in found:
+        for key in ("training_seconds", "process_seconds"):
+            entry[f"ours_to_{key}"] = ours[key] / entry[key]
+    return found
+
+
+def draw(summary: list[dict[str, Any]], path: Path) -> None:
+    """Draws training and whole process as bars."""
+    figure = Figure(figsize=(9, 0.5 * len(summary) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    names = [entry["program"] for entry in summary]
+    axes.barh(names, [e["process_seconds"] for e in summary], color="lightgrey", label="process")
+    axes.barh(names, [e["training_seconds"] for e in summary], height=0.4, label="training")
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds, median of the seeds", title="MNIST: training, and the whole process")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the official examples")] = False,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    directory: Path = ROOT / ".peers",
+) -> None:
+    """Runs everything and prints the table."""
+    folder = directory.absolute()
+    prepare(folder)
+    commands, rows = programs(folder, quick=quick), []
+    for seed in range(seeds):
+        order = list(commands)
+        random.Random(seed).shuffle(order)
+        for name in order:
+            rows.append(run(name, commands[name], seed))
+            print(f"seed {seed}  {name}: {rows[-1]['training_seconds']:.2f} s", file=sys.stderr)
+    rows.sort(key=lambda row: list(commands).index(row["program"]))
+    summary = summarize(rows)
+    document = {"cpus": os.cpu_count(), "torch": TORCH, "summary": summary, "rows": rows}
+    (folder / "peers.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    draw(summary, folder / "peers.png")
+    titles = (
+        "program",
+        "training s",
+        "ours/its",
+        "process s",
+        "ours/its",
+        "accuracy",
+        "seeds at 99%",
+    )
+    table = Table(*titles)
+    for entry in summary:
+        table.add_row(
+            entry["program"],
+            f"{entry['training_seconds']:.2f}",
+            f"{entry['ours_to_training_seconds']:.2f}",
+            f"{entry['process_seconds']:.1f}",
+            f"{entry['ours_to_process_seconds']:.2f}",
+            f"{100 * entry['accuracy']:.2f}",
+            f"{entry['at_99']:.0%}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -211,7 +211,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
         (
             [
                 *("fit", "configs/debug.toml", "--set", "model.name=layers", "--set"),
-                'model.options.layers=[{name="Conv2"}]',
+                "model.options.units=[8]",
             ],
             2,
             "model.options",

@@ -381,9 +381,7 @@ def benchmark_matmul(
             result = measure.benchmark_matmul(
                 devices, shapes=shape or [], dtypes=dtype or [], **options
             )
-        folder = result.write(runs)
-    _print_measured(result, folder, json_)
-    _compare(before, result, tolerance)
+    _keep_measured(result, runs, json_, before, tolerance)
 
 
 @app.command()
@@ -446,9 +444,7 @@ def benchmark_operations(
     with _stdout_for_the_result():
         measure = _import("trainer.benchmark.operations").benchmark_operations
         result = measure(devices, quick=quick, seed=seed)
-        folder = result.write(runs)
-    _print_measured(result, folder, json_)
-    _compare(before, result, tolerance)
+    _keep_measured(result, runs, json_, before, tolerance)
 
 
 @benchmark_app.command("step")
@@ -491,9 +487,7 @@ def benchmark_step(
             jit_compile=jit_compile,
             quick=quick,
         )
-        folder = result.write(runs)
-    _print_measured(result, folder, json_)
-    _compare(before, result, tolerance)
+    _keep_measured(result, runs, json_, before, tolerance)
 
 
 @benchmark_app.command("formats")
@@ -514,9 +508,7 @@ def benchmark_formats(
     with _stdout_for_the_result(), _without_chatter():
         measure = _import("trainer.benchmark.formats").benchmark_formats
         result = measure(run, runs=runs, quick=quick)
-        folder = result.write(runs)
-    _print_measured(result, folder, json_)
-    _compare(before, result, tolerance)
+    _keep_measured(result, runs, json_, before, tolerance)
 
 
 @data_app.command("prepare")
@@ -790,7 +782,13 @@ def _start_benchmark(
     return read_document(compare)
 
 
-def _compare(before: Any, result: Any, tolerance: float) -> None:
+def _keep_measured(
+    result: Any, runs: str, json_: Path | None, before: Any, tolerance: float
+) -> None:
+    """Writes what was measured, prints it, and says what moved since an earlier result."""
+    with _stdout_for_the_result():
+        folder = result.write(runs)
+    _print_measured(result, folder, json_)
     if before is not None:
         from trainer.benchmark.compare import compare
 

@@ -207,7 +207,6 @@ def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
     images, labels = setting.data.train.read(slice(case.batch_size))
     with tf.device(case.device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
-    with tf.device(case.device):
         flops = count_flops(_traced_once(setting, batch))
     bare = bare_steps(setting)
 

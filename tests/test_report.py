@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from trainer import report
+from trainer import figures, report
 from trainer.config import Config
 from trainer.data import DataSpec
 from trainer.errors import InputError
@@ -88,7 +88,7 @@ def test_the_most_confident_mistakes_come_first(
 
 def test_precision_and_recall_are_those_worked_out_by_hand() -> None:
     names = ("cat", "dog", "eel", "fox")
-    table = report.class_table(LABELS, sure_of(GUESSES), of_classes(*names))
+    table = figures.class_table(LABELS, GUESSES, of_classes(*names))
     assert tuple(table) == names
     # Guessed, right and there: 5, 2, 3 cats; 2, 1, 2 dogs; 0, 0, 2 eels; no fox at all.
     expected = [
@@ -103,7 +103,7 @@ def test_precision_and_recall_are_those_worked_out_by_hand() -> None:
 
 
 def test_a_class_may_have_any_name() -> None:
-    table = report.class_table(LABELS, sure_of(GUESSES), of_classes("a", "accuracy", "b", "c"))
+    table = figures.class_table(LABELS, GUESSES, of_classes("a", "accuracy", "b", "c"))
     assert table["accuracy"]["support"] == 2
 
 
@@ -117,7 +117,7 @@ def cells(figure: Figure) -> dict[tuple[int, int], str]:
 
 
 def test_each_cell_holds_its_own_number() -> None:
-    figure = report.confusion_figure(LABELS, GUESSES, of_classes("cat", "dog", "eel", "fox"))
+    figure = figures.confusion_figure(LABELS, GUESSES, of_classes("cat", "dog", "eel", "fox"))
     written = {cell: text for cell, text in cells(figure).items() if text}
     assert written == {(0, 0): "2", (0, 1): "1", (1, 0): "1", (1, 1): "1", (2, 0): "2"}
     (axes,) = figure.axes
@@ -133,7 +133,7 @@ def test_each_cell_holds_its_own_number() -> None:
 
 
 def test_no_mistakes_can_be_drawn_too() -> None:
-    figure = report.confusion_figure(LABELS, LABELS, of_classes("0", "1", "2", "3"))
+    figure = figures.confusion_figure(LABELS, LABELS, of_classes("0", "1", "2", "3"))
     assert [text for text in cells(figure).values() if text] == ["3", "2", "2"]
     assert figure.axes[0].get_title() == "0 mistakes in 7 test images"
     assert drawn(figure)
@@ -141,15 +141,15 @@ def test_no_mistakes_can_be_drawn_too() -> None:
 
 def test_many_classes_are_coloured_without_numbers() -> None:
     names = [f"class {i}" for i in range(31)]
-    figure = report.confusion_figure(LABELS, GUESSES, of_classes(*names))
+    figure = figures.confusion_figure(LABELS, GUESSES, of_classes(*names))
     assert cells(figure) == {}
     assert figure.axes[0].images[0].get_array().shape == (31, 31)
-    assert len(cells(report.confusion_figure(LABELS, GUESSES, of_classes(*names[:30])))) == 900
+    assert len(cells(figures.confusion_figure(LABELS, GUESSES, of_classes(*names[:30])))) == 900
 
 
 def test_class_names_are_no_formulas() -> None:
-    assert drawn(report.confusion_figure(LABELS, GUESSES, of_classes("$^$", "b", "c", "d")))
-    assert drawn(report.picture_grid(np.zeros((1, 6, 5, 1), np.uint8), ["$^$"]))
+    assert drawn(figures.confusion_figure(LABELS, GUESSES, of_classes("$^$", "b", "c", "d")))
+    assert drawn(figures.picture_grid(np.zeros((1, 6, 5, 1), np.uint8), ["$^$"]))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_class_names_are_no_formulas() -> None:
 def test_each_picture_stands_under_its_title(count: int, columns: int, channels: int) -> None:
     images = np.random.RandomState(0).randint(0, 256, (count, 6, 5, channels), dtype=np.uint8)
     titles = [f"title {i}" for i in range(count)]
-    figure = report.picture_grid(images, titles)
+    figure = figures.picture_grid(images, titles)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == titles
     for text, shown, pixels in zip(axes.texts, axes.images, images, strict=True):
@@ -179,7 +179,7 @@ def test_each_picture_stands_under_its_title(count: int, columns: int, channels:
 
 def test_pictures_and_titles_go_together() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        report.picture_grid(np.zeros((2, 6, 5, 1), np.uint8), ["one"])
+        figures.picture_grid(np.zeros((2, 6, 5, 1), np.uint8), ["one"])
 
 
 def summary(**changes: Any) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_the_model_card_tells_the_run() -> None:
     config = Config().with_changes({"model.options": {"units": [3], "text": 'a "b"'}})
-    table = report.class_table(LABELS, sure_of(GUESSES), of_classes("cat", "dog", "eel", "fox"))
+    table = figures.class_table(LABELS, GUESSES, of_classes("cat", "dog", "eel", "fox"))
     card = report.model_card("20260102T030405Z-a", summary(), table, config.to_toml())
     assert card.startswith("# 20260102T030405Z-a\n")
     for said in (

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import CheckError, InputError, TrainerError
+from trainer.figure_process import FigureProcess
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -114,9 +115,10 @@ def fit(
         loaded = _load_resumed(resume, set_, flags, given={"CONFIG": config, "--dry-run": dry_run})
     _require(loaded.training.device)
     console = _start_logging()
-    with _stdout_for_the_result():
+    with FigureProcess() as draw, _stdout_for_the_result():
         workflow = _workflow()
-        options = {"console": console, "import_seconds": time.perf_counter() - _START}
+        seconds = time.perf_counter() - _START
+        options = {"console": console, "import_seconds": seconds, "draw": draw}
         if resume is None:
             fitted = workflow.fit(loaded, dry_run=dry_run, **options)
         else:
@@ -692,7 +694,9 @@ def _import(module: str) -> Any:
     """Imports what brings TensorFlow along."""
     import importlib
 
-    with _without_chatter():
+    from trainer.startup import lean_imports
+
+    with _without_chatter(), lean_imports():
         return importlib.import_module(module)
 
 

@@ -4,6 +4,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.assembly import (
 from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
 from trainer.errors import CheckError, InputError
+from trainer.figure_process import FigureProcess
 from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
 from trainer.training import callbacks as watching
 from trainer.training.batches import Batches
@@ -69,6 +71,7 @@ def fit(
     dry_run: bool = False,
     console: Console | None = None,
     import_seconds: float | None = None,
+    draw: FigureProcess | None = None,
 ) -> Fitted:
     """Trains a network, scores it once on the test images, and keeps all of it in a run directory.
 
@@ -78,6 +81,7 @@ def fit(
         dry_run: Go through one batch of train, validation and test, and write nothing.
         console: Where the progress bar is drawn; None: no bar.
         import_seconds: What importing took, for the summary.
+        draw: Draws the pictures; None: one is started for this training.
 
     Returns:
         The scores and times, the trained model, and the run directory.
@@ -102,8 +106,8 @@ def fit(
     watched_by = [*make_callbacks(setting, run.path), *callbacks]
     training = _Training(setting, run, watched_by, clock, console)
     run.create(config)  # from here on something is written; what was wrong is known by now
-    with run.locked(), run.logging():
-        return training.run_to_the_end()
+    with run.locked(), run.logging(), _drawing(draw) as draw:
+        return training.run_to_the_end(draw)
 
 
 def resume(
@@ -113,6 +117,7 @@ def resume(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     console: Console | None = None,
     import_seconds: float | None = None,
+    draw: FigureProcess | None = None,
     directory: str = "runs",
 ) -> Fitted:
     """Goes on with a training from its newest checkpoint, as if it had never been interrupted.
@@ -123,6 +128,7 @@ def resume(
         callbacks: The same as were given to `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
+        draw: As in `fit`.
         directory: Folder that holds the run directories.
 
     Returns:
@@ -141,7 +147,7 @@ def resume(
             f"run {run.name} is finished, after {config.training.epochs} epochs: "
             "train it for longer with --epochs"
         )
-    with run.locked(), run.logging():
+    with run.locked(), run.logging(), _drawing(draw) as draw:
         setting = assemble(config, clock)
         saved = _checkpoint_that_fits(run, setting)
         longer = config.training.epochs > run.config().training.epochs
@@ -158,7 +164,7 @@ def resume(
         run.checkpoints.mkdir(exist_ok=True)
         run.reopen(setting.config)  # from here on something is changed
         roll_back(run, saved)
-        return training.run_to_the_end()
+        return training.run_to_the_end(draw)
 
 
 def evaluate(
@@ -336,14 +342,14 @@ class _Training:
         self._times = watching.StepTimes()
         self._signals = Signals(f"go on with `trainer fit --resume {run.path}`")
 
-    def run_to_the_end(self) -> Fitted:
+    def run_to_the_end(self, draw: FigureProcess) -> Fitted:
         """Trains, scores and reports."""
         with self._signals.noted():
-            self._begin()
+            self._begin(draw)
             self._fit()
-            return self._finish()
+            return self._finish(draw)
 
-    def _begin(self) -> None:
+    def _begin(self, draw: FigureProcess) -> None:
         """Says and writes what is known before training."""
         setting, run, spec = self._setting, self._run, self._setting.data.spec
         _log.info("run      %s", run.path)
@@ -365,7 +371,8 @@ class _Training:
         run.write_json("environment.json", facts)
         if setting.config.logging.tensorboard:
             with self._clock.part("report"):
-                report.write_start(run, setting.config, facts, setting.data)
+                pictures = report.draw_samples(draw, setting.config, setting.data)
+                report.write_start(run, setting.config, facts, pictures)
 
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
@@ -416,7 +423,7 @@ class _Training:
             observers.append(watching.ProgressBar(self._console, steps=steps, epochs=epochs))
         return observers
 
-    def _finish(self) -> Fitted:
+    def _finish(self, draw: FigureProcess) -> Fitted:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
         setting, run, clock = self._setting, self._run, self._clock
         traced = setting.loop.seconds.tracing
@@ -425,15 +432,17 @@ class _Training:
             test = setting.batches("test")
             scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
         clock.seconds["evaluation"] -= setting.loop.seconds.tracing - traced  # counted there
+        probabilities = cast("NDArray[np.float32]", probabilities)
+        drawn = report.draw_results(draw, setting.config, setting.data, probabilities)
         summary = _summary(setting, validation, scores, clock, self._times) | {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
             "train_images": self._train.images,  # fewer than there are, under limit_batches
-            "test_images": len(cast("NDArray[np.float32]", probabilities)),
+            "test_images": len(probabilities),
         }
         run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
         with clock.part("report"):
-            _report(setting, run, summary, probabilities)
+            _report(setting, run, summary, drawn)
         summary["seconds"] |= {
             "report": clock.seconds["report"],
             "import": clock.import_seconds,
@@ -447,6 +456,11 @@ class _Training:
         """Returns what the loop took before the interruption: its clock goes on from there."""
         # The last of what a checkpoint watches is the loop's own clock.
         return 0.0 if self._saved is None else sum(self._saved.states[-1].values())
+
+
+def _drawing(draw: FigureProcess | None) -> AbstractContextManager[FigureProcess]:
+    """Starts a process that draws, to be ended here, where none was given."""
+    return FigureProcess() if draw is None else nullcontext(draw)
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
@@ -507,17 +521,14 @@ def _summary(
     }
 
 
-def _report(setting: Setting, run: Run, summary: dict[str, Any], probabilities: Any) -> None:
+def _report(setting: Setting, run: Run, summary: dict[str, Any], drawn: report.Drawn) -> None:
     """Writes TensorBoard's pictures and the model card."""
-    labels = setting.data.test.labels[setting.data.test.rows][: len(probabilities)]
-    classes = report.class_table(labels, probabilities, setting.data.spec)
+    if setting.config.logging.tensorboard:
+        scores = watching.scalars(summary["test"])
+        report.write_graph(run, setting.loop.step_graph)
+        report.write_hparams(run, setting.config, scores)
+        report.write_end(run, scores, drawn.pictures, summary["epochs"])
+    classes = drawn.classes.result()
     run.write_json("classes.json", classes)
     card = report.model_card(run.name, summary, classes, setting.config.to_toml())
     run.write_text("README.md", card)
-    if setting.config.logging.tensorboard:
-        report.write_graph(run, setting.loop.step_graph)
-        scores = watching.scalars(summary["test"])
-        report.write_end(
-            run, setting.config, setting.data, scores, probabilities, summary["epochs"]
-        )
-        report.write_hparams(run, setting.config, scores)

@@ -126,7 +126,8 @@ class Result:
     def _write_tensorboard(self, path: Path) -> None:
         import tensorflow as tf
 
-        from trainer.report import as_image
+        from trainer.figures import as_png
+        from trainer.report import write_image
 
         smoothing = ["Set the page's smoothing to 0: it averages neighbouring sizes."]
         lines = [
@@ -139,7 +140,7 @@ class Result:
                 tf.summary.experimental.write_raw_pb(_layout(self.name, self.curves))
             tf.summary.text(f"benchmark/{self.name}_table", "\n\n".join([self._markdown(), *lines]))
             for name, figure in self.figures.items():
-                tf.summary.image(f"benchmark/{self.name}_{name}", as_image(figure))
+                write_image(f"benchmark/{self.name}_{name}", as_png(figure))
         for run, tags in self.curves.items():
             with tf.summary.create_file_writer(str(path / run)).as_default():
                 for tag, points in tags.items():

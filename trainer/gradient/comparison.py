@@ -168,7 +168,8 @@ class Result:
     def _write_tensorboard(self, path: Path, figure: Figure | None) -> None:
         import tensorflow as tf
 
-        from trainer.report import as_image
+        from trainer.figures import as_png
+        from trainer.report import write_image
 
         titles = list(self.table()[0])
         rows = [titles, ["---"] * len(titles), *([*row.values()] for row in self.table())]
@@ -178,7 +179,7 @@ class Result:
             tf.summary.graph(self.graph)
             tf.summary.text("gradient", "\n\n".join(words))
             if figure is not None:
-                tf.summary.image("function", as_image(figure))
+                write_image("function", as_png(figure))
 
     def _figure(self) -> Figure | None:
         """Draws function and tangent over the neighbourhood of the point; one scalar variable."""

@@ -171,7 +171,7 @@ class StreamedBatches(_Epoch):
 
     def select(self, state: Any, step: tf.Tensor) -> Any:  # noqa: ARG002 - the iterator counts
         """Returns the next batch."""
-        return next(state)
+        return state.get_next()
 
     def rows(self, selection: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Cuts images (uint8 [rows, H, W, C]) and labels (int32 [rows]) out of the batch."""

@@ -235,14 +235,19 @@ class Profiler:
 def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
     """Returns a graph that writes a point for each step: no Python between the points."""
 
-    @tf.function(input_signature=(tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64)))
     def write(values: tf.Tensor, first: tf.Tensor) -> None:
-        for i in tf.range(tf.shape(values, out_type=tf.int64)[0]):
+        def one_step(i: tf.Tensor) -> tuple[tf.Tensor]:
             with tf.name_scope("step/"):  # the slash leaves out "while/", the scope of the loop
                 for column, name in enumerate(names):
                     tf.summary.scalar(name, values[i, column], step=first + i)
+            return (i + 1,)
 
-    traced: Callable[[tf.Tensor, tf.Tensor], None] = write.get_concrete_function()
+        steps = tf.shape(values, out_type=tf.int64)[0]
+        tf.while_loop(lambda i: i < steps, one_step, (tf.constant(0, tf.int64),))
+
+    signature = (tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64))
+    graph = tf.function(write, input_signature=signature, autograph=False)  # which takes longer
+    traced: Callable[[tf.Tensor, tf.Tensor], None] = graph.get_concrete_function()
     return traced
 
 

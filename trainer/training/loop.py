@@ -368,19 +368,20 @@ class Loop:
         if self._gradient_norms:
             recorded.append("gradient_norms")
 
-        @tf.function
+        def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, arrays: list[Any]) -> list[Any]:
+            with tf.name_scope("record"):
+                learning_rate = tf.identity(self.model.optimizer.learning_rate)
+            parts = self.strategy.run(step, args=_global_batch(train, state, first + i))
+            with tf.name_scope("record"):
+                values = self._values(parts) | {"learning_rate": learning_rate}
+                return [
+                    array.write(i, tf.cast(values[name], tf.float32))
+                    for array, name in zip(arrays, recorded, strict=True)
+                ]
+
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             arrays = [tf.TensorArray(tf.float32, size=count) for _ in recorded]
-            for i in tf.range(count):
-                with tf.name_scope("record"):
-                    learning_rate = tf.identity(self.model.optimizer.learning_rate)
-                parts = self.strategy.run(step, args=_global_batch(train, state, first + i))
-                with tf.name_scope("record"):
-                    values = self._values(parts) | {"learning_rate": learning_rate}
-                    arrays = [
-                        array.write(i, tf.cast(values[name], tf.float32))
-                        for array, name in zip(arrays, recorded, strict=True)
-                    ]
+            arrays = _repeat(count, lambda i, arrays: one_step(i, state, first, arrays), arrays)
             stacked = {name: array.stack() for name, array in zip(recorded, arrays, strict=True)}
             return stacked, self.model.get_metrics_result()
 
@@ -406,15 +407,16 @@ class Loop:
                 return outputs
             return tf.cond(share > 0, lambda: outputs, lambda: outputs[:0])
 
-        @tf.function
+        def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, array: Any) -> Any:
+            outputs = self.strategy.run(one_replica, args=_global_batch(batches, state, first + i))
+            if not collect:
+                return array
+            local = self.strategy.experimental_local_results(outputs)
+            return array.write(i, tf.concat(local, axis=0))
+
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             array = tf.TensorArray(tf.float32, size=count, infer_shape=False)
-            for i in tf.range(count):
-                batch = _global_batch(batches, state, first + i)
-                outputs = self.strategy.run(one_replica, args=batch)
-                if collect:
-                    local = self.strategy.experimental_local_results(outputs)
-                    array = array.write(i, tf.concat(local, axis=0))
+            array = _repeat(count, lambda i, array: one_step(i, state, first, array), array)
             probabilities = array.concat() if collect else tf.zeros((0,))
             return probabilities, self.model.get_metrics_result()
 
@@ -436,7 +438,8 @@ class Loop:
     def _compiled(self, call: Any, batches: Batches) -> Any:
         with self.strategy.scope():
             # Not `call` itself, which TensorFlow would trace a second time when it is first called.
-            return call.get_concrete_function(batches.begin(0), tf.constant(0), tf.constant(1))
+            graph = tf.function(call, autograph=False)
+            return graph.get_concrete_function(batches.begin(0), tf.constant(0), tf.constant(1))
 
     def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function and adds its seconds to one part of `seconds`."""
@@ -445,6 +448,16 @@ class Loop:
             return function(*arguments)
         finally:
             setattr(self.seconds, part, getattr(self.seconds, part) + time.perf_counter() - start)
+
+
+def _repeat(count: tf.Tensor, step: Callable[[tf.Tensor, Any], Any], state: Any) -> Any:
+    """Returns `state` after `count` times `state = step(i, state)`, in the graph.
+
+    Written out, because AutoGraph, which turns a Python `for` into this, takes most of a second.
+    """
+    return tf.while_loop(
+        lambda i, _: i < count, lambda i, state: (i + 1, step(i, state)), (tf.constant(0), state)
+    )[1]
 
 
 def _refuse_on_several_devices(model: keras.Model, *, jit_compile: bool) -> None:

@@ -1,0 +1,48 @@
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from trainer.startup import LATER
+
+LEAN = """
+import gc, sys
+from trainer.startup import lean_imports
+with lean_imports():
+    import keras
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+"""
+
+
+def run(program: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", LEAN + program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_keras_has_what_is_put_off(name: str) -> None:
+    assert importlib.util.find_spec(name) is not None
+
+
+def test_keras_comes_without_what_only_few_of_its_functions_need() -> None:
+    said = run(
+        "print(*sorted({'sklearn', 'pandas', 'matplotlib', 'scipy.stats'} & sys.modules.keys()))"
+    )
+    assert said.split() == []
+
+
+def test_what_is_put_off_works_when_it_is_used() -> None:
+    said = run(
+        "import pandas, numpy as np\n"
+        "print(keras.wrappers.SKLearnClassifier.__name__, 'sklearn' in sys.modules)\n"
+        "model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])\n"
+        "model.compile('sgd', 'mse')\n"
+        "frame = pandas.DataFrame({'a': [0.0, 1.0], 'b': [0.0, 1.0]})\n"
+        "print(len(model.fit(frame, np.zeros(2), verbose=0).epoch))\n"
+        "print(keras.visualization.plot_image_gallery.__name__)\n"
+    )
+    assert said.split() == ["SKLearnClassifier", "True", "1", "plot_image_gallery"]

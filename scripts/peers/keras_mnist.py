@@ -7,7 +7,6 @@ Written for `scripts/compare_peers.py`. It uses Keras alone, and nothing of this
 
 import argparse
 import json
-import resource
 import time
 from typing import Any
 
@@ -82,7 +81,6 @@ def main() -> None:
                 "seconds_with_evaluation": seconds,
                 "epochs": len(scores.epochs),
                 "accuracy": accuracy,
-                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "version": keras.__version__,
             }
         )

@@ -1,0 +1,142 @@
+"""Shows how `trainer fit` grows with the data and with the batch: seconds, images a second, memory.
+
+    python scripts/growth.py
+
+Trains the default configuration for an epoch, each time in a process of its own, on all of MNIST
+once, 4 and 16 times over (kept on the device, and streamed from the disk), then with batches of 32
+to 4096. Needs all of MNIST (`TRAINER_DATA_FILES` or a network), 1 GB of disk and some ten minutes.
+Writes `growth.json` into `--directory`; the data that it made there is removed at the end.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trainer import data, load_config
+from trainer.config import Config
+from trainer.data import Split
+from trainer.data._prepared import write_prepared
+
+CONFIG = "configs/mnist.toml"
+BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def repeat(config: Config, times: int, folder: Path) -> None:
+    """Prepares MNIST whose training images come several times over."""
+    kept = data.load(config.data)
+    if kept.spec.name != "mnist":
+        sys.exit(f"expected all of MNIST, received {kept.spec.name}: set TRAINER_DATA_FILES")
+
+    def of(splits: Sequence[Split], times: int) -> tuple[int, tuple[int, int, int], Any]:
+        batches = (split.read() for _ in range(times) for split in splits)
+        return times * sum(map(len, splits)), kept.spec.image_shape, batches
+
+    write_prepared(
+        folder / "mnist",
+        name="mnist",
+        version=kept.spec.version,
+        class_names=list(kept.spec.class_names),
+        origin=f"MNIST, its training images {times} times over",
+        splits={"train": of((kept.train, kept.validation), times), "test": of((kept.test,), 1)},
+    )
+
+
+def measure(folder: Path, *, times: int, placement: str, batch: int) -> dict[str, Any]:
+    """Trains one epoch in another process."""
+    changes = {
+        "data.directory": folder / f"x{times}",
+        "data.placement": placement,
+        "logging.directory": folder / "runs",
+        "logging.tensorboard": "false",
+        "training.batch_size": batch,
+        "training.epochs": 1,
+    }
+    command = [sys.executable, "-m", "trainer", "fit", CONFIG, "--json"]
+    command += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    out, error = (cast("IO[str]", pipe).read() for pipe in (process.stdout, process.stderr))
+    _, status, used = os.wait4(process.pid, 0)  # unlike wait(), it tells the peak of the memory
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}: {error}")
+    said = json.loads(out)
+    return {
+        "times": times,
+        "placement": placement,
+        "batch": batch,
+        "images": said["train_images"],
+        "training_seconds": said["seconds"]["training"],
+        "to_device_seconds": said["seconds"]["to_device"],
+        "images_per_second": said["images_per_second"],
+        "step_ms": said["step_ms"],
+        "peak_mb": used.ru_maxrss / 1024,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    table = Table("images", "kept", "batch", "epoch, s", "to device, s", "images/s", "peak, MB")
+    for row in rows:
+        rate = row["images_per_second"]
+        table.add_row(
+            f"{row['images']:,}",
+            "on the device" if row["placement"] == "device" else "streamed",
+            f"{row['batch']}",
+            f"{row['training_seconds']:.2f}",
+            f"{row['to_device_seconds']:.2f}",
+            "" if rate is None else f"{rate:,.0f}",
+            f"{row['peak_mb']:,.0f}",
+        )
+    Console().print(table)
+
+
+def main(
+    *,
+    directory: Annotated[Path, typer.Option(help="Where data and runs are put")] = Path("growth"),
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Each is measured so often; the best is kept")
+    ] = 2,
+) -> None:
+    """Measures everything and prints the table."""
+    folder = directory.absolute()
+    if folder.exists():
+        sys.exit(f"{folder} is there already: choose another --directory")
+    config = load_config(CONFIG)
+    cases = [
+        {"times": t, "placement": p, "batch": 256} for t in (1, 4, 16) for p in ("device", "stream")
+    ]
+    cases += [{"times": 1, "placement": "device", "batch": b} for b in BATCHES]
+    found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    try:
+        for times in (1, 4, 16):
+            repeat(config, times, folder / f"x{times}")
+        for _ in range(rounds):
+            for case, rows in zip(cases, found, strict=True):
+                rows.append(measure(folder, **case))
+                print(json.dumps(rows[-1]), file=sys.stderr)
+    finally:
+        for made in (*(f"x{times}" for times in (1, 4, 16)), "runs"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+    best = [min(rows, key=lambda row: row["training_seconds"]) for rows in found]
+    document = {"cpus": os.cpu_count(), "config": CONFIG, "best": best, "all": found}
+    (folder / "growth.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    show(best)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -124,14 +124,14 @@ def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
     for i, block in enumerate(_blocks("toml")):
         (clone / f"example-{i}.toml").write_text(block)
     shipped = sorted((clone / "configs").glob("*.toml"))
-    assert {"mnist.toml", "mnist_mlp.toml", "fashion_mnist.toml", "debug.toml"} <= {
-        path.name for path in shipped
-    }
+    assert len(shipped) >= 6
     for path in [*sorted(clone.glob("example-*.toml")), *shipped]:
         config = trainer.load_config(path)
         if config.data.name == "mnist":
             config = config.with_changes({"data.name": "mnist_sample"})
-        assert trainer.fit(config, dry_run=True).summary["test"]["loss"] > 0, path
+        summary = trainer.fit(config, dry_run=True).summary
+        assert summary["test"]["loss"] > 0, path
+        assert summary["parameters"] < 10_000 or path.stem != "mnist_tiny"
 
 
 @pytest.mark.usefixtures("clone")

@@ -11,16 +11,16 @@ Writes `growth.json` into `--directory`; the data that it made there is removed 
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+import process
 from trainer import data, load_config
 from trainer.config import Config
 from trainer.data import Split
@@ -62,19 +62,8 @@ def measure(folder: Path, *, times: int, placement: str, batch: int) -> dict[str
     }
     command = [sys.executable, "-m", "trainer", "fit", CONFIG, "--json"]
     command += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    out, error = (cast("IO[str]", pipe).read() for pipe in (process.stdout, process.stderr))
-    _, status, used = os.wait4(process.pid, 0)  # unlike wait(), it tells the peak of the memory
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}: {error}")
-    said = json.loads(out)
+    ended = process.run(command)
+    said = json.loads(ended.out)
     return {
         "times": times,
         "placement": placement,
@@ -84,7 +73,7 @@ def measure(folder: Path, *, times: int, placement: str, batch: int) -> dict[str
         "to_device_seconds": said["seconds"]["to_device"],
         "images_per_second": said["images_per_second"],
         "step_ms": said["step_ms"],
-        "peak_mb": used.ru_maxrss / 1024,
+        "peak_mb": ended.peak_mb,
     }
 
 
@@ -117,7 +106,7 @@ def main(
     if folder.exists():
         sys.exit(f"{folder} is there already: choose another --directory")
     config = load_config(CONFIG)
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"times": t, "placement": p, "batch": 256} for t in (1, 4, 16) for p in ("device", "stream")
     ]
     cases += [{"times": 1, "placement": "device", "batch": b} for b in BATCHES]

@@ -7,7 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -19,7 +25,6 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import CheckError, InputError, TrainerError
-from trainer.figure_process import FigureProcess
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -102,6 +107,8 @@ def fit(
     json_: JsonOption = False,
 ) -> None:
     """Train a network, score it on the test images and keep all of it in a run directory."""
+    from trainer.figure_process import FigureProcess
+
     flags = {
         "training.device": device,
         "training.epochs": epochs,
@@ -115,7 +122,8 @@ def fit(
         loaded = _load_resumed(resume, set_, flags, given={"CONFIG": config, "--dry-run": dry_run})
     _require(loaded.training.device)
     console = _start_logging()
-    with FigureProcess() as draw, _stdout_for_the_result():
+    drawing = nullcontext() if dry_run else FigureProcess()  # a dry run draws nothing
+    with drawing as draw, _stdout_for_the_result():
         workflow = _workflow()
         seconds = time.perf_counter() - _START
         options = {"console": console, "import_seconds": seconds, "draw": draw}
@@ -300,8 +308,7 @@ def serve(
 ) -> None:
     """Serve an exported model over HTTP, as TensorFlow Serving does."""
     _start_logging()
-    with _without_chatter():
-        from trainer.serving.server import serve as run_server
+    run_server = _import("trainer.serving.server").serve
     run_server(name, directory=directory, host=host, port=port, most_bytes=most_bytes, trust=trust)
 
 
@@ -416,12 +423,10 @@ def gradient(
     _start_logging()
     with _stdout_for_the_result(), _without_chatter():
         if model is None:
-            from trainer.gradient.comparison import derive
-
+            derive = _import("trainer.gradient.comparison").derive
             result: Any = derive(expression, at=at, wrt=wrt, order=order)
         else:
-            from trainer.gradient.network import check
-
+            check = _import("trainer.gradient.network").check
             result = check(_load(model, None))
         folder = result.write(runs)
     _print_gradient(result, folder, as_json=json_)

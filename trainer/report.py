@@ -34,31 +34,25 @@ class Drawn:
 
 
 def write_start(
-    run: Run, config: Config, environment: dict[str, Any], pictures: Future[bytes] | None
+    run: Run, config: Config, environment: dict[str, Any], data: Dataset, draw: FigureProcess
 ) -> None:
     """Writes what is known before training: configuration, environment, sample images."""
+    count = min(config.logging.sample_images, len(data.train))
     with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
         tf.summary.text("configuration", _indented(config.to_toml()))
         tf.summary.text("environment", _indented(json.dumps(environment, indent=2)))
-        if pictures is not None:
-            write_image("sample_images", pictures.result())
-
-
-def draw_samples(draw: FigureProcess, config: Config, data: Dataset) -> Future[bytes] | None:
-    """Has some training images drawn; None where none are wanted."""
-    count = min(config.logging.sample_images, len(data.train))
-    if not (count and config.logging.tensorboard):
-        return None
-    positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
-    images, labels = data.train.read(positions)
-    return draw.call("png_of_pictures", images, [data.spec.class_names[n] for n in labels])
+        if count:
+            positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
+            images, labels = data.train.read(positions)
+            titles = [data.spec.class_names[label] for label in labels]
+            write_image("sample_images", draw.call("png_of_pictures", images, titles).result())
 
 
 def draw_results(
     draw: FigureProcess, config: Config, data: Dataset, probabilities: NDArray[Any]
 ) -> Drawn:
     """Has drawn what the test images showed."""
-    images, labels = data.test.read(slice(len(probabilities)))
+    labels = data.test.labels[data.test.rows[: len(probabilities)]]
     guesses = probabilities.argmax(axis=1)
     classes = draw.call("class_table", labels, guesses, data.spec)
     if not config.logging.tensorboard:
@@ -71,7 +65,7 @@ def draw_results(
             f"{names[labels[i]]}, taken for\n{names[guesses[i]]} ({probabilities[i].max():.0%})"
             for i in wrong
         ]
-        drawn["confident_mistakes"] = draw.call("png_of_pictures", images[wrong], titles)
+        drawn["confident_mistakes"] = draw.call("png_of_pictures", data.test.read(wrong)[0], titles)
     return Drawn(classes, drawn)
 
 

@@ -371,8 +371,7 @@ class _Training:
         run.write_json("environment.json", facts)
         if setting.config.logging.tensorboard:
             with self._clock.part("report"):
-                pictures = report.draw_samples(draw, setting.config, setting.data)
-                report.write_start(run, setting.config, facts, pictures)
+                report.write_start(run, setting.config, facts, setting.data, draw)
 
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
@@ -522,13 +521,13 @@ def _summary(
 
 
 def _report(setting: Setting, run: Run, summary: dict[str, Any], drawn: report.Drawn) -> None:
-    """Writes TensorBoard's pictures and the model card."""
+    """Writes the model card and TensorBoard's pictures."""
+    classes = drawn.classes.result()
+    run.write_json("classes.json", classes)
+    card = report.model_card(run.name, summary, classes, setting.config.to_toml())
+    run.write_text("README.md", card)
     if setting.config.logging.tensorboard:
         scores = watching.scalars(summary["test"])
         report.write_graph(run, setting.loop.step_graph)
         report.write_hparams(run, setting.config, scores)
         report.write_end(run, scores, drawn.pictures, summary["epochs"])
-    classes = drawn.classes.result()
-    run.write_json("classes.json", classes)
-    card = report.model_card(run.name, summary, classes, setting.config.to_toml())
-    run.write_text("README.md", card)

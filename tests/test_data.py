@@ -1030,3 +1030,23 @@ def test_what_was_not_prepared_here_is_never_replaced(tmp_path: Path) -> None:
             act(config)
     assert precious.read_bytes() == b"the only copy"
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["mnist"]
+
+
+def test_rows_of_a_file_are_read_in_any_order_and_a_shortened_file_is_refused(
+    tmp_path: Path,
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 1), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    split = Split(mapped, np.arange(50, dtype=np.int32), np.arange(10, 50))
+
+    for positions in ([7, 3, 4, 5, 5, 39, 0], [], [39, 38]):
+        found, labels = split.read(np.array(positions, np.int64))
+        np.testing.assert_array_equal(found, images[10:][positions])
+        assert labels.tolist() == [10 + position for position in positions]
+    np.testing.assert_array_equal(split.read()[0], images[10:])
+
+    with (tmp_path / "images.npy").open("r+b") as file:
+        file.truncate(mapped.offset + 20 * 6)
+    with pytest.raises(InputError, match=r"images.npy: expected 12 bytes of images, read 6"):
+        split.read(np.array([9, 12]))

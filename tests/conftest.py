@@ -16,6 +16,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TFDS_DATA_DIR"] = str(Path(__file__).parent / "there-is-no-such-folder")
 
+pytest.register_assert_rewrite("data_contract")
+
 _SHARE_EXPORTS = ("tests/test_benchmark.py", "tests/test_saving.py", "tests/test_serving.py")
 _LAYERS = [
     {"name": "Conv2D", "options": {"filters": 4, "kernel_size": 3, "activation": "relu"}},
@@ -37,7 +39,7 @@ _TRAINED: dict[str, Any] = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keeps the tests that share the exported models in one process: they take long to make.
+    """Keeps the tests that share what takes long to make in one process: exports, a cluster's run.
 
     xdist's own groups have no effect under pytest 9 (xdist 3.8 sets a name that pytest reads no
     more).
@@ -46,7 +48,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "exported" if nodeid.startswith(_SHARE_EXPORTS) else nodeid
+            if nodeid.startswith(_SHARE_EXPORTS):
+                return "exported"
+            return "cluster" if nodeid.startswith("tests/test_cluster.py") else nodeid
 
     return Scheduling(config, log)
 
@@ -71,9 +75,9 @@ def one_device() -> Any:
 @pytest.fixture(scope="session")
 def two_devices() -> Any:
     """MirroredStrategy on both CPU devices."""
-    import tensorflow as tf
+    from trainer import devices
 
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = devices.select("all").strategy  # a second one in a process would not work
     assert strategy.num_replicas_in_sync == 2
     return strategy
 

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,17 +101,18 @@ class Split:
         if (
             isinstance(images, np.memmap)
             and isinstance(images.base, mmap.mmap)
-            and (images.mode == "r" and images.flags.c_contiguous)
+            and images.mode == "r"
+            and images.flags.c_contiguous
         ):
             return _read_rows(images, rows), self.labels[rows]
         return np.asarray(images[rows]), self.labels[rows]
 
 
-def _read_rows(images: Any, rows: NDArray[np.int64]) -> Images:
-    """Reads rows from the file of a map, and not through the map: that would keep its pages.
+def _read_rows(images: "np.memmap[Any, Any]", rows: NDArray[np.int64]) -> Images:
+    """Reads rows from the file of a map, and not through the map.
 
-    The kernel maps up to 2 MB around each byte that is touched, so that one batch of random rows
-    can put most of a file into the memory that the process is said to take.
+    What is read through a map is counted as memory of this process, and more than was asked for:
+    the kernel maps the neighbourhood of each page touched. (docs/performance.md, Growth.)
 
     Raises:
         InputError: The file has become shorter.
@@ -119,23 +120,21 @@ def _read_rows(images: Any, rows: NDArray[np.int64]) -> Images:
     size = int(np.prod(images.shape[1:]))
     found = bytearray(len(rows) * size)
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows in succession are read at once
-    bounds = np.append(starts, len(rows))
+    bounds = np.append(starts, len(rows)) * size
     places = images.offset + rows[starts] * size
-    with (
-        Path(cast("str", images.filename)).open("rb", buffering=0) as file,
-        memoryview(found) as to,
-    ):
-        got = sum(
-            os.preadv(file.fileno(), (to[start:end],), place)
-            for start, end, place in zip(
-                (bounds[:-1] * size).tolist(),
-                (bounds[1:] * size).tolist(),
-                places.tolist(),
-                strict=True,
-            )
-        )
-    if got != len(found):
-        raise InputError(f"{images.filename}: expected {len(found)} bytes of images, read {got}")
+    with Path(str(images.filename)).open("rb", buffering=0) as file, memoryview(found) as to:
+        for start, end, place in zip(
+            bounds[:-1].tolist(), bounds[1:].tolist(), places.tolist(), strict=True
+        ):
+            got = 0
+            while start + got < end:  # one call reads 2 GB at most
+                count = os.preadv(file.fileno(), (to[start + got : end],), place + got)
+                if not count:
+                    raise InputError(
+                        f"{images.filename}: expected {end - start} bytes of images at "
+                        f"{place}, read {got}"
+                    )
+                got += count
     return np.frombuffer(found, np.uint8).reshape(len(rows), *images.shape[1:])
 
 
@@ -260,6 +259,8 @@ def _divide(source: Source, config: DataConfig) -> Dataset:
             "when validation and test are held out"
         )
     splits["train"] = _split(source.train, np.sort(order))
+    if config.train_on_validation:
+        splits["train"] = _joined(splits["train"], splits["validation"])
     given_splits = [s for s in (source.train, source.validation, source.test) if s is not None]
     spec = DataSpec(
         name=source.name,
@@ -271,6 +272,15 @@ def _divide(source: Source, config: DataConfig) -> Dataset:
         origin=source.origin,
     )
     return Dataset(spec=spec, **splits)
+
+
+def _joined(one: Split, other: Split) -> Split:
+    """Returns both; in memory where they are not of the same array."""
+    if one.images is other.images:
+        return Split(one.images, one.labels, np.sort(np.concatenate([one.rows, other.rows])))
+    (images, labels), (more, theirs) = one.read(), other.read()
+    labels = np.concatenate([labels, theirs])
+    return Split(np.concatenate([images, more]), labels, np.arange(len(labels)))
 
 
 def _split(examples: tuple[Images, NDArray[Any]], rows: NDArray[np.int64]) -> Split:

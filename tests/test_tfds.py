@@ -1,0 +1,488 @@
+"""Sets of tensorflow-datasets: prepared once, from archives, a network or the folder of tfds."""
+
+import hashlib
+import logging
+import re
+import shutil
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from data_contract import SPLITS, check_contract
+
+import trainer.data
+import trainer.data.tfds
+from trainer.config import DataConfig
+from trainer.data import load
+from trainer.data._prepared import PARTIAL
+from trainer.errors import InputError
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    """40 pictures of one colour and of differing size, without a test split."""
+
+    VERSION = tfds.core.Version("1.2.3")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["red", "green", "blue", "grey"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[Any]:
+        for i in range(40):
+            image = np.zeros((6 + i % 5, 4 + i % 7, 3), np.uint8)
+            image[..., i % 4 if i % 4 < 3 else slice(None)] = 100 + i
+            yield i, {"image": image, "label": i % 4}
+
+
+class TinyStripes(TinyPictures):
+    """Grey pictures of one size: stripes of one pixel, alternately black and nearly white."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(16, 16, 1)),
+            "label": tfds.features.ClassLabel(names=["upright", "lying"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _generate_examples(self) -> Iterator[Any]:
+        for i in range(20):
+            image = np.zeros((16, 16, 1), np.uint8)
+            image[:, ::2] = 240
+            yield i, {"image": image if i % 2 == 0 else image.transpose(1, 0, 2), "label": i % 2}
+
+
+class TinySentences(TinyPictures):
+    """No images."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "text": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["a", "b"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("text", "label"),
+        )
+
+
+class TinyUnsupervised(TinyPictures):
+    """Pictures that do not say what is to be learned."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(4, 4, 3))})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+
+def free_port() -> int:
+    """Returns a port of the loopback interface on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def through_proxy(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """Sends every request to a port of the loopback interface, whatever network there is."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        monkeypatch.setenv(name.upper(), f"http://127.0.0.1:{port}")
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies it first met
+
+
+@pytest.fixture
+def closed_network(monkeypatch: pytest.MonkeyPatch, no_archives: None) -> None:  # noqa: ARG001
+    """A machine without a network, without archives and with nothing prepared."""
+    through_proxy(monkeypatch, free_port())
+
+
+@pytest.fixture
+def mute_network(monkeypatch: pytest.MonkeyPatch, no_archives: None) -> Iterator[None]:  # noqa: ARG001
+    """A network that takes every request and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        through_proxy(monkeypatch, listener.getsockname()[1])
+        yield
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, closed_network: None) -> DataConfig:  # noqa: ARG001
+    """TinyPictures, as tensorflow-datasets itself prepares it, in our folder."""
+    prepare_by_tfds("tiny_pictures", tmp_path / "tensorflow_datasets")
+    return DataConfig(name="tiny_pictures", directory=str(tmp_path), image_size=(3, 5))
+
+
+def prepare_by_tfds(name: str, folder: Path) -> None:
+    tfds.disable_progress_bar()
+    options = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.builder(name, data_dir=str(folder)).download_and_prepare(download_config=options)
+
+
+def test_a_set_of_tfds_is_decoded_resized_and_held_out(
+    pictures: DataConfig, tmp_path: Path
+) -> None:
+    dataset = load(pictures)
+    # What was decoded is kept: nothing else is read.
+    shutil.rmtree(tmp_path / "tensorflow_datasets")
+    check_contract(dataset, load(pictures))
+    spec = dataset.spec
+    assert (spec.name, spec.version, spec.image_shape) == ("tiny_pictures", "1.2.3", (3, 5, 3))
+    assert spec.class_names == ("red", "green", "blue", "grey")
+    assert (spec.train, spec.validation, spec.test) == (32, 4, 4)
+    assert dataset.test.images is dataset.train.images  # held out, since the set has no test split
+    # A picture of one colour is of that colour at any size, and the colour tells the label.
+    values = []
+    for split in map(dataset.split, SPLITS):
+        for image, label in zip(*split.read(), strict=True):
+            value = image.max()
+            expected = np.zeros((3, 5, 3), np.uint8)
+            expected[..., label if label < 3 else slice(None)] = value
+            np.testing.assert_array_equal(image, expected)
+            assert (value - 100) % 4 == label
+            values.append(int(value))
+    assert sorted(values) == list(range(100, 140))
+
+
+@pytest.mark.usefixtures("closed_network")
+def test_resizing_averages_and_no_size_leaves_images_as_they_are(tmp_path: Path) -> None:
+    prepare_by_tfds("tiny_stripes", tmp_path / "tensorflow_datasets")
+    config = DataConfig(name="tiny_stripes", directory=str(tmp_path))
+    images, labels = load(config).train.read()
+    stripes = np.tile(np.array([240, 0], np.uint8), (16, 8))
+    for image, label in zip(images[..., 0], labels, strict=True):
+        np.testing.assert_array_equal(image, stripes if label == 0 else stripes.T)
+    # Single pixels would give black or white here and there; their mean is grey.
+    small = load(config.model_copy(update={"image_size": (5, 5)})).train.read()[0]
+    assert small.shape[1:] == (5, 5, 1)
+    assert abs(small.astype(float) - 120).max() < 30
+
+
+def test_another_size_is_another_preparation(pictures: DataConfig) -> None:
+    other = pictures.model_copy(update={"image_size": (2, 2)})
+    assert load(pictures).spec.image_shape == (3, 5, 3)
+    assert load(other).spec.image_shape == (2, 2, 3)
+    assert load(pictures).spec.fingerprint != load(other).spec.fingerprint
+
+
+def test_a_set_in_the_folder_of_tfds_itself_is_found(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    closed_network: None,  # noqa: ARG001
+) -> None:
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "theirs"))
+    prepare_by_tfds("tiny_pictures", tmp_path / "theirs")
+    directory = str(tmp_path / "ours")
+    spec = load(DataConfig(name="tiny_pictures", directory=directory, image_size=(2, 2))).spec
+    assert (spec.name, spec.train) == ("tiny_pictures", 32)
+
+
+def test_images_that_differ_in_size_need_one(pictures: DataConfig) -> None:
+    config = pictures.model_copy(update={"image_size": None})
+    with pytest.raises(
+        InputError, match=r"differ in size: set data\.image_size = \[height, width\]"
+    ):
+        load(config)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "empty", "missing"])
+def test_damaged_files_of_tfds_are_refused(
+    fault: str, pictures: DataConfig, tmp_path: Path
+) -> None:
+    (file,) = (tmp_path / "tensorflow_datasets").rglob("*.tfrecord*")
+    if fault == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(
+            file.read_bytes()[: file.stat().st_size // 2 if fault == "truncated" else 0]
+        )
+    with pytest.raises(InputError) as refused:
+        load(pictures)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert f"'tiny_pictures' in {tmp_path}" in message
+    assert "damaged" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"tensorflow_datasets", ".lock"}
+
+
+def test_of_two_processes_one_prepares_and_the_other_waits(
+    pictures: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load(pictures).spec
+    folder, aside = tmp_path / "tiny_pictures-3x5", tmp_path / "aside"
+    folder.rename(aside)
+    written = (aside / "prepared.json").stat().st_mtime_ns
+    caplog.set_level(logging.INFO, logger="trainer")
+    with ThreadPoolExecutor(1) as thread, filelock.FileLock(tmp_path / ".lock"):
+        loaded = thread.submit(load, pictures)
+        while "another process prepares data" not in caplog.text:
+            assert not loaded.done()
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert not folder.exists()
+        aside.rename(folder)  # the other one is done
+    assert loaded.result().spec == expected
+    assert (folder / "prepared.json").stat().st_mtime_ns == written
+
+
+def test_what_a_killed_preparation_left_is_removed(pictures: DataConfig, tmp_path: Path) -> None:
+    left = tmp_path / f"{PARTIAL}mnist-abc"
+    left.mkdir()
+    (left / "half").write_bytes(b"half")
+    # A person's own, for whom this folder of tensorflow-datasets is home.
+    theirs = tmp_path / "tensorflow_datasets" / "downloads" / "manual" / "ILSVRC.tar"
+    theirs.parent.mkdir(parents=True)
+    (tmp_path / ".partial-mine").write_bytes(b"mine")
+    theirs.write_bytes(b"theirs")
+    load(pictures)
+    assert not left.exists()
+    assert theirs.read_bytes() == b"theirs"
+    assert (tmp_path / ".partial-mine").read_bytes() == b"mine"
+
+
+def test_prepared_data_of_another_set_is_refused(pictures: DataConfig, tmp_path: Path) -> None:
+    load(pictures)
+    (tmp_path / "tiny_pictures-3x5").rename(tmp_path / "mnist")
+    with pytest.raises(InputError, match="of 'mnist', found that of 'tiny_pictures'"):
+        load(DataConfig(name="mnist", directory=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["tiny_sentences", "tiny_unsupervised", "imdb_reviews"])
+@pytest.mark.usefixtures("closed_network")
+def test_a_set_that_is_no_image_classification_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=f"'{name}': expected an image and a class label, received"
+    ):
+        load(DataConfig(name=name, directory=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("minst", "did you mean 'mnist'?"),
+        ("fashion_minst", "did you mean 'fashion_mnist'?"),
+        ("synthetc", "did you mean 'synthetic'?"),
+    ],
+)
+@pytest.mark.usefixtures("closed_network")
+def test_unknown_set_is_refused_with_the_nearest(name: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"unknown data set '{name}'") as refused:
+        load(DataConfig(name=name, directory=str(tmp_path)))
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["mnist:9.9.9", "cifar10/plain"])
+@pytest.mark.usefixtures("closed_network")
+def test_unknown_version_or_variant_of_a_set_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"data set '{name}' cannot be opened") as refused:
+        load(DataConfig(name=name, directory=str(tmp_path)))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("closed_network")
+def test_a_set_of_tfds_takes_no_options(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown option 'split': it takes none"):
+        load(DataConfig(name="mnist", directory=str(tmp_path), options={"split": "x"}))
+
+
+def mnist(directory: Path, **options: Any) -> DataConfig:
+    return DataConfig(name="mnist", directory=str(directory), **options)
+
+
+@pytest.mark.parametrize("network", ["closed_network", "mute_network"])
+def test_without_a_network_mnist_is_a_sample_within_ten_seconds(
+    network: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sample = load(DataConfig(name="mnist_sample")).spec
+    request.getfixturevalue(network)
+    started = time.monotonic()
+    dataset = load(mnist(tmp_path))
+    # The limit that a person at a closed network waits, not a measure of speed: without a
+    # time-out of its own the request would wait for minutes.
+    assert time.monotonic() - started < 10
+    assert dataset.spec == sample
+    (warning,) = [
+        r for r in caplog.records if r.name.startswith("trainer") and r.levelname == "WARNING"
+    ]
+    assert "SAMPLE" in warning.getMessage()
+    assert "TRAINER_DATA_FILES" in warning.getMessage()
+    # Nothing is kept that would be taken for MNIST the next time.
+    assert not (tmp_path / "mnist").exists()
+
+
+@pytest.mark.parametrize(("answer_seconds", "probe_seconds"), [(0.2, 60.0), (60.0, 0.2)])
+@pytest.mark.usefixtures("mute_network")
+def test_both_time_outs_end_the_waiting(
+    answer_seconds: float,
+    probe_seconds: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # That of the request, and another, as a look-up of a name can hang where the first is deaf.
+    monkeypatch.setattr(trainer.data.tfds, "_ANSWER_SECONDS", answer_seconds)
+    monkeypatch.setattr(trainer.data.tfds, "_PROBE_SECONDS", probe_seconds)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="does not answer"):
+        load(mnist(tmp_path, allow_sample=False))
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"name": "fashion_mnist"}, "data set 'fashion_mnist' is not to be had"),
+        ({"name": "mnist", "allow_sample": False}, r"'mnist' .*\(data\.allow_sample = false\)"),
+    ],
+)
+@pytest.mark.usefixtures("closed_network")
+def test_without_a_network_other_sets_are_refused(
+    options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=expected) as refused:
+        load(DataConfig(directory=str(tmp_path), **options))
+    assert "TRAINER_DATA_FILES" in str(refused.value)
+    assert "does not answer" in str(refused.value)
+
+
+ARCHIVES = [
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+]
+ERROR_PAGE = b"<html>403 Forbidden</html>"
+
+
+@pytest.fixture(params=["data.files", "TRAINER_DATA_FILES"])
+def give(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    closed_network: None,  # noqa: ARG001
+) -> Callable[[Path], DataConfig]:
+    """Names a folder of archives, by the configuration or by the environment."""
+
+    def configure(folder: Path) -> DataConfig:
+        if request.param == "data.files":
+            return mnist(tmp_path / "data", files=str(folder))
+        monkeypatch.setenv("TRAINER_DATA_FILES", str(folder))
+        return mnist(tmp_path / "data")
+
+    return configure
+
+
+@pytest.mark.parametrize("inside", ["", "mnist"])
+def test_damaged_archive_is_refused_with_size_and_sums(
+    inside: str, give: Callable[[Path], DataConfig], tmp_path: Path
+) -> None:
+    folder = tmp_path / "archives" / inside
+    folder.mkdir(parents=True)
+    for name in ARCHIVES:
+        (folder / name).write_bytes(ERROR_PAGE)
+    with pytest.raises(InputError) as refused:
+        load(give(tmp_path / "archives"))
+    message = str(refused.value)
+    (named,) = [name for name in ARCHIVES if str(folder / name) in message]
+    assert f"it has {len(ERROR_PAGE)} bytes, expected " in message
+    assert f"its sha256 is {hashlib.sha256(ERROR_PAGE).hexdigest()}" in message
+    sums = {  # how each begins
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbe",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6d",
+    }
+    assert f"expected {sums[named]}" in message
+    assert not (tmp_path / "data" / "mnist").exists()
+
+
+def test_folder_that_lacks_an_archive_is_refused(
+    give: Callable[[Path], DataConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "archives").mkdir()
+    for name in ARCHIVES[:-1]:
+        (tmp_path / "archives" / name).write_bytes(ERROR_PAGE)
+    with pytest.raises(InputError, match=rf"archives \(.*\) lacks {ARCHIVES[-1]} of mnist"):
+        load(give(tmp_path / "archives"))
+
+
+def test_folder_that_does_not_exist_is_refused(
+    give: Callable[[Path], DataConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"(data\.files|TRAINER_DATA_FILES) = .*no such folder"):
+        load(give(tmp_path / "archives"))
+
+
+def test_folder_without_any_archive_is_refused_or_noticed(
+    give: Callable[[Path], DataConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "archives"
+    (folder / "mnist").mkdir(parents=True)
+    (folder / "notes.txt").write_text("nothing here")
+    config = give(folder).model_copy(update={"allow_sample": False})
+    with pytest.raises(InputError) as refused:
+        load(config)
+    if config.files:  # named for this very set
+        expected = ", ".join(sorted(ARCHIVES))
+        assert str(refused.value) == (
+            f"{folder} (data.files) holds no archive of mnist: expected {expected}"
+        )
+    else:
+        assert re.search("not prepared in .*no archives were given", str(refused.value))
+        (notice,) = [
+            record.getMessage()
+            for record in caplog.records
+            if record.levelno == logging.WARNING and record.name.startswith("trainer")
+        ]
+        assert (
+            notice == f"{folder} (TRAINER_DATA_FILES) holds no archive of mnist and is passed over."
+        )
+
+
+def test_an_empty_folder_of_its_name_hides_no_archive(
+    give: Callable[[Path], DataConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "archives" / "mnist").mkdir(parents=True)
+    for name in ARCHIVES:
+        (tmp_path / "archives" / name).write_bytes(ERROR_PAGE)
+    with pytest.raises(InputError, match="is not the archive that mnist was made from"):
+        load(give(tmp_path / "archives"))
+
+
+@pytest.mark.usefixtures("no_archives", "closed_network")
+def test_what_was_not_prepared_here_is_never_replaced(tmp_path: Path) -> None:
+    precious = tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"the only copy")
+    config = DataConfig(name="mnist", directory=str(tmp_path / "data"))
+    for act in (load, trainer.data.tfds.prepare):
+        with pytest.raises(InputError, match="nothing was touched"):
+            act(config)
+    assert precious.read_bytes() == b"the only copy"
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["mnist"]

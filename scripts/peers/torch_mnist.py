@@ -78,6 +78,7 @@ def train_fast(recipe: str, images: Any, labels: Any, *, last: bool, bf16: bool)
     network = Ours() if recipe == "ours" else Fast(*WIDTHS[recipe])
     network = network.to(memory_format=layout)
     steps = len(images) // 256
+    smoothing = 0.1 if recipe == "ours" else 0.0
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.7, 0.9))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 1e-2, total_steps=steps, cycle_momentum=False
@@ -90,7 +91,7 @@ def train_fast(recipe: str, images: Any, labels: Any, *, last: bool, bf16: bool)
         batch = order[step * 256 : (step + 1) * 256]
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = functional.cross_entropy(network(x[batch]), y[batch])
+            loss = functional.cross_entropy(network(x[batch]), y[batch], label_smoothing=smoothing)
         loss.backward()
         optimizer.step()
         schedule.step()

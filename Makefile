@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test check format tensorboard clean
+.PHONY: help fit test slow check format tensorboard clean
 
 help:  ## Say what there is
 	@sed -nE 's/^([a-z]+):.*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -14,8 +14,11 @@ help:  ## Say what there is
 fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options on
 	@$(BIN)/trainer fit $(ARGS)
 
-test: $(VENV)/.installed-dev  ## Run the tests (offline, three to five minutes on two cores)
+test: $(VENV)/.installed-dev  ## Run the tests (offline, three to four minutes on two cores)
 	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(VENV)/.installed-dev  ## Run the tests that take long: whole processes, killed and started again
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports
 	$(BIN)/ruff check .

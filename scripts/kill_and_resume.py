@@ -1,11 +1,14 @@
 """Kills a training with SIGKILL at random moments, resumes it each time, and compares the end.
 
     python scripts/kill_and_resume.py --kills 50
+    python scripts/kill_and_resume.py --kills 20 --workers 2
 
 The same training runs twice, with dropout, augmentation and callbacks that remember: once in
 peace, once killed again and again. In the end weights, scores, metrics.jsonl, the CSV file of a
 Keras callback and every point in TensorBoard must be equal, bit for bit; measured times are left
-out. Ends with 1 and says what differs if they are not.
+out. Ends with 1 and says what differs if they are not. With several workers, a random one of a
+local cluster is killed; the others must end by themselves. There, the mean loss and metrics of an
+epoch that was interrupted may differ in their last digit: they are sums of each worker's part.
 """
 
 import json
@@ -19,8 +22,11 @@ from typing import Annotated, Any
 
 import h5py
 import numpy as np
+import psutil
 import typer
 
+_CLUSTER = Path(__file__).with_name("local_cluster.py")
+_KILLED = (-9, 128 + 9)  # as Python and as a shell tell it
 _LAYERS = (
     '[{name="Conv2D",options={filters=8,kernel_size=3,strides=2,activation="relu"}},'
     '{name="BatchNormalization"},{name="Flatten"},{name="Dropout",options={rate=0.5}}]'
@@ -48,6 +54,7 @@ def main(
     *,
     kills: Annotated[int, typer.Option(min=1)] = 50,
     epochs: Annotated[int | None, typer.Option(help="Default: enough for the kills")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Of a local cluster")] = 1,
     seed: Annotated[int, typer.Option(help="Of the moments")] = 0,
 ) -> None:
     """Runs both, compares, and says what it saw."""
@@ -57,11 +64,12 @@ def main(
         for each in (peaceful, killed):
             each.mkdir()
             (each / "empty.toml").touch()
-        undisturbed = _start(peaceful, epochs)
-        done = _kill_and_resume(killed, epochs, kills, random.Random(seed))
+        undisturbed = _start(peaceful, epochs, workers)
+        done = _kill_and_resume(killed, epochs, workers, kills, random.Random(seed))
         if undisturbed.wait() != 0:
             sys.exit("the undisturbed training failed")
-        differences = _compare(*(next((each / "runs").iterdir()) for each in (peaceful, killed)))
+        runs = [next((each / "runs").iterdir()) for each in (peaceful, killed)]
+        differences = _compare(*runs, tolerance=0 if workers == 1 else 1e-6)
     for difference in differences:
         print(f"differs: {difference}")
     print(
@@ -71,9 +79,12 @@ def main(
     raise typer.Exit(1 if differences or done < kills else 0)
 
 
-def _start(folder: Path, epochs: int, run: Path | None = None) -> subprocess.Popen[str]:
+def _start(
+    folder: Path, epochs: int, workers: int, run: Path | None = None
+) -> subprocess.Popen[str]:
     """Starts a training in a folder, or goes on with a run."""
-    command = [sys.executable, "-m", "trainer", "fit"]
+    cluster = [str(_CLUSTER), str(workers), "--"]
+    command = [sys.executable, *(["-m", "trainer"] if workers == 1 else cluster), "fit"]
     if run is None:
         command += ["empty.toml", "--deterministic", "--epochs", str(epochs)]
         for key, value in _SETTINGS.items():
@@ -85,25 +96,29 @@ def _start(folder: Path, epochs: int, run: Path | None = None) -> subprocess.Pop
     )
 
 
-def _kill_and_resume(folder: Path, epochs: int, kills: int, moments: random.Random) -> int:
+def _kill_and_resume(
+    folder: Path, epochs: int, workers: int, kills: int, moments: random.Random
+) -> int:
     """Kills so many times, then lets the training end; returns how often it was killed."""
     done = 0
     while True:
         run = next((path.parent for path in folder.glob("runs/*/config.toml")), None)
-        process = _start(folder, epochs, run)
+        process = _start(folder, epochs, workers, run)
         if done < kills:
-            _kill(process, folder, moments)
+            _kill(process, folder, workers, moments)
         _, said = process.communicate()
         if process.returncode == 0:
             return done
-        if process.returncode != -9:
+        if process.returncode not in _KILLED:
             sys.exit(f"resuming failed after {done} kills:\n{said}")
         done += 1
         print(f"kill {done}: newest checkpoint {_newest(folder)}", flush=True)
 
 
-def _kill(process: subprocess.Popen[str], folder: Path, moments: random.Random) -> None:
-    """Kills a process, mostly while it trains, now and then while it starts."""
+def _kill(
+    process: subprocess.Popen[str], folder: Path, workers: int, moments: random.Random
+) -> None:
+    """Kills a process, or one of its workers, mostly while it trains, sometimes while it starts."""
     before = _newest(folder)
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0, 6))
@@ -111,15 +126,27 @@ def _kill(process: subprocess.Popen[str], folder: Path, moments: random.Random) 
         while process.poll() is None and _newest(folder) == before:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1.5))
-    process.kill()
+    if workers == 1:
+        process.kill()
+        return
+    while process.poll() is None and len(_workers(process)) < workers:
+        time.sleep(0.01)
+    if process.poll() is None:
+        moments.choice(_workers(process)).kill()
+
+
+def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Returns the workers of a local cluster, in their order."""
+    children = psutil.Process(process.pid).children()
+    return sorted((c for c in children if "trainer" in c.cmdline()), key=lambda c: c.create_time())
 
 
 def _newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("runs/*/checkpoints/step-*")), default=None)
 
 
-def _compare(peaceful: Path, killed: Path) -> list[str]:
-    """Returns what differs between two finished runs."""
+def _compare(peaceful: Path, killed: Path, *, tolerance: float) -> list[str]:
+    """Returns what differs between two finished runs; weights must be equal to the last bit."""
     differences = []
     for name in ("final.weights.h5", "best.weights.h5"):
         files = [_datasets(run / "checkpoints" / name) for run in (peaceful, killed)]
@@ -130,17 +157,30 @@ def _compare(peaceful: Path, killed: Path) -> list[str]:
             differences.append(name)
     for name, read in (
         ("metrics.jsonl", _metrics),
-        ("epochs.csv", lambda run: (run / "epochs.csv").read_text()),
+        ("epochs.csv", lambda run: np.genfromtxt(run / "epochs.csv", delimiter=",").tolist()),
         ("summary.json", _scores),
         ("TensorBoard", _points),
     ):
         one, other = read(peaceful), read(killed)
         if isinstance(one, dict):
-            keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+            keys = [k for k in {**one, **other} if not _same(one.get(k), other.get(k), tolerance)]
             differences += [f"{name}, {key}: {one.get(key)}, {other.get(key)}" for key in keys]
-        elif one != other:
+        elif not _same(one, other, tolerance):
             differences.append(name)
     return differences
+
+
+def _same(one: Any, other: Any, tolerance: float) -> bool:
+    """Compares what JSON can hold; numbers may differ by a share, words and lengths not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = one.keys() == other.keys()
+        return keys and all(_same(one[key], other[key], tolerance) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_same(a, b, tolerance) for a, b in pairs)
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True))
+    return bool(one == other)
 
 
 def _datasets(path: Path) -> dict[str, Any]:
@@ -174,7 +214,8 @@ def _points(run: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 array = make_ndarray(value.tensor)
-                if array.shape == () and value.tag not in _TIMES and array.dtype != object:
+                timed = value.tag.rpartition("/")[2] in _TIMES
+                if array.shape == () and not timed and array.dtype != object:
                     key = (str(path.parent.relative_to(run)), value.tag)
                     points.setdefault(key, []).append((event.step, float(array)))
     return points

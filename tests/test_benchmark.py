@@ -115,6 +115,7 @@ def test_timings_of_several_processes_become_one() -> None:
     assert both == Timing(2.0, (1.0, 2.0, 3.0), 2, 7, False)
 
 
+@pytest.mark.slow
 def test_formats_are_compared(
     home: Path,
     run: Any,

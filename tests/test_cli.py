@@ -93,6 +93,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "save": "run path --overwrite --runs --json",
         "serve": "name --directory --host --port --most-bytes --trust",
         "tensorboard": "--runs --port",
+        "tune": "config --name --set --trials --workers --refit --json",
         "verify": "path --trust --json",
     }
 

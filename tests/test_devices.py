@@ -99,6 +99,10 @@ def test_a_driver_alone_is_no_gpu(driver: Callable[[bool], str]) -> None:
     assert f"TensorFlow lists no GPU although a driver is loaded ({file})" in said
 
 
+def test_a_process_has_one_strategy_for_several_devices(two_devices: Any) -> None:
+    assert devices.select("all").strategy is two_devices
+
+
 def test_the_driver_is_looked_for_before_tensorflow_is_imported() -> None:
     if sys.platform != "linux" or devices.gpu_driver_files():
         pytest.skip("a GPU driver is loaded, or this is no Linux, which alone shows its drivers")

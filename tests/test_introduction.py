@@ -32,6 +32,7 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert "y = 3.000 x -1.000" in out
 
 
+@pytest.mark.slow
 def test_networks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = _run("3_networks", monkeypatch, capsys)
     assert "(3, 784) -> (3, 10) by 7850 weights" in out

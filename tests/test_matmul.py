@@ -54,6 +54,7 @@ def test_products_are_measured_where_they_were_asked_for() -> None:
     json.dumps(result.document(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_clock_that_does_not_wait_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow asked to return before the work is done, as it does on a GPU."""
     effort = replace(TINY, squares=(512,), warm_up_seconds=0.0)

@@ -12,6 +12,7 @@ CONFIGS = Path(trainer.__file__).parent.parent / "configs"
 pytestmark = pytest.mark.all_of_mnist
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_tmp_path")
 def test_the_default_reaches_99_percent_and_evaluate_repeats_it(prepared_mnist: Path) -> None:
     """One seed of twenty; docs/performance.md has all of them."""

@@ -77,6 +77,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_runs(
     clone: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,7 +126,7 @@ def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
         (clone / f"example-{i}.toml").write_text(block)
     shipped = sorted((clone / "configs").glob("*.toml"))
     known = {"mnist.toml", "mnist_mlp.toml", "fashion_mnist.toml", "debug.toml"}
-    known |= {"mnist_best.toml", "mnist_tiny.toml"}
+    known |= {"mnist_best.toml", "mnist_tiny.toml", "mnist_tune.toml"}
     assert known <= {path.name for path in shipped}
     for path in [*sorted(clone.glob("example-*.toml")), *shipped]:
         config = trainer.load_config(path)

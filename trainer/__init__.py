@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trainer.saving.export import export, verify
     from trainer.saving.files import save
     from trainer.saving.loading import load
+    from trainer.tuning.search import tune
     from trainer.workflow import evaluate, fit, predict, resume
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "predict",
     "resume",
     "save",
+    "tune",
     "verify",
 ]
 
@@ -35,6 +37,7 @@ _HOME = {
     "load": "trainer.saving.loading",
     "export": "trainer.saving.export",
     "verify": "trainer.saving.export",
+    "tune": "trainer.tuning.search",
     "evaluate": "trainer.workflow",
     "fit": "trainer.workflow",
     "predict": "trainer.workflow",

@@ -3,6 +3,7 @@
 What does not fit together is found out here, before anything is written and trained.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,13 @@ from pydantic import ValidationError
 
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
+from trainer.cluster import Cluster
 from trainer.config import Config
 from trainer.data import Dataset, DataSpec
 from trainer.devices import Devices
 from trainer.errors import InputError, nearest
 from trainer.run import Run, sha256
+from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights
@@ -107,13 +110,20 @@ class Setting:
             return self.batches("train", shuffled=True), self.batches("validation")
 
 
-def assemble(config: Config, clock: Clock, chosen: Devices | None = None) -> Setting:
+def assemble(
+    config: Config,
+    clock: Clock,
+    chosen: Devices | None = None,
+    *,
+    cluster: Cluster | None = None,
+) -> Setting:
     """Chooses devices, loads data, builds and compiles the network; resolves what was left open.
 
     Args:
         config: The experiment.
         clock: Takes the seconds of each part.
         chosen: Devices that take the place of the configuration's.
+        cluster: The workers to train with, each by the same configuration on the same data.
 
     Raises:
         InputError: Something in the configuration does not fit the rest.
@@ -121,13 +131,19 @@ def assemble(config: Config, clock: Clock, chosen: Devices | None = None) -> Set
         CheckError: The outputs are not on the device asked for.
     """
     with clock.part("devices"):
-        chosen = chosen or devices.select(config.training.device)
+        chosen = chosen or devices.select(
+            config.training.device,
+            cluster,
+            cluster_timeout_seconds=config.training.cluster_timeout_seconds,
+        )
         precision = devices.choose_precision(config.training.precision, chosen)
     # Before the data, which may have to be fetched first.
     models.find(config.model)
     try_optimizer(config.optimizer)
     with clock.part("data"):
         data = datasets.load(config.data)
+    chosen.require_alike("configuration", config.to_toml())
+    chosen.require_alike("data", data.spec.fingerprint)
     resolved: dict[str, Any] = {"training.precision": precision}
     if data.spec.name == "mnist_sample":
         resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
@@ -148,6 +164,7 @@ def assemble(config: Config, clock: Clock, chosen: Devices | None = None) -> Set
             jit_compile=config.training.jit_compile,
             augment=augmentation,
             gradient_norms=config.logging.histograms,
+            exchange=chosen.exchange,
         )
     return Setting(config, data, chosen, placed, model, loop, augmentation)
 
@@ -166,9 +183,10 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     few = 4 if data.spec.class_count == 3 else 3
     images, labels = data.train.read(slice(few))
     strategy = chosen.strategy
-    outputs = strategy.experimental_local_results(
-        strategy.run(lambda images: model(images, training=False), args=(images,))
-    )
+    with _without_advice():
+        outputs = strategy.experimental_local_results(
+            strategy.run(lambda images: model(images, training=False), args=(images,))
+        )
     placed = devices.check_placement(outputs, chosen)
     try:
         with strategy.scope():
@@ -195,6 +213,18 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     return placed
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keeps TensorFlow from advising a graph where several devices do something once."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     """Builds and compiles the network of a configuration, for a data set.
 
@@ -203,6 +233,8 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     """
     training = config.training
     model = models.build(config.model, spec)
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        _normalize_by_the_whole_batch(model)
     metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
     taken = {metric.name for metric in metrics} & _RESERVED
     if taken:
@@ -217,6 +249,13 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
         jit_compile=False,  # the loop compiles the whole step, or does not
     )
     return model
+
+
+def _normalize_by_the_whole_batch(model: keras.Model) -> None:
+    """Makes several devices normalize as one device does, and keep the same averages."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = True
 
 
 def restore(run: Run, *, precision: str | None = None) -> keras.Model:

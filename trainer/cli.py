@@ -77,6 +77,9 @@ ToleranceOption = Annotated[
 RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
 
 _DEFAULT_CONFIG = Path("configs/mnist.toml")
+_DEFAULT_SEARCH = Path("configs/mnist_tune.toml")
+# Rows of a search's table: the best; results.json has all.
+_SHOWN_TRIALS = 10
 
 
 @app.command()
@@ -107,6 +110,7 @@ def fit(
     json_: JsonOption = False,
 ) -> None:
     """Train a network, score it on the test images and keep all of it in a run directory."""
+    from trainer.cluster import read_cluster
     from trainer.figure_process import FigureProcess
 
     flags = {
@@ -121,8 +125,10 @@ def fit(
     else:
         loaded = _load_resumed(resume, set_, flags, given={"CONFIG": config, "--dry-run": dry_run})
     _require(loaded.training.device)
+    cluster = read_cluster()
     console = _start_logging()
-    drawing = nullcontext() if dry_run else FigureProcess()  # a dry run draws nothing
+    quiet = dry_run or not (cluster is None or cluster.chief)  # these draw nothing
+    drawing = nullcontext() if quiet else FigureProcess()
     with drawing as draw, _stdout_for_the_result():
         workflow = _workflow()
         seconds = time.perf_counter() - _START
@@ -131,6 +137,8 @@ def fit(
             fitted = workflow.fit(loaded, dry_run=dry_run, **options)
         else:
             fitted = workflow.resume(resume, changed=loaded, **options)
+    if fitted.worker > 0:
+        return  # the chief tells
     if json_:
         _print_json(fitted.summary)
     elif fitted.run is None:
@@ -138,6 +146,47 @@ def fit(
         typer.echo(f"dry run: a batch of train, validation and test each went through; {scores}")
     else:
         _print_result(fitted.summary)
+
+
+@app.command()
+def tune(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="A TOML file with [tuning.space]", show_default=True),
+    ] = _DEFAULT_SEARCH,
+    *,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Of the search, kept in runs/tune-NAME; overrides logging.name"),
+    ] = None,
+    set_: SetOption = None,
+    trials: Annotated[int | None, typer.Option(help="Overrides tuning.trials")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that train at the same time; 0: this one alone")
+    ] = 0,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Train the best on train and validation, score test once"),
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Search for better settings; the same command goes on with a search that was interrupted."""
+    from trainer.tuning.space import check_space
+
+    loaded = _load(config, set_, {"tuning.trials": trials, "logging.name": name})
+    check_space(loaded)
+    _require(loaded.training.device)
+    console = _start_logging()
+    with _stdout_for_the_result():
+        result = _import("trainer.tuning.search").tune(
+            loaded, workers=workers, refit=refit, console=console
+        )
+    if result is None:
+        return  # a worker: the chief has the result
+    if json_:
+        _print_json(result)
+    else:
+        _print_search(result)
 
 
 @app.command()
@@ -743,6 +792,42 @@ def _print_result(summary: dict[str, Any]) -> None:
     typer.echo(f"{summary['data']['name']}: {_scores(summary)}")
     typer.echo(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
     typer.echo(f"kept in {summary['run']}; see it with `trainer tensorboard`")
+
+
+def _print_search(result: dict[str, Any]) -> None:
+    sign = -1 if result["direction"] == "max" else 1
+    scored = [trial for trial in result["trials"] if trial["score"] is not None]
+    best = sorted(scored, key=lambda trial: sign * trial["score"])[:_SHOWN_TRIALS]
+    from trainer.tuning.space import short_names
+
+    keys = list(dict.fromkeys(key for trial in result["trials"] for key in trial["values"]))
+    names = short_names(keys)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("trial", result["objective"], *names.values(), "epochs", "s"):
+        table.add_column(title, overflow="fold")
+    for trial in best:
+        values = [_shown_value(trial["values"].get(key, "")) for key in keys]
+        cells = [trial["trial"], f"{trial['score']:.5g}", *values]
+        cells += [f"{trial['trained_epochs']}/{trial['epochs']}", f"{trial['seconds']:.1f}"]
+        table.add_row(*map(Text, cells))
+    Console().print(table)
+    failed = sum(trial["status"] == "failed" for trial in result["trials"])
+    pruned = sum(trial["status"] == "pruned" for trial in result["trials"])
+    count = len(result["trials"])
+    typer.echo(f"{count} trials, {pruned} pruned, {failed} failed; {result['seconds']:.0f} s")
+    importance = result["importance"] or {}
+    shares = ", ".join(f"{names.get(key, key)} {share:.0%}" for key, share in importance.items())
+    typer.echo(f"importance: {shares}{' ' if shares else ''}({result['importance_note']})")
+    if "refit" in result:
+        refit = result["refit"]
+        typer.echo(f"refit on train and validation: {_scores(refit)}; kept in {refit['run']}")
+    search = result["search"]
+    typer.echo(f"the best: `trainer fit {search}/best.toml`; see all with")
+    typer.echo(f"`trainer tensorboard --runs {search}`")
+
+
+def _shown_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _scores(summary: dict[str, Any]) -> str:

@@ -5,21 +5,25 @@ the seconds that its import takes.
 """
 
 import functools
+import hashlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.cluster import Cluster
 from trainer.config import DEVICE_PATTERN
 from trainer.errors import CheckError, InputError, MissingError
 
 if TYPE_CHECKING:
+    import numpy as np
     import tensorflow as tf
+    from numpy.typing import NDArray
 
 # Files that a Linux kernel shows when a GPU driver is loaded: NVIDIA, NVIDIA under WSL, AMD.
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -30,17 +34,94 @@ _GPU_REMEDY = (
 )
 
 
+# Takes numbers of this worker, gives those of each: float64 [workers, numbers].
+Exchange = Callable[[Sequence[float]], "NDArray[np.float64]"]
+
+
+def alone(values: Sequence[float]) -> "NDArray[np.float64]":
+    """The exchange of a worker that has no others."""
+    import numpy as np
+
+    return np.asarray([values], np.float64)
+
+
 @dataclass(frozen=True)
 class Devices:
     """The devices of one run.
 
     Attributes:
-        names: TensorFlow's names, for example `("GPU:0", "GPU:1")`.
-        strategy: How the step is run on them: OneDeviceStrategy or MirroredStrategy.
+        names: TensorFlow's names on this machine, for example `("GPU:0", "GPU:1")`.
+        strategy: How the step is run on them: OneDeviceStrategy, MirroredStrategy, or
+            MultiWorkerMirroredStrategy in a cluster.
+        cluster: The workers that train together, where there are several.
     """
 
     names: tuple[str, ...]
     strategy: "tf.distribute.Strategy"
+    cluster: Cluster | None = None
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process writes what a training leaves behind."""
+        return self.cluster is None or self.cluster.chief
+
+    @property
+    def workers(self) -> int:
+        """How many processes train together."""
+        return 1 if self.cluster is None else len(self.cluster.addresses)
+
+    def exchange(self, values: Sequence[float]) -> "NDArray[np.float64]":
+        """Gives every worker what each has; all of them must call it, with as many numbers.
+
+        Args:
+            values: Of this worker.
+
+        Returns:
+            float64 [workers, numbers].
+        """
+        if self.cluster is None:
+            return alone(values)
+        import numpy as np
+        import tensorflow as tf
+
+        rows = np.zeros((self.workers, len(values)))
+        rows[self.cluster.index] = values
+        # One device of each worker gives its row, the others add nothing: the sum is exact.
+        parts = self.strategy.experimental_distribute_values_from_function(
+            lambda replica: tf.constant(
+                rows if replica.replica_id_in_sync_group % len(self.names) == 0 else 0 * rows
+            )
+        )
+        total: NDArray[np.float64] = self._sum(parts).numpy()
+        return total
+
+    def require_alike(self, what: str, text: str) -> None:
+        """Refuses workers that were not given the same; else they would train different things.
+
+        Args:
+            what: Its name, for the message.
+            text: What must be the same.
+
+        Raises:
+            InputError: It differs from the chief's.
+        """
+        # 48 bits: what a float64 holds exactly.
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+        digests = self.exchange([digest])[:, 0]
+        differing = [str(i) for i, other in enumerate(digests) if other != digests[0]]
+        if differing:
+            raise InputError(
+                f"expected the same {what} on every worker; that of task {', '.join(differing)} "
+                "differs from the chief's"
+            )
+
+    @functools.cached_property
+    def _sum(self) -> Any:
+        import tensorflow as tf
+
+        return tf.function(
+            lambda parts: self.strategy.reduce("SUM", parts, axis=None), autograph=False
+        )
 
 
 def gpu_driver_files() -> list[str]:
@@ -67,24 +148,53 @@ def require_driver(device: str) -> None:
         )
 
 
-def select(device: str) -> Devices:
+def select(
+    device: str, cluster: Cluster | None = None, *, cluster_timeout_seconds: float = 120.0
+) -> Devices:
     """Turns what was asked for into devices and a strategy; never a silent second best.
 
     Args:
         device: "auto" (the first GPU, else the CPU), "cpu", "gpu" (the first), "gpu:N",
             or "all" (every GPU; without one, every logical CPU device).
+        cluster: The workers to train with: each takes such devices of its own. TensorFlow must not
+            have been used before.
+        cluster_timeout_seconds: How long to wait for them.
 
     Raises:
         InputError: `gpu:N` is beyond the GPUs there are.
         MissingError: A GPU is asked for and none is usable.
     """
+    require_driver(device)
+    if cluster is not None:
+        return _join(device, cluster, cluster_timeout_seconds)
+    names = _choose(device, *_logical_devices())
+    return single(names[0]) if len(names) == 1 else _mirrored(names)
+
+
+# One strategy for a process: a second one would count its exchanges from the beginning again, and
+# TensorFlow takes them for those of the first.
+@functools.cache
+def _mirrored(names: tuple[str, ...]) -> Devices:
     import tensorflow as tf
 
-    require_driver(device)
-    names = _choose(device, *_logical_devices())
-    if len(names) == 1:
-        return single(names[0])
     return Devices(names, tf.distribute.MirroredStrategy(list(names)))
+
+
+@functools.cache
+def _join(device: str, cluster: Cluster, seconds: float) -> Devices:
+    """Starts this worker's part of a cluster; listing logical devices before would prevent it."""
+    import tensorflow as tf
+
+    cluster.wait_for_the_others(seconds)
+    gpus = tf.config.list_physical_devices("GPU")
+    wanted = _choose(device, [f"GPU:{i}" for i in range(len(gpus))], ["CPU:0"])
+    chosen = [gpu for i, gpu in enumerate(gpus) if f"GPU:{i}" in wanted]
+    tf.config.set_visible_devices(chosen, "GPU")
+    for gpu in chosen:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=cluster.resolver())
+    names = [name.rpartition("/device:")[2] for name in strategy.extended.worker_devices]
+    return Devices(tuple(names), strategy, cluster)
 
 
 def single(name: str) -> Devices:

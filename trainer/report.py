@@ -34,14 +34,14 @@ class Drawn:
 
 
 def write_start(
-    run: Run, config: Config, environment: dict[str, Any], data: Dataset, draw: FigureProcess
+    run: Run, config: Config, environment: dict[str, Any], data: Dataset, draw: FigureProcess | None
 ) -> None:
-    """Writes what is known before training: configuration, environment, sample images."""
+    """Writes what is known before training: configuration, environment, pictures of samples."""
     count = min(config.logging.sample_images, len(data.train))
     with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
         tf.summary.text("configuration", _indented(config.to_toml()))
         tf.summary.text("environment", _indented(json.dumps(environment, indent=2)))
-        if count:
+        if count and draw is not None:
             positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
             images, labels = data.train.read(positions)
             titles = [data.spec.class_names[label] for label in labels]

@@ -182,7 +182,7 @@ class Run:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        missing = Config.model_fields.keys() - tree.keys()
+        missing = Config.model_fields.keys() - tree.keys() - {"tuning"}
         if missing:  # a run's configuration is written whole: defaults would not be what it used
             raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         return parse_config(tree, origin=str(path))

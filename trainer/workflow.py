@@ -3,8 +3,8 @@
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from trainer.assembly import (
     make_callbacks,
     spec_of,
 )
+from trainer.cluster import Cluster, read_cluster
 from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
 from trainer.errors import CheckError, InputError
@@ -56,12 +57,14 @@ class Fitted:
     Attributes:
         summary: The content of the run's summary.json.
         model: The trained model, which takes uint8 images and returns probabilities.
-        run: The run directory; None for a dry run.
+        run: The run directory; None for a dry run, and for the workers of a cluster but its chief.
+        worker: Which process of a cluster this is; 0 is the chief, and who trains alone.
     """
 
     summary: dict[str, Any]
     model: keras.Model
     run: Run | None
+    worker: int = 0
 
 
 def fit(
@@ -72,8 +75,13 @@ def fit(
     console: Console | None = None,
     import_seconds: float | None = None,
     draw: FigureProcess | None = None,
+    run: Run | None = None,
+    score_test: bool = True,
 ) -> Fitted:
     """Trains a network, scores it once on the test images, and keeps all of it in a run directory.
+
+    Where the environment names a cluster (TF_CONFIG, a SLURM job step), its processes do so
+    together, and the first one, the chief, keeps the run directory.
 
     Args:
         config: The experiment.
@@ -82,6 +90,9 @@ def fit(
         console: Where the progress bar is drawn; None: no bar.
         import_seconds: What importing took, for the summary.
         draw: Draws the pictures; None: one is started for this training.
+        run: A run directory to make; None: one that begins with the time of day.
+        score_test: False leaves the test images alone, and out of the summary: for a training that
+            is one of many, among which the validation images choose. Nothing is drawn then.
 
     Returns:
         The scores and times, the trained model, and the run directory.
@@ -92,22 +103,24 @@ def fit(
         CheckError: The loss is not finite, or the outputs are not on the device asked for.
         StoppedError: A signal came; the state is saved.
     """
-    clock = Clock(import_seconds)
+    clock, cluster = Clock(import_seconds), read_cluster()
     if dry_run:
         config = config.with_changes({"training.limit_batches": 1, "training.epochs": 1})
-    else:
+    elif cluster is None or cluster.chief:
         require_writable(config.logging.directory)
-    setting = assemble(config, clock)
-    if dry_run:
-        return _dry_run(setting, callbacks, clock)
-    config = setting.config
-    name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
-    run = name_run(config, config.logging.name or name)
-    watched_by = [*make_callbacks(setting, run.path), *callbacks]
-    training = _Training(setting, run, watched_by, clock, console)
-    run.create(config)  # from here on something is written; what was wrong is known by now
-    with run.locked(), run.logging(), _drawing(draw) as draw:
-        return training.run_to_the_end(draw)
+    with _watched(cluster, "RUN"):
+        setting = assemble(config, clock, cluster=cluster)
+        if dry_run:
+            return _dry_run(setting, callbacks, clock)
+    with _own_folder(setting) as setting:
+        config = setting.config
+        name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
+        run = run or name_run(config, config.logging.name or name)
+        watched_by = [*make_callbacks(setting, run.path), *callbacks]
+        training = _Training(setting, run, watched_by, clock, console, score_test=score_test)
+        run.create(config)  # from here on something is written; what was wrong is known by now
+        with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
+            return training.run_to_the_end(draw)
 
 
 def resume(
@@ -119,6 +132,7 @@ def resume(
     import_seconds: float | None = None,
     draw: FigureProcess | None = None,
     directory: str = "runs",
+    score_test: bool = True,
 ) -> Fitted:
     """Goes on with a training from its newest checkpoint, as if it had never been interrupted.
 
@@ -130,6 +144,7 @@ def resume(
         import_seconds: As in `fit`.
         draw: As in `fit`.
         directory: Folder that holds the run directories.
+        score_test: As in `fit`.
 
     Returns:
         As `fit`.
@@ -139,7 +154,7 @@ def resume(
             network or configuration are not what they were.
         MissingError: As `fit`, and so are CheckError and StoppedError.
     """
-    clock = Clock(import_seconds)
+    clock, cluster = Clock(import_seconds), read_cluster()
     run = open_run(reference, directory=directory, unfinished=True)
     config = run.config() if changed is None else run.continued(changed)
     if run.finished and config.training.epochs <= run.config().training.epochs:
@@ -147,9 +162,13 @@ def resume(
             f"run {run.name} is finished, after {config.training.epochs} epochs: "
             "train it for longer with --epochs"
         )
-    with run.locked(), run.logging(), _drawing(draw) as draw:
-        setting = assemble(config, clock)
-        saved = _checkpoint_that_fits(run, setting)
+    chief = cluster is None or cluster.chief  # the others read the run, and write nothing to it
+    with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
+        with _watched(cluster, run.name):
+            setting = assemble(config, clock, cluster=cluster)
+            saved = _checkpoint_that_fits(run, setting)
+            position = saved and asdict(saved.position)
+            setting.devices.require_alike("checkpoint", str(position))
         longer = config.training.epochs > run.config().training.epochs
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
@@ -159,12 +178,20 @@ def resume(
                     "a training that was this long from its beginning.",
                     config.training.epochs,
                 )
-        watched_by = [*make_callbacks(setting, run.path), *callbacks]
-        training = _Training(setting, run, watched_by, clock, console, saved)
-        run.checkpoints.mkdir(exist_ok=True)
-        run.reopen(setting.config)  # from here on something is changed
-        roll_back(run, saved)
-        return training.run_to_the_end(draw)
+        with _own_folder(setting) as setting:
+            own = run if chief else name_run(setting.config, run.name)
+            watched_by = [*make_callbacks(setting, own.path), *callbacks]
+            training = _Training(
+                *(setting, own, watched_by, clock, console), saved=saved, score_test=score_test
+            )
+            if chief:
+                run.checkpoints.mkdir(exist_ok=True)
+                run.reopen(setting.config)  # from here on something is changed
+                roll_back(run, saved)
+            else:
+                own.create(setting.config)
+            with _drawing(draw, training.draws) as draw:
+                return training.run_to_the_end(draw)
 
 
 def evaluate(
@@ -330,7 +357,9 @@ class _Training:
         callbacks: list[keras.callbacks.Callback],
         clock: Clock,
         console: Console | None,
+        *,
         saved: Checkpoint | None = None,
+        score_test: bool,
     ) -> None:
         self._setting = setting
         self._run = run
@@ -338,20 +367,31 @@ class _Training:
         self._clock = clock
         self._console = console
         self._saved = saved
+        self._score_test = score_test
+        self.draws = score_test and setting.devices.chief
         self._train, self._validation = setting.training_batches(clock)
         self._times = watching.StepTimes()
-        self._signals = Signals(f"go on with `trainer fit --resume {run.path}`")
+        advice = f"go on with `trainer fit --resume {run.path}`"
+        if setting.devices.workers > 1:
+            advice = "go on with `trainer fit --resume RUN` on every worker"
+        self._signals = Signals(advice, setting.devices.exchange)
 
-    def run_to_the_end(self, draw: FigureProcess) -> Fitted:
+    def run_to_the_end(self, draw: FigureProcess | None) -> Fitted:
         """Trains, scores and reports."""
-        with self._signals.noted():
+        cluster = self._setting.devices.cluster
+        with self._signals.noted(), _watched(cluster, self._run.name):
             self._begin(draw)
             self._fit()
-            return self._finish(draw)
+            fitted = self._finish(draw) if self._score_test else self._finish_untested()
+            self._setting.devices.exchange([0])  # a worker that left before would be missed
+            return fitted
 
-    def _begin(self, draw: FigureProcess) -> None:
+    def _begin(self, draw: FigureProcess | None) -> None:
         """Says and writes what is known before training."""
         setting, run, spec = self._setting, self._run, self._setting.data.spec
+        if not setting.devices.chief:
+            _log.info("worker   %s; the chief tells and keeps the rest", *_place(setting))
+            return
         _log.info("run      %s", run.path)
         _log.info(
             "data     %s: %d train, %d validation, %d test images (%s)", *_sizes(spec), spec.origin
@@ -361,6 +401,8 @@ class _Training:
             *(setting.config.model.name, f"{setting.model.count_params():,}"),
         )
         _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
+        if setting.devices.workers > 1:
+            _log.info("worker   %s", *_place(setting))
         if setting.config.training.limit_batches is not None:
             _log.info("limited  to %d batches of each split", setting.config.training.limit_batches)
         if self._saved is not None:
@@ -417,12 +459,12 @@ class _Training:
             observers.append(watching.TensorBoardCurves(run.tensorboard, histograms=histograms))
         if config.logging.profile:
             observers.append(watching.Profiler(run.tensorboard / "train"))
-        if self._console is not None:
+        if self._console is not None and self._setting.devices.chief:
             steps, epochs = self._train.steps, config.training.epochs
             observers.append(watching.ProgressBar(self._console, steps=steps, epochs=epochs))
         return observers
 
-    def _finish(self, draw: FigureProcess) -> Fitted:
+    def _finish(self, draw: FigureProcess | None) -> Fitted:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
         setting, run, clock = self._setting, self._run, self._clock
         traced = setting.loop.seconds.tracing
@@ -432,6 +474,9 @@ class _Training:
             scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
         clock.seconds["evaluation"] -= setting.loop.seconds.tracing - traced  # counted there
         probabilities = cast("NDArray[np.float32]", probabilities)
+        if draw is None:
+            summary = _summary(setting, validation, scores, clock, self._times)
+            return Fitted(summary, setting.model, None, worker=_worker(setting))
         drawn = report.draw_results(draw, setting.config, setting.data, probabilities)
         summary = _summary(setting, validation, scores, clock, self._times) | {
             "run": str(run.path),
@@ -451,15 +496,63 @@ class _Training:
         _log.debug("test     %s", watching.shown(scores))  # the terminal has it on stdout
         return Fitted(summary, setting.model, run)
 
+    def _finish_untested(self) -> Fitted:
+        """Scores the weights that are kept on the validation images, and reports no more."""
+        setting, run, clock = self._setting, self._run, self._clock
+        traced = setting.loop.seconds.tracing
+        with clock.part("evaluation"):
+            validation, _ = _score(setting, self._validation, signals=self._signals)
+        clock.seconds["evaluation"] -= setting.loop.seconds.tracing - traced  # counted there
+        summary = _summary(setting, validation, {}, clock, self._times) | {
+            "run": str(run.path),
+            "weights_sha256": sha256(run.weights),
+            "train_images": self._train.images,
+        }
+        summary["seconds"] |= {"total": clock.total() + self._earlier_seconds()}
+        run.write_json("summary.json", summary)
+        return Fitted(summary, setting.model, run, worker=_worker(setting))
+
     def _earlier_seconds(self) -> float:
         """Returns what the loop took before the interruption: its clock goes on from there."""
         # The last of what a checkpoint watches is the loop's own clock.
         return 0.0 if self._saved is None else sum(self._saved.states[-1].values())
 
 
-def _drawing(draw: FigureProcess | None) -> AbstractContextManager[FigureProcess]:
-    """Starts a process that draws, to be ended here, where none was given."""
+def _drawing(
+    draw: FigureProcess | None, needed: bool
+) -> AbstractContextManager[FigureProcess | None]:
+    """Starts a process that draws, to be ended here, where one is needed and none was given."""
+    if not needed:
+        return nullcontext()
     return FigureProcess() if draw is None else nullcontext(draw)
+
+
+def _watched(cluster: Cluster | None, run: str) -> AbstractContextManager[None]:
+    """Names the worker of a cluster that is lost, and how to go on."""
+    if cluster is None:
+        return nullcontext()
+    return cluster.watched(f"start every worker again with `trainer fit --resume {run}`")
+
+
+@contextmanager
+def _own_folder(setting: Setting) -> Iterator[Setting]:
+    """Sends what a worker other than the chief would write to a folder that is removed.
+
+    All workers do the same, so that what they have to do together they do; one of them is read.
+    """
+    if setting.devices.chief:
+        yield setting
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield replace(setting, config=setting.config.with_changes({"logging.directory": folder}))
+
+
+def _worker(setting: Setting) -> int:
+    return setting.devices.cluster.index if setting.devices.cluster else 0
+
+
+def _place(setting: Setting) -> tuple[str]:
+    return (f"{_worker(setting)} of {setting.devices.workers}",)
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
@@ -509,10 +602,11 @@ def _summary(
         "model": setting.config.model.name,
         "parameters": setting.model.count_params(),
         "devices": setting.placed,
+        "workers": setting.devices.workers,
         "precision": setting.config.training.precision,
         "seed": setting.config.training.seed,
         "epochs": len(setting.model.history.epoch),
-        "steps": int(setting.model.optimizer.iterations),
+        "steps": int(keras.ops.convert_to_numpy(setting.model.optimizer.iterations)),
         "validation": watching.plain(validation),
         "test": watching.plain(scores),
         **times.summary(),

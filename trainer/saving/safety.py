@@ -25,7 +25,10 @@ _KERAS_MODULES = re.compile(
     r"keras(\.(layers|models|initializers|regularizers|constraints|activations|losses|metrics"
     r"|optimizers|optimizers\.schedules|random))?|keras\.src\.models\.(functional|sequential)"
 )
-_OWN = {("trainer.training.fused_adam", "FusedAdam")}
+_OWN = {
+    ("trainer.training.fused_adam", "FusedAdam"),
+    ("trainer.training.losses", "SmoothedCrossentropy"),
+}
 _CODE = {"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer"}
 # Operations that a network does not need, by what they do: files, network, Python.
 _REACHES_OUT = re.compile(

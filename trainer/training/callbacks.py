@@ -157,16 +157,22 @@ class TensorBoardCurves(keras.callbacks.Callback):
     def __call__(self, window: Window) -> None:
         """Writes the points of a window."""
         self._learning_rate = float(window.learning_rate[-1])
-        curves = {"loss": window.loss, "learning_rate": window.learning_rate, **window.metrics}
+        curves = {"loss": window.loss, "learning_rate": window.learning_rate}
+        curves |= {k: values for k, values in window.metrics.items() if len(values) == window.steps}
         end = window.first_step + window.steps
         with self._writers["train"].as_default():
             if self._write_steps is None:
                 self._write_steps = _step_writer(list(curves))
             values = np.stack(list(curves.values()), axis=1)  # [steps, curves]
             self._write_steps(tf.constant(values), tf.constant(window.first_step + 1, tf.int64))
+            for name in window.metrics.keys() - curves.keys():
+                tf.summary.scalar(f"step/{name}", window.metrics[name][-1], step=end)
             if window.warm:
                 tf.summary.scalar("step_ms", 1000 * window.seconds / window.steps, step=end)
                 tf.summary.scalar("images_per_second", window.images / window.seconds, step=end)
+                if len(window.worker_seconds) > 1:
+                    for worker, seconds in enumerate(1000 * window.worker_seconds / window.steps):
+                        tf.summary.scalar(f"worker_{worker}/step_ms", seconds, step=end)
         if window.gradient_norms is not None:
             self._gradient_norms.append(window.gradient_norms)
 

@@ -130,15 +130,18 @@ class Checkpoints(keras.callbacks.Callback):
             return  # from there no training could go on
         step = window.first_step + window.steps - window.epoch * self.params["steps"]
         self._position = Position(window.epoch, step, window.logs)
-        if self._signals.received or time.monotonic() - self._last_time >= self._every_seconds:
+        # Every worker of a cluster saves at the same place: what it saves, all take part in.
+        late = time.monotonic() - self._last_time >= self._every_seconds
+        if self._signals.agree(due=late) or self._signals.agreed:
             self._save()
-        self._signals.stop_if_received()
+        self._signals.stop_if_agreed()
 
     def on_test_batch_end(self, batch: int, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Saves between two calls of a validation, where a signal came."""
-        if self._signals.received and self._training:
+        self._signals.agree()
+        if self._signals.agreed and self._training:
             self._save()
-        self._signals.stop_if_received()
+        self._signals.stop_if_agreed()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves after an epoch, and the weights where no epoch was better."""
@@ -175,7 +178,7 @@ class Checkpoints(keras.callbacks.Callback):
             states=states,
             log_sizes=_log_sizes(self._run, self._watched),
         )
-        _write(self._run, checkpoint, int(self.model.optimizer.iterations))
+        _write(self._run, checkpoint, steps=int(_value(self.model.optimizer.iterations)))
         self._last_time = time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -301,7 +304,7 @@ def load_weights(path: Path, model: keras.Model) -> None:
         raise InputError(f"{path} cannot be read into this model: {reason}") from None
 
 
-def _write(run: Run, checkpoint: Checkpoint, steps: int) -> None:
+def _write(run: Run, checkpoint: Checkpoint, *, steps: int) -> None:
     """Writes a checkpoint beside its place, renames it, and removes those no longer kept."""
     arrays: dict[str, NDArray[Any]] = {f"v {i}": v for i, v in enumerate(checkpoint.variables)}
     facts = {

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from trainer.devices import Exchange, alone
 from trainer.errors import CheckError, InputError
 from trainer.training.batches import Batches
 from trainer.training.step import test_step, train_step
@@ -53,11 +54,13 @@ class Window:
         steps: Steps in the call.
         images: Images in the call.
         seconds: From the start of the call until the device had finished it.
+        worker_seconds: The same of each worker of a cluster, float64 [workers].
         warm: False for the first call of a run, which also sets up the device's kernels, and for
             those that a profiler traced: such a window is no measurement of the step.
         loss: Loss of each step's batch, float32 [steps].
         learning_rate: Of each step, float32 [steps].
-        metrics: Each metric after each step, since the epoch began, float32 [steps].
+        metrics: Each metric after each step, since the epoch began, float32 [steps]. By several
+            workers, who must exchange their parts to know it, after the last step alone: [1].
         gradient_norms: float32 [steps, weights], or None where they were not asked for.
         logs: Loss and metrics since the epoch began, as Keras gives them to callbacks.
     """
@@ -67,6 +70,7 @@ class Window:
     steps: int
     images: int
     seconds: float
+    worker_seconds: NDArray[np.float64]
     warm: bool
     loss: NDArray[np.float32]
     learning_rate: NDArray[np.float32]
@@ -105,6 +109,7 @@ class Loop:
         jit_compile: bool = False,
         augment: Callable[[tf.Tensor], tf.Tensor] | None = None,
         gradient_norms: bool = False,
+        exchange: Exchange = alone,
     ) -> None:
         """Prepares the loop.
 
@@ -116,6 +121,7 @@ class Loop:
             jit_compile: Compile the step with XLA.
             augment: Alters training images, uint8 [rows, H, W, C] to the same.
             gradient_norms: Record the norm of each weight's gradient at each step.
+            exchange: Gives each worker of a cluster the times of all.
 
         Raises:
             InputError: There are several devices, and the loss is no mean over the batch, or XLA or
@@ -133,6 +139,8 @@ class Loop:
             _refuse_on_several_devices(model, jit_compile=jit_compile)
         self._clip_norm = clip_norm
         self._gradient_norms = gradient_norms
+        self._exchange = exchange
+        self._several_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
         self._evaluations: dict[tuple[int, bool], tuple[Batches, Any]] = {}
         with strategy.scope():
             # Keras makes the variables of optimizer and metrics at their first use. That would be
@@ -317,7 +325,9 @@ class Loop:
         # The mark by which the profiler's pages count steps; it costs nothing unless one listens.
         with tf.profiler.experimental.Trace("train", step_num=first, _r=1):
             recorded, logs = call(state, tf.constant(first), tf.constant(count))
-        tf.test.experimental.sync_devices()
+        for name in self.strategy.extended.worker_devices:  # ours, not those of other machines
+            with tf.device(name):
+                tf.raw_ops.SyncDevice()
         seconds = time.perf_counter() - start
         self.seconds.training += seconds
         self._calls += 1
@@ -328,6 +338,7 @@ class Loop:
             steps=count,
             images=min(train.images - first * train.batch_size, count * train.batch_size),
             seconds=seconds,
+            worker_seconds=self._exchange([seconds])[:, 0],
             warm=self._calls > self._warmup_calls,
             loss=values.pop("loss"),
             learning_rate=values.pop("learning_rate"),
@@ -363,8 +374,8 @@ class Loop:
 
         step = tf.function(one_replica, jit_compile=True) if self._jit_compile else one_replica
         metrics = {name: len(v.shape) for name, v in self.model.get_metrics_result().items()}
-        recorded = ["loss", "learning_rate"]
-        recorded += [name for name, rank in metrics.items() if rank == 0 and name != "loss"]
+        numbers = [name for name, rank in metrics.items() if rank == 0 and name != "loss"]
+        recorded = ["loss", "learning_rate", *([] if self._several_workers else numbers)]
         if self._gradient_norms:
             recorded.append("gradient_norms")
 
@@ -383,13 +394,15 @@ class Loop:
             arrays = [tf.TensorArray(tf.float32, size=count) for _ in recorded]
             arrays = _repeat(count, lambda i, arrays: one_step(i, state, first, arrays), arrays)
             stacked = {name: array.stack() for name, array in zip(recorded, arrays, strict=True)}
-            return stacked, self.model.get_metrics_result()
+            logs = self.model.get_metrics_result()
+            return {name: logs[name][None] for name in numbers} | stacked, logs
 
         return self._compiled(call, train)
 
     def _values(self, parts: dict[str, Any]) -> dict[str, tf.Tensor]:
         """Returns what a step is recorded by: its loss, gradient norms and the metrics so far."""
-        values: dict[str, tf.Tensor] = self.model.get_metrics_result()
+        several = self._several_workers
+        values: dict[str, tf.Tensor] = {} if several else self.model.get_metrics_result()
         # The replicas' parts of the loss add up; gradient norms are alike on each.
         values["loss"] = self.strategy.reduce("SUM", parts["loss"], axis=None)
         if "gradient_norms" in parts:
@@ -403,16 +416,19 @@ class Loop:
         def one_replica(selection: Any, size: tf.Tensor) -> tf.Tensor:
             images, labels, share = self._my_part(batches, selection, size)
             outputs = test_step(self.model, images, labels, share=share)
-            if share is None:
+            if share is None or not collect:
                 return outputs
-            return tf.cond(share > 0, lambda: outputs, lambda: outputs[:0])
+            first, last = self._my_rows(size)
+            rows = batches.batch_size  # also of a smaller batch: shapes must not change
+            return tf.pad(outputs[: last - first], ((first, rows - last), (0, 0)))
 
         def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, array: Any) -> Any:
-            outputs = self.strategy.run(one_replica, args=_global_batch(batches, state, first + i))
+            selection, size = _global_batch(batches, state, first + i)
+            outputs = self.strategy.run(one_replica, args=(selection, size))
             if not collect:
                 return array
-            local = self.strategy.experimental_local_results(outputs)
-            return array.write(i, tf.concat(local, axis=0))
+            # Each replica has its own rows of the batch and zeros for the others.
+            return array.write(i, self.strategy.reduce("SUM", outputs, axis=None)[:size])
 
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             array = tf.TensorArray(tf.float32, size=count, infer_shape=False)
@@ -430,10 +446,15 @@ class Loop:
         with tf.name_scope("batch"):
             if replicas == 1:
                 return *batches.rows(selection, 0, size), None
-            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-            first, last = replica * size // replicas, (replica + 1) * size // replicas
+            first, last = self._my_rows(size)
             share = tf.cast(last - first, tf.float32) / tf.cast(size, tf.float32)
             return *batches.rows(selection, first, tf.maximum(last, first + 1)), share
+
+    def _my_rows(self, size: tf.Tensor) -> tuple[Any, Any]:
+        """Returns the first of this replica's rows of a batch, and the one behind its last."""
+        replicas = self.strategy.num_replicas_in_sync
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return replica * size // replicas, (replica + 1) * size // replicas
 
     def _compiled(self, call: Any, batches: Batches) -> Any:
         with self.strategy.scope():
@@ -456,7 +477,11 @@ def _repeat(count: tf.Tensor, step: Callable[[tf.Tensor, Any], Any], state: Any)
     Written out, because AutoGraph, which turns a Python `for` into this, takes most of a second.
     """
     return tf.while_loop(
-        lambda i, _: i < count, lambda i, state: (i + 1, step(i, state)), (tf.constant(0), state)
+        lambda i, _: i < count,
+        lambda i, state: (i + 1, step(i, state)),
+        (tf.constant(0), state),
+        # Steps overlap otherwise, and one worker's exchange would meet that of another's next step.
+        parallel_iterations=1,
     )[1]
 
 

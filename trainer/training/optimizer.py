@@ -1,18 +1,30 @@
 """The optimizer and the learning-rate schedule that a configuration describes."""
 
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
 from trainer.errors import InputError
 from trainer.training import fused_adam  # noqa: F401 - registers its class by name
 
+# For batches that grow with the devices: "linear" is Goyal et al. 2017, "sqrt" Krizhevsky 2014.
+_SCALE: dict[str, Callable[[int], float]] = {
+    "none": lambda _: 1.0,
+    "linear": float,
+    "sqrt": math.sqrt,
+}
+
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
     """Makes a Keras optimizer, with a schedule over the run where one is asked for.
+
+    It is made for the devices of the strategy in whose scope this is called.
 
     Args:
         config: Names and options.
@@ -23,6 +35,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     """
     if "learning_rate" in config.options:
         raise InputError("optimizer.options.learning_rate: expected as optimizer.learning_rate")
+    scale = _SCALE[config.learning_rate_scaling](tf.distribute.get_strategy().num_replicas_in_sync)
+    config = config.model_copy(update={"learning_rate": scale * config.learning_rate})
     rate: Any = config.learning_rate
     if config.schedule is not None:
         rate = _schedule(config, config.schedule, total_steps)

@@ -6,25 +6,47 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.devices import Exchange, alone
 from trainer.errors import StoppedError
 
 
 class Signals:
     """The signal that asked the training to stop, if one did."""
 
-    def __init__(self, advice: str) -> None:
+    def __init__(self, advice: str, exchange: Exchange = alone) -> None:
         """Waits for none yet.
 
         Args:
             advice: How to go on, for the message.
+            exchange: Tells the other workers of a cluster: all stop at the same place.
         """
-        self.received: int | None = None
+        self.agreed: int | None = None
+        self._received: int | None = None
         self._advice = advice
+        self._exchange = exchange
+
+    def agree(self, *, due: bool = False) -> bool:
+        """Sets `agreed` to the signal that any worker has received; all must call it together.
+
+        Args:
+            due: Something that this worker would do now, and that all have to do together.
+
+        Returns:
+            Whether any worker would.
+        """
+        rows = self._exchange([self._received or 0, due])
+        self.agreed = int(rows[:, 0].max()) or None
+        return bool(rows[:, 1].any())
+
+    def stop_if_agreed(self) -> None:
+        """Raises StoppedError where a signal has come."""
+        if self.agreed is not None:
+            raise StoppedError(self.agreed, self._advice)
 
     def stop_if_received(self) -> None:
-        """Raises StoppedError where a signal has come."""
-        if self.received is not None:
-            raise StoppedError(self.received, self._advice)
+        """Asks all workers, and raises StoppedError where a signal has come."""
+        self.agree()
+        self.stop_if_agreed()
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -39,7 +61,7 @@ class Signals:
                 signal.signal(number, handler)
 
         def note(number: int, frame: Any) -> None:  # noqa: ARG001
-            self.received = number
+            self._received = number
             restore()
 
         for number in before:

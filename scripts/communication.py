@@ -1,0 +1,230 @@
+"""Measures what workers on this machine pay to add up gradients, fits a model, and predicts others.
+
+    python scripts/communication.py
+
+Each worker is a process on the loopback interface that adds up as many float32 numbers as a network
+has gradients, by the collectives that `trainer fit` uses. The model is that of a ring all-reduce of
+S bytes by N workers (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms):
+
+    seconds = fixed + 2 (N - 1) * latency + 2 (N - 1) / N * S / bandwidth of a worker
+
+On one machine the workers share one memory, so the bandwidth of each is a share of it. The model is
+fitted to every second size and asked for the others. Its last two terms, with the latency and the
+bandwidth of a network, say what GPUs on other machines would do: those figures are calculated.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from local_cluster import free_ports
+
+_BYTES = [4**exponent for exponent in range(5, 14)]  # 1 kB to 67 MB
+_SECONDS = 0.5  # of a block, at least
+_BLOCKS = 5
+
+# Parameters, GFLOP of a training image, images a step. GFLOP: thrice those of the forward pass, two
+# for each multiply-add. ResNet-50 and ViT-L/16 by torchvision's table of weights
+# (docs.pytorch.org/vision/stable/models.html), ours as `trainer benchmark step` counts them.
+_NETWORKS = {
+    "mnist.toml": (72_266, 0.0028, 256),
+    "ResNet-50": (25_557_032, 6 * 4.09, 256),
+    "ViT-L/16": (304_326_632, 6 * 61.55, 64),
+}
+_LEAST_STEP = 1e-3  # seconds; below that a GPU waits for its kernels to be started
+
+
+@dataclass(frozen=True)
+class Model:
+    """Seconds of an all-reduce.
+
+    Attributes:
+        fixed: Seconds that every exchange costs.
+        latency: Seconds of a message.
+        bandwidth: Bytes a second, of all workers together.
+    """
+
+    fixed: float
+    latency: float
+    bandwidth: float
+
+    def seconds(self, workers: int, size: int) -> float:
+        """Returns the time of an all-reduce of `size` bytes; the workers share the bandwidth."""
+        messages = 2 * (workers - 1)
+        return self.fixed + messages * self.latency + messages * size / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement: median and range of several blocks."""
+
+    workers: int
+    size: int
+    seconds: float
+    lowest: float
+    highest: float
+
+
+def main(
+    *,
+    workers: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 2, 3, 4")] = None,
+    gbits: Annotated[float, typer.Option(help="Of the network that is calculated")] = 100,
+    latency_us: Annotated[float, typer.Option(help="Of a message on it")] = 10,
+    tflops: Annotated[float, typer.Option(help="That a GPU keeps up in training")] = 120,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write them here")] = None,
+) -> None:
+    """Measures, fits, compares and predicts."""
+    points = [point for count in workers or [2, 3, 4] for point in measure(count)]
+    model = fit(points[::2])
+    console = Console()
+    console.print(measured_table(points, model))
+    errors = [abs(model.seconds(p.workers, p.size) / p.seconds - 1) for p in points]
+    print(
+        f"fixed {1e6 * model.fixed:.0f} us, latency {1e6 * model.latency:.0f} us, bandwidth "
+        f"{model.bandwidth / 1e9:.2f} GB/s shared; the {len(points[1::2])} points it was not "
+        f"fitted to: half within {statistics.median(errors[1::2]):.0%}, all within "
+        f"{max(errors[1::2]):.0%}; the {len(points[::2])} others within {max(errors[::2]):.0%}"
+    )
+    console.print(predicted_table(gbits, latency_us, tflops))
+    if json_ is not None:
+        facts = {"model": asdict(model), "points": [asdict(point) for point in points]}
+        json_.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def measure(workers: int) -> list[Point]:
+    """Times all-reduces of every size by so many workers."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "as-worker"],
+            env=os.environ
+            | {
+                "TF_CONFIG": json.dumps(
+                    {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+                )
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for index in range(workers)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit("a worker failed")
+    return [
+        Point(workers, size, statistics.median(times), min(times), max(times))
+        for size, times in json.loads(outputs[0])
+    ]
+
+
+def as_worker() -> None:
+    """Is one of the workers; the first one prints the seconds of each size."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+
+    @tf.function(autograph=False, reduce_retracing=False)
+    def exchange(values: tf.Tensor, times: tf.Tensor) -> tf.Tensor:
+        def once(i: tf.Tensor, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            parts = strategy.run(tf.identity, args=(values,))
+            return i + 1, strategy.reduce("SUM", parts, axis=None) / strategy.num_replicas_in_sync
+
+        return tf.while_loop(
+            lambda i, _: i < times, once, (tf.constant(0), values), parallel_iterations=1
+        )[1]
+
+    found = []
+    for size in _BYTES:
+        values = tf.random.normal((size // 4,))
+
+        def seconds(times: int, values: tf.Tensor = values) -> float:
+            start = time.perf_counter()
+            exchange(values, tf.constant(times)).numpy()
+            return time.perf_counter() - start
+
+        seconds(1)
+        # As many times for every worker: they agree by the slowest, through an exchange.
+        guess = float(exchange(tf.constant([seconds(3) / 3]), tf.constant(1))[0])
+        times = max(1, round(_SECONDS / guess))
+        found.append((size, [seconds(times) / times for _ in range(_BLOCKS)]))
+    if strategy.cluster_resolver.task_id == 0:
+        print(json.dumps(found))
+
+
+def fit(points: list[Point]) -> Model:
+    """Fits the model by least squares of the relative errors, no term below zero."""
+    from scipy.optimize import nnls
+
+    rows = [[1, 2 * (p.workers - 1), 2 * (p.workers - 1) * p.size] for p in points]
+    seconds = np.array([point.seconds for point in points])
+    terms, _ = nnls(np.array(rows) / seconds[:, None], np.ones(len(points)))
+    return Model(terms[0], terms[1], 1 / terms[2])
+
+
+def measured_table(points: list[Point], model: Model) -> Table:
+    """Returns what was measured beside what the model says."""
+    table = Table("workers", "parameters", "ms", "range", "model, ms", "fitted to")
+    for i, point in enumerate(points):
+        predicted = 1e3 * model.seconds(point.workers, point.size)
+        table.add_row(
+            str(point.workers),
+            f"{point.size // 4:,}",
+            f"{1e3 * point.seconds:.3g}",
+            f"{1e3 * point.lowest:.3g} to {1e3 * point.highest:.3g}",
+            f"{predicted:.3g}",
+            "yes" if i % 2 == 0 else "no",
+        )
+    return table
+
+
+def network_seconds(gpus: int, size: int, *, gbits: float, latency_us: float) -> float:
+    """Returns the time of an all-reduce between machines of one GPU each, by ring or by tree.
+
+    NCCL chooses the better: a ring sends the least, trees wait for fewer messages (Sanders, Speck
+    and Traeff 2009, Two-tree algorithms for full bandwidth broadcast, reduction and scan).
+    """
+    latency, bandwidth = latency_us * 1e-6, gbits * 1e9 / 8
+    ring = 2 * (gpus - 1) * latency + 2 * (gpus - 1) / gpus * size / bandwidth
+    tree = 2 * np.log2(gpus) * latency + 2 * size / bandwidth
+    return float(min(ring, tree))
+
+
+def predicted_table(gbits: float, latency_us: float, tflops: float) -> Table:
+    """Returns what 8, 64 and 512 GPUs would do; calculated, not measured."""
+    table = Table(
+        *("network", "images", "GPUs", "computing", "exchange", "step, ms", "efficiency"),
+        title=f"calculated: {gbits:g} Gb/s, {latency_us:g} us a message, {tflops:g} TFLOP/s a GPU",
+    )
+    for name, (parameters, gflop, images) in _NETWORKS.items():
+        for gpus in (8, 64, 512):
+            computing = max(_LEAST_STEP, images * gflop / tflops / 1e3)
+            # Gradients, in float32 under every precision, and the loss.
+            exchange = sum(
+                network_seconds(gpus, size, gbits=gbits, latency_us=latency_us)
+                for size in (4 * parameters, 4)
+            )
+            cells = (1e3 * computing, 1e3 * exchange, 1e3 * (computing + exchange))
+            share = computing / (computing + exchange)
+            table.add_row(
+                name, str(images), str(gpus), *(f"{c:.3g}" for c in cells), f"{share:.0%}"
+            )
+    return table
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["as-worker"]:
+        as_worker()
+    else:
+        typer.run(main)

@@ -1,0 +1,127 @@
+"""Kills the chief and the workers of a search at random moments, and looks whether all is there.
+
+    python scripts/kill_and_tune.py configs/mnist_tune.toml --name killed
+
+The search is started, killed, started again by the same command, and so on: the chief once, a
+worker at each other time. In the end there must be as many trials as were asked for, none twice,
+each epoch of each trial once. Ends with 1 and says what is wrong if not.
+"""
+
+import collections
+import json
+import random
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+
+def main(
+    config: Path,
+    *,
+    name: Annotated[str, typer.Option(help="Of the search")],
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    kills: Annotated[int, typer.Option(min=1)] = 3,
+    runs: Annotated[Path, typer.Option(help="Folder that holds the run directories")] = Path(
+        "runs"
+    ),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="As `trainer tune` takes it")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments")] = 0,
+) -> None:
+    """Kills, goes on, compares, and says what it saw."""
+    moments = random.Random(seed)
+    folder = runs / f"tune-{name}"
+    if folder.exists():
+        sys.exit(f"{folder} exists already: expected the --name of a new search")
+    command = [sys.executable, "-m", "trainer", "tune", str(config), "--name", name]
+    command += ["--workers", str(workers), "--set", f"logging.directory={runs}"]
+    for change in set_ or ():
+        command += ["--set", change]
+    victims = ["chief"] + ["worker"] * (kills - 1)
+    moments.shuffle(victims)
+    for victim in victims:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        _wait(folder, process, moments)
+        begin = time.monotonic()
+        what = _kill(process, victim, moments)
+        _, said = process.communicate()
+        last = said.strip().splitlines()[-1] if said.strip() else ""
+        seconds = time.monotonic() - begin
+        print(
+            f"killed {what} with {len(_records(folder))} trials done; the command ended with "
+            f"{process.returncode} after {seconds:.1f} s: {last}",
+            flush=True,
+        )
+    if subprocess.run(command, check=False).returncode:
+        sys.exit("the last start failed")
+    faults = _faults(folder)
+    for fault in faults:
+        print(f"wrong: {fault}")
+    print(
+        f"{kills} kills, {len(_records(folder))} trials: " + ("WRONG" if faults else "all is there")
+    )
+    raise typer.Exit(1 if faults else 0)
+
+
+def _wait(folder: Path, process: subprocess.Popen[str], moments: random.Random) -> None:
+    """Waits until some more trials are done, and a while into the next."""
+    expected = len(_records(folder)) + moments.randint(2, 6)
+    while process.poll() is None and len(_records(folder)) < expected:
+        time.sleep(0.05)
+    time.sleep(moments.uniform(0, 8))
+
+
+def _kill(process: subprocess.Popen[str], victim: str, moments: random.Random) -> str:
+    """Sends SIGKILL, and returns to whom."""
+    if victim == "chief":
+        process.kill()
+        return "the chief"
+    workers = [
+        child for child in psutil.Process(process.pid).children() if "tune" in child.cmdline()
+    ]
+    worker = moments.choice(workers)
+    worker.kill()
+    return f"one of {len(workers)} workers"
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("records/*.json"))]
+
+
+def _faults(folder: Path) -> list[str]:
+    """Returns what is missing or there twice."""
+    config = tomllib.loads((folder / "search.toml").read_text())
+    asked, records = config["tuning"]["trials"], _records(folder)
+    faults = []
+    if len(records) != asked:
+        faults.append(f"{len(records)} trials, {asked} were asked for")
+    oracle = json.loads((folder / "oracle" / "oracle.json").read_text())
+    names = sorted(record["trial"] for record in records)
+    faults += [
+        f"{order} of the oracle is not that of the trials"
+        for order in ("start_order", "end_order")
+        if sorted(oracle[order]) != names
+    ]
+    tried = collections.Counter(f"{record['values']} {record['epochs']}" for record in records)
+    faults += [f"{count} times: {values}" for values, count in tried.items() if count > 1]
+    for record in records:
+        for run in record["runs"]:
+            lines = (folder / run / "metrics.jsonl").read_text().splitlines()
+            epochs = [json.loads(line)["epoch"] for line in lines]
+            if record["status"] != "failed" and epochs != list(range(1, len(epochs) + 1)):
+                faults.append(f"{run} has epochs {epochs}")
+    sessions = {path.parent.name for path in folder.glob("tensorboard/*/*.tfevents.*")}
+    if sessions != {record["trial"] for record in records}:
+        faults.append("the HParams page has other trials")
+    return faults
+
+
+if __name__ == "__main__":
+    typer.run(main)

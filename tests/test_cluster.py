@@ -1,0 +1,379 @@
+"""Several workers: what names them, what is refused, and that they train as one device does."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+
+from trainer.cluster import Cluster, read_cluster
+from trainer.errors import InputError, MissingError
+
+LOCAL_CLUSTER = Path(__file__).parent.parent / "scripts" / "local_cluster.py"
+TWO = ["127.0.0.1:9001", "127.0.0.1:9002"]
+# Smooth and without dropout: what differs is rounding alone. 2,401 images are 25 batches, the last
+# of one image, which one of two workers has, and the other has none.
+SETTINGS = {
+    "data.name": "synthetic",
+    "data.options": "{examples=3335,height=8,width=8,classes=4}",
+    "model.name": "mlp",
+    "model.options": '{units=[16],activation="tanh",dropout=0.0}',
+    "training.batch_size": 100,
+    "training.steps_per_call": 10,
+    "training.epochs": 4,
+    "training.device": "cpu",
+    "training.precision": "float32",
+    "logging.name": "trained",
+}
+
+
+def tf_config(addresses: list[str], index: Any = 0, **others: Any) -> str:
+    cluster = {"worker": addresses} | others
+    return json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
+
+
+def free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+# ---------------------------------------------------------------- what names them
+
+
+def test_tf_config_names_the_workers_and_the_chief_comes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert read_cluster() is None
+    monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1))
+    cluster = read_cluster()
+    assert cluster == Cluster(tuple(TWO), 1, "TF_CONFIG")
+    assert not cluster.chief
+    # As Kubeflow writes it.
+    monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1, chief=["[::1]:2222"]))
+    cluster = read_cluster()
+    assert cluster == Cluster(("[::1]:2222", *TWO), 2, "TF_CONFIG")
+    assert cluster.resolver().task_id == 1
+    monkeypatch.setenv("TF_CONFIG", tf_config(TWO[:1]))
+    assert read_cluster() is None  # one worker trains alone
+
+
+def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    step = {"NUM_TASKS": "3", "NODELIST": "n[01-02]", "TASKS_PER_NODE": "2,1"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    expected = Cluster(("n01:8888", "n01:8889", "n02:8888"), 2, "SLURM")
+    assert read_cluster() == expected
+    monkeypatch.setenv("SLURMD_NODENAME", "n02")
+    assert read_cluster() == expected
+    monkeypatch.setenv("SLURMD_NODENAME", "n01")
+    with pytest.raises(InputError, match="expected task 2 on n02, it runs on n01"):
+        read_cluster()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[01-")
+    with pytest.raises(InputError, match="SLURM: the job step cannot be read"):
+        read_cluster()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert read_cluster() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "TF_CONFIG: expected {"),
+        ("{", "TF_CONFIG: expected {.*Invalid JSON"),
+        ("[]", "TF_CONFIG: expected {.*received"),
+        ('{"cluster": {}}', "task: Field required"),
+        (tf_config(TWO, "0"), "task.index: .*received '0'"),
+        (tf_config(TWO, -1), "task.index: .*received -1"),
+        (tf_config(TWO, 2), r"expected a task of its cluster \(worker 0 to 1\), received worker 2"),
+        (tf_config([]), r"expected a task of its cluster \(none\), received worker 0"),
+        (tf_config(["no-port", TWO[0]]), "cluster.worker.0: .*received 'no-port'"),
+        (tf_config(["a:70000", TWO[0]]), "expected ports from 1 to 65535, received a:70000"),
+        (tf_config([TWO[0], TWO[0]]), "expected each address once, received 127.0.0.1:9001 twice"),
+        (tf_config(TWO, ps=["a:1"]), "expected the jobs chief and worker, received ps"),
+        (tf_config(TWO, chief=["a:1", "b:1"]), "expected one chief, received 2"),
+    ],
+)
+def test_wrong_tf_config_is_refused(
+    text: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(InputError, match=expected):
+        read_cluster()
+
+
+def test_wrong_tf_config_is_one_line_of_the_command(
+    command: Callable[..., Any], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_tmp_path / "empty.toml").touch()
+    monkeypatch.setenv("TF_CONFIG", "{")
+    code, out, err = command("fit", "empty.toml")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "TF_CONFIG" in err
+
+
+# ---------------------------------------------------------------- waiting for each other
+
+
+def test_workers_wait_for_each_other_however_late_one_comes() -> None:
+    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+    clusters = [Cluster(addresses, index, "TF_CONFIG") for index in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        early = [threads.submit(each.wait_for_the_others, 30) for each in clusters[:2]]
+        time.sleep(0.5)
+        assert not any(waiting.done() for waiting in early)
+        late = threads.submit(clusters[2].wait_for_the_others, 30)
+        with socket.create_connection(("127.0.0.1", int(addresses[0].split(":")[1]))):
+            pass  # a stranger is nobody
+        for waiting in (*early, late):
+            assert waiting.result() is None
+
+
+def test_unreachable_worker_is_named_after_the_time_out() -> None:
+    ours, nobodys = free_ports(2)
+    cluster = Cluster((f"127.0.0.1:{ours}", f"127.0.0.1:{nobodys}"), 0, "TF_CONFIG")
+    with pytest.raises(InputError) as refused:
+        cluster.wait_for_the_others(0.3)
+    assert str(refused.value) == (
+        "TF_CONFIG: expected every worker within 0.3 s (training.cluster_timeout_seconds), did not "
+        f"meet task 1 at 127.0.0.1:{nobodys} (Connection refused)"
+    )
+
+
+def test_unknown_host_is_named_after_the_time_out() -> None:
+    (ours,) = free_ports(1)
+    cluster = Cluster((f"127.0.0.1:{ours}", "there-is-no-such-host.invalid:1"), 0, "TF_CONFIG")
+    with pytest.raises(InputError, match=r"task 1 at there-is-no-such-host\.invalid:1 \("):
+        cluster.wait_for_the_others(0.1)
+
+
+def test_another_program_at_a_workers_address_is_told() -> None:
+    with ThreadPoolExecutor(1) as thread, socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"220 mail\n")
+
+        thread.submit(answer)
+        addresses = tuple(f"127.0.0.1:{p}" for p in (*free_ports(1), listener.getsockname()[1]))
+        with pytest.raises(InputError, match=r"task 1 at \S+ \(another program answers there\)"):
+            Cluster(addresses, 0, "TF_CONFIG").wait_for_the_others(0)
+
+
+def test_workers_that_were_told_of_different_clusters_are_refused() -> None:
+    first, second, third = (f"127.0.0.1:{port}" for port in free_ports(3))
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [
+            threads.submit(Cluster(addresses, index, "TF_CONFIG").wait_for_the_others, 3)
+            for index, addresses in enumerate([(first, second), (first, second, third)])
+        ]
+        refusals = [str(each.exception()) for each in waiting]
+    # Who finds out first ends; the other then meets nobody.
+    assert any("was told of other workers than this one" in said for said in refusals), refusals
+    assert all(isinstance(each.exception(), InputError) for each in waiting)
+
+
+def test_port_in_use_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        cluster = Cluster((address, "127.0.0.1:1"), 0, "TF_CONFIG")
+        with pytest.raises(InputError, match=rf"port \d+ of {address}, this task's, is in use"):
+            cluster.wait_for_the_others(60)
+
+
+def test_errors_about_lost_workers_name_them_and_others_stay() -> None:
+    import tensorflow as tf
+
+    nobodys, ours = free_ports(2)
+    cluster = Cluster((f"127.0.0.1:{nobodys}", f"127.0.0.1:{ours}"), 1, "TF_CONFIG")
+    error = tf.errors.UnavailableError(None, None, "/job:worker/replica:0/task:0 is gone")
+    expected = rf"lost task 0 \(chief\) at 127.0.0.1:{nobodys}: again"
+    with pytest.raises(MissingError, match=expected), cluster.watched("again"):
+        raise error
+    with pytest.raises(ZeroDivisionError), cluster.watched("again"):
+        raise ZeroDivisionError
+
+
+# ---------------------------------------------------------------- training together
+
+
+def start(workers: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts `trainer fit` as workers of a local cluster, or alone."""
+    (folder / "empty.toml").touch()
+    cluster = [str(LOCAL_CLUSTER), str(workers), "--"]
+    return subprocess.Popen(
+        [sys.executable, *(cluster if workers > 1 else ["-m", "trainer"]), "fit", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TF_CONFIG"},
+    )
+
+
+def changes(settings: dict[str, Any]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same training alone and by two workers."""
+    runs = {}
+    for workers in (1, 2):
+        folder = tmp_path_factory.mktemp(f"workers-{workers}")
+        code, out, err = ended(start(workers, folder, "empty.toml", *changes(SETTINGS)))
+        assert code == 0, err
+        assert out.count("test accuracy") == 1  # the chief alone tells
+        (runs[workers],) = (folder / "runs").iterdir()
+    return runs
+
+
+def curve(run: Path, tag: str) -> np.ndarray[Any, Any]:
+    """Returns the points of a curve of training, in their order."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = [
+        event
+        for path in sorted((run / "tensorboard" / "train").glob("*.tfevents.*"))
+        for event in EventFileLoader(str(path)).Load()
+    ]
+    values = [value for event in events for value in event.summary.value if value.tag == tag]
+    return np.array([float(make_ndarray(value.tensor)) for value in values])
+
+
+def weights(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with h5py.File(run / "checkpoints" / "final.weights.h5") as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    return found
+
+
+def test_two_workers_train_as_one_device_does(trained: dict[int, Path]) -> None:
+    alone, together = (curve(trained[workers], "step/loss") for workers in (1, 2))
+    assert len(alone) == len(together) == 100
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    alone, together = (curve(trained[workers], "step/accuracy") for workers in (1, 2))
+    ends = [25 * epoch + step - 1 for epoch in range(4) for step in (10, 20, 25)]  # of the calls
+    np.testing.assert_allclose(together, alone[ends], rtol=0, atol=1e-5)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in trained.values()]
+    for split in ("validation", "test"):
+        for metric in ("loss", "accuracy"):
+            one, two = (summary[split][metric] for summary in summaries)
+            assert one == pytest.approx(two, abs=1e-5)
+    assert [summary["workers"] for summary in summaries] == [1, 2]
+    assert summaries[0]["test"]["accuracy"] > 0.5  # something was learned
+
+
+def test_two_devices_of_one_machine_train_as_one_does(
+    trained: dict[int, Path], in_tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    (in_tmp_path / "empty.toml").touch()
+    settings = changes(SETTINGS | {"training.device": "all"})  # the two that conftest makes
+    code, out, err = command("fit", "empty.toml", "--json", *settings)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["devices"] == ["CPU:0", "CPU:1"]
+    for tag in ("step/loss", "step/accuracy"):
+        alone, together = curve(trained[1], tag), curve(Path(summary["run"]), tag)
+        assert len(alone) == len(together) == 100
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, Path]) -> None:
+    names = [sorted(p.name for p in run.iterdir()) for run in trained.values()]
+    assert names[0] == names[1]
+    assert "worker   0 of 2" in (trained[2] / "log.txt").read_text()
+    for worker in (0, 1):
+        assert len(curve(trained[2], f"worker_{worker}/step_ms")) == 11
+    assert len(curve(trained[1], "worker_0/step_ms")) == 0
+
+
+@pytest.mark.slow
+def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
+    trained: dict[int, Path], tmp_path: Path
+) -> None:
+    slow = {"training.checkpoint_seconds": 0, "training.steps_per_call": 1}
+    process = start(2, tmp_path, "empty.toml", *changes(SETTINGS | slow))
+    while not list(tmp_path.glob("runs/*/checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    worker(process, 1).send_signal(signal.SIGKILL)
+    code, _, err = ended(process)
+    assert code == 128 + signal.SIGKILL
+    assert re.search(
+        r"\[0\] trainer: lost task 1 at 127.0.0.1:\d+: start every worker again with "
+        r"`trainer fit --resume \S+-trained`",
+        err,
+    ), err
+    assert not list(tmp_path.glob("runs/*/summary.json"))
+
+    process = start(2, tmp_path, "--resume", "trained")
+    # A signal that one of them gets stops all of them, with their state saved.
+    while "resumed" not in process.stderr.readline():
+        assert process.poll() is None
+    worker(process, 1).send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 128 + signal.SIGTERM, err
+    assert err.count("stopped by SIGTERM; go on with `trainer fit --resume RUN`") == 2
+
+    code, _, err = ended(start(2, tmp_path, "--resume", "trained"))
+    assert code == 0, err
+    (run,) = (tmp_path / "runs").iterdir()
+    expected, found = weights(trained[2]), weights(run)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def worker(process: subprocess.Popen[str], index: int) -> psutil.Process:
+    """Returns a worker of a local cluster."""
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "trainer" in child.cmdline()]
+    return sorted(workers, key=lambda child: child.create_time())[index]
+
+
+def test_workers_that_were_told_different_things_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").touch()
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer", "fit", "empty.toml", *changes(SETTINGS | seed)],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TF_CONFIG": tf_config(addresses, index)},
+        )
+        for index, seed in enumerate([{"training.seed": 0}, {"training.seed": 1}])
+    ]
+    for process in processes:
+        code, _, err = ended(process)
+        assert code == 2
+        assert "expected the same configuration on every worker; that of task 1 differs" in err
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,241 @@
+"""A search by several processes, some of which die: real processes, killed."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from trainer.config import Config, load_config
+from trainer.errors import InputError, TrainerError
+from trainer.tuning import cluster
+from trainer.tuning.folder import SearchFolder
+from trainer.tuning.oracles import make_oracle, quiet
+
+# Each trial has forty epochs, of some milliseconds each, and a checkpoint after each.
+SEARCH = """
+[data]
+name = "synthetic"
+options = { examples = 200, height = 6, width = 6, classes = 3 }
+[model]
+name = "mlp"
+options = { units = [8] }
+[training]
+epochs = 40
+batch_size = 16
+device = "cpu"
+precision = "float32"
+[logging]
+name = "s"
+tensorboard = false
+[tuning]
+trials = 3
+patience = 0
+pruning = false
+direction = "max"
+[tuning.space]
+optimizer.learning_rate = { low = 0.001, high = 0.1, scale = "log" }
+"""
+FOLDER = Path("runs/tune-s")
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The search above, in s.toml."""
+    monkeypatch.chdir(tmp_path)
+    Path("s.toml").write_text(SEARCH)
+    return load_config("s.toml")
+
+
+def _under_way() -> str | None:
+    """Returns a trial that has done some epochs and has others before it."""
+    for path in sorted(FOLDER.glob("trials/*/metrics.jsonl")):
+        if 2 <= len(path.read_text().splitlines()) < 30:
+            return path.parent.name
+    return None
+
+
+def _soon(look: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 90
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
+
+
+def _workers() -> dict[str, psutil.Process]:
+    found = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "tune" in child.cmdline():
+                found[child.environ()["KERASTUNER_TUNER_ID"]] = child
+    return found
+
+
+def _require_whole(trials: int = 3) -> None:
+    """Nothing is lost and nothing is done twice."""
+    records = [json.loads(path.read_text()) for path in FOLDER.glob("records/*.json")]
+    assert sorted(record["trial"] for record in records) == [str(i) for i in range(trials)]
+    oracle = json.loads((FOLDER / "oracle" / "oracle.json").read_text())
+    for order in ("start_order", "end_order"):
+        assert sorted(oracle[order]) == [str(i) for i in range(trials)]
+    for record in records:
+        assert record["status"] == "completed"
+        metrics = (FOLDER / record["runs"][0] / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in metrics] == list(range(1, 41))
+
+
+def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
+    search: Config, command: Callable[..., Any]
+) -> None:
+    assert search.tuning.trials == 3
+    killed = []
+
+    def kill() -> None:
+        trial = _soon(_under_way)
+        ongoing = json.loads((FOLDER / "oracle" / "oracle.json").read_text())["ongoing_trials"]
+        worker = next((name for name, of in ongoing.items() if of == trial), "worker-1")
+        _workers()[worker].kill()
+        killed.append((worker, trial))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    code, _, err = command("tune", "s.toml", "--workers", "2")
+    thread.join()
+    worker, trial = killed[0]
+    assert code == 1
+    assert f"{worker} was killed by SIGKILL during trial {trial}; chief and workers were" in err
+    assert not _workers()
+    assert not (FOLDER / "records" / f"{trial}.json").exists()
+
+    code, out, err = command("tune", "s.toml", "--workers", "1", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["trials"]) == 3
+    _require_whole()
+    assert "resumed  at epoch" in (FOLDER / "trials" / trial / "log.txt").read_text()
+
+
+def test_a_worker_ends_without_its_chief_and_loses_nothing(
+    search: Config, command: Callable[..., Any]
+) -> None:
+    folder = SearchFolder("runs", "s")
+    folder.create(search)
+    servicer = cluster._Servicer(make_oracle(search, folder.oracle))
+    with quiet(), contextlib.ExitStack() as serving:
+        port = serving.enter_context(cluster._serving(servicer, "127.0.0.1", 0))
+        with cluster._started(folder, 1, port) as processes:
+            trial = _soon(_under_way)
+            serving.close()  # a chief that was killed answers no more
+            with pytest.raises(InputError, match="worker-1 of an earlier start"):
+                _impatient(folder)
+            assert processes["worker-1"].wait(60) == 1
+    said = folder.log("worker-1").read_text()
+    assert f"the chief at 127.0.0.1:{port} answers no more" in said
+
+    # Meanwhile that trial came to its end, or it was saved; alone, the search goes on.
+    code, _, err = command("tune", "s.toml")
+    assert code == 0, err
+    _require_whole()
+    assert trial in {record.trial for record in folder.records()}
+
+
+def _impatient(folder: SearchFolder) -> None:
+    """Begins to lead as `SearchFolder.locked` does, without its minute of patience."""
+    from trainer.tuning import folder as module
+
+    patient = module._lock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_lock", lambda path, _, taken: patient(path, 0, taken))
+        with folder.locked():
+            pass
+
+
+def test_a_signal_saves_the_trial_and_says_how_to_go_on(
+    search: Config, command: Callable[..., Any]
+) -> None:
+    def stop() -> None:
+        _soon(_under_way)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert search.tuning.trials == 3
+    thread = threading.Thread(target=stop)
+    thread.start()
+    code, _, err = command("tune", "s.toml")
+    thread.join()
+    assert code == 143
+    assert "stopped by SIGTERM; go on with the same `trainer tune` (runs/tune-s)" in err
+    code, _, err = command("tune", "s.toml")
+    assert code == 0, err
+    _require_whole()
+    assert "resumed  at epoch" in "".join(p.read_text() for p in FOLDER.glob("trials/*/log.txt"))
+
+
+def test_a_worker_far_away_that_is_silent_is_missed(search: Config) -> None:
+    folder = SearchFolder("runs", "s")
+    oracle = SimpleNamespace(
+        tuner_ids={"near", "far"}, ongoing_trials={"far": SimpleNamespace(trial_id="7")}
+    )
+    now = time.monotonic()
+    servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": now - 50, "far": now - 50})
+    cluster._require_alive(folder, servicer, {})
+    servicer.heard["far"] = now - 61
+    with pytest.raises(TrainerError, match=r"far is silent for 61 s during trial 7; chief and"):
+        cluster._require_alive(folder, servicer, {})
+    assert search.logging.name == folder.name
+
+
+def test_two_searches_do_not_share_a_directory(search: Config, command: Callable[..., Any]) -> None:
+    folder = SearchFolder("runs", "s")
+    folder.create(search)
+    with folder.locked():
+        code, _, err = command("tune", "s.toml")
+    assert (code, "runs/tune-s is being searched by another process" in err) == (2, True)
+
+
+def test_chief_and_workers_find_each_other_by_three_variables(
+    search: Config, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert search.tuning.trials == 3
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
+    place = ("127.0.0.1", port)
+
+    def start(name: str, *options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", "tune", "s.toml", *options],
+            env={**os.environ, **dict(zip(names, (name, *place), strict=True))},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    other = start("other", "--set", "tuning.seed=7")
+    worker = start("worker-a")
+    for variable, value in zip(names, ("chief", *place), strict=True):
+        monkeypatch.setenv(variable, value)
+    code, _, err = command("tune", "s.toml", "--trials", "2")
+    assert code == 0, err
+    assert f"chief    at 127.0.0.1:{port}" in err
+    _, said = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "tuning.seed = 0 (received 7)" in said
+    _, said = worker.communicate(timeout=60)
+    assert worker.returncode == 0, said
+    _require_whole(2)
+
+    assert command("tune", "s.toml", "--workers", "2")[0] == 2
+    monkeypatch.setenv("KERASTUNER_ORACLE_PORT", "none")
+    code, _, err = command("tune", "s.toml")
+    assert (code, "expected all of KERASTUNER_TUNER_ID, KERASTUNER_ORACLE_IP" in err) == (2, True)

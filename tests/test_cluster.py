@@ -87,8 +87,19 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="expected task 2 on n02, it runs on n01"):
         read_cluster()
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[01-")
-    with pytest.raises(InputError, match="SLURM: the job step cannot be read"):
+    with pytest.raises(
+        InputError, match=r"expected a job step, received SLURM_STEP_NODELIST = 'n\[01-'"
+    ):
         read_cluster()
+    for variable, value, limits in [
+        ("SLURM_PROCID", "3", "0 to 2"),
+        ("SLURM_PROCID", "-1", "0 to 2"),
+        ("SLURM_STEP_NUM_TASKS", "x", "1 to 1000000"),
+    ]:
+        monkeypatch.setenv(variable, value)
+        expected = f"expected {variable} to be a number from {limits}, received '{value}'"
+        with pytest.raises(InputError, match=expected):
+            read_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert read_cluster() is None
 
@@ -103,8 +114,11 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
         (tf_config(TWO, "0"), "task.index: .*received '0'"),
         (tf_config(TWO, -1), "task.index: .*received -1"),
         (tf_config(TWO, 2), r"expected a task of its cluster \(worker 0 to 1\), received worker 2"),
-        (tf_config([]), r"expected a task of its cluster \(none\), received worker 0"),
+        (tf_config([]), r"expected a task of its cluster \(it has none\), received worker 0"),
         (tf_config(["no-port", TWO[0]]), "cluster.worker.0: .*received 'no-port'"),
+        (tf_config(["a..b:1", TWO[0]]), "cluster.worker.0: .*expected a host name .*'a..b:1'"),
+        (tf_config(["a" * 70 + ":1", TWO[0]]), "cluster.worker.0: .*expected a host name"),
+        (tf_config(["a:１", TWO[0]]), "cluster.worker.0: .*should match"),
         (tf_config(["a:70000", TWO[0]]), "expected ports from 1 to 65535, received a:70000"),
         (tf_config([TWO[0], TWO[0]]), "expected each address once, received 127.0.0.1:9001 twice"),
         (tf_config(TWO, ps=["a:1"]), "expected the jobs chief and worker, received ps"),
@@ -189,6 +203,13 @@ def test_workers_that_were_told_of_different_clusters_are_refused() -> None:
     # Who finds out first ends; the other then meets nobody.
     assert any("was told of other workers than this one" in said for said in refusals), refusals
     assert all(isinstance(each.exception(), InputError) for each in waiting)
+
+
+def test_one_address_under_two_names_is_refused() -> None:
+    (port,) = free_ports(1)
+    cluster = Cluster((f"127.0.0.1:{port}", f"localhost:{port}"), 0, "TF_CONFIG")
+    with pytest.raises(InputError, match=rf"task 1 at localhost:{port} is where task 0 answers"):
+        cluster.wait_for_the_others(60)
 
 
 def test_port_in_use_is_refused_at_once() -> None:
@@ -375,5 +396,5 @@ def test_workers_that_were_told_different_things_are_refused(tmp_path: Path) -> 
     for process in processes:
         code, _, err = ended(process)
         assert code == 2
-        assert "expected the same configuration on every worker; that of task 1 differs" in err
+        assert "task 1 differs from the chief in training.seed\n" in err
     assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import shutil
 import time
 import tomllib
 import urllib.request
@@ -80,6 +81,8 @@ RATE = "tuning.space.optimizer.learning_rate"
         ("tuning.trials=0", "tuning.trials: expected greater than or equal to 1, received 0"),
         ("tuning.trails=3", "unknown key 'tuning.trails': did you mean 'trials'?"),
         (f"{RATE}={{low=1, hihg=2}}", f"unknown key '{RATE}.hihg': did you mean 'high'?"),
+        (f"{RATE}={{low=nan, high=1}}", "low: expected a finite number, received nan"),
+        (f"{RATE}={{low='a', high=1}}", "low: expected a valid number, received 'a'"),
         (f"{RATE}={{low=1}}", "expected low < high, or choices; received low = 1, high = None"),
         (f"{RATE}={{low=2, high=1}}", "expected low < high, or choices; received low = 2, high ="),
         (f"{RATE}={{low=1, high=2, choices=[1]}}", "either choices or low and high, received both"),
@@ -152,14 +155,30 @@ def test_what_the_project_refuses_later_is_refused_before_anything_is_trained(
         ("tuning.space.model.options.depth={choices=[1]}", "unknown option 'depth'"),
         ("tuning.space.optimizer.name={choices=['SDG', 'SGD']}", "did you mean 'SGD'"),
         ("tuning.space.optimizer.options.moment={choices=[1.0]}", "refuses the options"),
-        ("tuning.space.training.batch_size={choices=[16, 5000]}", "5000 is larger than the 144"),
+        (
+            "tuning.space.training.batch_size={choices=[16, 5000]}",
+            "training.batch_size = 5000: expected batches of 144",
+        ),
+        ("tuning.space.model.options.units={choices=[[8], [-4]]}", "units = [-4]: "),
         ("tuning.space={}", "tuning.space is empty"),
+        ("logging.name=" + "n" * 300, "logging.name: expected"),
         ("logging.directory=/proc/none", "choose another folder"),
     ]:
         code, _, err = command("tune", "s.toml", "--set", change)
         assert (code, said in err) == (2, True), (change, err)
         assert err.count("\n") == 1, err
     assert not Path("runs").exists()
+
+
+def test_a_device_of_the_space_that_is_not_here_is_refused_at_once(
+    search: Callable[..., Config], command: Callable[..., Any]
+) -> None:
+    search()
+    devices = "tuning.space.training.device={choices=['cpu', 'gpu:7']}"
+    code, _, err = command("tune", "s.toml", "--set", devices)
+    assert code in (2, 3)  # there may be some GPUs
+    assert "tuning.space, training.device = 'gpu:7': --device gpu:7: " in err
+    assert not Path("runs/tune-synthetic-mlp").exists()
 
 
 def test_the_direction_of_an_unknown_metric_must_be_told(search: Callable[..., Config]) -> None:
@@ -209,7 +228,7 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
     kept = trial_config(config, decode(config, {rate: 0.1, name: 0, units: 0}))
     assert kept.optimizer.options == {"weight_decay": 0.01}  # of the same optimizer
     assert decode(config, {rate: 0.09999999, name: 0})[rate] <= 0.1
-    tried = list(extremes(config))
+    tried = [changed for _, changed in extremes(config)]
     assert {c.optimizer.options.get("momentum") for c in tried} == {None, 0.0, 0.3, 0.6, 0.9}
     assert trial_config(search("tuning.direction=max", EARLY), values).training.callbacks == [
         *search(EARLY).training.callbacks
@@ -448,7 +467,7 @@ def test_a_search_from_its_beginning_to_the_refit(
     assert more["trials"][:3] == result["trials"]
     assert len(more["trials"]) == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "3 trials are done" in err
+    assert "3 of 4 trials are done" in err
 
     # The refit trains on train and validation, and scores the test images once.
     refit = Run(Path(more["refit"]["run"]))
@@ -622,6 +641,87 @@ def test_a_damaged_search_is_refused(
     (record,) = (folder.path / "records").iterdir()
     record.write_text(content)
     assert f"{record} is damaged" in refused(folder.records)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("search.toml", None, "holds a search without its search.toml"),
+        ("records/0.json", None, "is damaged: it has no record of trial 0: put back"),
+        ("records/0.json", {"score": "0.5"}, "0.json is damaged (score: "),
+        ("records/0.json", {"score": float("nan")}, "0.json is damaged (score: "),
+        ("records/0.json", {"trial": "1"}, "0.json is damaged (it is of trial 1)"),
+        ("records/0.json", {"values": {}}, "records of other values than its oracle/ chose for "),
+        ("oracle", None, "records of other values than its oracle/ chose for trial 0"),
+        ("oracle", "file", "oracle cannot be written (File exists): move what is there away"),
+        ("tensorboard", "file", "tensorboard cannot be written (File exists)"),
+        (
+            "oracle/trial_0/trial.json",
+            None,
+            "is damaged (FileNotFoundError: no trial.json of trial",
+        ),
+        ("oracle/trial_0/trial.json", "[]", "oracle is damaged ("),
+        ("seconds.json", "{}", "seconds.json is damaged (seconds: Field required)"),
+        ("results.json", "folder", "results.json cannot be written (Is a directory)"),
+    ],
+)
+def test_a_search_that_lost_a_part_is_refused_and_the_rest_is_left(
+    file: str,
+    content: Any,
+    said: str,
+    search: Callable[..., Config],
+    command: Callable[..., Any],
+) -> None:
+    config = search("tuning.direction=max", "logging.name=s", "tuning.trials=1")
+    folder = SearchFolder("runs", "s")
+    folder.create(config)
+    folder.write_json("seconds.json", {"seconds": 1.0})
+    oracle = make_oracle(config, folder.oracle)
+    with quiet():
+        trial = oracle.create_trial("alone")
+        folder.write_record(_record(0, 0.5, **decode(config, trial.hyperparameters.values)))
+        oracle.update_trial("0", {"val_accuracy": 0.5})
+        trial.status = COMPLETED
+        oracle.end_trial(trial)
+    _damage(folder.path / file, content)
+    before = sorted(folder.path.glob("records/*"))
+    code, _, err = command("tune", "s.toml", "--set", "logging.name=s", "--trials", "1")
+    assert (code, said in err) == (2, True), err
+    assert "Traceback" not in err
+    assert sorted(folder.path.glob("records/*")) == before
+
+
+def _damage(path: Path, content: Any) -> None:
+    """Removes a file or folder, puts another kind of it there, or changes what it says."""
+    if isinstance(content, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+        return
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+
+
+def test_a_search_says_why_it_ends_before_its_trials_are_used_up(
+    search: Callable[..., Config], command: Callable[..., Any]
+) -> None:
+    search()
+    changes = ("tuning.algorithm=grid", "training.epochs=1", "tuning.space={}", f"{RATE}={TWO}")
+    options = [part for change in changes for part in ("--set", change)]
+    code, _, err = command("tune", "s.toml", *options)
+    assert code == 0, err
+    assert "the space has no more to try: 2 of 4 trials" in err
+    worst = ("--set", "tuning.objective=val_loss", "--set", "tuning.direction=max")
+    code, _, err = command("tune", "s.toml", *options, *worst, "--name", "worst", "--trials", "1")
+    assert code == 0, err
+    assert "the worst val_loss is looked for" in err
+
+
+TWO = "{choices=[0.01, 0.02]}"
 
 
 def test_old_runs_know_nothing_of_a_search(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from trainer.config import Config, load_config
-from trainer.errors import InputError, TrainerError
+from trainer.errors import InputError, MissingError
 from trainer.tuning import cluster
 from trainer.tuning.folder import SearchFolder
 from trainer.tuning.oracles import make_oracle, quiet
@@ -114,7 +114,7 @@ def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
     code, _, err = command("tune", "s.toml", "--workers", "2")
     thread.join()
     worker, trial = killed[0]
-    assert code == 1
+    assert code == 3
     assert f"{worker} was killed by SIGKILL during trial {trial}; chief and workers were" in err
     assert not _workers()
     assert not (FOLDER / "records" / f"{trial}.json").exists()
@@ -139,7 +139,7 @@ def test_a_worker_ends_without_its_chief_and_loses_nothing(
             serving.close()  # a chief that was killed answers no more
             with pytest.raises(InputError, match="worker-1 of an earlier start"):
                 _impatient(folder)
-            assert processes["worker-1"].wait(60) == 1
+            assert processes["worker-1"].wait(60) == 3
     said = folder.log("worker-1").read_text()
     assert f"the chief at 127.0.0.1:{port} answers no more" in said
 
@@ -190,7 +190,7 @@ def test_a_worker_far_away_that_is_silent_is_missed(search: Config) -> None:
     servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": now - 50, "far": now - 50})
     cluster._require_alive(folder, servicer, {})
     servicer.heard["far"] = now - 61
-    with pytest.raises(TrainerError, match=r"far is silent for 61 s during trial 7; chief and"):
+    with pytest.raises(MissingError, match=r"far is silent for 61 s during trial 7; chief and"):
         cluster._require_alive(folder, servicer, {})
     assert search.logging.name == folder.name
 
@@ -201,6 +201,34 @@ def test_two_searches_do_not_share_a_directory(search: Config, command: Callable
     with folder.locked():
         code, _, err = command("tune", "s.toml")
     assert (code, "runs/tune-s is being searched by another process" in err) == (2, True)
+
+
+def test_a_chief_without_workers_and_one_without_a_port_say_so(
+    search: Config,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert search.tuning.trials == 3
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for variable, value in zip(
+            cluster._VARIABLES, ("chief", "127.0.0.1", str(port)), strict=True
+        ):
+            monkeypatch.setenv(variable, value)
+        code, _, err = command("tune", "s.toml")
+        assert (code, f"127.0.0.1:{port} cannot be listened at: Address already" in err) == (
+            *(2, True),
+        )
+        assert "E0000" not in capfd.readouterr().err  # gRPC's own line
+    monkeypatch.setattr(cluster, "_WAIT_SECONDS", 0.5)
+    code, _, err = command("tune", "s.toml")
+    assert code == 3
+    assert f"chief    at 127.0.0.1:{port}, waiting for workers" in err
+    assert f"no worker came to 127.0.0.1:{port} within 0 s: expected `trainer tune` else" in err
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker")
+    code, _, err = command("tune", "s.toml")
+    assert (code, f"there is no chief at 127.0.0.1:{port}, after 0 s (" in err) == (3, True)
 
 
 def test_chief_and_workers_find_each_other_by_three_variables(

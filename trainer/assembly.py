@@ -142,8 +142,8 @@ def assemble(
     try_optimizer(config.optimizer)
     with clock.part("data"):
         data = datasets.load(config.data)
-    chosen.require_alike("configuration", config.to_toml())
-    chosen.require_alike("data", data.spec.fingerprint)
+    settings = {f"{s}.{k}": v for s, table in config.model_dump().items() for k, v in table.items()}
+    chosen.require_alike(settings | {"the data itself": data.spec.fingerprint})
     resolved: dict[str, Any] = {"training.precision": precision}
     if data.spec.name == "mnist_sample":
         resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network

@@ -123,7 +123,8 @@ def fit(
     if resume is None:
         loaded = _load(config or _DEFAULT_CONFIG, set_, flags)
     else:
-        loaded = _load_resumed(resume, set_, flags, given={"CONFIG": config, "--dry-run": dry_run})
+        given = {"CONFIG": config, "--dry-run": dry_run}
+        resume, loaded = _load_resumed(resume, set_, flags, given)
     _require(loaded.training.device)
     cluster = read_cluster()
     console = _start_logging()
@@ -619,7 +620,6 @@ def main() -> NoReturn:
     """Runs the command; a person's mistake is one line and the exit code of its kind."""
 
     def stop(*_: object) -> NoReturn:
-        typer.echo("trainer: stopped by SIGTERM", err=True)
         sys.exit(128 + signal.SIGTERM)  # an exception: files are closed, the terminal given back
 
     signal.signal(signal.SIGTERM, stop)
@@ -639,6 +639,8 @@ def main() -> NoReturn:
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of control-C, without a word
             typer.echo("trainer: stopped by control-C", err=True)
+        elif end.code == 128 + signal.SIGTERM:
+            typer.echo("trainer: stopped by SIGTERM", err=True)
         raise
     sys.exit(0)
 
@@ -656,15 +658,17 @@ def _load_resumed(
     changes: list[str] | None,
     flags: dict[str, Any],
     given: dict[str, Any],
-) -> "Config":
-    """Returns the configuration of a run to resume; refuses what would make it another."""
+) -> tuple[str, "Config"]:
+    """Returns the path and configuration of a run to resume; refuses what would make it another."""
+    from trainer.config import parse_override
     from trainer.run import open_run
 
     for option, value in given.items():
         if value:
             raise InputError(f"--resume takes everything from the run: expected no {option}")
-    run = open_run(reference, unfinished=True)
-    return run.continued(_load(run.path / "config.toml", changes, flags))
+    directory = dict(map(parse_override, changes or ())).get("logging.directory", "runs")
+    run = open_run(reference, directory=str(directory), unfinished=True)
+    return str(run.path), run.continued(_load(run.path / "config.toml", changes, flags))
 
 
 def _require(device: str, run: str | None = None, runs: str = "runs") -> None:

@@ -17,15 +17,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.errors import InputError, MissingError
 
 _HELLO = "trainer worker"
 _PROBE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1
+_SLURM_PLACES = ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
 _SLURM_PORT = 8888  # the first port of a node's tasks: the default of TensorFlow's resolver
-_Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}$")]
+
+
+def _resolvable(address: str) -> str:
+    """Refuses a host whose name no system would look up."""
+    try:
+        address.rpartition(":")[0].encode("idna")
+    except UnicodeError as error:
+        raise ValueError(f"expected a host name ({error.__cause__ or error})") from None
+    return address
+
+
+_Address = Annotated[
+    str,
+    Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):[0-9]{1,5}$"),
+    AfterValidator(_resolvable),
+]
 
 
 class _Task(BaseModel):
@@ -116,9 +132,15 @@ class Cluster:
                 lines.write(self._greeting(self.index))
                 lines.flush()
                 answer = lines.readline()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeError) as error:
             return str(getattr(error, "strerror", None) or error)
         if answer != self._greeting(index):
+            twin = [i for i in range(len(self.addresses)) if answer == self._greeting(i)]
+            if twin:
+                raise InputError(
+                    f"{self.source}: expected an address for each task; {self.named(index)} is "
+                    f"where task {twin[0]} answers"
+                )
             if answer.startswith(_HELLO):
                 raise InputError(
                     f"{self.source}: {self.named(index)} was told of other workers than this one: "
@@ -208,7 +230,10 @@ def _from_tf_config(text: str) -> Cluster | None:
     if len(jobs.get("chief", [])) > 1:
         raise InputError(f"TF_CONFIG: expected one chief, received {len(jobs['chief'])}")
     if task.index >= len(jobs.get(task.type, [])):
-        known = ", ".join(f"{job} 0 to {len(at) - 1}" for job, at in jobs.items() if at) or "none"
+        known = (
+            ", ".join(f"{job} 0 to {len(at) - 1}" for job, at in jobs.items() if at)
+            or "it has none"
+        )
         raise InputError(
             f"TF_CONFIG: expected a task of its cluster ({known}), "
             f"received {task.type} {task.index}"
@@ -228,7 +253,23 @@ def _from_tf_config(text: str) -> Cluster | None:
     return Cluster(tuple(addresses), index, "TF_CONFIG")
 
 
+def _slurm_number(variable: str, least: int, most: int) -> int:
+    """Reads one of SLURM's numbers before TensorFlow does, which does not say which is wrong.
+
+    Raises:
+        InputError: It is no number, or beyond the limits.
+    """
+    text = os.environ.get(variable, "")
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise InputError(
+            f"SLURM: expected {variable} to be a number from {least} to {most}, received {text!r}"
+        )
+    return int(text)
+
+
 def _from_slurm() -> Cluster:
+    tasks = _slurm_number("SLURM_STEP_NUM_TASKS", 1, 10**6)
+    _slurm_number("SLURM_PROCID", 0, tasks - 1)
     resolver = _slurm_resolver()
     addresses, index = tuple(resolver.cluster_spec().as_dict()["worker"]), resolver.task_id
     host, here = _split(addresses[index])[0], os.environ.get("SLURMD_NODENAME")
@@ -249,13 +290,16 @@ def _slurm_resolver() -> Any:
     """
     from tensorflow import distribute
 
-    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])  # which was looked at before
     try:
         return distribute.cluster_resolver.SlurmClusterResolver(
             port_base=_SLURM_PORT, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"SLURM: the job step cannot be read: {error}") from None
+        given = (f"{name} = {os.environ.get(name)!r}" for name in _SLURM_PLACES)
+        raise InputError(
+            f"SLURM: expected a job step, received {', '.join(given)}: {error}"
+        ) from None
 
 
 def _split(address: str) -> tuple[str, int]:
@@ -312,5 +356,5 @@ def _refusal(address: str) -> str:
     try:
         with socket.create_connection(_split(address), timeout=_PROBE_SECONDS):
             return ""
-    except OSError as error:
-        return str(error.strerror or error)
+    except (OSError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error)

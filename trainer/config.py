@@ -197,6 +197,7 @@ class LoggingConfig(Section):
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,  # of the 255 bytes that file systems take
         description="Name of the run; the data set's and the model's where it is not set",
     )
     tensorboard: bool = Field(default=True, description="Write TensorBoard files")
@@ -217,11 +218,11 @@ class LoggingConfig(Section):
 class Parameter(Section):
     """What a search may set one key of the configuration to: a range, or one of some values."""
 
-    low: int | float | None = Field(default=None, description="Least value of a range")
-    high: int | float | None = Field(
+    low: float | int | None = Field(default=None, description="Least value of a range")
+    high: float | int | None = Field(
         default=None, description="Greatest value; whole numbers only where both ends are whole"
     )
-    step: int | float | None = Field(
+    step: float | int | None = Field(
         default=None, gt=0, description="From a value to the next; what to multiply by under log"
     )
     scale: Literal["linear", "log"] = Field(

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,25 +95,27 @@ class Devices:
         total: NDArray[np.float64] = self._sum(parts).numpy()
         return total
 
-    def require_alike(self, what: str, text: str) -> None:
+    def require_alike(self, what: Mapping[str, object]) -> None:
         """Refuses workers that were not given the same; else they would train different things.
 
         Args:
-            what: Its name, for the message.
-            text: What must be the same.
+            what: What must be the same, by name; the names are the same everywhere.
 
         Raises:
-            InputError: It differs from the chief's.
+            InputError: Something differs from the chief's.
         """
         # 48 bits: what a float64 holds exactly.
-        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
-        digests = self.exchange([digest])[:, 0]
-        differing = [str(i) for i, other in enumerate(digests) if other != digests[0]]
-        if differing:
-            raise InputError(
-                f"expected the same {what} on every worker; that of task {', '.join(differing)} "
-                "differs from the chief's"
-            )
+        texts = [str(value).encode() for value in what.values()]
+        digests = self.exchange(
+            [int.from_bytes(hashlib.sha256(text).digest()[:6]) for text in texts]
+        )
+        for i, worker in enumerate(digests):
+            names = [n for n, a, b in zip(what, worker, digests[0], strict=True) if a != b]
+            if names:
+                raise InputError(
+                    f"expected the same on every worker; task {i} differs from the chief in "
+                    f"{', '.join(names)}"
+                )
 
     @functools.cached_property
     def _sum(self) -> Any:

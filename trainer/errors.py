@@ -81,5 +81,6 @@ def nearest(name: str, known: Iterable[str], *, shown: int = 12) -> str:
     names = sorted(known)
     lower = {n.lower(): n for n in reversed(names)}
     close = [lower[c] for c in difflib.get_close_matches(name.lower(), lower, n=1)]
-    listed = ", ".join(names[:shown]) + (f", … ({len(names)} in all)" if len(names) > shown else "")
+    listed = ", ".join(names[:shown]) or "none"
+    listed += f", … ({len(names)} in all)" if len(names) > shown else ""
     return "".join(f"did you mean {c!r}? " for c in close) + f"available: {listed}"

@@ -168,7 +168,7 @@ def resume(
             setting = assemble(config, clock, cluster=cluster)
             saved = _checkpoint_that_fits(run, setting)
             position = saved and asdict(saved.position)
-            setting.devices.require_alike("checkpoint", str(position))
+            setting.devices.require_alike({"the newest checkpoint": position})
         longer = config.training.epochs > run.config().training.epochs
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for

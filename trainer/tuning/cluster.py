@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from keras_tuner.src.distribute.oracle_chief import OracleServicer
 from keras_tuner.src.distribute.oracle_client import OracleClient
 
 from trainer.config import Config
-from trainer.errors import InputError, StoppedError, TrainerError
+from trainer.errors import InputError, MissingError, StoppedError
 from trainer.tuning.folder import SearchFolder
 from trainer.tuning.oracles import quiet
 from trainer.tuning.trial import run_trials
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 _BEAT_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0  # the chief may be at choosing: a Gaussian process takes a while
 _MISSES = 3
-_WAIT_SECONDS = 600.0  # for a chief that is not there yet
+_WAIT_SECONDS = 600.0  # for a chief or workers that are not there yet
 _SILENT_SECONDS = 60.0  # after which a worker on another machine counts as dead
 _SAVING_SECONDS = 60.0  # what a worker gets to save its trial
 _LOOK_SECONDS = 0.2
@@ -105,17 +106,23 @@ def lead(
 
     Raises:
         InputError: The port is taken.
-        TrainerError: A worker died.
+        MissingError: A worker died, or none came.
     """
     host, port = ("127.0.0.1", 0) if member is None else (member.host, member.port)
     servicer = _Servicer(oracle)
     with quiet(), _serving(servicer, host, port) as port:
-        _log.info("chief    at %s:%d", host, port)
+        _log.info("chief    at %s:%d%s", host, port, "" if workers else ", waiting for workers")
+        begin = time.monotonic()
         with _started(folder, workers, port) as processes:
             while not _over(servicer, processes):
                 time.sleep(_LOOK_SECONDS)
                 look()
                 _require_alive(folder, servicer, processes)
+                if not servicer.heard and time.monotonic() > begin + _WAIT_SECONDS:
+                    raise MissingError(
+                        f"no worker came to {host}:{port} within {_WAIT_SECONDS:.0f} s: expected "
+                        f"`trainer tune` elsewhere, by the same {', '.join(_VARIABLES[1:])}"
+                    )
             look()
 
 
@@ -130,7 +137,7 @@ def work(folder: SearchFolder, config: Config, member: Member) -> None:
     Raises:
         InputError: The chief's configuration is another.
         StoppedError: A signal came; the state is saved.
-        TrainerError: The chief is gone.
+        MissingError: The chief is gone.
     """
     client = OracleClient(None)  # which would tell it settings that we know
     _log.info("worker   %s for the chief at %s", member.name, member.address)
@@ -151,7 +158,7 @@ def work(folder: SearchFolder, config: Config, member: Member) -> None:
         except (StoppedError, SystemExit, grpc.RpcError):
             if not beat.lost:
                 raise
-            raise TrainerError(
+            raise MissingError(
                 f"the chief at {member.address} answers no more: what {member.name} was at is "
                 "saved; start chief and workers again to go on"
             ) from None
@@ -187,18 +194,23 @@ class _Servicer(OracleServicer):
 
 @contextlib.contextmanager
 def _serving(servicer: _Servicer, host: str, port: int) -> Iterator[int]:
-    """Answers while it lasts; gives the port."""
+    """Answers while it lasts; gives the port.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    try:
+        socket.create_server((host, port)).close()  # gRPC does not say why not
+    except OSError as error:
+        raise InputError(
+            f"KERASTUNER_ORACLE_IP, ..._PORT: {host}:{port} cannot be listened at: {error.strerror}"
+        ) from None
     # One thread: keras-tuner's lock is held by the thread's name, and not given back by an error.
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)]
     )
     protos.get_service_grpc().add_OracleServicer_to_server(servicer, server)
-    try:
-        port = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError:
-        port = 0
-    if not port:
-        raise InputError(f"KERASTUNER_ORACLE_IP, ..._PORT: {host} cannot be listened at there")
+    port = server.add_insecure_port(f"{host}:{port}")
     server.start()
     try:
         yield port
@@ -257,17 +269,17 @@ def _require_alive(
     """Refuses to go on without a worker that has died.
 
     Raises:
-        TrainerError: One has; says how, and at what it was.
+        MissingError: One has; says how, and at what it was.
     """
     now = time.monotonic()
     for name, process in processes.items():
         code = process.poll()
         if code:
-            raise TrainerError(_obituary(folder, servicer, name, _how(folder, name, code)))
+            raise MissingError(_obituary(folder, servicer, name, _how(folder, name, code)))
     for name in list(servicer.oracle.tuner_ids):
         silent = now - servicer.heard.get(name, now)
         if name not in processes and silent > _SILENT_SECONDS:
-            raise TrainerError(_obituary(folder, servicer, name, f"is silent for {silent:.0f} s"))
+            raise MissingError(_obituary(folder, servicer, name, f"is silent for {silent:.0f} s"))
 
 
 def _how(folder: SearchFolder, name: str, code: int) -> str:
@@ -327,4 +339,7 @@ def _wait_for(client: OracleClient, member: Member) -> None:
             protos.get_service().GetSpaceRequest(), wait_for_ready=True, timeout=_WAIT_SECONDS
         )
     except grpc.RpcError as error:
-        raise TrainerError(f"there is no chief at {member.address}: {error.code()}") from None
+        raise MissingError(
+            f"there is no chief at {member.address}, after {_WAIT_SECONDS:.0f} s "
+            f"({error.code().name}: {error.details()})"
+        ) from None

@@ -15,11 +15,13 @@ import contextlib
 import json
 import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import filelock
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from trainer.config import Config, parse_config
 from trainer.errors import InputError
@@ -29,7 +31,11 @@ from trainer.run import write_text
 _CHANGEABLE = {"trials", "seconds", "keep", "stop_on_failure"}
 
 
-@dataclass(frozen=True)
+_T = TypeVar("_T")
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Record:
     """What came of a trial.
 
@@ -58,6 +64,13 @@ class Record:
     curve: list[float]
     runs: list[str]
     error: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class _Time:
+    """What seconds.json holds."""
+
+    seconds: float
 
 
 class SearchFolder:
@@ -96,9 +109,14 @@ class SearchFolder:
         """Refuses to go on with a search by another configuration than it began with.
 
         Raises:
-            InputError: With what differs.
+            InputError: With what differs; or that nothing tells what it began with.
         """
         if not (self.path / "search.toml").exists():
+            if self._recorded() or (self.oracle / "oracle.json").exists():
+                raise InputError(
+                    f"{self.path} holds a search without its search.toml: put that back, or choose "
+                    "another --name"
+                )
             return
         before, after = (_compared(c) for c in (self.config(), config))
         differing = [
@@ -118,8 +136,9 @@ class SearchFolder:
         Raises:
             InputError: It cannot be written.
         """
+        own = (self.oracle, self.trials, self.tensorboard, self._records, self._workers)
         with self._writing():
-            for folder in (self.trials, self._records, self._workers, self.path / "logs"):
+            for folder in (*own, self.path / "logs"):
                 folder.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "search.toml", config.to_toml())
 
@@ -145,8 +164,8 @@ class SearchFolder:
             yield
         except OSError as error:
             raise InputError(
-                f"{self.path} cannot be written ({error.strerror}): choose another folder with "
-                "--set logging.directory=..."
+                f"{error.filename or self.path} cannot be written ({error.strerror}): move what is "
+                "there away, or choose another folder with --set logging.directory=..."
             ) from None
 
     @contextlib.contextmanager
@@ -165,18 +184,23 @@ class SearchFolder:
 
     def records(self) -> list[Record]:
         """Returns what came of each trial that is done, in their order."""
-        found = [self.record(path.stem) for path in self._records.glob("*.json")]
-        return sorted((r for r in found if r is not None), key=lambda r: int(r.trial))
+        found = [self.record(trial) for trial in self._recorded()]
+        return [record for record in found if record is not None]
+
+    def _recorded(self) -> list[str]:
+        """Returns the trials that have a record, in their order."""
+        names = [path.stem for path in self._records.glob("*.json")]
+        return sorted((name for name in names if name.isdecimal()), key=int)
 
     def record(self, trial: str) -> Record | None:
         """Returns what came of a trial; None: it is not done."""
         path = self._records / f"{trial}.json"
         if not path.exists():
             return None
-        try:
-            return Record(**_read(path))
-        except TypeError as error:
-            raise InputError(f"{path} is damaged ({error})") from None
+        record = _read(path, Record)
+        if record.trial != trial:
+            raise _damaged(path, f"it is of trial {record.trial}")
+        return record
 
     def write_record(self, record: Record) -> None:
         """Notes that a trial is done, whole or not at all."""
@@ -185,12 +209,13 @@ class SearchFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes one of the search's JSON files, whole or not at all."""
-        write_text(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        with self._writing():
+            write_text(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def seconds(self) -> float:
         """Returns how long the search has taken before."""
         path = self.path / "seconds.json"
-        return float(_read(path)["seconds"]) if path.exists() else 0.0
+        return _read(path, _Time).seconds if path.exists() else 0.0
 
     def keep_best(self, count: int, direction: str) -> None:
         """Removes the weights and checkpoints of all trials that are done but the best.
@@ -223,19 +248,26 @@ def _compared(config: Config) -> dict[str, Any]:
     return flat | {f"tuning.space.{key}": parameter for key, parameter in space.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Reads one of the search's JSON files.
+def _read(path: Path, kind: type[_T]) -> _T:
+    """Reads one of the search's JSON files as what it must hold.
 
     Raises:
         InputError: It is damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}): put back what was there, or choose another --name"
-        ) from None
-    return content
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise _damaged(path, f"{where}: {fault['msg']}" if where else fault["msg"]) from None
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from None
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path} is damaged ({why}): put back what was there, or choose another --name"
+    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from trainer.config import Config
 from trainer.errors import InputError
 from trainer.run import write_text
 from trainer.tuning.space import hyperparameters
+
+_log = logging.getLogger(__name__)
 
 RUNNING, COMPLETED, FAILED = "RUNNING", "COMPLETED", "FAILED"
 STOPPED, IDLE = "STOPPED", "IDLE"
@@ -52,8 +55,15 @@ class _Durable(keras_tuner.Oracle):
         return state
 
     def reload(self) -> None:
-        """Reads the state; a trial of which only its own file knows was never begun."""
+        """Reads the state; a trial of which only its own file knows was never begun.
+
+        Raises:
+            FileNotFoundError: A trial that was begun has no file.
+        """
         super().reload()
+        lost = sorted(set(self.start_order) - self.trials.keys())
+        if lost:
+            raise FileNotFoundError(f"no trial.json of trial {', '.join(lost)}")
         for trial_id in self.trials.keys() - set(self.start_order):
             del self.trials[trial_id]
             shutil.rmtree(self._get_trial_dir(trial_id))
@@ -111,9 +121,14 @@ def direction_of(config: Config) -> str:
         InputError: Keras does not know a metric of the objective's name.
     """
     tuning = config.tuning
-    if tuning.direction != "auto":
-        return tuning.direction
     found: str | None = infer_metric_direction(tuning.objective)
+    if tuning.direction != "auto":
+        if found not in (None, tuning.direction):
+            _log.warning(
+                "tuning.direction = %r: the worst %s is looked for.",
+                *(tuning.direction, tuning.objective),
+            )
+        return tuning.direction
     if found is None:
         raise InputError(
             f"tuning.objective = {tuning.objective!r}: is more or less of it better? Set "
@@ -128,6 +143,9 @@ def make_oracle(config: Config, folder: Path) -> keras_tuner.Oracle:
     Args:
         config: Of the search, its direction resolved.
         folder: Keeps the oracle's files.
+
+    Raises:
+        InputError: They are damaged.
     """
     tuning = config.tuning
     options: dict[str, Any] = {
@@ -148,7 +166,7 @@ def make_oracle(config: Config, folder: Path) -> keras_tuner.Oracle:
     if (folder / "oracle.json").exists():
         try:
             oracle.reload()
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:  # whatever keras-tuner makes of half a file
             raise InputError(
                 f"{folder} is damaged ({type(error).__name__}: {error}): put back what was there, "
                 "or choose another --name"

@@ -18,13 +18,13 @@ from trainer import devices, workflow
 from trainer.assembly import Clock, Setting, assemble, compiled_model
 from trainer.cluster import read_cluster
 from trainer.config import Config, load_config
-from trainer.errors import CheckError, InputError, StoppedError, nearest
+from trainer.errors import CheckError, InputError, MissingError, StoppedError, nearest
 from trainer.run import Run, require_writable, write_text
 from trainer.training.optimizer import try_optimizer
 from trainer.tuning import cluster, hparams, results
 from trainer.tuning.folder import Record, SearchFolder, ranked
 from trainer.tuning.oracles import Grid, direction_of, make_oracle
-from trainer.tuning.space import check_space, extremes, short_names
+from trainer.tuning.space import check_space, decode, extremes, short_names
 from trainer.tuning.trial import run_trials
 
 _log = logging.getLogger(__name__)
@@ -55,9 +55,10 @@ def tune(
         The content of results.json; None in a process that works for a chief elsewhere.
 
     Raises:
-        InputError: The space does not fit the configuration, or the directory is of another search.
+        InputError: The space does not fit the configuration, or the directory is of another search
+            or damaged.
         CheckError: No trial came to an end, or too many failed.
-        TrainerError: A worker died.
+        MissingError: A device of the space is not here, or a worker or the chief is lost.
         StoppedError: A signal came; the state is saved.
     """
     member = cluster.membership()
@@ -85,6 +86,9 @@ def tune(
         folder.create(config)
         hparams.write_domains(folder, config, metrics)
         oracle = make_oracle(config, folder.oracle)
+        _require_whole(folder, config, oracle)
+        if refit and folder.best.exists():
+            _what_to_refit(folder)  # which refuses a second one before more is trained
         _say_what_is_left_out(config, oracle)
         watch = _Watch(folder, config, oracle)
         with watch.timed():
@@ -93,6 +97,7 @@ def tune(
                     run_trials(folder, config, oracle, "alone", watch.look)
             else:
                 cluster.lead(folder, oracle, member, workers, watch.look)
+        watch.tell_the_end()
         document = results.write_results(folder, config)
         if refit:
             document["refit"] = _refit(folder, console)
@@ -125,11 +130,16 @@ def _rehearse(config: Config) -> tuple[Config, list[str]]:
     }
     config = config.with_changes(resolved)
     built = []
-    for extreme in extremes(config):
-        parts = (extreme.model, extreme.optimizer, extreme.training.batch_size)
+    for named, extreme in extremes(config):
+        training = extreme.training
+        own = (training.batch_size, training.device, training.precision)
+        parts = (extreme.model, extreme.optimizer, own)
         if parts not in built and extreme.data.image_size == config.data.image_size:
             built.append(parts)
-            _build(extreme, setting)
+            try:
+                _build(extreme, setting)
+            except (InputError, MissingError) as error:
+                raise type(error)(f"tuning.space, {named}: {error}") from None
     keras.utils.clear_session()
     return config, metrics
 
@@ -138,12 +148,38 @@ def _build(config: Config, setting: Setting) -> None:
     """Builds the network and tries the optimizer of one configuration."""
     if config.training.batch_size > setting.data.spec.train:
         raise InputError(
-            f"tuning.space: training.batch_size = {config.training.batch_size} is larger than the "
-            f"{setting.data.spec.train} training images"
+            f"expected batches of {setting.data.spec.train} training images or fewer, "
+            f"received {config.training.batch_size}"
         )
-    with devices.dtype_policy(setting.config.training.precision):
+    chosen = devices.select(config.training.device)
+    with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
         compiled_model(config, setting.data.spec)
     try_optimizer(config.optimizer)
+
+
+def _require_whole(folder: SearchFolder, config: Config, oracle: keras_tuner.Oracle) -> None:
+    """Refuses a search of which a part is lost: the best would be that of what is left.
+
+    Raises:
+        InputError: Records are missing, or are of other values than were chosen.
+    """
+    records = {record.trial: record for record in folder.records()}
+    chosen = {trial: oracle.trials[trial].hyperparameters.values for trial in oracle.trials}
+    lost = [trial for trial in oracle.end_order if trial not in records]
+    strange = [
+        trial
+        for trial, record in records.items()
+        if trial not in chosen or record.values != decode(config, chosen[trial])
+    ]
+    for what, trials in (
+        ("no record of", lost),
+        ("records of other values than its oracle/ chose for", strange),
+    ):
+        if trials:
+            raise InputError(
+                f"{folder.path} is damaged: it has {what} trial {', '.join(trials)}: put back what "
+                "was there, or choose another --name"
+            )
 
 
 def _say_what_is_left_out(config: Config, oracle: keras_tuner.Oracle) -> None:
@@ -166,7 +202,8 @@ class _Watch:
         self._failures = 0
         self._before, self._begin = folder.seconds(), time.monotonic()
         if self._told:
-            _log.info("going on with %s: %d trials are done", folder.path, len(self._told))
+            done, wanted = len(self._told), config.tuning.trials
+            _log.info("going on with %s: %d of %d trials are done", folder.path, done, wanted)
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -195,6 +232,14 @@ class _Watch:
             results.write_best(self._folder, self._config)
             self._note_seconds()
         self._end_in_time()
+
+    def tell_the_end(self) -> None:
+        """Says why there are fewer trials than were wanted, if so."""
+        done, tuning = len(self._folder.records()), self._config.tuning
+        if done < tuning.trials:
+            late = tuning.seconds is not None and self._elapsed() > tuning.seconds
+            why = "tuning.seconds are over" if late else "the space has no more to try"
+            _log.info("%s: %d of %d trials", why, done, tuning.trials)
 
     def _tell(self, record: Record) -> None:
         tuning = self._config.tuning
@@ -233,6 +278,24 @@ class _Watch:
 
 def _refit(folder: SearchFolder, console: Console | None) -> dict[str, Any]:
     """Trains the best on train and validation together; scores the test images once a search."""
+    run, config = _what_to_refit(folder)
+    write_text(folder.path / "refit.toml", config.to_toml())
+    _log.info("refit    of %s on train and validation", folder.best)
+    if run.finished:
+        summary = run.read_json("summary.json")
+    elif (run.path / "config.toml").exists():
+        summary = workflow.resume(str(run.path), console=console).summary
+    else:
+        summary = workflow.fit(config, run=run, console=console).summary
+    return {"run": summary["run"], "test": summary["test"], "test_images": summary["test_images"]}
+
+
+def _what_to_refit(folder: SearchFolder) -> tuple[Run, Config]:
+    """Returns where the best is trained again, and how.
+
+    Raises:
+        InputError: Something else was trained there.
+    """
     best = load_config(folder.best)
     # With every image trained on there is nothing left to stop by.
     callbacks = [
@@ -247,15 +310,7 @@ def _refit(folder: SearchFolder, console: Console | None) -> dict[str, Any]:
             f"{run.path} was trained by what was the best before, and the test images are scored "
             "once a search: expected the same best; move it away with refit.toml to score another"
         )
-    write_text(noted, config.to_toml())
-    _log.info("refit    of %s on train and validation", folder.best)
-    if run.finished:
-        summary = run.read_json("summary.json")
-    elif (run.path / "config.toml").exists():
-        summary = workflow.resume(str(run.path), console=console).summary
-    else:
-        summary = workflow.fit(config, run=run, console=console).summary
-    return {"run": summary["run"], "test": summary["test"], "test_images": summary["test_images"]}
+    return run, config
 
 
 @contextlib.contextmanager

@@ -57,8 +57,8 @@ def _check_hyperband(config: Config) -> None:
         )
 
 
-def extremes(config: Config) -> Iterator[Config]:
-    """Gives a configuration for each end and choice of the space.
+def extremes(config: Config) -> Iterator[tuple[str, Config]]:
+    """Gives a configuration for each end and choice of the space, and what is special about it.
 
     Raises:
         InputError: The configuration does not take one.
@@ -68,10 +68,11 @@ def extremes(config: Config) -> Iterator[Config]:
         values = values_of(parameter) or [parameter.low, parameter.high]
         for value in values:
             try:
-                yield trial_config(config, _conditions(space, key) | {key: value})
+                changed = trial_config(config, _conditions(space, key) | {key: value})
             except InputError as error:
                 reason = str(error).removeprefix("the changed configuration: ")
                 raise InputError(f"tuning.space.{key}: {reason}") from None
+            yield f"{key} = {value!r}", changed
 
 
 def _conditions(space: Mapping[str, Parameter], key: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
         (tf_config(["no-port", TWO[0]]), "cluster.worker.0: .*received 'no-port'"),
         (tf_config(["a..b:1", TWO[0]]), "cluster.worker.0: .*expected a host name .*'a..b:1'"),
         (tf_config(["a" * 70 + ":1", TWO[0]]), "cluster.worker.0: .*expected a host name"),
-        (tf_config(["a:１", TWO[0]]), "cluster.worker.0: .*should match"),
+        (tf_config(["a:\uff11", TWO[0]]), "cluster.worker.0: .*should match"),
         (tf_config(["a:70000", TWO[0]]), "expected ports from 1 to 65535, received a:70000"),
         (tf_config([TWO[0], TWO[0]]), "expected each address once, received 127.0.0.1:9001 twice"),
         (tf_config(TWO, ps=["a:1"]), "expected the jobs chief and worker, received ps"),

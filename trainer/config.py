@@ -539,7 +539,8 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(error: ValidationError) -> str:
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
+    # Of a number that may be whole or not, pydantic adds which of them it tried.
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("float", "int"))
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}: {nearest(str(fault['loc'][-1]), _keys_beside(fault['loc']))}"
     if fault["type"] == "value_error":

@@ -163,9 +163,9 @@ class SearchFolder:
         try:
             yield
         except OSError as error:
+            path = error.filename2 or error.filename or self.path
             raise InputError(
-                f"{error.filename or self.path} cannot be written ({error.strerror}): move what is "
-                "there away, or choose another folder with --set logging.directory=..."
+                f"{path} cannot be written ({error.strerror}): move what is there away, or choose another folder with --set logging.directory=..."
             ) from None
 
     @contextlib.contextmanager

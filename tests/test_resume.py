@@ -1,5 +1,6 @@
 """A training that is interrupted anywhere ends as if it had not been; nothing is lost."""
 
+import contextlib
 import io
 import json
 import os
@@ -477,3 +478,16 @@ def test_a_second_signal_ends_at_once() -> None:
         signals.agree()
         assert signals.agreed == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_newest_run_of_another_folder_is_resumed(
+    killed: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    shutil.copytree(killed, tmp_path / "elsewhere" / killed.name)
+    text = (killed / "config.toml").read_text().replace(str(killed.parent), "elsewhere")
+    (tmp_path / "elsewhere" / killed.name / "config.toml").write_text(text)
+    with contextlib.chdir(tmp_path):
+        there = ("--set", "logging.directory=elsewhere")
+        code, _, err = command("fit", "--resume", "latest", *there)
+        assert code == 0, err
+        assert command("fit", "--resume", "latest")[0] == 2

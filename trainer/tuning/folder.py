@@ -165,7 +165,8 @@ class SearchFolder:
         except OSError as error:
             path = error.filename2 or error.filename or self.path
             raise InputError(
-                f"{path} cannot be written ({error.strerror}): move what is there away, or choose another folder with --set logging.directory=..."
+                f"{path} cannot be written ({error.strerror}): move what is there away, or choose "
+                "another folder with --set logging.directory=..."
             ) from None
 
     @contextlib.contextmanager

@@ -243,3 +243,36 @@ def test_streaming_ten_times_as_much_needs_no_more_memory(tmp_path: Path) -> Non
     assert large - small < 0.3 * (large_mb - small_mb)
     assert large < 0.5 * large_mb
     assert resident - large > 0.8 * large_mb
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 1), (2, 2), (3, 3), (2, 4), (3, 6)])
+def test_each_worker_reads_the_rows_of_its_own_replicas(
+    size: int, workers: int, replicas: int, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = tf.distribute.get_strategy()
+    config = DataConfig(placement="stream")
+    options: dict[str, Any] = {"batch_size": size, "seed": 3, "limit_batches": 1}
+    whole = make_batches(tiny.train, config, strategy, **options)
+    zero = tf.constant(0)
+    expected = whole.rows(whole.select(whole.begin(0), zero), 0, size)[0]
+    read: list[int] = []
+    real = type(tiny.train).read
+
+    def counted(split: Any, positions: Any = None) -> Any:
+        read.append(len(positions))
+        return real(split, positions)
+
+    monkeypatch.setattr(type(tiny.train), "read", counted)
+    each = replicas // workers
+    for worker in range(workers):
+        own = make_batches(
+            *(tiny.train, config, strategy), **options, worker=worker, workers=workers
+        )
+        selection = own.select(own.begin(0), zero)
+        for replica in range(worker * each, (worker + 1) * each):
+            first, last = replica * size // replicas, (replica + 1) * size // replicas
+            rows = own.rows(selection, first, max(last, first + 1))[0]
+            assert len(rows) == max(1, last - first)  # a step without a row cannot be traced
+            np.testing.assert_array_equal(rows[: last - first], expected[first:last])
+    assert max(read) <= -(-size // workers)

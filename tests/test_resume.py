@@ -488,6 +488,8 @@ def test_the_newest_run_of_another_folder_is_resumed(
     (tmp_path / "elsewhere" / killed.name / "config.toml").write_text(text)
     with contextlib.chdir(tmp_path):
         there = ("--set", "logging.directory=elsewhere")
-        code, _, err = command("fit", "--resume", "latest", *there)
-        assert code == 0, err
-        assert command("fit", "--resume", "latest")[0] == 2
+        _, _, err = command("fit", "--resume", "latest", *there)
+        assert f"run      elsewhere/{killed.name}\n" in err
+        assert command("fit", "--resume", "latest")[2] == (
+            "trainer: there is no run in runs: `trainer fit` makes one\n"
+        )

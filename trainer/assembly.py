@@ -102,6 +102,8 @@ class Setting:
             batch_size=training.batch_size,
             seed=training.seed if shuffled else None,
             limit_batches=training.limit_batches,
+            worker=0 if self.devices.cluster is None else self.devices.cluster.index,
+            workers=self.devices.workers,
         )
 
     def training_batches(self, clock: "Clock") -> tuple[Batches, Batches]:

@@ -50,6 +50,8 @@ def make_batches(
     batch_size: int,
     seed: int | None = None,
     limit_batches: int | None = None,
+    worker: int = 0,
+    workers: int = 1,
 ) -> Batches:
     """Chooses the path for a split.
 
@@ -60,6 +62,8 @@ def make_batches(
         batch_size: Images a step, over all replicas.
         seed: Shuffles anew each epoch; None keeps the order of the split.
         limit_batches: Use only the first so many batches of an epoch.
+        worker: Which of the processes that train together this one is.
+        workers: How many they are; what is streamed, each reads for its own replicas alone.
 
     Raises:
         InputError: A batch to train on is larger than the split.
@@ -72,7 +76,7 @@ def make_batches(
     resident = config.placement == "device" or (config.placement == "auto" and fits)
     if resident:
         return ResidentBatches(split, batch_size, seed, limit_batches, strategy)
-    return StreamedBatches(split, batch_size, seed, limit_batches)
+    return StreamedBatches(split, batch_size, seed, limit_batches, worker, workers)
 
 
 def steps_per_epoch(images: int, batch_size: int, limit_batches: int | None) -> int:
@@ -144,25 +148,35 @@ class StreamedBatches(_Epoch):
     """A few batches in memory, the rest in the file."""
 
     def __init__(
-        self, split: Split, batch_size: int, seed: int | None, limit_batches: int | None
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int | None,
+        limit_batches: int | None,
+        worker: int,
+        workers: int,
     ) -> None:
         """Keeps the split where it is."""
         super().__init__(split, batch_size, seed, limit_batches)
+        self._worker = worker
+        self._workers = workers
         self._image_shape = split.images.shape[1:]
 
     def begin(self, epoch: int, step: int = 0) -> Any:
         """Returns an iterator over the batches of the epoch, from a step on."""
         order = epoch_order(len(self._split), self._seed, epoch).numpy()
 
-        def read(step: Any) -> tuple[Any, Any]:
+        def read(step: Any) -> tuple[Any, Any, Any]:
             positions = order[step * self.batch_size : (step + 1) * self.batch_size]
-            return self._split.read(positions.astype(np.int64))
+            first, last = self._own_rows(len(positions))
+            return *self._split.read(positions[first:last].astype(np.int64)), np.int32(first)
 
-        def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            images, labels = tf.numpy_function(read, [step], (tf.uint8, tf.int32))
+        def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            images, labels, first = tf.numpy_function(read, [step], (tf.uint8, tf.int32, tf.int32))
             images.set_shape((None, *self._image_shape))
             labels.set_shape((None,))
-            return images, labels
+            first.set_shape(())
+            return images, labels, first
 
         dataset = tf.data.Dataset.range(step, self.steps)
         # Two batches are read at a time, in order; the queue behind them hides the disk's delays.
@@ -170,10 +184,22 @@ class StreamedBatches(_Epoch):
         return iter(dataset.prefetch(4))
 
     def select(self, state: Any, step: tf.Tensor) -> Any:  # noqa: ARG002 - the iterator counts
-        """Returns the next batch."""
+        """Returns this worker's rows of the next batch, and where in the batch they begin."""
         return state.get_next()
+
+    def _own_rows(self, size: int) -> tuple[int, int]:
+        """Returns the first of this worker's rows of a batch, and the one behind its last.
+
+        They are those of its replicas, which share a batch in the same way. One row at least: a
+        replica that has no share of a small batch computes with one all the same, for nothing.
+        """
+        first = self._worker * size // self._workers
+        return first, max((self._worker + 1) * size // self._workers, first + 1)
 
     def rows(self, selection: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Cuts images (uint8 [rows, H, W, C]) and labels (int32 [rows]) out of the batch."""
-        images, labels = selection
-        return images[first:last], labels[first:last]
+        images, labels, begin = selection
+        # Beyond our rows lies only the row of a replica without a share: any will do.
+        start = tf.minimum(first - begin, tf.shape(labels)[0] - 1)
+        stop = start + last - first
+        return images[start:stop], labels[start:stop]

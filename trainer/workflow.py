@@ -373,7 +373,8 @@ class _Training:
         self._times = watching.StepTimes()
         advice = f"go on with `trainer fit --resume {run.path}`"
         if setting.devices.workers > 1:
-            advice = "go on with `trainer fit --resume RUN` on every worker"
+            name = run.name if setting.devices.chief else "RUN"  # which the chief alone keeps
+            advice = f"go on with `trainer fit --resume {name}` on every worker"
         self._signals = Signals(advice, setting.devices.exchange)
 
     def run_to_the_end(self, draw: FigureProcess | None) -> Fitted:

@@ -1,5 +1,6 @@
 """What the tests share: two CPU devices in one process, tiny data, tiny networks."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -55,13 +56,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Splits the CPU into two logical devices, which only works before TensorFlow is used."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the process that only hands out the tests
     import tensorflow as tf
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     halves = [tf.config.LogicalDeviceConfiguration() for _ in range(2)]
     tf.config.set_logical_device_configuration(cpu, halves)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_drawing_process() -> Iterator[None]:
+    """Lets one process draw for all trainings of a test process: each start takes a second."""
+    from trainer import figure_process, workflow
+
+    with figure_process.FigureProcess() as shared, pytest.MonkeyPatch.context() as patch:
+        for module in (figure_process, workflow):
+            patch.setattr(module, "FigureProcess", lambda: contextlib.nullcontext(shared))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -60,10 +60,7 @@ def measure(folder: Path, *, times: int, placement: str, batch: int) -> dict[str
         "training.batch_size": batch,
         "training.epochs": 1,
     }
-    command = [sys.executable, "-m", "trainer", "fit", CONFIG, "--json"]
-    command += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    ended = process.run(command)
-    said = json.loads(ended.out)
+    said, ended = process.fit(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     return {
         "times": times,
         "placement": placement,
@@ -105,6 +102,7 @@ def main(
     folder = directory.absolute()
     if folder.exists():
         sys.exit(f"{folder} is there already: choose another --directory")
+    load = process.say_if_busy()
     config = load_config(CONFIG)
     cases: list[dict[str, Any]] = [
         {"times": t, "placement": p, "batch": 256} for t in (1, 4, 16) for p in ("device", "stream")
@@ -122,7 +120,8 @@ def main(
         for made in (*(f"x{times}" for times in (1, 4, 16)), "runs"):
             shutil.rmtree(folder / made, ignore_errors=True)
     best = [min(rows, key=lambda row: row["training_seconds"]) for rows in found]
-    document = {"cpus": os.cpu_count(), "config": CONFIG, "best": best, "all": found}
+    document = {"cpus": os.cpu_count(), "load_before": load, "config": CONFIG}
+    document |= {"best": best, "all": found}
     (folder / "growth.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     show(best)
 

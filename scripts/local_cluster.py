@@ -22,7 +22,7 @@ _GRACE_SECONDS = 60  # within which the others end by themselves when one is los
 
 
 def main(
-    workers: Annotated[int, typer.Argument(min=1, help="How many")],
+    workers: Annotated[int, typer.Argument(min=1, max=64, help="How many")],
     command: Annotated[list[str], typer.Argument(help="What follows `trainer`, after --")],
 ) -> None:
     """Starts the workers, waits for all, and ends with the exit code of the first that failed."""

@@ -2,51 +2,42 @@
 
     python scripts/seeds.py configs/mnist.toml --seeds 5
 
-The figures of the README come from this program.
+The figures of the README come from this program. The runs are kept in `runs/seeds/`.
 """
 
-import json
 import statistics
-import subprocess
-import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+import process
+
 
 def main(
     config: Annotated[str, typer.Argument(help="A TOML file")] = "configs/mnist.toml",
     *,
-    seeds: Annotated[int, typer.Option(min=2)] = 5,
-    set_: Annotated[list[str] | None, typer.Option("--set")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="0 to this, less one")] = 5,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="As `trainer fit` takes it; repeatable")
+    ] = None,
 ) -> None:
     """Runs `trainer fit` once for each seed, one after the other, each in a process of its own."""
     table = Table("seed", "validation", "test", "training s", "ms a step", "device", "precision")
     accuracies = []
     for seed in range(seeds):
-        command = [
-            sys.executable,
-            "-m",
-            "trainer",
-            "fit",
-            config,
-            "--json",
-            "--name",
-            f"seed-{seed}",
-        ]
-        for change in [*(set_ or []), f"training.seed={seed}", "logging.tensorboard=false"]:
-            command += ["--set", change]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        summary = json.loads(done.stdout)
+        own = [f"training.seed={seed}", f"logging.name=seed-{seed}"]
+        own += ["logging.directory=runs/seeds", "logging.tensorboard=false"]
+        summary, _ = process.fit(config, [*own, *(set_ or ())])
         accuracies.append(100 * summary["test"]["accuracy"])
+        step = summary["step_ms"]  # none where there were too few calls to measure
         table.add_row(
             str(seed),
             f"{100 * summary['validation']['accuracy']:.2f}",
             f"{accuracies[-1]:.2f}",
             f"{summary['seconds']['training']:.2f}",
-            f"{summary['step_ms']:.2f}",
+            "" if step is None else f"{step:.2f}",
             ", ".join(summary["devices"]),
             summary["precision"],
         )

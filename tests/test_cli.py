@@ -260,6 +260,38 @@ def test_data_info_counts_the_classes(run: Run) -> None:
             2,
             "expected as optimizer.learning_rate",
         ),
+        *(
+            (
+                ["fit", "configs/debug.toml", "--set", f"training.callbacks=[{callback}]"],
+                2,
+                f"callback 'EarlyStopping'{said}",
+            )
+            for callback, said in (
+                ("{name='EarlyStopping',options={monitor=3}}", ": monitor: expected a word, rec"),
+                ("{name='EarlyStopping',options={patience='x'}}", ": patience: expected a number"),
+                ("{name='EarlyStopping',options={mode='x'}}", ": mode: expected one of auto, min,"),
+                (
+                    "{name='EarlyStopping',options={restore_best_weights='x'}}",
+                    ": restore_best_weights: expected true or false, received 'x'",
+                ),
+            )
+        ),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set", "model.name=layers", "--set"),
+                'model.options.layers=["StringLookup"]',
+            ],
+            2,
+            "the network cannot be run on images of the data: ",
+        ),
+        (
+            [
+                *("fit", "configs/debug.toml", "--set", "model.name=layers", "--set"),
+                'model.options.layers=[{name="Flatten",x=1}]',
+            ],
+            2,
+            "unknown key 'layers.0.x': available: name, options",
+        ),
         (["fit", "configs/debug.toml", "--set", "data.image_size=[8, 8]"], 2, "data.image_size"),
         (["fit", "--set", "data.name='..'"], 2, "unknown data set"),
         (["fit", "configs/debug.toml", "--set", "logging.directory=a_file"], 2, "a_file"),
@@ -334,6 +366,29 @@ def test_a_training_that_is_stopped_says_so_in_its_exit_code(
     assert [json.loads(line)["epoch"] for line in lines][:2] == [1, 2]
     assert not (run / "summary.json").exists()
     assert not list(run.rglob(".partial-*"))
+
+
+def test_a_training_goes_on_without_a_reader(tmp_path: Path) -> None:
+    """Real processes: the reader of stderr is gone after a line, all three streams are closed."""
+    config = Path(cli.__file__).parent.parent / "configs" / "debug.toml"
+    fit = f"{sys.executable} -m trainer fit {config} --epochs 1"
+    for streams in ("2> >(head -1)", "<&- >&- 2>&-"):
+        command = f"{fit} {streams}; echo $? >> code"
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "code").read_text().split() == ["0", "0"]
+    for run in (tmp_path / "runs").iterdir():
+        assert json.loads((run / "summary.json").read_text())["epochs"] == 1
+        assert "Traceback" not in (run / "log.txt").read_text()
+
+
+def test_a_folder_that_was_removed_is_said(tmp_path: Path) -> None:
+    command = f"mkdir a && cd a && rmdir ../a && {sys.executable} -m trainer doctor"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (
+        *(2, "trainer: the folder you are in has been removed\n"),
+    )
 
 
 def test_json_never_holds_what_is_no_number(run: Run) -> None:

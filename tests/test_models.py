@@ -248,6 +248,12 @@ def test_wrong_option_is_refused_by_its_name(
             {"layers": [{"name": "Dense", "options": {"units": -4}}]},
             "layer 'Dense' refuses the options {'units': -4}",
         ),
+        (
+            "layers",
+            {"layers": [{"name": "Flatten", "options": {"name": "a b"}}]},
+            "names of layers that TensorFlow's graphs take (letters, digits, _ . - /, no blanks), "
+            "received 'a b'",
+        ),
         ("layers", {"layers": [{"name": "no_such_module:Thing"}]}, "no_such_module"),
         ("layers", {"layers": [{"name": "json:loads"}]}, "expected a subclass of keras Layer"),
         ("layers", {"layers": [{"name": "json:Layer"}]}, "json has no 'Layer'"),

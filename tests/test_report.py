@@ -182,7 +182,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 def test_the_model_card_tells_the_run() -> None:
     config = Config().with_changes({"model.options": {"units": [3], "text": 'a "b"'}})
     table = figures.class_table(LABELS, GUESSES, of_classes("cat", "dog", "eel", "fox"))
-    card = report.model_card("20260102T030405Z-a", summary(), table, config.to_toml())
+    card = report.model_card("20260102T030405Z-a", summary(), table, config)
     assert card.startswith("# 20260102T030405Z-a\n")
     for said in (
         "accuracy 0.9877",
@@ -202,6 +202,10 @@ def test_the_model_card_tells_the_run() -> None:
     assert tomllib.loads(toml.removeprefix("toml")) == tomllib.loads(config.to_toml())
     assert "trainer evaluate RUN" in before
     assert after == "\n"
-    unmeasured = report.model_card("a", summary(step_ms=None, windows=0), table, "")
+    unmeasured = report.model_card("a", summary(step_ms=None, windows=0), table, Config())
     assert "12.3 s\n" in unmeasured
     assert "ms a step" not in unmeasured
+
+    everything = Config().with_changes({"data.train_on_validation": True})
+    card = report.model_card("a", summary(epochs=1), table, everything)
+    assert "Trained on 5,400 images for 1 epoch; the 6,000 validation images among them" in card

@@ -86,7 +86,7 @@ def test_every_format_says_what_the_model_says(
     assert (validation["split"], validation["images"]) == ("validation", 48)
     of_the_run = trainer.evaluate(str(run.path), split="validation")
     assert validation["accuracy"] == pytest.approx(of_the_run["accuracy"], abs=2 / 48)
-    assert validation["loss"] == pytest.approx(of_the_run["loss"], rel=0.1)
+    assert validation["crossentropy"] == pytest.approx(of_the_run["loss"], rel=0.1)
     code, out, _ = command("load", folder / FORMATS[kind].file, "--json")
     assert code == 0
     facts = json.loads(out)

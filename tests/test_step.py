@@ -172,6 +172,26 @@ def test_clip_norm_clips_true_gradients(
     np.testing.assert_allclose(result["gradient_norms"], [tf.norm(g) for g in gradients], rtol=1e-5)
 
 
+def test_a_weight_that_changes_nothing_has_the_norm_zero(tiny: Any, compiled_model: Make) -> None:
+    class Idle(keras.layers.Layer):
+        """Has a weight that it does not use."""
+
+        def build(self, shape: Any) -> None:  # noqa: ARG002
+            self.idle = self.add_weight(shape=(2,), name="idle")
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    model = compiled_model(own_layers=lambda: [Idle()])
+    model.optimizer.build(model.trainable_variables)
+    images, labels, _ = next(some_batches(tiny.train, [8]))
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        norms = step.train_step(model, images, labels, gradient_norms=True)["gradient_norms"]
+    idle = [weight.name == "idle" for weight in model.trainable_variables]
+    assert (norms.numpy() == 0).tolist() == idle
+    assert sum(idle) == 1
+
+
 def test_clip_norm_knows_the_scale_of_any_optimizer(tiny: Any, compiled_model: Make) -> None:
     # Any Keras optimizer takes `loss_scale_factor`, float16 or not.
     images, labels, _ = next(some_batches(tiny.train, [8]))

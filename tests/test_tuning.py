@@ -101,6 +101,9 @@ RATE = "tuning.space.optimizer.learning_rate"
         ),
         ("tuning.space.optimizer.warmup_fraction={low=0.1, high=0.2}", "warmup_fraction expects"),
         ("tuning.space.data.split_seed={choices=[1, 2]}", "split_seed is the same for all trials"),
+        ("tuning.space.data.options.classes={choices=[3, 5]}", "classes is the same for all tria"),
+        ("tuning.space.training.seed={low=0, high=5}", "training.seed is the same for all trials"),
+        ("data.train_on_validation=true", "data.train_on_validation: expected false, since the va"),
         ("tuning.space.tuning.seed={choices=[1, 2]}", "tuning.seed is the same for all trials"),
         ("tuning.space.logging.name={choices=['a', 'b']}", "logging.name is the same for all"),
         ("tuning.algorithm=grid", f"{RATE}: a grid expects choices, or a range with a step"),
@@ -126,6 +129,16 @@ def test_a_faulty_space_is_refused_at_once(
     search: Callable[..., Config], change: str, said: str
 ) -> None:
     assert said in refused(lambda: check_space(search(change)))
+
+
+def test_what_the_objective_is_may_not_be_searched(search: Callable[..., Config]) -> None:
+    losses = (
+        "tuning.space.training.loss={choices=['SparseCategoricalCrossentropy', "
+        "{name='SmoothedCrossentropy', options={label_smoothing=0.1}}]}"
+    )
+    said = refused(check_space, search(losses, "tuning.objective=val_loss"))
+    assert "training.loss changes what val_loss is: expected another tuning.objective" in said
+    check_space(search(losses))
 
 
 def test_conditions_that_wait_for_each_other_are_refused(search: Callable[..., Config]) -> None:
@@ -160,6 +173,9 @@ def test_what_the_project_refuses_later_is_refused_before_anything_is_trained(
             "training.batch_size = 5000: expected batches of 144",
         ),
         ("tuning.space.model.options.units={choices=[[8], [-4]]}", "units = [-4]: "),
+        ("tuning.space.training.loss={choices=['Nope']}", "loss = 'Nope': unknown loss 'Nope'"),
+        ("tuning.space.training.callbacks={choices=[['Nope']]}", "unknown callback 'Nope'"),
+        ("tuning.space.data.augmentation={choices=[['RandomFlop']]}", "unknown layer 'RandomFl"),
         ("tuning.space={}", "tuning.space is empty"),
         ("logging.name=" + "n" * 300, "logging.name: expected"),
         ("logging.directory=/proc/none", "choose another folder"),

@@ -181,17 +181,20 @@ def test_a_signal_saves_the_trial_and_says_how_to_go_on(
     assert "resumed  at epoch" in "".join(p.read_text() for p in FOLDER.glob("trials/*/log.txt"))
 
 
-def test_a_worker_far_away_that_is_silent_is_missed(search: Config) -> None:
+@pytest.mark.parametrize("here", [False, True], ids=["elsewhere", "here"])
+def test_a_worker_that_is_silent_is_missed(search: Config, here: bool) -> None:
     folder = SearchFolder("runs", "s")
     oracle = SimpleNamespace(
         tuner_ids={"near", "far"}, ongoing_trials={"far": SimpleNamespace(trial_id="7")}
     )
     now = time.monotonic()
     servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": now - 50, "far": now - 50})
-    cluster._require_alive(folder, servicer, {})
+    hangs: Any = SimpleNamespace(poll=lambda: None)
+    processes = {"far": hangs} if here else {}
+    cluster._require_alive(folder, servicer, processes)
     servicer.heard["far"] = now - 61
     with pytest.raises(MissingError, match=r"far is silent for 61 s during trial 7; chief and"):
-        cluster._require_alive(folder, servicer, {})
+        cluster._require_alive(folder, servicer, processes)
     assert search.logging.name == folder.name
 
 

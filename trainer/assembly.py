@@ -3,6 +3,7 @@
 What does not fit together is found out here, before anything is written and trained.
 """
 
+import inspect
 import logging
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
 from trainer.cluster import Cluster
-from trainer.config import Config
+from trainer.config import Config, KerasObject
 from trainer.data import Dataset, DataSpec
 from trainer.devices import Devices
 from trainer.errors import InputError, nearest
@@ -185,10 +186,14 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     few = 4 if data.spec.class_count == 3 else 3
     images, labels = data.train.read(slice(few))
     strategy = chosen.strategy
-    with _without_advice():
-        outputs = strategy.experimental_local_results(
-            strategy.run(lambda images: model(images, training=False), args=(images,))
-        )
+    try:
+        with _without_advice():
+            outputs = strategy.experimental_local_results(
+                strategy.run(lambda images: model(images, training=False), args=(images,))
+            )
+    except keras_objects.REFUSALS as error:
+        reason = keras_objects.explain(error)
+        raise InputError(f"the network cannot be run on images of the data: {reason}") from error
     placed = devices.check_placement(outputs, chosen)
     try:
         with strategy.scope():
@@ -325,11 +330,32 @@ def make_callbacks(setting: Setting, folder: Path) -> list[keras.callbacks.Callb
         for key, value in options.items():
             if isinstance(value, str) and Run(folder).owns(Path(value)):
                 raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
-        made.append(
-            keras_objects.make("callback", callback.model_copy(update={"options": options}))
-        )
+        described = callback.model_copy(update={"options": options})
+        _check_options(described, keras_objects.find("callback", described.name))
+        made.append(keras_objects.make("callback", described))
         _check_callback(setting, made[-1])
     return made
+
+
+def _check_options(described: KerasObject, kind: type) -> None:
+    """Refuses what Keras's callbacks take without a look, and stumble over or ignore later."""
+    if not kind.__module__.startswith("keras."):
+        return
+    modes = ("auto", "min", "max")
+    parameters = inspect.signature(kind).parameters
+    for key, value in described.options.items():
+        default = parameters[key].default if key in parameters else None
+        expected = ""
+        if isinstance(default, str) and not isinstance(value, str):
+            expected = "a word"
+        elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            expected = "true or false" if isinstance(default, bool) else "a number"
+        elif key == "mode" and value not in modes:
+            expected = f"one of {', '.join(modes)}"
+        if expected:
+            raise InputError(
+                f"callback {described.name!r}: {key}: expected {expected}, received {value!r}"
+            )
 
 
 def _check_callback(setting: Setting, callback: keras.callbacks.Callback) -> None:

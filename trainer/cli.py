@@ -78,6 +78,16 @@ RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the r
 
 _DEFAULT_CONFIG = Path("configs/mnist.toml")
 _DEFAULT_SEARCH = Path("configs/mnist_tune.toml")
+# Where the time went, as `fit` says it; summary.json has each part by itself.
+_SHOWN_SECONDS = {
+    "import": ("import",),
+    "data": ("devices", "data", "to_device"),
+    "network": ("model", "tracing"),
+    "training": ("training",),
+    "scoring": ("validation", "evaluation"),
+    "reports": ("callbacks", "report"),
+    "total": ("total",),
+}
 # Rows of a search's table: the best; results.json has all.
 _SHOWN_TRIALS = 10
 
@@ -99,7 +109,7 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="One batch of train, validation and test; writes nothing"),
+        typer.Option("--dry-run", help="One batch of train, validation and test; makes no run"),
     ] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Refuse operations whose result can vary")
@@ -146,7 +156,7 @@ def fit(
         scores = _scores(fitted.summary)
         typer.echo(f"dry run: a batch of train, validation and test each went through; {scores}")
     else:
-        _print_result(fitted.summary)
+        _print_result(fitted.summary, tensorboard=loaded.logging.tensorboard)
 
 
 @app.command()
@@ -624,7 +634,11 @@ def main() -> NoReturn:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.path.append(str(Path.cwd()))  # where "my_module:MyLayer" of a configuration is looked for
+    try:
+        sys.path.append(str(Path.cwd()))  # where "my_module:MyLayer" is looked for
+    except FileNotFoundError:
+        typer.echo("trainer: the folder you are in has been removed", err=True)
+        sys.exit(InputError.exit_code)
     try:
         app()
     except TrainerError as error:
@@ -762,7 +776,12 @@ def _start_logging() -> Console:
     """Shows what the package logs on stderr: notices in a frame that no one can miss."""
     import logging
 
-    console = Console(stderr=True)
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            """Raises, where rich would end the program: a training goes on without a reader."""
+            raise BrokenPipeError
+
+    console = Terminal(stderr=True)
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -788,14 +807,17 @@ def _print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=2, allow_nan=False))
 
 
-def _print_result(summary: dict[str, Any]) -> None:
+def _print_result(summary: dict[str, Any], *, tensorboard: bool) -> None:
     seconds = summary["seconds"]
-    parts = ("import", "data", "to_device", "tracing", "training", "evaluation", "report", "total")
-    times = ", ".join(f"{part.replace('_', ' ')} {seconds[part]:.1f}" for part in parts)
+    times = ", ".join(
+        f"{title} {sum(seconds.get(part) or 0.0 for part in parts):.1f}"
+        for title, parts in _SHOWN_SECONDS.items()
+    )
     step = summary["step_ms"]
     typer.echo(f"{summary['data']['name']}: {_scores(summary)}")
     typer.echo(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
-    typer.echo(f"kept in {summary['run']}; see it with `trainer tensorboard`")
+    seen = "; see it with `trainer tensorboard`" if tensorboard else ""
+    typer.echo(f"kept in {summary['run']}{seen}")
 
 
 def _print_search(result: dict[str, Any]) -> None:

@@ -569,6 +569,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """Returns the keys that are known where an unknown one was found."""
     section: type[BaseModel] = Config
+    if len(location) > 1 and location[0] not in section.model_fields:
+        section = KerasObject  # within a list of them, in a table of options
     for part in location[:-1]:
         if part not in section.model_fields:  # a place in a list, or a key of a space
             continue

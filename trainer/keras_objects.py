@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config import KerasObject
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, MissingError, nearest
 
 # What Keras and TensorFlow raise for options they cannot work with, early or late.
 REFUSALS = (
@@ -85,12 +85,22 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
 
     Raises:
         InputError: The factory does not take these options.
+        MissingError: It needs a package that is not installed.
     """
     try:
         return factory(**options)
+    except ImportError as error:  # of a package that Keras itself does without
+        raise MissingError(f"{what}: {error}") from None
     except REFUSALS as error:
         reason = explain(error)
-        raise InputError(f"{what} refuses the options {options}: {reason}") from None
+        shown = ", ".join(f"{key!r}: {_shown(value)}" for key, value in options.items())
+        raise InputError(f"{what} refuses the options {{{shown}}}: {reason}") from None
+
+
+def _shown(value: Any) -> str:
+    """Returns an option as a person wrote it; of an object of Keras's, its class."""
+    plain = isinstance(value, (str, int, float, list, tuple, dict, type(None)))
+    return repr(value) if plain else type(value).__name__
 
 
 def explain(error: Exception) -> str:

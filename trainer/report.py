@@ -33,19 +33,28 @@ class Drawn:
     pictures: dict[str, Future[bytes]]
 
 
-def write_start(
-    run: Run, config: Config, environment: dict[str, Any], data: Dataset, draw: FigureProcess | None
-) -> None:
-    """Writes what is known before training: configuration, environment, pictures of samples."""
-    count = min(config.logging.sample_images, len(data.train))
+def write_start(run: Run, config: Config, environment: dict[str, Any]) -> None:
+    """Writes what is known before training: configuration and environment."""
     with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
         tf.summary.text("configuration", _indented(config.to_toml()))
         tf.summary.text("environment", _indented(json.dumps(environment, indent=2)))
-        if count and draw is not None:
-            positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
-            images, labels = data.train.read(positions)
-            titles = [data.spec.class_names[label] for label in labels]
-            write_image("sample_images", draw.call("png_of_pictures", images, titles).result())
+
+
+def draw_samples(draw: FigureProcess, config: Config, data: Dataset) -> Future[bytes] | None:
+    """Has some training images drawn with their classes; None where none are asked for."""
+    count = min(config.logging.sample_images, len(data.train))
+    if not count:
+        return None
+    positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
+    images, labels = data.train.read(positions)
+    titles = [data.spec.class_names[label] for label in labels]
+    return draw.call("png_of_pictures", images, titles)
+
+
+def write_samples(run: Run, png: bytes) -> None:
+    """Writes the picture of `draw_samples`."""
+    with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+        write_image("sample_images", png)
 
 
 def draw_results(
@@ -133,7 +142,9 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
         tf.summary.experimental.write_raw_pb(end.SerializeToString(), step=0)
 
 
-def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], toml: str) -> str:
+def model_card(
+    run_name: str, summary: dict[str, Any], classes: dict[str, Any], config: Config
+) -> str:
     """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
     data = summary["data"]
     bar = chr(92) + "|"  # what a Markdown table takes for a bar within a cell
@@ -145,7 +156,10 @@ def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], 
     scores = ", ".join(
         f"{name} {value:.4f}" for name, value in summary["test"].items() if isinstance(value, float)
     )
-    step = summary["step_ms"]
+    step, epochs = summary["step_ms"], summary["epochs"]
+    held_out = f"{data['validation']:,} more were held out for validation"
+    if config.data.train_on_validation:
+        held_out = f"the {data['validation']:,} validation images among them"
     return "\n".join(
         [
             f"# {run_name}",
@@ -154,8 +168,8 @@ def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], 
             f"**{data['name']}** {data['version']} ({data['origin']}).",
             "",
             f"- Test: {scores} ({summary['test_images']:,} images, scored once, after training)",
-            f"- Trained on {summary['train_images']:,} images for {summary['epochs']} epochs; "
-            f"{data['validation']:,} more were held out for validation",
+            f"- Trained on {summary['train_images']:,} images for {epochs} "
+            f"epoch{'' if epochs == 1 else 's'}; {held_out}",
             f"- Device: {', '.join(summary['devices'])}; precision: {summary['precision']}; "
             f"seed: {summary['seed']}",
             f"- Training took {summary['seconds']['training']:.1f} s"
@@ -170,7 +184,7 @@ def model_card(run_name: str, summary: dict[str, Any], classes: dict[str, Any], 
             f"`trainer predict RUN IMAGE`, where RUN is `{run_name}`.",
             "",
             "```toml",
-            toml.rstrip(),
+            config.to_toml().rstrip(),
             "```",
             "",
         ]

@@ -4,6 +4,7 @@ runs/<UTC time>-<name>/
     config.toml        the resolved configuration
     environment.json   versions, CPU, GPU, git revision, data fingerprint
     metrics.jsonl      a line an epoch
+    classes.json       precision, recall and F1 of each class
     summary.json       written after training: a run without one is not finished
     checkpoints/  tensorboard/  log.txt  README.md
 """
@@ -31,6 +32,7 @@ from trainer import devices
 from trainer.config import Config, parse_config
 from trainer.errors import InputError, TrainerError, nearest
 
+_CHANGEABLE = ("training.epochs", "training.cluster_timeout_seconds")
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
 
 
@@ -117,7 +119,8 @@ class Run:
             changed: The run's own, with what a person asked to be different.
 
         Raises:
-            InputError: That is more than another number of epochs, or fewer than were trained.
+            InputError: That is more than another number of epochs, or fewer than were trained; how
+                long to wait for other machines may change, too.
         """
         own = self.config()
         if changed.training.epochs < self.trained_epochs:
@@ -130,7 +133,7 @@ class Run:
             f"{section}.{key} = {value!r} (received {after[section][key]!r})"
             for section, table in before.items()
             for key, value in table.items()
-            if after[section][key] != value and (section, key) != ("training", "epochs")
+            if after[section][key] != value and f"{section}.{key}" not in _CHANGEABLE
         ]
         if differing:
             raise InputError(

@@ -4,6 +4,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -42,6 +43,7 @@ from trainer.training.checkpoint import (
     roll_back,
     save_weights,
 )
+from trainer.training.loop import Window
 from trainer.training.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -371,6 +373,7 @@ class _Training:
         self.draws = score_test and setting.devices.chief
         self._train, self._validation = setting.training_batches(clock)
         self._times = watching.StepTimes()
+        self._samples: Future[bytes] | None = None
         advice = f"go on with `trainer fit --resume {run.path}`"
         if setting.devices.workers > 1:
             name = run.name if setting.devices.chief else "RUN"  # which the chief alone keeps
@@ -414,7 +417,9 @@ class _Training:
         run.write_json("environment.json", facts)
         if setting.config.logging.tensorboard:
             with self._clock.part("report"):
-                report.write_start(run, setting.config, facts, setting.data, draw)
+                report.write_start(run, setting.config, facts)
+                if draw is not None:
+                    self._samples = report.draw_samples(draw, setting.config, setting.data)
 
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
@@ -439,10 +444,12 @@ class _Training:
                 self._validation,
                 epochs=setting.config.training.epochs,
                 callbacks=[*callbacks, *watchers, checkpoints],
-                observers=[*observers, checkpoints],
+                observers=[*observers, self._write_samples, checkpoints],
                 warmup_calls=2 if setting.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.position,
             )
+        except SystemExit as end:  # signals are noted: this is not ours
+            raise RuntimeError(f"a callback ended the program with {end.code!r}") from end
         finally:
             for watch in observers:
                 if hasattr(watch, "close"):
@@ -451,6 +458,12 @@ class _Training:
         epochs, asked = len(setting.model.history.epoch), setting.config.training.epochs
         if epochs < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
+
+    def _write_samples(self, window: Window) -> None:  # noqa: ARG002 - any: they are drawn by now
+        """Writes the sample images, which were drawn while the graphs were traced."""
+        if self._samples is not None:
+            report.write_samples(self._run, self._samples.result())
+            self._samples = None
 
     def _observers(self) -> list[Any]:
         config, run = self._setting.config, self._run
@@ -468,12 +481,10 @@ class _Training:
     def _finish(self, draw: FigureProcess | None) -> Fitted:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
         setting, run, clock = self._setting, self._run, self._clock
-        traced = setting.loop.seconds.tracing
-        with clock.part("evaluation"):
+        with self._evaluating():
             validation, _ = _score(setting, self._validation, signals=self._signals)
             test = setting.batches("test")
             scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
-        clock.seconds["evaluation"] -= setting.loop.seconds.tracing - traced  # counted there
         probabilities = cast("NDArray[np.float32]", probabilities)
         if draw is None:
             summary = _summary(setting, validation, scores, clock, self._times)
@@ -500,10 +511,8 @@ class _Training:
     def _finish_untested(self) -> Fitted:
         """Scores the weights that are kept on the validation images, and reports no more."""
         setting, run, clock = self._setting, self._run, self._clock
-        traced = setting.loop.seconds.tracing
-        with clock.part("evaluation"):
+        with self._evaluating():
             validation, _ = _score(setting, self._validation, signals=self._signals)
-        clock.seconds["evaluation"] -= setting.loop.seconds.tracing - traced  # counted there
         summary = _summary(setting, validation, {}, clock, self._times) | {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
@@ -512,6 +521,14 @@ class _Training:
         summary["seconds"] |= {"total": clock.total() + self._earlier_seconds()}
         run.write_json("summary.json", summary)
         return Fitted(summary, setting.model, run, worker=_worker(setting))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Times the last scoring, without the tracing in it, which the loop's clock has."""
+        traced = self._setting.loop.seconds.tracing
+        with self._clock.part("evaluation"):
+            yield
+        self._clock.seconds["evaluation"] -= self._setting.loop.seconds.tracing - traced
 
     def _earlier_seconds(self) -> float:
         """Returns what the loop took before the interruption: its clock goes on from there."""
@@ -619,7 +636,7 @@ def _report(setting: Setting, run: Run, summary: dict[str, Any], drawn: report.D
     """Writes the model card and TensorBoard's pictures."""
     classes = drawn.classes.result()
     run.write_json("classes.json", classes)
-    card = report.model_card(run.name, summary, classes, setting.config.to_toml())
+    card = report.model_card(run.name, summary, classes, setting.config)
     run.write_text("README.md", card)
     if setting.config.logging.tensorboard:
         scores = watching.scalars(summary["test"])

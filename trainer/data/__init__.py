@@ -12,6 +12,7 @@ import os
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,9 @@ _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Examples = tuple[Images, Labels]
+
+# Read at once, so that what is read need not be in memory twice.
+_PIECE_BYTES = 2**24
 
 
 class DataSpec(BaseModel):
@@ -118,24 +122,24 @@ def _read_rows(images: "np.memmap[Any, Any]", rows: NDArray[np.int64]) -> Images
         InputError: The file has become shorter.
     """
     size = int(np.prod(images.shape[1:]))
-    found = bytearray(len(rows) * size)
-    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows in succession are read at once
-    bounds = np.append(starts, len(rows)) * size
-    places = images.offset + rows[starts] * size
-    with Path(str(images.filename)).open("rb", buffering=0) as file, memoryview(found) as to:
-        for start, end, place in zip(
-            bounds[:-1].tolist(), bounds[1:].tolist(), places.tolist(), strict=True
-        ):
-            got = 0
-            while start + got < end:  # one call reads 2 GB at most
-                count = os.preadv(file.fileno(), (to[start + got : end],), place + got)
-                if not count:
-                    raise InputError(
-                        f"{images.filename}: expected {end - start} bytes of images at "
-                        f"{place}, read {got}"
-                    )
-                got += count
-    return np.frombuffer(found, np.uint8).reshape(len(rows), *images.shape[1:])
+    found = np.empty((len(rows), size), np.uint8)
+    step = max(1, _PIECE_BYTES // size)
+    with Path(str(images.filename)).open("rb", buffering=0) as file:
+        for first in range(0, len(rows), step):
+            piece = rows[first : first + step]
+            starts = np.flatnonzero(np.diff(piece, prepend=-2) != 1)  # rows in succession: one read
+            counts = np.diff(starts, append=len(piece)) * size
+            places = images.offset + piece[starts] * size
+            # map() calls pread without Python between the calls, which would take as long as they.
+            parts = map(os.pread, repeat(file.fileno()), counts.tolist(), places.tolist())
+            content = b"".join(parts)
+            if len(content) != len(piece) * size:
+                raise InputError(
+                    f"{images.filename}: expected {len(piece) * size} bytes of {len(piece)} "
+                    f"images, read {len(content)}"
+                )
+            found[first : first + step] = np.frombuffer(content, np.uint8).reshape(-1, size)
+    return found.reshape(len(rows), *images.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ takes; its function `build(spec, **options)` returns a `keras.Model` that takes 
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,6 +18,9 @@ from trainer import keras_objects
 from trainer.config import ModelConfig, call_with_options
 from trainer.data import DataSpec
 from trainer.errors import InputError, nearest
+
+# What TensorFlow takes for the name of a scope.
+_SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 
 
 def names() -> list[str]:
@@ -67,6 +71,12 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         raise InputError(
             f"model {config.name!r}: expected build() to return a built keras.Model, "
             f"received {type(model).__name__}"
+        )
+    strange = [layer.name for layer in model.layers if not _SCOPE.fullmatch(layer.name)]
+    if strange:
+        raise InputError(
+            f"model {config.name!r}: expected names of layers that TensorFlow's graphs take "
+            f"(letters, digits, _ . - /, no blanks), received {strange[0]!r}"
         )
     shape = getattr(model, "input_shape", None)
     if shape != (None, *spec.image_shape):

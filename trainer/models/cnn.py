@@ -33,7 +33,8 @@ def build(
             edges, for images that "valid" would shrink to nothing.
         dense: Units of the hidden dense layer.
         dropout: Share of its outputs that training sets to zero.
-        crop: Rows and columns to leave out at each edge of the images, where nothing is seen.
+        crop: Rows and columns to leave out at each edge of the images: less to compute, for
+            images whose edges hold little.
         batch_normalization: Normalize the hidden layer's outputs before their ReLU, which lets a
             training of one epoch take large steps (Ioffe and Szegedy 2015).
     """

@@ -104,7 +104,7 @@ class Loaded:
             "data": data.spec.name,
             "split": split,
             "images": count,
-            "loss": loss / count,
+            "crossentropy": loss / count,  # whatever loss it was trained by
             "accuracy": right / count,
         }
 

@@ -171,6 +171,7 @@ class StreamedBatches(_Epoch):
             first, last = self._own_rows(len(positions))
             return *self._split.read(positions[first:last].astype(np.int64)), np.int32(first)
 
+        @tf.autograph.experimental.do_not_convert  # which would take a second, and find nothing
         def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             images, labels, first = tf.numpy_function(read, [step], (tf.uint8, tf.int32, tf.int32))
             images.set_shape((None, *self._image_shape))

@@ -10,10 +10,12 @@ that length, so that what is trained again is not told twice.
 """
 
 import copy
+import errno
 import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import zipfile
 import zlib
@@ -37,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 # How many parameters the file is for: Keras passes over those that a model has no place for.
 _PARAMETERS = "trainer.parameters"
+_BYTES_A_DATASET = 2048  # of an HDF5 file, beside the numbers
 _KEPT = 2
 _DEPTH = 20  # of lists and tables within each other, that a callback remembers
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError)
@@ -271,8 +274,14 @@ def save_weights(
     Raises:
         InputError: The disk does not take them; what was there before is untouched.
     """
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    size = sum(_value(v).nbytes + _BYTES_A_DATASET for v in variables)
 
     def write(beside: Path) -> None:
+        if shutil.disk_usage(beside.parent).free < size:
+            # HDF5 that finds no room says so, and crashes when the process ends.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         model.save_weights(beside, overwrite=True)
         with h5py.File(beside, "a") as file:
             file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
@@ -280,8 +289,7 @@ def save_weights(
     try:
         write_whole(path, write)
     except OSError as error:
-        variables = [*model.variables, *(model.optimizer.variables if model.optimizer else [])]
-        raise _not_written(path, sum(_value(v).nbytes for v in variables), error) from None
+        raise _not_written(path, size, error) from None
 
 
 def load_weights(path: Path, model: keras.Model) -> None:

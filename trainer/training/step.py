@@ -37,7 +37,8 @@ def train_step(
 
     Returns:
         "loss": float32 scalar, this replica's part of the global batch's loss (they add up to it).
-        "gradient_norms", if asked for: float32 [weights], of the whole batch's unclipped gradient.
+        "gradient_norms", if asked for: float32 [weights], of the whole batch's unclipped gradient;
+        0 for a weight that the loss does not depend on.
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     optimizer, weights = model.optimizer, model.trainable_variables
@@ -105,7 +106,8 @@ def _clip_whole_batch(
     """Clips by the norm of the whole batch's gradient, not by that of each replica's part.
 
     Returns:
-        The gradients as `optimizer.apply` takes them, and the norm of each before clipping.
+        The gradients as `optimizer.apply` takes them, and the norm of each before clipping,
+        float32 [weights].
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
@@ -115,7 +117,9 @@ def _clip_whole_batch(
         context = tf.distribute.get_replica_context()
         present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
     scale = optimizer.scale_loss(tf.constant(1.0))
-    norms = tf.stack([tf.norm(g) for g in present]) * replicas / scale  # [weights]
+    given = iter(present)
+    norms = tf.stack([0.0 if g is None else tf.norm(next(given)) for g in gradients])  # [weights]
+    norms *= replicas / scale
     if clip_norm is not None:
         factor = clip_norm / tf.maximum(tf.norm(norms), clip_norm)  # 1 where the norm is within
         present = [g * factor for g in present]

@@ -39,7 +39,7 @@ _BEAT_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0  # the chief may be at choosing: a Gaussian process takes a while
 _MISSES = 3
 _WAIT_SECONDS = 600.0  # for a chief or workers that are not there yet
-_SILENT_SECONDS = 60.0  # after which a worker on another machine counts as dead
+_SILENT_SECONDS = 60.0  # after which a worker counts as dead: it may hang, or be far away
 _SAVING_SECONDS = 60.0  # what a worker gets to save its trial
 _LOOK_SECONDS = 0.2
 _VARIABLES = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
@@ -278,7 +278,7 @@ def _require_alive(
             raise MissingError(_obituary(folder, servicer, name, _how(folder, name, code)))
     for name in list(servicer.oracle.tuner_ids):
         silent = now - servicer.heard.get(name, now)
-        if name not in processes and silent > _SILENT_SECONDS:
+        if silent > _SILENT_SECONDS:
             raise MissingError(_obituary(folder, servicer, name, f"is silent for {silent:.0f} s"))
 
 

@@ -6,7 +6,9 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,11 +17,12 @@ import numpy as np
 from rich.console import Console
 
 from trainer import devices, workflow
-from trainer.assembly import Clock, Setting, assemble, compiled_model
+from trainer.assembly import Clock, Setting, assemble, compiled_model, make_callbacks
 from trainer.cluster import read_cluster
 from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError, MissingError, StoppedError, nearest
 from trainer.run import Run, require_writable, write_text
+from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
 from trainer.tuning import cluster, hparams, results
 from trainer.tuning.folder import Record, SearchFolder, ranked
@@ -131,9 +134,7 @@ def _rehearse(config: Config) -> tuple[Config, list[str]]:
     config = config.with_changes(resolved)
     built = []
     for named, extreme in extremes(config):
-        training = extreme.training
-        own = (training.batch_size, training.device, training.precision)
-        parts = (extreme.model, extreme.optimizer, own)
+        parts = (extreme.model, extreme.optimizer, extreme.training, extreme.data.augmentation)
         if parts not in built and extreme.data.image_size == config.data.image_size:
             built.append(parts)
             try:
@@ -145,7 +146,7 @@ def _rehearse(config: Config) -> tuple[Config, list[str]]:
 
 
 def _build(config: Config, setting: Setting) -> None:
-    """Builds the network and tries the optimizer of one configuration."""
+    """Builds the network, and tries all else that one configuration names."""
     if config.training.batch_size > setting.data.spec.train:
         raise InputError(
             f"expected batches of {setting.data.spec.train} training images or fewer, "
@@ -154,6 +155,8 @@ def _build(config: Config, setting: Setting) -> None:
     chosen = devices.select(config.training.device)
     with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
         compiled_model(config, setting.data.spec)
+        make_augmentation(config.data.augmentation, setting.data.spec)
+    make_callbacks(replace(setting, config=config), Path("run"))
     try_optimizer(config.optimizer)
 
 

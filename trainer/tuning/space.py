@@ -15,11 +15,17 @@ from trainer.errors import InputError
 if TYPE_CHECKING:
     import keras_tuner
 
-# Trials are compared by the same validation images, each in a directory that the search names.
+# Trials are compared by the same scores of the same images, each in a directory that the search
+# names; and no seed is better than another: the best of several is luck (tuning.executions).
 _FIXED = (
-    *("data.name", "data.split_seed", "data.validation_fraction", "data.test_fraction"),
-    *("data.train_on_validation", "logging", "tuning"),
+    "data",
+    "logging",
+    "tuning",
+    "training.limit_batches",
+    "training.metrics",
+    "training.seed",
 )
+_FREE = ("data.augmentation", "data.image_size")  # the same images all the same
 # Digits of a value drawn from a range: what is tried is what a person reads in best.toml.
 _DIGITS = 6
 
@@ -37,14 +43,27 @@ def check_space(config: Config) -> None:
             '"optimizer.learning_rate" = { low = 0.001, high = 0.1, scale = "log" }'
         )
     for key, parameter in tuning.space.items():
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
+        if _within(key, _FIXED) and not _within(key, _FREE):
             raise InputError(f"tuning.space: {key} is the same for all trials of a search")
+        if _within(key, ("training.loss",)) and tuning.objective == "val_loss":
+            raise InputError(
+                f"tuning.space: {key} changes what val_loss is: expected another tuning.objective"
+            )
         if tuning.algorithm == "grid" and values_of(parameter) is None:
             raise InputError(f"tuning.space.{key}: a grid expects choices, or a range with a step")
+    if config.data.train_on_validation:
+        raise InputError(
+            "data.train_on_validation: expected false, since the validation images choose the best "
+            "(`--refit` trains it on them, too); received true"
+        )
     if tuning.algorithm == "hyperband":
         _check_hyperband(config)
     for _ in extremes(config):
         pass
+
+
+def _within(key: str, tables: tuple[str, ...]) -> bool:
+    return any(key == table or key.startswith(f"{table}.") for table in tables)
 
 
 def _check_hyperband(config: Config) -> None:

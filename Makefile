@@ -14,7 +14,7 @@ help:  ## Say what there is
 fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options on
 	@$(BIN)/trainer fit $(ARGS)
 
-test: $(VENV)/.installed-dev  ## Run the tests (offline, three to four minutes on two cores)
+test: $(VENV)/.installed-dev  ## Run the tests (offline, about three minutes on two cores)
 	$(BIN)/python -m pytest $(ARGS)
 
 slow: $(VENV)/.installed-dev  ## Run the tests that take long: whole processes, killed and started again

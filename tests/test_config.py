@@ -439,7 +439,8 @@ def test_a_fault_is_laid_to_where_it_is(load: Callable[..., Config]) -> None:
 
 
 def test_a_missing_file_lists_what_there_is(in_tmp_path: Path) -> None:
-    assert refused(load_config, "a.toml").endswith("received a.toml: there is no *.toml in .")
+    said = "received a.toml: there is no *.toml in . (`trainer` looks from the folder you are in)"
+    assert refused(load_config, "a.toml").endswith(said)
     for name in ("mnist.toml", "other.toml", "notes.txt"):
         (in_tmp_path / name).touch()
     message = refused(load_config, "minst.toml")

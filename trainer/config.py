@@ -422,7 +422,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         known = (
             nearest(same[0] if same else str(path), found)
             if found
-            else f"there is no *.toml in {path.parent}"
+            else f"there is no *.toml in {path.parent} (`trainer` looks from the folder you are in)"
         )
         raise InputError(f"expected a configuration file, received {path}: {known}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -34,14 +34,17 @@ _BYTES = [4**exponent for exponent in range(5, 14)]  # 1 kB to 67 MB
 _SECONDS = 0.5  # of a block, at least
 _BLOCKS = 5
 
-# Parameters, GFLOP of a training image, images a step. GFLOP: thrice those of the forward pass, two
-# for each multiply-add. ResNet-50 and ViT-L/16 by torchvision's table of weights
-# (docs.pytorch.org/vision/stable/models.html), ours as `trainer benchmark step` counts them.
+# Parameters, GFLOP of a training image, images a step, batch normalizations. GFLOP: thrice those of
+# the forward pass, two for each multiply-add. ResNet-50 and ViT-L/16 by torchvision's table of
+# weights (docs.pytorch.org/vision/stable/models.html), ours as `trainer benchmark step` counts.
 _NETWORKS = {
-    "mnist.toml": (72_266, 0.0028, 256),
-    "ResNet-50": (25_557_032, 6 * 4.09, 256),
-    "ViT-L/16": (304_326_632, 6 * 61.55, 64),
+    "mnist.toml": (72_266, 0.0028, 256, 1),
+    "ResNet-50": (25_557_032, 6 * 4.09, 256, 53),
+    "ViT-L/16": (304_326_632, 6 * 61.55, 64, 0),
 }
+# Of each batch normalization in a step, one after the other: three forward and three backward, of
+# as many numbers as it has channels: some kB, whose time is that of the messages.
+_NORMALIZATION_EXCHANGES, _NORMALIZATION_BYTES = 6, 2048
 _LEAST_STEP = 1e-3  # seconds; below that a GPU waits for its kernels to be started
 
 
@@ -204,19 +207,24 @@ def network_seconds(gpus: int, size: int, *, gbits: float, latency_us: float) ->
 def predicted_table(gbits: float, latency_us: float, tflops: float) -> Table:
     """Returns what 8, 64 and 512 GPUs would do; calculated, not measured."""
     table = Table(
-        *("network", "images", "GPUs", "computing", "exchange", "step, ms", "efficiency"),
+        *("network", "images", "GPUs", "computing", "gradients", "normalizing", "step, ms"),
+        "efficiency",
         title=f"calculated: {gbits:g} Gb/s, {latency_us:g} us a message, {tflops:g} TFLOP/s a GPU",
     )
-    for name, (parameters, gflop, images) in _NETWORKS.items():
+    for name, (parameters, gflop, images, normalizations) in _NETWORKS.items():
         for gpus in (8, 64, 512):
             computing = max(_LEAST_STEP, images * gflop / tflops / 1e3)
             # Gradients, in float32 under every precision, and the loss.
-            exchange = sum(
-                network_seconds(gpus, size, gbits=gbits, latency_us=latency_us)
-                for size in (4 * parameters, 4)
+            gradients, normalized = (
+                sum(network_seconds(gpus, size, gbits=gbits, latency_us=latency_us) for size in of)
+                for of in (
+                    (4 * parameters, 4),
+                    [_NORMALIZATION_BYTES] * _NORMALIZATION_EXCHANGES * normalizations,
+                )
             )
-            cells = (1e3 * computing, 1e3 * exchange, 1e3 * (computing + exchange))
-            share = computing / (computing + exchange)
+            step = computing + gradients + normalized
+            cells = (1e3 * seconds for seconds in (computing, gradients, normalized, step))
+            share = computing / step
             table.add_row(
                 name, str(images), str(gpus), *(f"{c:.3g}" for c in cells), f"{share:.0%}"
             )

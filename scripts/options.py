@@ -38,7 +38,7 @@ CASES: dict[str, list[str]] = {
     ],
     "no crop (model.options.crop = 0)": ["model.options.crop=0"],
     "no batch normalization": ["model.options.batch_normalization=false"],
-    "plain labels (training.loss)": ["training.loss=sparse_categorical_crossentropy"],
+    "plain labels (training.loss)": ["training.loss=SparseCategoricalCrossentropy"],
     "XLA (training.jit_compile)": ["training.jit_compile=true"],
     "histograms (logging.histograms)": ["logging.histograms=true"],
     "no TensorBoard (logging.tensorboard)": ["logging.tensorboard=false"],

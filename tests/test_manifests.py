@@ -98,6 +98,9 @@ def test_kubernetes_starts_workers_that_know_each_other(
 
 def test_kubernetes_goes_on_and_ends(run: Run) -> None:
     given = {"WORKERS": "2", "NAME": "digits", "JOB_COMPLETION_INDEX": "1"}
+    make_run("my-digits", "config.toml", "summary.json")  # another's
+    (noted,) = run("bash", "-c", SCRIPT, **given)
+    assert noted["arguments"][:3] == ["fit", "--name", "digits"]
     make_run("digits", "config.toml")
     (noted,) = run("bash", "-c", SCRIPT, **given)
     assert noted["arguments"][:3] == ["fit", "--resume", "digits"]
@@ -118,3 +121,7 @@ def test_slurm_starts_workers_and_goes_on(run: Run, monkeypatch: pytest.MonkeyPa
     make_run("mine", "config.toml")
     started = run(str(SLURM), "configs/debug.toml", NAME="mine")
     assert [noted["arguments"] for noted in started] == [["fit", "--resume", "mine"]] * 2
+    make_run("mine", "summary.json")
+    assert run(str(SLURM), "configs/debug.toml", NAME="mine") == []
+    (noted, _) = run(str(SLURM), "configs/mnist_tiny.toml")
+    assert noted["arguments"][-2:] == ["--name", "mnist_tiny"]

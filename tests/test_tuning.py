@@ -373,7 +373,9 @@ def test_a_hopeless_trial_is_pruned(tmp_path: Path) -> None:
     folder.create(Config())
 
     def prune(value: float, epoch: int, direction: str = "max") -> bool:
-        pruning = Pruning(folder, "val_accuracy", direction)
+        mark = tmp_path / "mark"
+        mark.unlink(missing_ok=True)
+        pruning = Pruning(folder, "val_accuracy", direction, mark)
         pruning.set_params({"epochs": 3})
         pruning.set_model(SimpleNamespace(stop_training=False))
         pruning.on_epoch_end(epoch, {"val_accuracy": value})
@@ -391,6 +393,32 @@ def test_a_hopeless_trial_is_pruned(tmp_path: Path) -> None:
     assert prune(0.29, 0)
     assert prune(0.31, 0, "min")
     assert not prune(0.0, 2)  # the last epoch
+
+
+def test_a_pruned_trial_that_was_killed_before_its_record_stays_pruned(
+    search: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two executions each: one that goes on would be trained a second time, by another seed."""
+    config = search("tuning.executions=2", "tuning.patience=0", "tuning.direction=max")
+    folder = SearchFolder("runs", "p")
+    folder.create(config)
+    for trial in range(5):
+        folder.write_record(_record(trial, 2.0))  # better than any accuracy
+    chosen = {"optimizer.learning_rate": 0.01, "optimizer.name": 0, "model.options.units": 0}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchFolder, "write_record", kill)
+        with pytest.raises(Killed):
+            run_trial(folder, config, "7", chosen)
+    record = run_trial(folder, config, "7", chosen)
+    assert (record.status, record.trained_epochs) == ("pruned", 1)
+    assert record.runs == ["trials/7-1"]
 
 
 def test_the_best_keep_their_weights(tmp_path: Path) -> None:
@@ -433,7 +461,7 @@ def test_importance_finds_what_mattered_and_says_when_it_cannot(
         "all scores are the same",
     )
     noise = [record(i, float((i * 37 % 41) ** 2 % 7)) for i in range(40)]
-    assert "explains nothing" in importances(config, noise)[1]
+    assert "explains too little" in importances(config, noise)[1]
 
 
 def test_a_search_from_its_beginning_to_the_refit(
@@ -521,12 +549,12 @@ def _see_hparams(address: str, trials: list[dict[str, Any]]) -> None:
         return {g["name"]: g for g in found if "/tensorboard/" in g["sessions"][0]["name"]}
 
     deadline = time.monotonic() + 60
-    names = {trial["trial"] for trial in trials}
+    names = {f"s-{trial['trial']}" for trial in trials}
     while not names <= groups().keys():
         assert time.monotonic() < deadline
         time.sleep(0.2)
     for trial in trials:
-        group = groups()[trial["trial"]]
+        group = groups()[f"s-{trial['trial']}"]
         rate = group["hparams"]["optimizer.learning_rate"]
         assert rate == trial["values"]["optimizer.learning_rate"]
         session = group["sessions"][0]

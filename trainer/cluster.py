@@ -68,11 +68,14 @@ class Cluster:
         addresses: "host:port" of each worker, the chief's first.
         index: Which of them this process is.
         source: Where it was read, "TF_CONFIG" or "SLURM".
+        chief_job: Whether the first is a job of its own, "chief", as Kubeflow has it: then the
+            tasks of the job "worker" are counted from the second on.
     """
 
     addresses: tuple[str, ...]
     index: int
     source: str
+    chief_job: bool = False
 
     @property
     def chief(self) -> bool:
@@ -156,7 +159,10 @@ class Cluster:
 
     def named(self, index: int) -> str:
         """Returns a worker as messages name it."""
-        return f"task {index}{' (chief)' if index == 0 else ''} at {self.addresses[index]}"
+        name = f"task {index}{' (chief)' if index == 0 else ''}"
+        if self.chief_job:
+            name = f"worker {index - 1}" if index else "the chief"
+        return f"{name} at {self.addresses[index]}"
 
     @contextlib.contextmanager
     def watched(self, advice: str) -> Iterator[None]:
@@ -183,7 +189,8 @@ class Cluster:
     def _lost(self, message: str) -> list[int]:
         """Returns the workers that an error is about."""
         others = [i for i in range(len(self.addresses)) if i != self.index]
-        named = {int(task) for task in re.findall(r"/task:(\d+)", message)}
+        tasks = re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", message)
+        named = {int(task) + (self.chief_job and job == "worker") for job, task in tasks}
         silent = [i for i in others if _refusal(self.addresses[i])]
         if silent:  # of those that are gone, some may have gone because of the first
             return [i for i in silent if i in named] or silent
@@ -249,8 +256,9 @@ def _from_tf_config(text: str) -> Cluster | None:
         raise InputError(f"TF_CONFIG: expected ports from 1 to 65535, received {beyond[0]}")
     if len(addresses) == 1:
         return None
-    index = task.index + (len(jobs.get("chief", [])) if task.type == "worker" else 0)
-    return Cluster(tuple(addresses), index, "TF_CONFIG")
+    chief_job = bool(jobs.get("chief"))
+    index = task.index + (chief_job and task.type == "worker")
+    return Cluster(tuple(addresses), index, "TF_CONFIG", chief_job)
 
 
 def _slurm_number(variable: str, least: int, most: int) -> int:

@@ -110,7 +110,7 @@ def fit(
         config = config.with_changes({"training.limit_batches": 1, "training.epochs": 1})
     elif cluster is None or cluster.chief:
         require_writable(config.logging.directory)
-    with _watched(cluster, "RUN"):
+    with _watched(cluster):
         setting = assemble(config, clock, cluster=cluster)
         if dry_run:
             return _dry_run(setting, callbacks, clock)
@@ -119,7 +119,9 @@ def fit(
         name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
         run = run or name_run(config, config.logging.name or name)
         watched_by = [*make_callbacks(setting, run.path), *callbacks]
-        training = _Training(setting, run, watched_by, clock, console, score_test=score_test)
+        with _watched(cluster):
+            kept = setting.devices.tell(str(run.path))
+        training = _Training(setting, run, kept, watched_by, clock, console, score_test=score_test)
         run.create(config)  # from here on something is written; what was wrong is known by now
         with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
             return training.run_to_the_end(draw)
@@ -166,7 +168,7 @@ def resume(
         )
     chief = cluster is None or cluster.chief  # the others read the run, and write nothing to it
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
-        with _watched(cluster, run.name):
+        with _watched(cluster, str(run.path)):
             setting = assemble(config, clock, cluster=cluster)
             saved = _checkpoint_that_fits(run, setting)
             position = saved and asdict(saved.position)
@@ -184,7 +186,14 @@ def resume(
             own = run if chief else name_run(setting.config, run.name)
             watched_by = [*make_callbacks(setting, own.path), *callbacks]
             training = _Training(
-                *(setting, own, watched_by, clock, console), saved=saved, score_test=score_test
+                setting,
+                own,
+                str(run.path),
+                watched_by,
+                clock,
+                console,
+                saved=saved,
+                score_test=score_test,
             )
             if chief:
                 run.checkpoints.mkdir(exist_ok=True)
@@ -356,6 +365,7 @@ class _Training:
         self,
         setting: Setting,
         run: Run,
+        kept: str,
         callbacks: list[keras.callbacks.Callback],
         clock: Clock,
         console: Console | None,
@@ -363,8 +373,21 @@ class _Training:
         saved: Checkpoint | None = None,
         score_test: bool,
     ) -> None:
+        """Prepares.
+
+        Args:
+            setting: What is trained.
+            run: Where this process writes.
+            kept: The run that is to be resumed after an interruption: the chief's.
+            callbacks: Of Keras.
+            clock: Has the seconds up to now.
+            console: Where the progress bar is drawn; None: no bar.
+            saved: Where to go on from.
+            score_test: As `fit` takes it.
+        """
         self._setting = setting
         self._run = run
+        self._kept = kept
         self._callbacks = callbacks
         self._clock = clock
         self._console = console
@@ -374,16 +397,15 @@ class _Training:
         self._train, self._validation = setting.training_batches(clock)
         self._times = watching.StepTimes()
         self._samples: Future[bytes] | None = None
-        advice = f"go on with `trainer fit --resume {run.path}`"
+        advice = f"go on with `trainer fit --resume {kept}`"
         if setting.devices.workers > 1:
-            name = run.name if setting.devices.chief else "RUN"  # which the chief alone keeps
-            advice = f"go on with `trainer fit --resume {name}` on every worker"
+            advice += " on every worker"
         self._signals = Signals(advice, setting.devices.exchange)
 
     def run_to_the_end(self, draw: FigureProcess | None) -> Fitted:
         """Trains, scores and reports."""
         cluster = self._setting.devices.cluster
-        with self._signals.noted(), _watched(cluster, self._run.name):
+        with self._signals.noted(), _watched(cluster, self._kept):
             self._begin(draw)
             self._fit()
             fitted = self._finish(draw) if self._score_test else self._finish_untested()
@@ -482,14 +504,16 @@ class _Training:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
         setting, run, clock = self._setting, self._run, self._clock
         with self._evaluating():
-            validation, _ = _score(setting, self._validation, signals=self._signals)
             test = setting.batches("test")
-            scores, probabilities = _score(setting, test, collect=True, signals=self._signals)
-        probabilities = cast("NDArray[np.float32]", probabilities)
-        if draw is None:
+            scores, found = _score(setting, test, collect=True, signals=self._signals)
+        probabilities, drawn = cast("NDArray[np.float32]", found), None
+        if draw is not None:
+            drawn = report.draw_results(draw, setting.config, setting.data, probabilities)
+        with self._evaluating():  # while that is drawn
+            validation, _ = _score(setting, self._validation, signals=self._signals)
+        if drawn is None:
             summary = _summary(setting, validation, scores, clock, self._times)
             return Fitted(summary, setting.model, None, worker=_worker(setting))
-        drawn = report.draw_results(draw, setting.config, setting.data, probabilities)
         summary = _summary(setting, validation, scores, clock, self._times) | {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
@@ -545,11 +569,12 @@ def _drawing(
     return FigureProcess() if draw is None else nullcontext(draw)
 
 
-def _watched(cluster: Cluster | None, run: str) -> AbstractContextManager[None]:
-    """Names the worker of a cluster that is lost, and how to go on."""
+def _watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
+    """Names the worker of a cluster that is lost, and how to go on: with a run, if there is one."""
     if cluster is None:
         return nullcontext()
-    return cluster.watched(f"start every worker again with `trainer fit --resume {run}`")
+    how = "" if run is None else f" with `trainer fit --resume {run}`"
+    return cluster.watched(f"start every worker again{how}")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The real training step of a configuration: what it takes, on what device, and where it goes.
 
-Three things are timed, each by the step: the loop as `fit` runs it; the bare step, which is the
-shortest `tf.function` a person would write by hand, on a batch that is there already; and the
-batches alone, chosen, gathered and augmented, with nothing trained on them.
+Three things are timed, each by the step: the loop as `fit` runs it; a bare epoch, which is the
+shortest `tf.function` a person would write by hand to go through the same batches; and the batches
+alone, chosen, gathered and augmented, with nothing trained on them.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from trainer.benchmark.timing import Measurement, Timing, take_turns
 from trainer.config import Config
 from trainer.data import DataSpec
 from trainer.errors import CheckError, InputError, nearest
+from trainer.training.batches import Batches
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Measured:
         steps: In each call.
         flops: Of the products of a step; None where they cannot be counted.
         loop: A call of the loop.
-        bare: As many bare steps.
+        bare: As many steps of a bare epoch.
         batches: As many batches, nothing trained on them.
     """
 
@@ -208,14 +209,20 @@ def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
     with tf.device(case.device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
         flops = count_flops(_traced_once(setting, batch))
-    bare = bare_steps(setting)
-
-    def run_bare(steps: int) -> tf.Tensor:
-        with tf.device(case.device):
-            return bare(*batch, tf.constant(steps))
-
-    once = effort.start(lambda: run_bare(1), _wait)
     train = setting.batches("train", shuffled=True)
+    bare = bare_epoch(setting, train)
+
+    def bare_calls(steps: int) -> Callable[[], tf.Tensor]:
+        turn = _positions(train, steps)
+
+        def call() -> tf.Tensor:
+            with tf.device(case.device):
+                return bare(*next(turn), tf.constant(steps))
+
+        return call
+
+    run_bare = bare_calls(1)
+    once = effort.start(run_bare, _wait)
     most = max(1, int(_CALL_BLOCKS * effort.block_seconds / once.call_seconds))
     steps = min(setting.loop.steps_per_call, train.steps, most)
     windows = setting.loop.repeat(train, steps)
@@ -224,27 +231,29 @@ def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
         steps,
         flops,
         loop=effort.start(lambda: next(windows), _wait),
-        bare=effort.start(lambda: run_bare(steps), _wait),
+        bare=effort.start(bare_calls(steps), _wait),
         batches=effort.start(_batches_alone(setting, train, steps), _wait),
     )
-    checks.check_device(run_bare(1), case.device, case.key)
+    checks.check_device(run_bare(), case.device, case.key)
     if not np.isfinite(loss := next(windows).loss).all():
         raise CheckError(f"{case.key}: expected a finite loss, received {loss[-1]}")
     return measured
 
 
-def bare_steps(setting: Setting) -> Callable[..., tf.Tensor]:
+def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
     """Returns what a person would write by hand for this network, and nothing more.
 
     Args:
         setting: Its model is trained.
+        train: The batches, of which the bare epoch takes whole ones alone.
 
     Returns:
-        A `tf.function` of images, labels and a number of steps (int32 scalar), which trains on this
-        batch so often, and returns the last loss. No metrics, no records, no callbacks.
+        A `tf.function` of the state of an epoch, its first step and a number of steps (int32
+        scalars), which trains on these batches and returns the last loss. No metrics, no records,
+        no callbacks.
     """
     model, training = setting.model, setting.config.training
-    weights = model.trainable_variables
+    weights, augment = model.trainable_variables, setting.augmentation or tf.identity
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
@@ -258,10 +267,11 @@ def bare_steps(setting: Setting) -> Callable[..., tf.Tensor]:
 
     compiled = tf.function(step, jit_compile=True) if training.jit_compile else step
 
-    def steps(images: tf.Tensor, labels: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    def steps(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         loss = tf.constant(0.0)
-        for _ in tf.range(count):
-            loss = compiled(images, labels)
+        for i in tf.range(count):
+            images, labels = train.rows(train.select(state, first + i), 0, train.batch_size)
+            loss = compiled(augment(images), labels)
         return loss
 
     return cast("Callable[..., tf.Tensor]", tf.function(steps))
@@ -281,7 +291,15 @@ def _traced_once(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Gra
     return cast("tf.Graph", function.get_concrete_function(*batch).graph)
 
 
-def _batches_alone(setting: Setting, train: Any, steps: int) -> Callable[[], Any]:
+def _positions(train: Batches, steps: int) -> Iterator[tuple[Any, tf.Tensor]]:
+    """Gives, epoch after epoch, its state and where each call of so many steps begins."""
+    for epoch in itertools.count():
+        state = train.begin(epoch)
+        for first in range(0, train.steps - steps + 1, steps):
+            yield state, tf.constant(first)
+
+
+def _batches_alone(setting: Setting, train: Batches, steps: int) -> Callable[[], Any]:
     """Returns what chooses, gathers and augments the batches of `steps` steps."""
     augment = setting.augmentation or tf.identity
 
@@ -293,13 +311,7 @@ def _batches_alone(setting: Setting, train: Any, steps: int) -> Callable[[], Any
             seen += tf.cast(augment(images)[0, 0, 0, 0], tf.int32) + labels[0]
         return seen
 
-    def positions() -> Iterator[tuple[Any, tf.Tensor]]:
-        for epoch in itertools.count():
-            state = train.begin(epoch)
-            for first in range(0, train.steps - steps + 1, steps):
-                yield state, tf.constant(first)
-
-    turn = positions()
+    turn = _positions(train, steps)
     compiled = cast("Callable[..., tf.Tensor]", tf.function(gather))
 
     def gather_next() -> tf.Tensor:

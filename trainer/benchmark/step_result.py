@@ -20,8 +20,9 @@ from trainer.run import environment
 _LEGEND = (
     "step: a step of the loop, as fit runs it; GFLOP/s: of its matrix products and convolutions, "
     "and in percent of the best square product of that type; loop: what a step takes beyond that "
-    "of a bare tf.function of the same network, optimizer and precision on a batch that is there "
-    "already; data: choosing, gathering and augmenting the batches alone, in percent of a step"
+    "of a bare tf.function takes that goes through the same batches with the same network, "
+    "optimizer and precision; data: choosing, gathering and augmenting the batches alone, in "
+    "percent of a step"
 )
 
 _LEFT_OUT = {"other batch sizes and precisions, XLA": "by --quick, where they are not asked for"}
@@ -196,7 +197,7 @@ def _draw_times(axes: Axes, series: _Series, crossovers: dict[str, Crossover]) -
 
 
 def _draw_parts(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Draws bars of microseconds an image: bare step, batches, and what else the loop does."""
+    """Draws bars of microseconds an image: training, batches, and what else the loop does."""
     names = [
         f"{row['device']} {row['precision'].removeprefix('mixed_')}"
         f"{' xla' if row['jit_compile'] else ''} {row['batch_size']}"
@@ -204,9 +205,9 @@ def _draw_parts(axes: Axes, rows: list[dict[str, Any]]) -> None:
     ]
     per_image = [1e3 / row["batch_size"] for row in rows]
     parts = {
-        "bare step": [row["bare_ms"] for row in rows],
+        "a bare epoch, without its batches": [max(0, r["bare_ms"] - r["batches_ms"]) for r in rows],
         "batches": [row["batches_ms"] for row in rows],
-        "rest of the loop": [max(0, r["step_ms"] - r["bare_ms"] - r["batches_ms"]) for r in rows],
+        "rest of the loop": [max(0, row["step_ms"] - row["bare_ms"]) for row in rows],
     }
     left = np.zeros(len(rows))
     for name, milliseconds in parts.items():

@@ -293,9 +293,10 @@ def _how(folder: SearchFolder, name: str, code: int) -> str:
 def _obituary(folder: SearchFolder, servicer: _Servicer, name: str, how: str) -> str:
     trial = servicer.oracle.ongoing_trials.get(name)
     at = f" during trial {trial.trial_id}" if trial is not None else ""
+    log = folder.log(name)  # of workers that were started here
     return (
-        f"{name} {how}{at}; chief and workers were ended and nothing is lost: the same command "
-        f"goes on, and gives its trial to another (what it said: {folder.log(name)})"
+        f"{name} {how}{at}; the search is ended and nothing is lost: the same command goes on, and "
+        "gives its trial to another" + (f" (what it said: {log})" if log.exists() else "")
     )
 
 

@@ -53,7 +53,9 @@ def write_session(folder: SearchFolder, config: Config, record: Record, begin: f
     failed = record.status == "failed"
     status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
     with tf.summary.create_file_writer(str(path)).as_default(step=record.trained_epochs):
-        api.hparams(shown, trial_id=record.trial, start_time_secs=begin)
+        # By both names: the page shows the searches of one folder of runs together.
+        trial = f"{folder.name}-{record.trial}"
+        api.hparams(shown, trial_id=trial, start_time_secs=begin)
         for name, value in record.scores.items():
             if value is not None:
                 tf.summary.scalar(name, value)

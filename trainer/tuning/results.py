@@ -16,6 +16,7 @@ _TREES = 100
 _REPEATS = 10
 # Trials for each parameter, below which the order of importances changes from search to search.
 _TRIALS_A_PARAMETER = 4
+_EXPLAINED = 0.3  # of the scores' variance, below which what a forest learned is mostly noise
 
 
 def write_best(folder: SearchFolder, config: Config) -> None:
@@ -87,8 +88,8 @@ def importances(config: Config, records: list[Record]) -> tuple[dict[str, float]
     if np.ptp(scores) == 0:
         return None, "all scores are the same"
     shares, explained = _forest(columns, scores)
-    if explained <= 0 or shares.sum() <= 0:
-        return None, f"a forest explains nothing of the scores (out of bag, R2 {explained:.2f})"
+    if explained < _EXPLAINED or shares.sum() <= 0:
+        return None, f"a forest explains too little of the scores (out of bag, R2 {explained:.2f})"
     order = np.argsort(-shares, kind="stable")
     found = {keys[i]: float(shares[i] / shares.sum()) for i in order}
     return found, f"{len(scored)} trials, of whose scores a forest explains {explained:.0%}"

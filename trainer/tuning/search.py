@@ -311,7 +311,8 @@ def _what_to_refit(folder: SearchFolder) -> tuple[Run, Config]:
     if noted.exists() and noted.read_text(encoding="utf-8") != config.to_toml():
         raise InputError(
             f"{run.path} was trained by what was the best before, and the test images are scored "
-            "once a search: expected the same best; move it away with refit.toml to score another"
+            "once a search: expected the same best; move it away with refit.toml to score another "
+            "(without --refit the same command shows what the search has found)"
         )
     return run, config
 

@@ -37,20 +37,26 @@ class Pruning(keras.callbacks.Callback):
     of the mean, which the first epochs would weigh down.
     """
 
-    def __init__(self, folder: SearchFolder, objective: str, direction: str) -> None:
+    def __init__(self, folder: SearchFolder, objective: str, direction: str, mark: Path) -> None:
         """Prepares.
 
         Args:
             folder: Remembers the curves of the others.
             objective: The metric.
             direction: "max" or "min".
+            mark: A file that says that the training was ended, to whoever finds it finished.
         """
         super().__init__()
         self._folder = folder
         self._objective = objective
         self._direction = direction
+        self._mark = mark
         self.best: float | None = None
-        self.pruned = False
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the training was ended, by this process or by one that was killed after it."""
+        return self._mark.exists()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Compares; the last epoch has nothing left to save."""
@@ -63,7 +69,7 @@ class Pruning(keras.callbacks.Callback):
             return
         median = statistics.median(others)
         if choose(self.best, median) != self.best:
-            self.pruned = True
+            self._mark.touch()
             self.model.stop_training = True
 
 
@@ -173,7 +179,7 @@ def _train(folder: SearchFolder, config: Config, record: Record, epochs: int | N
     for execution in range(tuning.executions):
         name = record.trial if tuning.executions == 1 else f"{record.trial}-{execution + 1}"
         run = Run(folder.trials / name)
-        pruning = Pruning(folder, tuning.objective, tuning.direction)
+        pruning = Pruning(folder, tuning.objective, tuning.direction, run.path / "pruned")
         seed = (own.training.seed + execution) % 2**31
         summaries.append(_execute(run, own.with_changes({"training.seed": seed}), pruning, config))
         pruned = pruning.pruned
@@ -204,6 +210,7 @@ def _execute(run: Run, config: Config, pruning: Pruning, search: Config) -> dict
     callbacks = [pruning] if prunes else []
     if run.finished:
         return run.read_json("summary.json")
+    (run.path / "pruned").unlink(missing_ok=True)  # it goes on from before that
     if (run.path / "config.toml").exists():
         fitted = workflow.resume(str(run.path), callbacks=callbacks, score_test=False)
     else:

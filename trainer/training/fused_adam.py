@@ -11,9 +11,9 @@ class FusedAdam(keras.optimizers.Adam):
     """Keras's Adam, with the same options, state and updates, done by TensorFlow's one kernel.
 
     Keras writes the update as a dozen operations for each weight; one operation takes 2 to 3% off a
-    step of configs/mnist.toml (docs/performance.md). Updates equal Keras's up to the rounding of the weights'
-    type. Source of the formula: Kingma and Ba 2015, Adam, the paragraph before section 2.1, where
-    epsilon is the "epsilon hat".
+    step of configs/mnist.toml (docs/performance.md). Updates equal Keras's up to the rounding of
+    the weights' type. Source of the formula: Kingma and Ba 2015, Adam, the paragraph before section
+    2.1, where epsilon is the "epsilon hat".
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

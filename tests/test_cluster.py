@@ -250,6 +250,12 @@ def test_a_worker_that_hangs_is_named_by_its_job_and_its_number_there() -> None:
         error = tf.errors.UnavailableError(None, None, said)
         with pytest.raises(MissingError, match=f"lost {expected}: again"), cluster.watched("again"):
             raise error
+    cluster = Cluster(addresses, 1, "TF_CONFIG", chief_job=True)
+    said = "/job:worker/replica:0/task:1 unhealthy (from /job:chief/replica:0/task:0)"
+    error = tf.errors.UnavailableError(None, None, said)
+    expected = f"lost worker 1 at {addresses[2]}: again"
+    with pytest.raises(MissingError, match=expected), cluster.watched("again"):
+        raise error
     for listener in listeners:
         listener.close()
 
@@ -352,7 +358,8 @@ def test_two_devices_of_one_machine_train_as_one_does(
 def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, Path]) -> None:
     names = [sorted(p.name for p in run.iterdir()) for run in trained.values()]
     assert names[0] == names[1]
-    assert "worker   0 of 2" in (trained[2] / "log.txt").read_text()
+    said = (trained[2] / "log.txt").read_text()
+    assert re.search(r"worker   task 0 \(chief\) at 127.0.0.1:\d+, of 2\n", said), said
     for worker in (0, 1):
         assert len(curve(trained[2], f"worker_{worker}/step_ms")) == 11
     assert len(curve(trained[1], "worker_0/step_ms")) == 0

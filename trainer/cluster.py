@@ -196,7 +196,9 @@ class Cluster:
             return [i for i in silent if i in named] or silent
         if "CoordinationService" in message and self.index:
             return [0]  # which leads it; a process that hangs still takes connections
-        return [i for i in others if i in named]
+        found = [i for i in others if i in named]
+        # The chief's service passes on what is wrong with others, and is named beside them.
+        return [i for i in found if i] or found
 
 
 def read_cluster() -> Cluster | None:

@@ -416,7 +416,7 @@ class _Training:
         """Says and writes what is known before training."""
         setting, run, spec = self._setting, self._run, self._setting.data.spec
         if not setting.devices.chief:
-            _log.info("worker   %s; the chief tells and keeps the rest", *_place(setting))
+            _log.info("worker   %s; the chief tells and keeps the rest", _place(setting))
             return
         _log.info("run      %s", run.path)
         _log.info(
@@ -428,7 +428,7 @@ class _Training:
         )
         _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
         if setting.devices.workers > 1:
-            _log.info("worker   %s", *_place(setting))
+            _log.info("worker   %s", _place(setting))
         if setting.config.training.limit_batches is not None:
             _log.info("limited  to %d batches of each split", setting.config.training.limit_batches)
         if self._saved is not None:
@@ -594,8 +594,10 @@ def _worker(setting: Setting) -> int:
     return setting.devices.cluster.index if setting.devices.cluster else 0
 
 
-def _place(setting: Setting) -> tuple[str]:
-    return (f"{_worker(setting)} of {setting.devices.workers}",)
+def _place(setting: Setting) -> str:
+    cluster = setting.devices.cluster
+    name = "" if cluster is None else cluster.named(cluster.index)
+    return f"{name}, of {setting.devices.workers}"
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:

@@ -160,7 +160,7 @@ def work(folder: SearchFolder, config: Config, member: Member) -> None:
                 raise
             raise MissingError(
                 f"the chief at {member.address} answers no more: what {member.name} was at is "
-                "saved; start chief and workers again to go on"
+                "saved; start the search again to go on"
             ) from None
         finally:
             beat.stop()

@@ -190,7 +190,8 @@ def test_a_worker_that_is_silent_is_missed(search: Config, here: bool) -> None:
     )
     now = time.monotonic()
     servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": now - 50, "far": now - 50})
-    hangs: Any = SimpleNamespace(poll=lambda: None)
+    killed: list[str] = []
+    hangs: Any = SimpleNamespace(poll=lambda: None, kill=lambda: killed.append("far"))
     processes = {"far": hangs} if here else {}
     cluster._require_alive(folder, servicer, processes)
     servicer.heard["far"] = now - 61
@@ -198,6 +199,7 @@ def test_a_worker_that_is_silent_is_missed(search: Config, here: bool) -> None:
         MissingError, match=r"far is silent for 61 s during trial 7; .* to another$"
     ):
         cluster._require_alive(folder, servicer, processes)
+    assert killed == ["far"] * here
     assert search.logging.name == folder.name
 
 

@@ -279,6 +279,8 @@ def _require_alive(
     for name in list(servicer.oracle.tuner_ids):
         silent = now - servicer.heard.get(name, now)
         if silent > _SILENT_SECONDS:
+            if name in processes:
+                processes[name].kill()  # one that hangs would not end on being asked
             raise MissingError(_obituary(folder, servicer, name, f"is silent for {silent:.0f} s"))
 
 

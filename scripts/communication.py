@@ -211,17 +211,17 @@ def predicted_table(gbits: float, latency_us: float, tflops: float) -> Table:
         "efficiency",
         title=f"calculated: {gbits:g} Gb/s, {latency_us:g} us a message, {tflops:g} TFLOP/s a GPU",
     )
+
+    def exchange(gpus: int, size: int) -> float:
+        return network_seconds(gpus, size, gbits=gbits, latency_us=latency_us)
+
     for name, (parameters, gflop, images, normalizations) in _NETWORKS.items():
         for gpus in (8, 64, 512):
             computing = max(_LEAST_STEP, images * gflop / tflops / 1e3)
             # Gradients, in float32 under every precision, and the loss.
-            gradients, normalized = (
-                sum(network_seconds(gpus, size, gbits=gbits, latency_us=latency_us) for size in of)
-                for of in (
-                    (4 * parameters, 4),
-                    [_NORMALIZATION_BYTES] * _NORMALIZATION_EXCHANGES * normalizations,
-                )
-            )
+            gradients = exchange(gpus, 4 * parameters) + exchange(gpus, 4)
+            each = _NORMALIZATION_EXCHANGES * exchange(gpus, _NORMALIZATION_BYTES)
+            normalized = normalizations * each
             step = computing + gradients + normalized
             cells = (1e3 * seconds for seconds in (computing, gradients, normalized, step))
             share = computing / step

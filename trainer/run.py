@@ -32,6 +32,7 @@ from trainer import devices
 from trainer.config import Config, parse_config
 from trainer.errors import InputError, TrainerError, nearest
 
+# What a resumed run may be told anew: it does not make another training of it.
 _CHANGEABLE = ("training.epochs", "training.cluster_timeout_seconds")
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
 

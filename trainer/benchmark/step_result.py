@@ -20,7 +20,7 @@ from trainer.run import environment
 _LEGEND = (
     "step: a step of the loop, as fit runs it; GFLOP/s: of its matrix products and convolutions, "
     "and in percent of the best square product of that type; loop: what a step takes beyond that "
-    "of a bare tf.function takes that goes through the same batches with the same network, "
+    "of a bare tf.function that goes through the same batches with the same network, "
     "optimizer and precision; data: choosing, gathering and augmenting the batches alone, in "
     "percent of a step"
 )

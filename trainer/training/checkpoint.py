@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -276,7 +277,7 @@ def save_weights(
     """
     optimizer = getattr(model, "optimizer", None)
     variables = [*model.variables, *(optimizer.variables if optimizer else [])]
-    size = sum(_value(v).nbytes + _BYTES_A_DATASET for v in variables)
+    size = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size + _BYTES_A_DATASET for v in variables)
 
     def write(beside: Path) -> None:
         if shutil.disk_usage(beside.parent).free < size:

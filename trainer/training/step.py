@@ -117,14 +117,14 @@ def _clip_whole_batch(
         context = tf.distribute.get_replica_context()
         present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
     scale = optimizer.scale_loss(tf.constant(1.0))
-    given = iter(present)
-    norms = tf.stack([0.0 if g is None else tf.norm(next(given)) for g in gradients])  # [weights]
+    exchanged = iter(present)
+    gradients = [None if g is None else next(exchanged) for g in gradients]
+    norms = tf.stack([0.0 if g is None else tf.norm(g) for g in gradients])  # [weights]
     norms *= replicas / scale
     if clip_norm is not None:
         factor = clip_norm / tf.maximum(tf.norm(norms), clip_norm)  # 1 where the norm is within
-        present = [g * factor for g in present]
-    clipped = iter(present)
-    return [None if g is None else next(clipped) for g in gradients], norms
+        gradients = [None if g is None else g * factor for g in gradients]
+    return gradients, norms
 
 
 def _update_metrics(

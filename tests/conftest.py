@@ -80,20 +80,20 @@ def one_drawing_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def one_device() -> Any:
-    """OneDeviceStrategy on the first of the two CPU devices."""
+    """The first of the two CPU devices."""
     from trainer import devices
 
-    return devices.select("cpu").strategy
+    return devices.select("cpu")
 
 
 @pytest.fixture(scope="session")
 def two_devices() -> Any:
-    """MirroredStrategy on both CPU devices."""
+    """Both CPU devices."""
     from trainer import devices
 
-    strategy = devices.select("all").strategy  # a second one in a process would not work
-    assert strategy.num_replicas_in_sync == 2
-    return strategy
+    chosen = devices.select("all")
+    assert chosen.replicas == 2
+    return chosen
 
 
 @pytest.fixture(scope="session")
@@ -112,13 +112,12 @@ def tiny() -> Any:
 def compiled_model(tiny: Any) -> Callable[..., Any]:
     """Makes small compiled networks for `tiny`; equal seeds make equal networks."""
     import keras
-    import tensorflow as tf
     from keras import layers
 
     from trainer import devices
 
     def make(
-        strategy: Any = None,
+        chosen: Any = None,
         *,
         optimizer: Callable[[], Any] = lambda: keras.optimizers.SGD(0.05, momentum=0.9),
         loss: Any = "sparse_categorical_crossentropy",
@@ -130,8 +129,8 @@ def compiled_model(tiny: Any) -> Callable[..., Any]:
         seed: int = 0,
         **compile_options: Any,
     ) -> Any:
-        strategy = strategy or tf.distribute.get_strategy()
-        with devices.dtype_policy(policy), strategy.scope():
+        scope = chosen.scope() if chosen else contextlib.nullcontext()
+        with devices.dtype_policy(policy), scope:
             keras.utils.set_random_seed(seed)
             images = keras.Input(tiny.spec.image_shape, dtype="uint8")
             x = layers.Flatten()(layers.Rescaling(1 / 255)(images))
@@ -157,10 +156,10 @@ def batches_of() -> Callable[..., Any]:
     from trainer.training.batches import make_batches
 
     def make(
-        split: Any, strategy: Any, batch_size: int, *, placement: Any = "auto", **options: Any
+        split: Any, chosen: Any, batch_size: int, *, placement: Any = "auto", **options: Any
     ) -> Any:
         config = DataConfig(placement=placement)
-        return make_batches(split, config, strategy, batch_size=batch_size, **options)
+        return make_batches(split, config, chosen, batch_size=batch_size, **options)
 
     return make
 

@@ -1,5 +1,6 @@
 """Both ways that images reach the device give the same batches; streaming needs no memory."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from trainer.training.batches import (
     ResidentBatches,
     StreamedBatches,
     epoch_order,
+    local_rows,
     make_batches,
 )
 from trainer.training.loop import Loop
@@ -27,14 +29,15 @@ from trainer.training.loop import Loop
 Make = Callable[..., Any]
 
 
-def read_epoch(batches: Batches, strategy: Any, epoch: int) -> list[tuple[Any, Any]]:
+def read_epoch(batches: Batches, chosen: Any, epoch: int) -> list[tuple[Any, Any]]:
     """Returns the images and labels of each batch of an epoch, as one device gets them."""
-    state = batches.begin(epoch)
+    state = batches.start_epoch(epoch)
     found = []
-    for i in range(batches.steps):
-        selection = batches.select(state, tf.constant(i))
-        rows = strategy.run(batches.rows, args=(selection, 0, batches.batch_size))
-        found.append(tuple(part.numpy() for part in rows))
+    with chosen.scope():
+        for i in range(batches.steps):
+            local = batches.local_batch(batches.global_batch(state, tf.constant(i)))
+            assert int(local.count) == int(local.size) == len(local.images)
+            found.append((local.images.numpy(), local.labels.numpy()))
     return found
 
 
@@ -68,7 +71,7 @@ def test_both_placements_give_the_same_batches(
         )
         for (images, labels), (other_images, other_labels) in pairs:
             assert images.dtype == other_images.dtype == np.uint8
-            assert labels.dtype == other_labels.dtype == np.int32
+            assert labels.dtype == other_labels.dtype == np.int64
             np.testing.assert_array_equal(images, other_images)
             np.testing.assert_array_equal(labels, other_labels)
 
@@ -115,17 +118,6 @@ def test_limit_batches_takes_the_first_of_an_epoch(
     # More than there are leaves all of them.
     many = batches_of(tiny.train, one_device, 7, placement=placement, seed=2, limit_batches=99)
     assert (many.steps, many.images) == (10, 64)
-
-
-def test_rows_cut_a_share_out_of_a_batch(
-    placement: str, tiny: Any, batches_of: Make, one_device: Any
-) -> None:
-    images, labels = tiny.train.read()
-    batches = batches_of(tiny.train, one_device, 16, placement=placement)
-    selection = batches.select(batches.begin(0), tf.constant(0))
-    some, their_labels = one_device.run(batches.rows, args=(selection, 3, 8))
-    np.testing.assert_array_equal(some, images[3:8])
-    np.testing.assert_array_equal(their_labels, labels[3:8])
 
 
 def test_order_does_not_change_between_versions() -> None:
@@ -199,12 +191,12 @@ def peak_mb():
 def read_epoch(name, directory, placement):
     held_out = {"validation_fraction": 0.01, "test_fraction": 0.01}
     config = DataConfig(name=name, directory=directory, placement=placement, **held_out)
-    train, strategy = load(config).train, devices.select("cpu").strategy
-    batches = make_batches(train, config, strategy, batch_size=8, seed=0)
-    state, images = batches.begin(0), 0
+    train = load(config).train
+    batches = make_batches(train, config, devices.select("cpu"), batch_size=8, seed=0)
+    state, images = batches.start_epoch(0), 0
     for i in range(batches.steps):
-        selection = batches.select(state, tf.constant(i))
-        images += len(strategy.run(batches.rows, args=(selection, 0, 8))[0])
+        batch = batches.local_batch(batches.global_batch(state, tf.constant(i)))
+        images += len(batch.images)
     assert images == len(train)
     return train.nbytes / 1e6, peak_mb() - start
 
@@ -246,16 +238,43 @@ def test_streaming_ten_times_as_much_needs_no_more_memory(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
-@pytest.mark.parametrize(("workers", "replicas"), [(1, 1), (2, 2), (3, 3), (2, 4), (3, 6)])
-def test_each_worker_reads_the_rows_of_its_own_replicas(
-    size: int, workers: int, replicas: int, tiny: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("replicas", [1, 2, 3, 6])
+def test_replicas_divide_a_batch_among_them(size: int, replicas: int) -> None:
+    parts = [local_rows(size, replica, replicas) for replica in range(replicas)]
+    assert parts[0][0] == 0
+    assert parts[-1][1] == size
+    assert all(last == first for (_, last), (first, _) in itertools.pairwise(parts))
+    sizes = {last - first for first, last in parts}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_each_device_gets_its_own_rows_of_a_batch(
+    placement: str, size: int, tiny: Any, batches_of: Make, one_device: Any, two_devices: Any
 ) -> None:
-    strategy = tf.distribute.get_strategy()
-    config = DataConfig(placement="stream")
-    options: dict[str, Any] = {"batch_size": size, "seed": 3, "limit_batches": 1}
-    whole = make_batches(tiny.train, config, strategy, **options)
-    zero = tf.constant(0)
-    expected = whole.rows(whole.select(whole.begin(0), zero), 0, size)[0]
+    options: dict[str, Any] = {"placement": placement, "seed": 3, "limit_batches": 2}
+    whole = read_epoch(batches_of(tiny.train, one_device, size, **options), one_device, 0)
+    batches = batches_of(tiny.train, two_devices, size, **options)
+    strategy, state = two_devices.strategy, batches.start_epoch(0)
+
+    @tf.function(autograph=False)  # replicas take turns otherwise, and do not run beside each other
+    def local(step: Any) -> Any:
+        return strategy.run(batches.local_batch, args=(batches.global_batch(state, step),))
+
+    for step, (images, labels) in enumerate(whole):
+        found = strategy.experimental_local_results(local(tf.constant(step)))
+        assert len(found) == 2
+        for batch in found:
+            assert len(batch.images) == max(1, int(batch.count))  # a step needs one row
+            rows = slice(int(batch.first), int(batch.first) + int(batch.count))
+            np.testing.assert_array_equal(batch.images[: int(batch.count)], images[rows])
+            np.testing.assert_array_equal(batch.labels[: int(batch.count)], labels[rows])
+        assert sum(int(batch.count) for batch in found) == size
+
+
+def test_each_device_reads_only_its_own_rows(
+    tiny: Any, batches_of: Make, two_devices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[int] = []
     real = type(tiny.train).read
 
@@ -264,15 +283,7 @@ def test_each_worker_reads_the_rows_of_its_own_replicas(
         return real(split, positions)
 
     monkeypatch.setattr(type(tiny.train), "read", counted)
-    each = replicas // workers
-    for worker in range(workers):
-        own = make_batches(
-            *(tiny.train, config, strategy), **options, worker=worker, workers=workers
-        )
-        selection = own.select(own.begin(0), zero)
-        for replica in range(worker * each, (worker + 1) * each):
-            first, last = replica * size // replicas, (replica + 1) * size // replicas
-            rows = own.rows(selection, first, max(last, first + 1))[0]
-            assert len(rows) == max(1, last - first)  # a step without a row cannot be traced
-            np.testing.assert_array_equal(rows[: last - first], expected[first:last])
-    assert max(read) <= -(-size // workers)
+    batches = batches_of(tiny.train, two_devices, 12, placement="stream", limit_batches=1)
+    for iterator in two_devices.strategy.experimental_local_results(batches.start_epoch(0)):
+        assert len(next(iterator)[0]) == 6
+    assert read == [6, 6]

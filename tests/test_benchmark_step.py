@@ -113,7 +113,7 @@ def test_a_bare_epoch_trains_as_the_loop_does() -> None:
         pass
     train = bare.batches("train", shuffled=True)
     with tf.device("CPU:1"):
-        step.bare_epoch(bare, train)(train.begin(0), tf.constant(0), tf.constant(4))
+        step.bare_epoch(bare, train)(train.start_epoch(0), tf.constant(0), tf.constant(4))
     for expected, found in zip(trained.model.weights, bare.model.weights, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -82,7 +82,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "config show": "config --set --json",
         "data info": "config --set --json",
         "data prepare": "config --set --overwrite --json",
-        "doctor": "config --json",
+        "doctor": "config --set --json",
         "evaluate": "run --split --device --runs --json",
         "export": "run --format --name --directory --runs --json",
         "fit": "config --resume --device --set --epochs --name --dry-run --deterministic "

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import devices, doctor
-from trainer.config import DataConfig
+from trainer.config import Config, DataConfig
 from trainer.data import tfds
 from trainer.data._prepared import write_prepared
 
@@ -72,7 +72,8 @@ def a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_examine_reports_every_subject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     no_driver(monkeypatch)
-    findings = doctor.examine(DataConfig(), runs=str(tmp_path / "elsewhere"))
+    runs = str(tmp_path / "elsewhere")
+    findings = doctor.examine(Config().with_changes({"logging.directory": runs}))
     subjects = [f.subject for f in findings]
     assert set(subjects) >= SUBJECTS
     assert len(subjects) == len(set(subjects))
@@ -108,7 +109,7 @@ def test_a_broken_tensorflow_is_a_line_among_the_others(
     monkeypatch.syspath_prepend(tmp_path / "broken")
     monkeypatch.setattr(doctor, "_TENSORFLOW_SECONDS", seconds)
     a_driver(monkeypatch, tmp_path)
-    findings = doctor.examine(DataConfig())
+    findings = doctor.examine(Config())
     broken = one(findings, "TensorFlow")
     assert broken.status == "problem"
     assert reason in broken.value
@@ -167,8 +168,11 @@ def test_a_driver_without_a_usable_gpu_is_a_problem(
     build = one(doctor._cuda(FACTS | {"build": {"is_cuda_build": False}}), "CUDA build")
     assert build.status == "problem"
     assert "pip install -e '.[gpu]'" in build.remedy
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert doctor._gpu([]).remedy == "`unset CUDA_VISIBLE_DEVICES`"
+    for value in ("", "-1", "7", "GPU-1234", "NoDevFiles", " 0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        hidden = doctor._gpu([])
+        assert (hidden.status, hidden.remedy[:29]) == ("note", "`unset CUDA_VISIBLE_DEVICES`;")
+        assert f"CUDA_VISIBLE_DEVICES is {value!r}" in hidden.value
 
 
 def test_missing_libraries_are_named(tmp_path: Path) -> None:

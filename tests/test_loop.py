@@ -511,15 +511,15 @@ def golden_run() -> Iterator[float]:
     config = DataConfig(
         name="synthetic", options={"examples": 200, "height": 12, "width": 12, "classes": 4}
     )
-    dataset, strategy = load(config), devices.select("cpu").strategy
-    with devices.dtype_policy("float32"), strategy.scope():
+    dataset, chosen = load(config), devices.select("cpu")
+    with devices.dtype_policy("float32"), chosen.scope():
         keras.utils.set_random_seed(1)
         options = {"filters": [4], "kernel_size": 3, "dense": 16}
         model = build(ModelConfig(name="cnn", options=options), dataset.spec)
         model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
-    train = make_batches(dataset.train, config, strategy, batch_size=15, seed=1)
+    train = make_batches(dataset.train, config, chosen, batch_size=15, seed=1)
     windows: list[Window] = []
-    Loop(model, strategy).fit(train, epochs=2, observers=[windows.append])
+    Loop(model, chosen).fit(train, epochs=2, observers=[windows.append])
     for window in windows:
         yield from window.loss.tolist()
 

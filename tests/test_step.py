@@ -254,11 +254,11 @@ def test_two_devices_equal_one_on_the_same_batches(
 ) -> None:
     model_options, loop_options, placement, tolerance = MIRRORED[case]
     results = []
-    for strategy in (one_device, two_devices):
-        model = compiled_model(strategy, **model_options)
-        loop = Loop(model, strategy, steps_per_call=5, **loop_options)
+    for chosen in (one_device, two_devices):
+        model = compiled_model(chosen, **model_options)
+        loop = Loop(model, chosen, steps_per_call=5, **loop_options)
         # 64 rows: nine batches of 7 (3 rows and 4), then one of a single row (none and 1).
-        train = batches_of(tiny.train, strategy, 7, placement=placement, seed=3)
+        train = batches_of(tiny.train, chosen, 7, placement=placement, seed=3)
         windows: list[Window] = []
         loop.fit(train, epochs=2, observers=[windows.append])
         assert int(model.optimizer.iterations.numpy()) == 20
@@ -296,7 +296,8 @@ def test_replicas_hold_equal_weights_and_skip_an_overflow_together(
     Loop(model, two_devices).fit(batches_of(split, two_devices, 4), epochs=1)
 
     for variable, former in zip(model.trainable_variables, before, strict=True):
-        copies = [v.numpy() for v in two_devices.experimental_local_results(variable.value)]
+        values = two_devices.strategy.experimental_local_results(variable.value)
+        copies = [value.numpy() for value in values]
         assert len(copies) == 2
         for copy in copies:
             np.testing.assert_array_equal(copy, former)

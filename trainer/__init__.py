@@ -5,6 +5,7 @@ They are imported on first use, because TensorFlow takes seconds to import.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from trainer.saving.loading import load
     from trainer.tuning.search import tune
     from trainer.workflow import evaluate, fit, predict, resume
+
+# TensorFlow reads this when it first uses a GPU. It would otherwise allocate the whole memory of
+# every GPU at once, and no second process could use one. Set here, it holds for every command, for
+# every function, and for the processes that they start.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 __version__ = "0.1.0"
 __all__ = [

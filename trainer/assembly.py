@@ -99,12 +99,10 @@ class Setting:
         return make_batches(
             self.data.split(split),
             self.config.data,
-            self.devices.strategy,
+            self.devices,
             batch_size=training.batch_size,
             seed=training.seed if shuffled else None,
             limit_batches=training.limit_batches,
-            worker=0 if self.devices.cluster is None else self.devices.cluster.index,
-            workers=self.devices.workers,
         )
 
     def training_batches(self, clock: "Clock") -> tuple[Batches, Batches]:
@@ -150,24 +148,24 @@ def assemble(
     resolved: dict[str, Any] = {"training.precision": precision}
     if data.spec.name == "mnist_sample":
         resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
-    config = config.with_changes(resolved)
     with clock.part("model"):
         keras.utils.set_random_seed(config.training.seed)
         if config.training.deterministic:
             tf.config.experimental.enable_op_determinism()
-        with devices.dtype_policy(precision), chosen.strategy.scope():
+        with devices.dtype_policy(precision), chosen.scope():
             model = compiled_model(config, data.spec)
             augmentation = make_augmentation(config.data.augmentation, data.spec)
         placed = _rehearse(model, data, chosen)
+        resolved["training.jit_compile"] = _resolve_jit_compile(config, model, chosen)
+        config = config.with_changes(resolved)
         loop = Loop(
             model,
-            chosen.strategy,
+            chosen,
             steps_per_call=config.training.steps_per_call,
             clip_norm=config.training.clip_norm,
-            jit_compile=config.training.jit_compile,
+            jit_compile=bool(config.training.jit_compile),
             augment=augmentation,
             gradient_norms=config.logging.histograms,
-            exchange=chosen.exchange,
         )
     return Setting(config, data, chosen, placed, model, loop, augmentation)
 
@@ -187,7 +185,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     images, labels = data.train.read(slice(few))
     strategy = chosen.strategy
     try:
-        with _without_advice():
+        with _without_advice(), chosen.scope():
             outputs = strategy.experimental_local_results(
                 strategy.run(lambda images: model(images, training=False), args=(images,))
             )
@@ -196,7 +194,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
         raise InputError(f"the network cannot be run on images of the data: {reason}") from error
     placed = devices.check_placement(outputs, chosen)
     try:
-        with strategy.scope():
+        with chosen.scope():
             loss = model.compute_loss(images, labels, outputs[0], training=False)
             model.compute_metrics(images, labels, outputs[0])
             model.reset_metrics()
@@ -253,9 +251,23 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
         optimizer=make_optimizer(config.optimizer, steps * training.epochs),
         loss=keras_objects.make("loss", training.loss),
         metrics=metrics,
-        jit_compile=False,  # the loop compiles the whole step, or does not
+        jit_compile=training.jit_compile,
     )
     return model
+
+
+def _resolve_jit_compile(config: Config, model: keras.Model, chosen: Devices) -> bool:
+    """Resolves "auto": Keras's rule on one GPU; off elsewhere.
+
+    On a CPU, XLA makes the step 4 to 6 times slower (docs/performance.md).
+    """
+    wanted = config.training.jit_compile
+    if wanted == "auto":
+        # Keras's own "auto", which it has resolved by now: can every layer be compiled?
+        wanted = chosen.type == "GPU" and chosen.replicas == 1 and bool(model.jit_compile)
+    if not wanted:
+        model.jit_compile = False  # for Keras's own fit() and evaluate(), too
+    return wanted
 
 
 def _normalize_by_the_whole_batch(model: keras.Model) -> None:

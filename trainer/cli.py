@@ -391,15 +391,17 @@ def tensorboard(
 
 
 @app.command()
-def doctor(config: ConfigArgument = _DEFAULT_CONFIG, *, json_: JsonOption = False) -> None:
+def doctor(
+    config: ConfigArgument = _DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
+) -> None:
     """Say what this machine can do, and what to do about what it cannot."""
     from dataclasses import asdict
 
     from trainer.config import Config
     from trainer.doctor import examine
 
-    loaded = _load(config, None) if config != _DEFAULT_CONFIG or config.exists() else Config()
-    findings = examine(loaded.data, runs=loaded.logging.directory)
+    known = config != _DEFAULT_CONFIG or config.exists() or set_
+    findings = examine(_load(config, set_) if known else Config())
     if json_:
         _print_json([asdict(finding) for finding in findings])
         return
@@ -641,15 +643,20 @@ def main() -> NoReturn:
         sys.exit(InputError.exit_code)
     try:
         app()
-    except TrainerError as error:
-        typer.echo(f"trainer: {error}", err=True)
-        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE):
             raise
         with suppress(OSError):  # which may be the very place that takes no more
             typer.echo(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
         os._exit(InputError.exit_code)  # without a last try to write what could not be written
+    except Exception as error:
+        from trainer.devices import memory_error
+
+        explained = error if isinstance(error, TrainerError) else memory_error(error)
+        if explained is None:
+            raise
+        typer.echo(f"trainer: {explained}", err=True)
+        sys.exit(explained.exit_code)
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of control-C, without a word
             typer.echo("trainer: stopped by control-C", err=True)

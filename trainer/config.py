@@ -174,8 +174,10 @@ class TrainingConfig(Section):
     steps_per_call: int = Field(
         default=50, ge=1, lt=2**31, description="Steps in one call of the compiled loop"
     )
-    jit_compile: bool = Field(
-        default=False, description="Compile the step with XLA (slower on a CPU)"
+    jit_compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compile the step with XLA: true, false, or auto: on one GPU if Keras can "
+        "compile every layer, not on a CPU, where it is slower",
     )
     checkpoint_seconds: float = Field(
         default=60.0,
@@ -188,6 +190,13 @@ class TrainingConfig(Section):
     limit_batches: int | None = Field(
         default=None, ge=1, lt=2**31, description="Use only this many batches of each split"
     )
+
+    @field_validator("jit_compile", mode="before")
+    @classmethod
+    def _auto_or_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value == "auto":
+            return value
+        raise ValueError(f"expected 'auto', true or false, received {value!r}")
 
 
 class LoggingConfig(Section):

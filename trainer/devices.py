@@ -11,10 +11,10 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.cluster import Cluster
 from trainer.config import DEVICE_PATTERN
@@ -32,6 +32,11 @@ _GPU_REMEDY = (
     "install the GPU's driver and `pip install -e '.[gpu]'` (tensorflow[and-cuda]), "
     "then see `trainer doctor`; or use --device cpu"
 )
+
+# What CUDA and its libraries write when another process, or this one, holds the GPU's memory.
+_OUT_OF_MEMORY = re.compile(r"out.of.memory|ALLOC_FAILED|failed to allocate|OOM", re.IGNORECASE)
+
+T = TypeVar("T")
 
 
 # Takes numbers of this worker, gives those of each: float64 [workers, numbers].
@@ -51,8 +56,8 @@ class Devices:
 
     Attributes:
         names: TensorFlow's names on this machine, for example `("GPU:0", "GPU:1")`.
-        strategy: How the step is run on them: OneDeviceStrategy, MirroredStrategy, or
-            MultiWorkerMirroredStrategy in a cluster.
+        strategy: How the step is run on them: TensorFlow's default strategy for one device,
+            MirroredStrategy, or MultiWorkerMirroredStrategy in a cluster.
         cluster: The workers that train together, where there are several.
     """
 
@@ -64,6 +69,53 @@ class Devices:
     def chief(self) -> bool:
         """Whether this process writes what a training leaves behind."""
         return self.cluster is None or self.cluster.chief
+
+    @property
+    def type(self) -> str:
+        """TensorFlow's type of the devices: "CPU" or "GPU"."""
+        return self.names[0].partition(":")[0]
+
+    @property
+    def replicas(self) -> int:
+        """How many devices train together, over all workers."""
+        return int(self.strategy.num_replicas_in_sync)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Returns the context in which models are built and graphs are traced and called.
+
+        Variables that are created in it are stored on the devices.
+        """
+        import tensorflow as tf
+
+        # Not OneDeviceStrategy: a model that is built without a strategy is a plain Keras model,
+        # whose own fit() and evaluate() do not distribute their data.
+        one = self.replicas == 1
+        scope: AbstractContextManager[Any]
+        scope = tf.device(self.names[0]) if one else self.strategy.scope()
+        return scope
+
+    def on_each(self, make: Callable[[int], T]) -> T:
+        """Calls a function once for each device of this process, in the scope of that device.
+
+        `strategy.experimental_distribute_values_from_function` alone opens no device scope: all
+        values would be created on the default device.
+
+        Args:
+            make: Takes the index of the replica (0 for one device).
+
+        Returns:
+            The result for one device; for several, a `PerReplica` of the results, of which
+            `strategy.run` passes each replica its own.
+        """
+        import tensorflow as tf
+
+        def make_for(context: Any) -> T:
+            replica = context.replica_id_in_sync_group
+            with tf.device(self.names[replica % len(self.names)]):
+                return make(replica)
+
+        values: T = self.strategy.experimental_distribute_values_from_function(make_for)
+        return values
 
     @property
     def workers(self) -> int:
@@ -87,10 +139,8 @@ class Devices:
         rows = np.zeros((self.workers, len(values)))
         rows[self.cluster.index] = values
         # One device of each worker gives its row, the others add nothing: the sum is exact.
-        parts = self.strategy.experimental_distribute_values_from_function(
-            lambda replica: tf.constant(
-                rows if replica.replica_id_in_sync_group % len(self.names) == 0 else 0 * rows
-            )
+        parts = self.on_each(
+            lambda replica: tf.constant(rows if replica % len(self.names) == 0 else 0 * rows)
         )
         total: NDArray[np.float64] = self._sum(parts).numpy()
         return total
@@ -143,6 +193,12 @@ def gpu_driver_files() -> list[str]:
     return [name for name in _DRIVER_FILES if Path(name).exists()]
 
 
+def cuda_visible_devices() -> str:
+    """Returns the value of CUDA_VISIBLE_DEVICES, the usual reason for a missing GPU, in words."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"CUDA_VISIBLE_DEVICES is {'not set' if value is None else repr(value)}"
+
+
 def require_driver(device: str) -> None:
     """Refuses a GPU within milliseconds on a machine that cannot have one.
 
@@ -158,7 +214,7 @@ def require_driver(device: str) -> None:
     if device.startswith("gpu") and platform.system() == "Linux" and not gpu_driver_files():
         raise MissingError(
             f"--device {device}: expected a GPU, found none: no GPU driver is loaded (looked for "
-            f"{', '.join(_DRIVER_FILES)}); {_GPU_REMEDY}"
+            f"{', '.join(_DRIVER_FILES)}); {cuda_visible_devices()}; {_GPU_REMEDY}"
         )
 
 
@@ -204,8 +260,6 @@ def _join(device: str, cluster: Cluster, seconds: float) -> Devices:
     wanted = _choose(device, [f"GPU:{i}" for i in range(len(gpus))], ["CPU:0"])
     chosen = [gpu for i, gpu in enumerate(gpus) if f"GPU:{i}" in wanted]
     tf.config.set_visible_devices(chosen, "GPU")
-    for gpu in chosen:
-        tf.config.experimental.set_memory_growth(gpu, True)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=cluster.resolver())
     names = [name.rpartition("/device:")[2] for name in strategy.extended.worker_devices]
     return Devices(tuple(names), strategy, cluster)
@@ -215,17 +269,13 @@ def single(name: str) -> Devices:
     """Returns one device, by TensorFlow's name for it, for example "CPU:1"."""
     import tensorflow as tf
 
-    return Devices((name,), tf.distribute.OneDeviceStrategy(name))
+    return Devices((name,), tf.distribute.get_strategy())
 
 
 def _logical_devices() -> tuple[list[str], list[str]]:
     """Returns the names of the GPUs and of the CPUs."""
     import tensorflow as tf
 
-    for gpu in tf.config.list_physical_devices("GPU"):
-        # Memory growth can be set until the GPU is first used, and must be the same for all.
-        if not tf.config.experimental.get_memory_growth(gpu):
-            tf.config.experimental.set_memory_growth(gpu, True)
     gpus, cpus = (
         [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices(kind)]
         for kind in ("GPU", "CPU")
@@ -243,11 +293,14 @@ def _choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
     if not gpus:
         raise MissingError(
             f"--device {device}: expected a GPU, found none: TensorFlow lists no GPU although a "
-            f"driver is loaded ({', '.join(gpu_driver_files()) or 'not on Linux'}); {_GPU_REMEDY}"
+            f"driver is loaded ({', '.join(gpu_driver_files()) or 'not on Linux'}); "
+            f"{cuda_visible_devices()}; {_GPU_REMEDY}"
         )
     index = int(device.partition(":")[2] or 0)
     if index >= len(gpus):
-        raise InputError(f"--device {device}: available: {', '.join(gpus).lower()}")
+        raise InputError(
+            f"--device {device}: available: {', '.join(gpus).lower()}; {cuda_visible_devices()}"
+        )
     return (gpus[index],)
 
 
@@ -310,6 +363,59 @@ def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
             f"found them on {', '.join(found) or 'no device'}"
         )
     return found
+
+
+def memory_error(error: BaseException) -> MissingError | None:
+    """Returns an error in one line for TensorFlow's errors about exhausted device memory.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        None if the exception is about something else.
+    """
+    # By name: this must not import TensorFlow for the errors of other libraries.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    exhausted = "ResourceExhaustedError" in kinds or _OUT_OF_MEMORY.search(str(error))
+    return MissingError(_exhausted(str(error))) if "OpError" in kinds and exhausted else None
+
+
+def _exhausted(message: str) -> str:
+    found = re.search(r"\b([CG]PU:\d+)", message)
+    name = found[1] if found else "GPU:0"
+    return (
+        f"{name} has no memory left ({memory_state(name)}): end the processes that hold it "
+        "(`nvidia-smi` lists those of a GPU), or lower training.batch_size"
+    )
+
+
+def memory_state(name: str) -> str:
+    """Returns how much memory of a device is free, in words.
+
+    Args:
+        name: TensorFlow's name of the device. GPUs are read from nvidia-smi, which counts them
+            like CUDA if CUDA_VISIBLE_DEVICES is a list of indices or not set.
+    """
+    free = free_bytes(name)
+    return "its free memory is not known" if free is None else f"{free / 1e6:,.0f} MB are free"
+
+
+def free_bytes(name: str) -> int | None:
+    """Returns the bytes of memory that are free on a device; None if nothing reports them."""
+    kind, _, index = name.partition(":")
+    if kind == "CPU":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    identifier = visible[int(index)].strip() if int(index) < len(visible) else index
+    query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={identifier}", *query]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return int(run.stdout) * 2**20  # nvidia-smi counts in MiB
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def choose_precision(precision: str, devices: Devices) -> str:

@@ -2,7 +2,8 @@
 
 TensorFlow is asked in a process of its own: where it is broken it can raise, hang, or end the
 process that imports it (a CPU without its instructions, a GPU driver that does not fit), and what
-can be said without it is said all the same.
+can be said without it is said all the same. A second process builds the training step of the
+configuration, and reports which of its operations a GPU would leave to the CPU.
 """
 
 import ctypes
@@ -23,10 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer import devices
-from trainer.config import DataConfig, LoggingConfig
-from trainer.errors import InputError
+from trainer.config import Config, DataConfig, parse_config
+from trainer.errors import InputError, TrainerError
 
-_RUNS = LoggingConfig().directory
 _TENSORFLOW_SECONDS = 120.0
 _LOW_BYTES = 1e9
 
@@ -80,26 +80,27 @@ class Finding:
     remedy: str = ""
 
 
-def examine(config: DataConfig, *, runs: str = _RUNS) -> list[Finding]:
-    """Examines the machine, what is installed on it, and whether the data can be had.
+def examine(config: Config) -> list[Finding]:
+    """Examines the machine, what is installed on it, the data, and the training step.
 
-    Takes as long as one import of TensorFlow, or as the network's time-out where that is longer.
+    Takes as long as one import of TensorFlow and building the network, or as the network's time-out
+    where that is longer.
 
     Args:
-        config: Names the data set and its folder.
-        runs: Folder that holds the run directories.
+        config: Names the data set, its folder and that of the runs, and describes the step.
     """
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(_ask_tensorflow)
-        data = pool.submit(_data, config)
+        step = pool.submit(_ask_step, config)
+        data = pool.submit(_data, config.data)
         findings = [*_versions(), _cpu(), _memory(), _threads()]
         facts = asked.result()
         if isinstance(facts, Finding):
             findings += [facts, _gpu(None)]
         else:
-            findings += [*_tensorflow(facts), _gpu(facts["gpus"]), *_cuda(facts)]
-        findings.append(_disk("data folder", config.directory, "data.directory"))
-        findings.append(_disk("runs folder", runs, "logging.directory"))
+            findings += [*_tensorflow(facts), _gpu(facts["gpus"]), *_cuda(facts), *step.result()]
+        findings.append(_disk("data folder", config.data.directory, "data.directory"))
+        findings.append(_disk("runs folder", config.logging.directory, "logging.directory"))
         return findings + data.result()
 
 
@@ -208,15 +209,33 @@ def _threads() -> Finding:
 
 def _ask_tensorflow() -> dict[str, Any] | Finding:
     """Returns what `tensorflow_facts` says in a process of its own, or what became of it."""
+    answer = _ask("tensorflow_facts")
+    if isinstance(answer, dict):
+        return answer
+    remedy = "`pip install --force-reinstall -e .`; all of it: `python -c 'import tensorflow'`"
+    return Finding("TensorFlow", "problem", f"cannot be used: {answer}", remedy)
+
+
+def _ask(function: str, *arguments: str, **variables: str) -> dict[str, Any] | str:
+    """Calls a function of this module in a process of its own.
+
+    Args:
+        function: Its name; it returns what can be written as JSON.
+        arguments: Its arguments.
+        variables: Environment variables of the process.
+
+    Returns:
+        What it returned, or in words why it returned nothing.
+    """
     code = (
-        "import json, sys; from trainer.doctor import tensorflow_facts; "
-        "sys.stdout.write('\\n' + json.dumps(tensorflow_facts()))"
+        "import json, sys; from trainer import doctor; "
+        f"answer = doctor.{function}(*sys.argv[1:]); sys.stdout.write('\\n' + json.dumps(answer))"
     )
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     try:
         run = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            env=os.environ | {"PYTHONPATH": path},
+            [sys.executable, "-P", "-c", code, *arguments],
+            env=os.environ | {"PYTHONPATH": path} | variables,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -224,18 +243,94 @@ def _ask_tensorflow() -> dict[str, Any] | Finding:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        reason = f"no answer within {error.timeout:.0f} s"
+        return f"no answer within {error.timeout:.0f} s"
+    if run.returncode == 0:
+        facts: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+        return facts
+    if run.returncode < 0:
+        return f"it ends the process: {signal.strsignal(-run.returncode)}"
+    return run.stderr.strip().rpartition("\n")[2] or f"exit status {run.returncode}"
+
+
+def _ask_step(config: Config) -> list[Finding]:
+    """Reports which operations of the training step have no kernel on a GPU."""
+    answer = _ask("step_facts", config.model_dump_json(), CUDA_VISIBLE_DEVICES="-1")
+    if isinstance(answer, str):
+        return [Finding("GPU kernels", "note", f"not checked: {answer}")]
+    return [Finding(**found) for found in answer["findings"]]
+
+
+def step_facts(config: str) -> dict[str, Any]:
+    """Builds the training step of a configuration as for one GPU, and looks up its kernels.
+
+    No GPU is needed. Data that is not prepared is not fetched; mnist is replaced by its sample,
+    whose images have the same shape.
+
+    Args:
+        config: As JSON.
+
+    Returns:
+        "findings": a list of the fields of `Finding`.
+    """
+    from dataclasses import asdict
+
+    import tensorflow as tf
+
+    wanted = parse_config(json.loads(config), origin="the configuration")
+    if not tf.sysconfig.get_build_info()["is_cuda_build"]:
+        found = [Finding("GPU kernels", "note", "not checked: TensorFlow was built without CUDA")]
     else:
-        if run.returncode == 0:
-            facts: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-            return facts
-        if run.returncode < 0:
-            reason = f"it ends the process: {signal.strsignal(-run.returncode)}"
-        else:
-            last_line = run.stderr.strip().rpartition("\n")[2]
-            reason = last_line or f"exit status {run.returncode}"
-    remedy = "`pip install --force-reinstall -e .`; all of it: `python -c 'import tensorflow'`"
-    return Finding("TensorFlow", "problem", f"cannot be used: {reason}", remedy)
+        try:
+            found = [_kernels(wanted), *_xla(wanted)]
+        except TrainerError as error:
+            found = [Finding("GPU kernels", "note", f"not checked: {error}")]
+    return {"findings": [asdict(each) for each in found]}
+
+
+def _kernels(config: Config) -> Finding:
+    """Looks up the kernels of the step when XLA does not compile it."""
+    loop, _ = _traced_for_a_gpu(config, jit_compile=False)
+    report = loop.check_kernels("GPU")
+    if not report.host:
+        return Finding("GPU kernels", "ok", str(report))
+    remedy = "write these parts with operations that have a kernel (docs/gpu.md): less is copied"
+    return Finding("GPU kernels", "note", str(report), remedy)
+
+
+def _xla(config: Config) -> list[Finding]:
+    """Reports whether XLA, which one GPU uses by default, has kernels for the step."""
+    if config.training.jit_compile is False:
+        return []
+    loop, model = _traced_for_a_gpu(config, jit_compile=True)
+    refusing = [layer.name for layer in model.layers if not layer.supports_jit]
+    if config.training.jit_compile == "auto" and refusing:
+        value = f"off on a GPU: Keras does not compile {', '.join(refusing)}"
+        return [Finding("XLA", "ok", value)]
+    missing = loop.check_xla_kernels()
+    if not missing:
+        return [Finding("XLA", "ok", "compiles the training step on a GPU")]
+    value = f"cannot compile {'; '.join(map(str, missing))}"
+    return [Finding("XLA", "problem", value, "`--set training.jit_compile=false`")]
+
+
+def _traced_for_a_gpu(config: Config, *, jit_compile: bool) -> Any:
+    """Returns the loop, its step traced, and the model, as one GPU would have them."""
+    import keras
+
+    from trainer.assembly import Clock, assemble
+    from trainer.data import names, tfds
+
+    keras.utils.clear_session()  # layers are named as in a process of their own
+    changes: dict[str, Any] = {"training.device": "cpu", "training.jit_compile": jit_compile}
+    if config.training.precision == "auto":
+        changes["training.precision"] = "mixed_bfloat16"  # on GPUs from compute capability 8.0
+    if config.data.name not in names() and not tfds.prepared_folder(config.data).exists():
+        if config.data.name != "mnist":
+            raise InputError(f"{config.data.name} is not prepared: `trainer data prepare`")
+        changes["data.name"] = "mnist_sample"
+    setting = assemble(config.with_changes(changes), Clock())
+    setting.loop.trace(setting.batches("train", shuffled=True))
+    return setting.loop, setting.model
 
 
 def tensorflow_facts() -> dict[str, Any]:
@@ -320,9 +415,11 @@ def _gpu(usable: list[str] | None) -> Finding:
     if not driver:
         remedy = f"only with an NVIDIA GPU: {_DRIVER_REMEDY}, then {_LIBRARIES_REMEDY}"
         return Finding("GPU", "note", "none: no NVIDIA driver is loaded; the CPU is used", remedy)
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        remedy = "`unset CUDA_VISIBLE_DEVICES`"
-        return Finding("GPU", "note", "none: the variable CUDA_VISIBLE_DEVICES hides them", remedy)
+    if usable is not None and "CUDA_VISIBLE_DEVICES" in os.environ:
+        # Any value can hide all GPUs: an index or a UUID that is not here ends CUDA's list.
+        value = f"none: {devices.cuda_visible_devices()}, which hides GPUs that it does not name"
+        remedy = "`unset CUDA_VISIBLE_DEVICES`; `nvidia-smi -L` lists the GPUs and their UUIDs"
+        return Finding("GPU", "note", value, remedy)
     value = f"none, although a driver is loaded ({', '.join(driver)}): TensorFlow "
     if usable is None:
         return Finding("GPU", "problem", f"{value}cannot be used", "mend TensorFlow first")

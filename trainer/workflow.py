@@ -32,6 +32,7 @@ from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
 from trainer.errors import CheckError, InputError
 from trainer.figure_process import FigureProcess
+from trainer.kernels import KernelReport
 from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
 from trainer.training import callbacks as watching
 from trainer.training.batches import Batches
@@ -272,7 +273,7 @@ def predict(
     pictures = [p for path in paths for p in images.read_pictures(Path(path), spec, invert=invert)]
     config = run.config()
     chosen = devices.select(device)
-    with devices.dtype_policy(config.training.precision), chosen.strategy.scope():
+    with devices.dtype_policy(config.training.precision), chosen.scope():
         model = models.build(config.model, spec)
     load_final_weights(run, model)
     pixels = np.stack([picture.pixels for picture in pictures])
@@ -397,6 +398,7 @@ class _Training:
         self._train, self._validation = setting.training_batches(clock)
         self._times = watching.StepTimes()
         self._samples: Future[bytes] | None = None
+        self._kernels: KernelReport | None = None
         advice = f"go on with `trainer fit --resume {kept}`"
         if setting.devices.workers > 1:
             advice += " on every worker"
@@ -466,7 +468,7 @@ class _Training:
                 self._validation,
                 epochs=setting.config.training.epochs,
                 callbacks=[*callbacks, *watchers, checkpoints],
-                observers=[*observers, self._write_samples, checkpoints],
+                observers=[*observers, self._write_samples, self._check_kernels, checkpoints],
                 warmup_calls=2 if setting.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.position,
             )
@@ -486,6 +488,12 @@ class _Training:
         if self._samples is not None:
             report.write_samples(self._run, self._samples.result())
             self._samples = None
+
+    def _check_kernels(self, window: Window) -> None:  # noqa: ARG002 - any: the graph is traced
+        """Reports, once, which operations of the step run on the CPU although a GPU trains."""
+        if self._kernels is None and self._setting.devices.type != "CPU":
+            self._kernels = self._setting.loop.check_kernels()
+            _log.info("kernels  %s", self._kernels)
 
     def _observers(self) -> list[Any]:
         config, run = self._setting.config, self._run
@@ -519,6 +527,7 @@ class _Training:
             "weights_sha256": sha256(run.weights),
             "train_images": self._train.images,  # fewer than there are, under limit_batches
             "test_images": len(probabilities),
+            "host_operations": self._host_operations(),
         }
         run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
         with clock.part("report"):
@@ -541,10 +550,15 @@ class _Training:
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
             "train_images": self._train.images,
+            "host_operations": self._host_operations(),
         }
         summary["seconds"] |= {"total": clock.total() + self._earlier_seconds()}
         run.write_json("summary.json", summary)
         return Fitted(summary, setting.model, run, worker=_worker(setting))
+
+    def _host_operations(self) -> list[dict[str, Any]] | None:
+        """Returns the operations of the step that ran on the CPU; None if all of it did."""
+        return None if self._kernels is None else [asdict(each) for each in self._kernels.host]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -649,6 +663,7 @@ def _summary(
         "devices": setting.placed,
         "workers": setting.devices.workers,
         "precision": setting.config.training.precision,
+        "jit_compile": setting.config.training.jit_compile,
         "seed": setting.config.training.seed,
         "epochs": len(setting.model.history.epoch),
         "steps": int(keras.ops.convert_to_numpy(setting.model.optimizer.iterations)),

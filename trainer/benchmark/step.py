@@ -181,10 +181,13 @@ def choose_cases(
     own = training.batch_size
     usual = {own, 4 * own} if quick else {own, *_BATCH_SIZES}
     sizes = sorted(set(batch_sizes) or usual)
-    both = [training.jit_compile] if quick else [False, True]
-    compilers = both if jit_compile is None else [jit_compile]
     cases = []
     for name in names:
+        own_compiler = training.jit_compile
+        if own_compiler == "auto":
+            own_compiler = name.startswith("GPU")
+        both = [own_compiler] if quick else [False, True]
+        compilers = both if jit_compile is None else [jit_compile]
         chosen = places.choose_precision(training.precision, places.single(name))
         fast = places.choose_precision("auto", places.single(name))
         kinds = precisions or ([chosen] if quick else list(dict.fromkeys(["float32", fast])))
@@ -270,8 +273,8 @@ def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
     def steps(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         loss = tf.constant(0.0)
         for i in tf.range(count):
-            images, labels = train.rows(train.select(state, first + i), 0, train.batch_size)
-            loss = compiled(augment(images), labels)
+            batch = train.local_batch(train.global_batch(state, first + i))
+            loss = compiled(augment(batch.images), batch.labels)
         return loss
 
     return cast("Callable[..., tf.Tensor]", tf.function(steps))
@@ -294,7 +297,7 @@ def _traced_once(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Gra
 def _positions(train: Batches, steps: int) -> Iterator[tuple[Any, tf.Tensor]]:
     """Gives, epoch after epoch, its state and where each call of so many steps begins."""
     for epoch in itertools.count():
-        state = train.begin(epoch)
+        state = train.start_epoch(epoch)
         for first in range(0, train.steps - steps + 1, steps):
             yield state, tf.constant(first)
 
@@ -304,11 +307,12 @@ def _batches_alone(setting: Setting, train: Batches, steps: int) -> Callable[[],
     augment = setting.augmentation or tf.identity
 
     def gather(state: Any, first: tf.Tensor) -> tf.Tensor:
-        seen = tf.constant(0, tf.int32)
+        seen = tf.constant(0, tf.int64)
         for i in tf.range(steps):
-            images, labels = train.rows(train.select(state, first + i), 0, train.batch_size)
+            batch = train.local_batch(train.global_batch(state, first + i))
             # One number of each keeps them from being left out.
-            seen += tf.cast(augment(images)[0, 0, 0, 0], tf.int32) + labels[0]
+            first_pixel = tf.cast(augment(batch.images)[0, 0, 0, 0], tf.int64)
+            seen += first_pixel + batch.labels[0]
         return seen
 
     turn = _positions(train, steps)

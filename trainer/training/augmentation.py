@@ -16,12 +16,14 @@ class Augmentation:
     """A chain of Keras layers that alters uint8 images.
 
     Attributes:
+        layers: The layers, in order.
         variables: The state of its random layers.
     """
 
     def __init__(self, chain: keras.Sequential) -> None:
         """Takes the built chain."""
         self._chain = chain
+        self.layers: list[keras.layers.Layer] = chain.layers
         self.variables: list[Any] = chain.variables
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:

@@ -16,9 +16,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer.devices import Exchange, alone
+from trainer import kernels
+from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
-from trainer.training.batches import Batches
+from trainer.training.batches import Batches, LocalBatch
 from trainer.training.step import test_step, train_step
 
 # What Keras gives to callbacks: floats, and arrays where a metric has several values.
@@ -97,52 +98,52 @@ class Seconds:
 
 
 class Loop:
-    """Trains and evaluates a compiled model on the devices of a strategy."""
+    """Trains and evaluates a compiled model on its devices."""
 
     def __init__(
         self,
         model: keras.Model,
-        strategy: tf.distribute.Strategy,
+        devices: Devices,
         *,
         steps_per_call: int = 50,
         clip_norm: float | None = None,
         jit_compile: bool = False,
         augment: Callable[[tf.Tensor], tf.Tensor] | None = None,
         gradient_norms: bool = False,
-        exchange: Exchange = alone,
     ) -> None:
         """Prepares the loop.
 
         Args:
-            model: Built and compiled inside the strategy's scope.
-            strategy: One device or several.
+            model: Built and compiled inside the scope of the devices.
+            devices: One device or several.
             steps_per_call: The most steps in one call.
             clip_norm: Largest global norm of the gradients, or None.
-            jit_compile: Compile the step with XLA.
+            jit_compile: Compile the step with XLA. Choosing, gathering and augmenting the images is
+                left out: three of Keras's augmentation layers have no XLA kernel.
             augment: Alters training images, uint8 [rows, H, W, C] to the same.
             gradient_norms: Record the norm of each weight's gradient at each step.
-            exchange: Gives each worker of a cluster the times of all.
 
         Raises:
             InputError: There are several devices, and the loss is no mean over the batch, or XLA or
                 the accumulation of gradients is asked for.
         """
         self.model = model
-        self.strategy = strategy
+        self.devices = devices
+        self.strategy = devices.strategy
         self.steps_per_call = steps_per_call
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
+        self._traced: Any = None
         self._calls, self._warmup_calls = 0, 1
         self._augment = augment
         self._jit_compile = jit_compile
-        if strategy.num_replicas_in_sync > 1:
+        if devices.replicas > 1:
             _refuse_on_several_devices(model, jit_compile=jit_compile)
         self._clip_norm = clip_norm
         self._gradient_norms = gradient_norms
-        self._exchange = exchange
-        self._several_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        self._several_workers = devices.workers > 1
         self._evaluations: dict[tuple[int, bool], tuple[Batches, Any]] = {}
-        with strategy.scope():
+        with devices.scope():
             # Keras makes the variables of optimizer and metrics at their first use. That would be
             # inside the graph of one replica, where a strategy lets none be made.
             model.optimizer.build(model.trainable_variables)
@@ -196,7 +197,7 @@ class Loop:
             self._timed("callbacks", callback_list.on_train_begin)
         except OSError as error:
             raise InputError(f"a callback cannot write: {error}") from None
-        call = self._timed("tracing", self._trace_training, train)
+        call = self.trace(train)
         start = start or Position()
         logs: Logs = {}
         diverged, epoch = None, start.epoch
@@ -227,6 +228,35 @@ class Loop:
         history: dict[str, list[float]] = model.history.history
         return history
 
+    def trace(self, train: Batches) -> Any:
+        """Builds the graph of a call of training steps; `fit` and `repeat` do so themselves.
+
+        Args:
+            train: Batches to train on.
+
+        Returns:
+            A concrete function.
+        """
+        self._traced = self._timed("tracing", self._trace_training, train)
+        return self._traced
+
+    def check_kernels(self, device_type: str | None = None) -> kernels.KernelReport:
+        """Looks for operations of the traced training step that run on the CPU.
+
+        Args:
+            device_type: "GPU" or "CPU"; None: the type of the devices in use.
+        """
+        return kernels.check_kernels(
+            self._traced.graph,
+            device_type or self.devices.type,
+            layers=self._layers,
+            traced_on=self.devices.names if self.devices.replicas > 1 else (),
+        )
+
+    def check_xla_kernels(self) -> tuple[kernels.HostOperation, ...]:
+        """Returns the operations of the traced training step that XLA has no GPU kernel for."""
+        return kernels.check_xla(self.step_graph, self._layers)
+
     def repeat(self, train: Batches, steps: int) -> Iterator[Window]:
         """Trains without end, and without validation and callbacks: what a benchmark measures.
 
@@ -237,9 +267,9 @@ class Loop:
         Yields:
             What each call recorded, as `fit` gives it to its observers.
         """
-        call = self._timed("tracing", self._trace_training, train)
+        call = self.trace(train)
         for epoch in itertools.count():
-            state = train.begin(epoch)
+            state = train.start_epoch(epoch)
             for first in range(0, train.steps - steps + 1, steps):
                 yield self._run_call(call, train, state, epoch, first, steps)
 
@@ -271,13 +301,13 @@ class Loop:
         self.model.reset_metrics()
         if callbacks is not None:
             callbacks.on_test_begin()
-        state = batches.begin(0)
+        state = batches.start_epoch(0)
         outputs, logs = [], {}
         for first in range(0, batches.steps, self.steps_per_call):
             count = min(self.steps_per_call, batches.steps - first)
             if callbacks is not None:
                 callbacks.on_test_batch_begin(first)
-            probabilities, results = call(state, tf.constant(first), tf.constant(count))
+            probabilities, results = self._run(call, state, first, count)
             logs = _as_logs(results)
             if collect:
                 outputs.append(probabilities.numpy())
@@ -301,7 +331,7 @@ class Loop:
         if position.step == 0:
             self.model.reset_metrics()
         epoch, logs = position.epoch, dict(position.logs)
-        state = train.begin(epoch, position.step)
+        state = train.start_epoch(epoch, position.step)
         for first in range(position.step, train.steps, self.steps_per_call):
             if self.model.stop_training:
                 break
@@ -324,8 +354,8 @@ class Loop:
         start = time.perf_counter()
         # The mark by which the profiler's pages count steps; it costs nothing unless one listens.
         with tf.profiler.experimental.Trace("train", step_num=first, _r=1):
-            recorded, logs = call(state, tf.constant(first), tf.constant(count))
-        for name in self.strategy.extended.worker_devices:  # ours, not those of other machines
+            recorded, logs = self._run(call, state, first, count)
+        for name in self.devices.names:
             with tf.device(name):
                 tf.raw_ops.SyncDevice()
         seconds = time.perf_counter() - start
@@ -338,7 +368,7 @@ class Loop:
             steps=count,
             images=min(train.images - first * train.batch_size, count * train.batch_size),
             seconds=seconds,
-            worker_seconds=self._exchange([seconds])[:, 0],
+            worker_seconds=self.devices.exchange([seconds])[:, 0],
             warm=self._calls > self._warmup_calls,
             loss=values.pop("loss"),
             learning_rate=values.pop("learning_rate"),
@@ -357,12 +387,8 @@ class Loop:
     def _trace_training(self, train: Batches) -> Any:
         """Builds the graph of a call: as many steps as its argument says."""
 
-        def one_replica(selection: Any, size: tf.Tensor) -> dict[str, tf.Tensor]:
-            images, labels, share = self._my_part(train, selection, size)
+        def step(images: tf.Tensor, labels: tf.Tensor, share: Any) -> dict[str, tf.Tensor]:
             self.step_graph = images.graph  # what TensorBoard draws: the step, without the loop
-            if self._augment is not None:
-                with tf.name_scope("augment"):
-                    images = self._augment(images)
             return train_step(
                 self.model,
                 images,
@@ -372,7 +398,16 @@ class Loop:
                 gradient_norms=self._gradient_norms,
             )
 
-        step = tf.function(one_replica, jit_compile=True) if self._jit_compile else one_replica
+        compiled_step = tf.function(step, jit_compile=True) if self._jit_compile else step
+
+        def one_replica(batch: Any) -> dict[str, tf.Tensor]:
+            local, share = self._local_batch(train, batch)
+            images = local.images
+            if self._augment is not None:
+                with tf.name_scope("augment"):
+                    images = self._augment(images)
+            return compiled_step(images, local.labels, share)
+
         metrics = {name: len(v.shape) for name, v in self.model.get_metrics_result().items()}
         numbers = [name for name, rank in metrics.items() if rank == 0 and name != "loss"]
         recorded = ["loss", "learning_rate", *([] if self._several_workers else numbers)]
@@ -382,7 +417,9 @@ class Loop:
         def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, arrays: list[Any]) -> list[Any]:
             with tf.name_scope("record"):
                 learning_rate = tf.identity(self.model.optimizer.learning_rate)
-            parts = self.strategy.run(step, args=_global_batch(train, state, first + i))
+            with tf.name_scope("batch"):
+                batch = train.global_batch(state, first + i)
+            parts = self.strategy.run(one_replica, args=(batch,))
             with tf.name_scope("record"):
                 values = self._values(parts) | {"learning_rate": learning_rate}
                 return [
@@ -413,21 +450,23 @@ class Loop:
     def _trace_evaluation(self, batches: Batches, collect: bool) -> Any:
         """Builds the graph of a call that scores as many batches as its argument says."""
 
-        def one_replica(selection: Any, size: tf.Tensor) -> tf.Tensor:
-            images, labels, share = self._my_part(batches, selection, size)
-            outputs = test_step(self.model, images, labels, share=share)
+        def one_replica(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
+            local, share = self._local_batch(batches, batch)
+            outputs = test_step(self.model, local.images, local.labels, share=share)
             if share is None or not collect:
-                return outputs
-            first, last = self._my_rows(size)
-            rows = batches.batch_size  # also of a smaller batch: shapes must not change
-            return tf.pad(outputs[: last - first], ((first, rows - last), (0, 0)))
+                return outputs, local.size
+            # Also for a smaller batch as many rows as in the others: shapes must not change.
+            rest = batches.batch_size - local.first - local.count
+            return tf.pad(outputs[: local.count], ((local.first, rest), (0, 0))), local.size
 
         def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, array: Any) -> Any:
-            selection, size = _global_batch(batches, state, first + i)
-            outputs = self.strategy.run(one_replica, args=(selection, size))
+            with tf.name_scope("batch"):
+                batch = batches.global_batch(state, first + i)
+            outputs, sizes = self.strategy.run(one_replica, args=(batch,))
             if not collect:
                 return array
             # Each replica has its own rows of the batch and zeros for the others.
+            size = self.strategy.experimental_local_results(sizes)[0]
             return array.write(i, self.strategy.reduce("SUM", outputs, axis=None)[:size])
 
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
@@ -438,29 +477,43 @@ class Loop:
 
         return self._compiled(call, batches)
 
-    def _my_part(
-        self, batches: Batches, selection: Any, size: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        """Returns this replica's images and labels of a batch of `size`, and its share of it."""
-        replicas = self.strategy.num_replicas_in_sync
+    def _local_batch(self, batches: Batches, batch: Any) -> tuple[LocalBatch, tf.Tensor | None]:
+        """Returns this replica's part of a batch, and its share of the rows (None: one replica)."""
         with tf.name_scope("batch"):
-            if replicas == 1:
-                return *batches.rows(selection, 0, size), None
-            first, last = self._my_rows(size)
-            share = tf.cast(last - first, tf.float32) / tf.cast(size, tf.float32)
-            return *batches.rows(selection, first, tf.maximum(last, first + 1)), share
-
-    def _my_rows(self, size: tf.Tensor) -> tuple[Any, Any]:
-        """Returns the first of this replica's rows of a batch, and the one behind its last."""
-        replicas = self.strategy.num_replicas_in_sync
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        return replica * size // replicas, (replica + 1) * size // replicas
+            local = batches.local_batch(batch)
+            if self.devices.replicas == 1:
+                return local, None
+            return local, tf.cast(local.count, tf.float32) / tf.cast(local.size, tf.float32)
 
     def _compiled(self, call: Any, batches: Batches) -> Any:
-        with self.strategy.scope():
+        with self.devices.scope():
             # Not `call` itself, which TensorFlow would trace a second time when it is first called.
             graph = tf.function(call, autograph=False)
-            return graph.get_concrete_function(batches.begin(0), tf.constant(0), tf.constant(1))
+            state = batches.start_epoch(0)
+            return graph.get_concrete_function(state, tf.constant(0), tf.constant(1))
+
+    def _run(self, call: Any, state: Any, first: int, count: int) -> Any:
+        """Runs a traced call on the devices; TensorFlow may return before they have finished.
+
+        Raises:
+            InputError: XLA cannot compile the step.
+        """
+        try:
+            with self.devices.scope():
+                return call(state, tf.constant(first), tf.constant(count))
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            refused = kernels.xla_refusal(error, self._layers) if self._jit_compile else None
+            if refused is None:
+                raise
+            raise InputError(
+                f"XLA cannot compile {refused}: set training.jit_compile = false"
+            ) from error
+
+    @property
+    def _layers(self) -> list[str]:
+        """Names of the layers that operations of a graph may belong to."""
+        own = [] if self._augment is None else getattr(self._augment, "layers", [])
+        return [layer.name for layer in [*self.model.layers, *own]]
 
     def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function and adds its seconds to one part of `seconds`."""
@@ -498,13 +551,6 @@ def _refuse_on_several_devices(model: keras.Model, *, jit_compile: bool) -> None
         raise InputError("training.jit_compile: expected one device, received several")
     if getattr(model.optimizer, "gradient_accumulation_steps", None):
         raise InputError("gradient_accumulation_steps: expected one device, received several")
-
-
-def _global_batch(batches: Batches, state: Any, step: tf.Tensor) -> tuple[Any, tf.Tensor]:
-    """Returns the batch of a step of the epoch, for all replicas, and how many rows it has."""
-    with tf.name_scope("batch"):
-        left = batches.images - step * batches.batch_size
-        return batches.select(state, step), tf.minimum(batches.batch_size, left)
 
 
 def _as_logs(results: dict[str, Any]) -> Logs:

@@ -1,0 +1,197 @@
+"""What a step reads lies on the device that reads it: seen on two logical CPU devices."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.eager import context
+
+from trainer import devices
+from trainer.assembly import Clock, Setting, assemble
+from trainer.benchmark import step
+from trainer.config import Config
+from trainer.training.batches import ResidentBatches
+
+# One image has 256 bytes: a batch of them would be seen. The network has 20 weights.
+BATCH_SIZE = 64
+LAYERS = [{"name": "AveragePooling2D", "options": {"pool_size": 8}}]
+
+
+def prepared(placement: str, chosen: devices.Devices | None) -> Setting:
+    """Assembles a network whose gradients are few bytes, on one device or on both."""
+    changes = {
+        "data.name": "synthetic",
+        "data.options": {"examples": 400, "height": 16, "width": 16, "classes": 4},
+        "data.placement": placement,
+        "model.name": "layers",
+        "model.options": {"layers": LAYERS},
+        "training.device": "all",
+        "training.precision": "float32",
+        "training.batch_size": BATCH_SIZE,
+    }
+    return assemble(Config().with_changes(changes), Clock(), chosen)
+
+
+@contextmanager
+def partitions() -> Iterator[list[Any]]:
+    """Collects the graphs of each device, as TensorFlow cuts those of functions that it calls."""
+    graphs: list[Any] = []
+    context.enable_graph_collection()
+    try:
+        yield graphs
+        collected = context.export_run_metadata().function_graphs
+        graphs += [part for function in collected for part in function.partition_graphs]
+    finally:
+        context.disable_graph_collection()
+
+
+def sent(graphs: list[Any], traced: list[tf.Graph]) -> dict[str, int]:
+    """Returns the bytes of every tensor that one device sends to another, by the tensor's name.
+
+    Args:
+        graphs: Of each device.
+        traced: Graphs from which these were made; they know more shapes.
+    """
+    found = {}
+    for graph in graphs:
+        imported = imported_graph(graph)
+        for node in graph.node:
+            if node.op not in ("_Send", "_HostSend"):
+                continue
+            source = imported.get_operation_by_name(node.name).inputs[0]
+            name = node.attr["tensor_name"].s.decode()
+            shape = source.shape
+            if shape.rank is None:
+                shape = traced_shape(name, source.dtype, traced)
+            sizes = [BATCH_SIZE if size is None else size for size in shape]
+            found[name] = int(np.prod(sizes)) * source.dtype.size
+    return found
+
+
+def imported_graph(graph: Any) -> tf.Graph:
+    """Imports a graph under names that TensorFlow accepts from outside."""
+    for node in graph.node:
+        node.name = f"n{node.name}"
+        node.input[:] = [re.sub(r"^\^?", r"\g<0>n", name, count=1) for name in node.input]
+        node.attr.pop("_class", None)
+    imported = tf.Graph()
+    with imported.as_default():
+        tf.import_graph_def(graph, name="")
+    return imported
+
+
+def traced_shape(name: str, dtype: Any, traced: list[tf.Graph]) -> Any:
+    """Returns the shape of a tensor by its name in a graph that was traced from Python."""
+    plain = re.sub(r"^edge_\d+_|while/body/_\d+/", "", name)
+    for graph in traced:
+        try:
+            return graph.get_operation_by_name(plain).outputs[0].shape
+        except KeyError:
+            continue
+    assert re.search(r"Func/while/\w+/_\d+/input/_\d+$", name), f"a shape is unknown: {name}"
+    assert dtype == tf.int32  # counters of the loop: neither images nor labels nor the order
+    return ()
+
+
+def run_call(setting: Setting, batches: Any) -> list[Any]:
+    """Runs one call of three steps; returns the graphs of each device."""
+    call, state = setting.loop.trace(batches), batches.start_epoch(0)
+    with partitions() as graphs:
+        setting.loop._run(call, state, 0, 3)
+    return graphs
+
+
+@pytest.mark.parametrize("placement", ["device", "stream"])
+@pytest.mark.parametrize("where", ["second", "both"])
+def test_no_images_cross_between_devices_in_a_step(placement: str, where: str) -> None:
+    setting = prepared(placement, devices.single("CPU:1") if where == "second" else None)
+    batches = setting.batches("train", shuffled=True)
+    graphs = run_call(setting, batches)
+    traced = [setting.loop.step_graph, setting.loop._traced.graph]
+    crossing = sent(graphs, traced)
+    assert len(crossing) > 3  # counters of the loop, at least
+    assert sum(crossing.values()) < 1000
+    kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}
+    assert kinds <= {"bool", "float32", "int32", "int64"}
+    names = {node.device[-5:] for graph in graphs for node in graph.node if "Gather" in node.op}
+    names |= {n.device[-5:] for graph in graphs for n in graph.node if n.op == "IteratorGetNext"}
+    assert names == ({"CPU:1"} if where == "second" else {"CPU:0", "CPU:1"})
+
+
+def test_a_gather_of_all_images_would_be_seen() -> None:
+    """The measure itself: a batch that lies elsewhere is counted with all its bytes."""
+    with tf.device("CPU:0"):
+        images = tf.zeros((BATCH_SIZE, 16, 16, 1), tf.uint8)
+
+    @tf.function
+    def add(images: Any) -> Any:
+        with tf.device("CPU:1"):
+            return tf.reduce_sum(tf.cast(images, tf.float32)) + 1.0
+
+    traced = add.get_concrete_function(images)
+    with partitions() as graphs, tf.device("CPU:0"):
+        traced(images)
+    assert sum(sent(graphs, [traced.graph]).values()) >= BATCH_SIZE * 16 * 16
+
+
+@pytest.mark.parametrize("where", ["first", "second", "both"])
+def test_each_device_stores_its_own_images(where: str) -> None:
+    names = {"first": ["CPU:0"], "second": ["CPU:1"], "both": ["CPU:0", "CPU:1"]}[where]
+    setting = prepared("device", None if where == "both" else devices.single(names[0]))
+    batches = setting.batches("train", shuffled=True)
+    assert isinstance(batches, ResidentBatches)
+    images, labels = setting.data.train.read()
+    order = batches.start_epoch(0)
+    for values, expected in zip((*batches._data, order), (images, labels, None), strict=True):
+        local = setting.devices.strategy.experimental_local_results(values)
+        assert [value.device.rpartition("device:")[2] for value in local] == names
+        for value in local if expected is not None else ():
+            np.testing.assert_array_equal(value.numpy(), expected)
+    # So do the weights, the optimizer's state and the metrics.
+    for variable in [*setting.model.variables, *setting.model.optimizer.variables]:
+        local = setting.devices.strategy.experimental_local_results(variable.value)
+        assert [value.device.rpartition("device:")[2] for value in local] == names, variable.path
+
+
+def test_training_on_the_second_device_equals_the_first() -> None:
+    ends = []
+    for name in ("CPU:0", "CPU:1"):
+        for placement in ("device", "stream"):
+            setting = prepared(placement, devices.single(name))
+            train, validation = setting.training_batches(Clock())
+            setting.loop.fit(train, validation, epochs=2)
+            scores, probabilities = setting.loop.evaluate(validation, collect=True)
+            ends.append([*setting.model.get_weights(), scores["loss"], probabilities])
+    for other in ends[1:]:
+        for a, b in zip(ends[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_benchmark_reads_batches_where_it_measures() -> None:
+    setting = prepared("device", devices.single("CPU:1"))
+    train = setting.batches("train", shuffled=True)
+    with partitions() as graphs:
+        step._batches_alone(setting, train, 2)()
+        with setting.devices.scope():
+            step.bare_epoch(setting, train)(train.start_epoch(0), tf.constant(0), tf.constant(2))
+    gathers = [node for graph in graphs for node in graph.node if "Gather" in node.op]
+    assert {node.device[-5:] for node in gathers} == {"CPU:1"}
+    kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}
+    assert "uint8" not in kinds
+
+
+def test_a_streamed_epoch_may_end_before_its_time(
+    tiny: Any, batches_of: Callable[..., Any], two_devices: Any
+) -> None:
+    """What fetches batches ahead is dropped while it fetches, again and again."""
+    for chosen in (devices.single("CPU:1"), two_devices):
+        batches = batches_of(tiny.train, chosen, 8, placement="stream", seed=0)
+        for epoch in range(20):
+            state = batches.start_epoch(epoch)
+            (first, *_) = chosen.strategy.experimental_local_results(state)
+            assert len(next(first)[0]) == 8 // chosen.replicas
+            del state, first

@@ -137,6 +137,27 @@ def test_which_devices_are_chosen(device: str, gpus: list[str], expected: tuple[
     assert devices._choose(device, gpus, CPUS) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "CUDA_VISIBLE_DEVICES is not set"), ("7", "CUDA_VISIBLE_DEVICES is '7'"), ("", "''")],
+)
+def test_a_missing_gpu_names_cuda_visible_devices(
+    value: str | None,
+    words: str,
+    driver: Callable[[bool], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    driver(False)
+    for function in (devices.require_driver, devices.select, lambda d: devices.select_each([d])):
+        assert words in message(MissingError, function, "gpu:0")
+    driver(True)
+    assert words in message(MissingError, devices._choose, "gpu", [], CPUS)
+    assert words in message(InputError, devices._choose, "gpu:2", GPUS, CPUS)
+
+
 def test_a_gpu_beyond_those_there_are_is_refused() -> None:
     said = message(InputError, devices._choose, "gpu:2", GPUS, CPUS)
     assert said.startswith("--device gpu:2: available: gpu:0, gpu:1; CUDA_VISIBLE_DEVICES is ")
@@ -249,3 +270,189 @@ def test_only_cpus_that_this_process_may_use_are_counted() -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert devices.usable_cpus() == len(allowed)
+
+
+def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_free_memory_of_a_gpu_is_that_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    log = tmp_path / "log"
+    fake_nvidia_smi(tmp_path, monkeypatch, f'echo "$1" >>{log}; echo 1000')
+    assert devices.free_bytes("GPU:1") == 1000 * 2**20
+    assert devices.memory_state("GPU:1") == "1,049 MB are free"
+    for value in ("2,5", "GPU-aa, GPU-bb"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        devices.free_bytes("GPU:1")
+    asked = log.read_text().splitlines()
+    assert asked == ["--id=1", "--id=1", "--id=5", "--id=GPU-bb"]
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo failed; exit 9")
+    assert devices.free_bytes("GPU:1") is None
+    assert devices.memory_state("GPU:1") == "its free memory is not known"
+    assert 1e6 < (devices.free_bytes("CPU:0") or 0) < 1e15
+
+
+OUT_OF_MEMORY = {
+    "no room for a tensor": tf.errors.ResourceExhaustedError(
+        None,
+        None,
+        "OOM when allocating tensor with shape[9] on /job:a/task:0/device:GPU:1 by GPU_1",
+    ),
+    "no room for CUDA": tf.errors.InternalError(
+        None, None, "cudaSetDevice() on GPU:1 failed. Status: out of memory"
+    ),
+    "no room for a library": tf.errors.InternalError(
+        None, None, "Failed to create cublas handle: CUBLAS_STATUS_ALLOC_FAILED on GPU:1"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_MEMORY)
+def test_a_gpu_whose_memory_is_held_is_one_line(
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    from trainer import workflow
+
+    def fail(*_: object, **__: object) -> None:
+        raise OUT_OF_MEMORY[case]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 12")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workflow, "assemble", fail)
+    (tmp_path / "own.toml").write_text('[data]\nname = "synthetic"')
+    code, _, err = command("fit", "own.toml")
+    assert code == 3
+    assert err.splitlines()[-1] == (
+        "trainer: GPU:1 has no memory left (13 MB are free): end the processes that hold it "
+        "(`nvidia-smi` lists those of a GPU), or lower training.batch_size"
+    )
+
+
+def test_other_errors_of_tensorflow_are_not_about_memory() -> None:
+    for error in (
+        tf.errors.InternalError(None, None, "libdevice not found"),
+        tf.errors.InvalidArgumentError(None, None, "shapes"),
+        ValueError("out of memory"),
+    ):
+        assert devices.memory_error(error) is None
+
+
+def test_images_that_do_not_fit_on_a_device_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    from trainer.config import DataConfig
+    from trainer.data import Split
+    from trainer.training import batches
+
+    chosen = devices.select("cpu")
+    # A file with a hole: ten terabytes that take no room on the disk.
+    count = 10_000
+    with (tmp_path / "images").open("wb") as file:
+        file.truncate(10**9 * count)
+    images = np.memmap(tmp_path / "images", np.uint8, "r", shape=(count, 10**5, 10**4, 1))
+    split = Split(images, np.zeros(count, np.int32), np.arange(count))
+    config = DataConfig(placement="device")
+    for placement in (config, DataConfig(device_limit_mb=10**9)):
+        said = message(
+            InputError, lambda p: batches.make_batches(split, p, chosen, batch_size=1), placement
+        )
+        what, _, where = said.partition(", more than fits in the memory of ")
+        assert what == "the 10,000 images of a split take 10,000,000 MB"
+        assert where.startswith("CPU:0 (")
+        assert said.endswith(" MB are free): set data.placement = 'stream'")
+    assert batches.make_batches(split, DataConfig(), chosen, batch_size=1)
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(tf, "Variable", exhausted)
+    small = Split(np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int32), np.arange(3))
+    said = message(
+        InputError, lambda s: batches.make_batches(s, config, chosen, batch_size=1), small
+    )
+    assert "the 3 images of a split take 0 MB, more than fits in the memory of CPU:0 (" in said
+
+
+# Stands for TensorFlow in a process of its own: notes what TensorFlow would read when it first
+# lists GPUs, which it cannot do before it is imported.
+BOUNDARY = """
+import os, sys
+with open(os.environ["NOTED"], "a") as file:
+    print(os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH"), file=file)
+sys.exit(0)
+"""
+VERBS = {
+    "benchmark formats": "latest",
+    "benchmark matmul": "--quick",
+    "benchmark operations": "--quick",
+    "benchmark step": "own.toml --quick",
+    "data info": "own.toml",
+    "data prepare": "own.toml",
+    "doctor": "own.toml",
+    "evaluate": "latest",
+    "export": "latest",
+    "fit": "own.toml",
+    "gradient": "w**2 --at w=3",
+    "load": "runs",
+    "predict": "latest image.png",
+    "save": "latest model.keras",
+    "serve": "model",
+    "tune": "own.toml",
+    "verify": "model",
+}
+WITHOUT_TENSORFLOW = {"config schema": "", "config show": "own.toml", "tensorboard": ""}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_sets_memory_growth_before_it_can_use_a_gpu(
+    verb: str, run: Any, tmp_path: Path
+) -> None:
+    package = tmp_path / "boundary" / "tensorflow"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(BOUNDARY)
+    (tmp_path / "runs").symlink_to(run.path.parent)
+    (tmp_path / "image.png").touch()
+    (tmp_path / "own.toml").write_text(
+        '[data]\nname = "synthetic"\n[tuning.space]\n"training.batch_size" = { choices = [8, 9] }'
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TF_FORCE_GPU_ALLOW_GROWTH"}
+    environment |= {"PYTHONPATH": str(package.parent), "NOTED": str(tmp_path / "noted")}
+    command = [sys.executable, "-m", "trainer", *verb.split(), *VERBS[verb].split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    noted = tmp_path / "noted"
+    assert noted.exists(), done.stderr  # it came as far as TensorFlow
+    assert set(noted.read_text().splitlines()) == {"true"}
+
+
+def test_no_verb_is_left_out() -> None:
+    import typer
+
+    from trainer import cli
+
+    def verbs(command: Any, path: str = "") -> set[str]:
+        below = getattr(command, "commands", {})
+        return {path.strip()}.union(*(verbs(c, f"{path} {n}") for n, c in below.items()))
+
+    groups = {"", "benchmark", "config", "data"}
+    found = verbs(typer.main.get_command(cli.app)) - groups
+    assert found == VERBS.keys() | WITHOUT_TENSORFLOW.keys()
+
+
+def test_the_python_interface_sets_memory_growth_and_leaves_a_users_choice() -> None:
+    code = "import os, trainer; print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'])"
+    for given, expected in (({}, "true"), ({"TF_FORCE_GPU_ALLOW_GROWTH": "false"}, "false")):
+        environment = {k: v for k, v in os.environ.items() if k != "TF_FORCE_GPU_ALLOW_GROWTH"}
+        command = [sys.executable, "-c", code]
+        found = subprocess.check_output(command, env=environment | given, text=True)
+        assert found.strip() == expected

@@ -77,7 +77,7 @@ def test_two_devices_take_the_steps_of_one(two_devices: Any) -> None:
         return [np.array(each) for each in (weight, *optimizer.variables)]
 
     expected = train(tf.distribute.OneDeviceStrategy("CPU:0"))
-    found = train(two_devices)
+    found = train(two_devices.strategy)
     for one, two in zip(expected, found, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-6)
 

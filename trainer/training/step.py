@@ -27,7 +27,7 @@ def train_step(
     Args:
         model: Compiled, its optimizer built.
         images: This replica's part of the batch, [rows, H, W, C].
-        labels: int32 [rows].
+        labels: int64 [rows].
         sample_weight: float32 [rows], or None.
         share: This replica's part of the rows of the global batch, float32 scalar in [0, 1];
             None where there is one replica. A replica whose share is 0 still gets one row, because
@@ -81,7 +81,7 @@ def test_step(
     Args:
         model: Compiled.
         images: This replica's part of the batch, [rows, H, W, C].
-        labels: int32 [rows].
+        labels: int64 [rows].
         sample_weight: float32 [rows], or None.
         share: As in `train_step`.
 

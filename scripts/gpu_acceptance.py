@@ -35,6 +35,14 @@ PAGE = ROOT / "docs" / "gpu.md"
 MARKERS = ("<!-- results: written by scripts/gpu_acceptance.py -->", "<!-- end of results -->")
 CONFIG = "configs/mnist.toml"
 _POLL_SECONDS = 0.05
+# What the tables show of each row of the results.
+_FIT_COLUMNS = (
+    *("device", "precision", "jit_compile", "accuracy", "step_ms"),
+    *("training_seconds", "process_seconds", "peak_memory_mb"),
+)
+_BENCHMARK_COLUMNS = (
+    *("key", "seconds", "step_ms", "bare_ms", "batches_ms", "gflop_per_s", "gbyte_per_s"),
+)
 # NVIDIA's switch for TF32 in its libraries: without it, float32 products keep all their bits.
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 # Changes as --set takes them, and environment variables.
@@ -316,19 +324,11 @@ def _value(plane: Any, stat: Any) -> Any:
 def tables(run: Acceptance) -> str:
     """Returns the results as Markdown."""
     lines = [f"Measured on {datetime.now(UTC).date()}: {run.results['machine']}.", ""]
-    lines += _table(
-        ["case", "device", "test accuracy", "step, ms", "training, s", "process, s", "memory, MB"],
-        [
-            [name, row["device"], f"{row['accuracy']:.4f}", row["step_ms"], row["training_seconds"]]
-            + [row["process_seconds"], row["peak_memory_mb"]]
-            for name, row in run.results.get("fit", {}).items()
-        ],
-    )
+    rows = run.results.get("fit", {}).items()
+    lines += _table(["case", *_FIT_COLUMNS], [[n, *map(row.get, _FIT_COLUMNS)] for n, row in rows])
     for verb in ("matmul", "operations", "step"):
         rows = run.results.get(f"benchmark {verb}", {}).get("rows", [])
-        columns = [
-            key for key in ("key", "step_ms", "gflop_per_s", "gb_per_s") if rows and key in rows[0]
-        ]
+        columns = [key for key in _BENCHMARK_COLUMNS if rows and key in rows[0]]
         lines += ["", f"`trainer benchmark {verb}`:", ""]
         lines += _table(columns, [[row[key] for key in columns] for row in rows])
     rest = {k: v for k, v in run.results.items() if k != "fit" and not k.startswith("benchmark")}

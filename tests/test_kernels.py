@@ -268,7 +268,7 @@ def doctor_says(folder: Path, config: Config) -> dict[str, dict[str, str]]:
     return {finding["subject"]: finding for finding in json.loads(done.stdout)}
 
 
-def test_doctor_names_the_layer_and_the_operation_without_a_gpu_kernel(host_layers: Path) -> None:
+def test_doctor_names_the_layer_and_the_operation_without_a_gpu_kernel(own_layers: Path) -> None:
     findings = doctor_says(own_layers, own_config("Shift", "Outside", loss="host_layers:rounded"))
     kernel = findings["GPU kernels"]
     assert kernel["status"] == "note"
@@ -306,7 +306,7 @@ def test_doctor_does_not_fetch_data_to_check_kernels(in_tmp_path: Path) -> None:
 
 
 def test_fit_on_another_device_reports_what_runs_on_the_host(
-    host_layers: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own_layers: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import trainer
 
@@ -365,7 +365,7 @@ def test_xla_compiles_every_network_loss_and_batch(name: str, placement: str) ->
 
 
 def test_xla_names_the_layer_that_it_cannot_compile(
-    host_layers: Path, command: Callable[..., Any]
+    own_layers: Path, command: Callable[..., Any]
 ) -> None:
     config = own_config("Outside", **{"training.jit_compile": True})
     (own_layers / "own.toml").write_text(config.to_toml())

@@ -297,7 +297,7 @@ def read_trace(path: Path, steps: int) -> dict[str, Any]:
                 for stat in event.stats
             }
             if plane.name.startswith("/device:GPU"):
-                on_device.add(str(stats.get("tf_op", "")))
+                on_device |= {str(stats["tf_op"])} if "tf_op" in stats else set()
                 size = re.search(r"size:(\d+)", str(stats.get("memcpy_details", "")))
                 if size:
                     copied[name] = copied.get(name, 0) + int(size[1])

@@ -310,5 +310,5 @@ def test_a_summed_loss_is_refused_on_two_devices(
     # Its regularisers are means over the replicas and it is not: no weight is right for both.
     loss = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
     Loop(compiled_model(one_device, loss=loss), one_device)
-    with pytest.raises(InputError, match="received 'sum'"):
+    with pytest.raises(InputError, match="received a sum, or one number for the batch"):
         Loop(compiled_model(two_devices, loss=loss), two_devices)

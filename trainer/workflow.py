@@ -35,6 +35,7 @@ from trainer.figure_process import FigureProcess
 from trainer.kernels import KernelReport
 from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
 from trainer.training import callbacks as watching
+from trainer.training.averaging import AveragedWeights, averages_weights
 from trainer.training.batches import Batches
 from trainer.training.checkpoint import (
     Checkpoint,
@@ -448,14 +449,16 @@ class _Training:
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
         setting, observers = self._setting, self._observers()
-        callbacks = [keras.callbacks.History(), *self._callbacks]
+        averaged = averages_weights(setting.model.optimizer)
+        averaging = [AveragedWeights()] if averaged else []
+        history = keras.callbacks.History()
         watchers = [each for each in observers if isinstance(each, keras.callbacks.Callback)]
         # The others remember nothing that a resumed training needs, and may not be there then.
         passing = (watching.ProgressBar, watching.Profiler)
         stateful = [each for each in observers if not isinstance(each, passing)]
         checkpoints = Checkpoints(
             self._run,
-            watched=[*callbacks, *stateful, setting.loop.seconds],
+            watched=[history, *averaging, *self._callbacks, *stateful, setting.loop.seconds],
             variables=setting.random_state,
             fingerprint=setting.data.spec.fingerprint,
             every_seconds=setting.config.training.checkpoint_seconds,
@@ -467,7 +470,8 @@ class _Training:
                 self._train,
                 self._validation,
                 epochs=setting.config.training.epochs,
-                callbacks=[*callbacks, *watchers, checkpoints],
+                # After the user's callbacks, the history has what they add to the logs.
+                callbacks=[*averaging, *self._callbacks, history, *watchers, checkpoints],
                 observers=[*observers, self._write_samples, self._check_kernels, checkpoints],
                 warmup_calls=2 if setting.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.position,

@@ -125,8 +125,7 @@ class MetricsFile(keras.callbacks.Callback):
         line = {
             "epoch": epoch + 1,
             "step": self._step,
-            "learning_rate": self._learning_rate,
-            **plain(logs or {}),
+            **plain({"learning_rate": self._learning_rate} | (logs or {})),
             **self._times.summary(),
         }
         self._times = StepTimes()

@@ -6,6 +6,7 @@ and the clock is looked at.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +20,12 @@ from numpy.typing import NDArray
 from trainer import kernels
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
+from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
-from trainer.training.step import test_step, train_step
+from trainer.training.step import compute_loss, overrides, test_step, train_step
 
 # What Keras gives to callbacks: floats, and arrays where a metric has several values.
 Logs = dict[str, Any]
-
-
-# Reductions whose replicas' values, weighted by their share of the batch, add up to the batch's.
-_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,17 @@ class Loop:
             model: Built and compiled inside the scope of the devices.
             devices: One device or several.
             steps_per_call: The most steps in one call.
-            clip_norm: Largest global norm of the gradients, or None.
+            clip_norm: Largest global norm of the gradients, or None; not for a model with a
+                `train_step` of its own.
             jit_compile: Compile the step with XLA. Choosing, gathering and augmenting the images is
                 left out: three of Keras's augmentation layers have no XLA kernel.
             augment: Alters training images, uint8 [rows, H, W, C] to the same.
-            gradient_norms: Record the norm of each weight's gradient at each step.
+            gradient_norms: Record the norm of each weight's gradient at each step; a `train_step`
+                of the model's own does not give them.
 
         Raises:
-            InputError: There are several devices, and the loss is no mean over the batch, or XLA or
-                the accumulation of gradients is asked for.
+            InputError: There are several devices, and what each computes cannot be added up; or
+                `clip_norm` is given to a model with a `train_step` of its own.
         """
         self.model = model
         self.devices = devices
@@ -134,22 +134,50 @@ class Loop:
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
         self._traced: Any = None
+        self._traced_for: list[Any] = []
         self._calls, self._warmup_calls = 0, 1
         self._augment = augment
         self._jit_compile = jit_compile
-        if devices.replicas > 1:
-            _refuse_on_several_devices(model, jit_compile=jit_compile)
+        self._own_train_step = overrides(model, "train_step")
+        self._own_test_step = overrides(model, "test_step")
+        if self._own_train_step and clip_norm is not None:
+            raise InputError("training.clip_norm: expected a model without a train_step of its own")
         self._clip_norm = clip_norm
-        self._gradient_norms = gradient_norms
+        self._gradient_norms = gradient_norms and not self._own_train_step
         self._several_workers = devices.workers > 1
-        self._evaluations: dict[tuple[int, bool], tuple[Batches, Any]] = {}
-        with devices.scope():
-            # Keras makes the variables of optimizer and metrics at their first use. That would be
-            # inside the graph of one replica, where a strategy lets none be made.
-            model.optimizer.build(model.trainable_variables)
+        self._evaluations: dict[tuple[int, bool], tuple[Batches, list[Any], Any]] = {}
+        self._optimizer: Any = None
+        self._optimized: list[Any] = []
+        self._build()
+        if devices.replicas > 1:
+            _refuse_on_several_devices(model, devices, jit_compile=jit_compile)
+
+    def _build(self) -> None:
+        """Creates the variables of optimizer and metrics, and those of a new one after `compile`.
+
+        Keras creates them at their first use. That would be inside the graph of one replica, where
+        a strategy cannot create variables.
+
+        Raises:
+            InputError: A weight is to be trained that the optimizer has no state for.
+        """
+        model = self.model
+        trained = model.trainable_variables
+        with self.devices.scope():
+            if self._optimizer is not model.optimizer:
+                model.optimizer.build(trained)
+                self._optimizer, self._optimized = model.optimizer, list(trained)
             shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
-            model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
-            model.reset_metrics()
+            if not all(metric.variables for metric in model.metrics):
+                model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
+                model.reset_metrics()
+        known = {id(variable) for variable in self._optimized}
+        unknown = [variable.path for variable in trained if id(variable) not in known]
+        if unknown:
+            raise InputError(
+                f"the optimizer has no state for {', '.join(unknown)}: it was not trainable when "
+                "training began; call model.compile with a new optimizer to train it"
+            )
 
     def fit(
         self,
@@ -197,17 +225,17 @@ class Loop:
             self._timed("callbacks", callback_list.on_train_begin)
         except OSError as error:
             raise InputError(f"a callback cannot write: {error}") from None
-        call = self.trace(train)
         start = start or Position()
+        # A training that a callback had stopped does not begin another epoch when it is resumed.
+        stopped = model.stop_training and start != Position() and start.step == 0
         logs: Logs = {}
         diverged, epoch = None, start.epoch
-        for epoch in range(start.epoch, epochs):
+        for epoch in range(start.epoch, start.epoch if stopped else epochs):
             position = start if epoch == start.epoch else Position(epoch)
             if position.step == 0:
-                if model.stop_training:
-                    break
+                model.reset_metrics()
                 self._timed("callbacks", callback_list.on_epoch_begin, epoch)
-            logs, diverged = self._epoch(call, train, position, callback_list, observers)
+            logs, diverged = self._epoch(train, position, callback_list, observers)
             if diverged is not None:
                 break
             if validation is not None:
@@ -217,6 +245,8 @@ class Loop:
                     break
                 logs |= {f"val_{name}": value for name, value in scores.items()}
             self._timed("callbacks", callback_list.on_epoch_end, epoch, logs)
+            if model.stop_training:
+                break
         # For optimizers that average the weights: the average takes their place.
         model.optimizer.finalize_variable_values(model.trainable_variables)
         self._timed("callbacks", callback_list.on_train_end, logs)
@@ -237,8 +267,42 @@ class Loop:
         Returns:
             A concrete function.
         """
+        self._build()
         self._traced = self._timed("tracing", self._trace_training, train)
+        self._traced_for = [train, *self._depends_on("train_function")]
         return self._traced
+
+    def _depends_on(self, function: str) -> list[Any]:
+        """Returns the objects that a traced graph depends on and that callbacks may replace.
+
+        Args:
+            function: "train_function" or "test_function": Keras's `make_train_function(force=True)`
+                and `make_test_function(force=True)` ask for a new graph.
+        """
+        model = self.model
+        schedules = [_schedule(optimizer) for optimizer in simple_optimizers(model.optimizer)]
+        objects = [model.optimizer, model.loss, getattr(model, function), *model.metrics]
+        return [*objects, *schedules, *model.trainable_variables]
+
+    def _training_call(self, train: Batches) -> Any:
+        """Returns the traced call, traced again if a callback changed what it depends on."""
+        now = [train, *self._depends_on("train_function")]
+        return self._traced if _same(now, self._traced_for) else self.trace(train)
+
+    def _evaluation_call(self, batches: Batches, collect: bool) -> Any:
+        """Returns the traced call that scores, traced again as above."""
+        now = self._depends_on("test_function")
+        kept, traced_for, call = self._evaluations.get((id(batches), collect), (None, [], None))
+        if kept is None or not _same(now, traced_for):
+            self._build()
+            call = self._timed("tracing", self._trace_evaluation, batches, collect)
+            # Keeping the batches prevents that another object gets their id.
+            self._evaluations[id(batches), collect] = (
+                batches,
+                self._depends_on("test_function"),
+                call,
+            )
+        return call
 
     def check_kernels(self, device_type: str | None = None) -> kernels.KernelReport:
         """Looks for operations of the traced training step that run on the CPU.
@@ -267,11 +331,10 @@ class Loop:
         Yields:
             What each call recorded, as `fit` gives it to its observers.
         """
-        call = self.trace(train)
         for epoch in itertools.count():
             state = train.start_epoch(epoch)
             for first in range(0, train.steps - steps + 1, steps):
-                yield self._run_call(call, train, state, epoch, first, steps)
+                yield self._run_call(train, state, epoch, first, steps)
 
     def evaluate(
         self,
@@ -292,15 +355,11 @@ class Loop:
         Returns:
             Loss and metrics, and float32 [images, classes] where `collect` is set.
         """
-        key = (id(batches), collect)
-        if key not in self._evaluations:
-            traced = self._timed("tracing", self._trace_evaluation, batches, collect)
-            # Keeping the batches keeps their id from being given to others.
-            self._evaluations[key] = (batches, traced)
-        call = self._evaluations[key][1]
-        self.model.reset_metrics()
+        self.model.stop_evaluating = False
         if callbacks is not None:
             callbacks.on_test_begin()
+        call = self._evaluation_call(batches, collect)
+        self.model.reset_metrics()
         state = batches.start_epoch(0)
         outputs, logs = [], {}
         for first in range(0, batches.steps, self.steps_per_call):
@@ -315,29 +374,29 @@ class Loop:
                 callbacks.on_test_batch_end(first + count - 1, logs)
             if between is not None:
                 between()
+            if self.model.stop_evaluating:
+                break
+        logs |= self._metrics_now(logs)
         if callbacks is not None:
             callbacks.on_test_end(logs)
         return logs, np.concatenate(outputs) if collect else None
 
     def _epoch(
         self,
-        call: Any,
         train: Batches,
         position: Position,
         callbacks: keras.callbacks.CallbackList,
         observers: Sequence[Callable[[Window], None]],
     ) -> tuple[Logs, tuple[int, float] | None]:
         """Trains one epoch; returns its logs, and the step and value of a loss that diverged."""
-        if position.step == 0:
-            self.model.reset_metrics()
         epoch, logs = position.epoch, dict(position.logs)
         state = train.start_epoch(epoch, position.step)
         for first in range(position.step, train.steps, self.steps_per_call):
-            if self.model.stop_training:
+            if first and self.model.stop_training:  # the first call always runs, as in Keras
                 break
             count = min(self.steps_per_call, train.steps - first)
             self._timed("callbacks", callbacks.on_train_batch_begin, first)
-            window = self._run_call(call, train, state, epoch, first, count)
+            window = self._run_call(train, state, epoch, first, count)
             logs = dict(window.logs)
             self._timed("callbacks", callbacks.on_train_batch_end, first + count - 1, logs)
             for observer in observers:
@@ -345,12 +404,25 @@ class Loop:
             bad = np.flatnonzero(~np.isfinite(window.loss))
             if len(bad):
                 return logs, (window.first_step + int(bad[0]) + 1, float(window.loss[bad[0]]))
+            if first + count == train.steps or self.model.stop_training:
+                logs |= self._metrics_now(logs)
         return logs, None
 
-    def _run_call(
-        self, call: Any, train: Batches, state: Any, epoch: int, first: int, count: int
-    ) -> Window:
+    def _metrics_now(self, logs: Logs) -> Logs:
+        """Returns the values of the metrics after the callbacks of the last call, as Keras does.
+
+        Several workers read them together inside the call alone; logs of other names come from a
+        step of the model's own.
+        """
+        if self._several_workers:
+            return {}
+        with self.devices.scope():
+            results = _results(self.model.get_metrics_result())
+        return _as_logs(results) if results.keys() == logs.keys() else {}
+
+    def _run_call(self, train: Batches, state: Any, epoch: int, first: int, count: int) -> Window:
         """Runs `count` steps and waits for the device."""
+        call = self._training_call(train)
         start = time.perf_counter()
         # The mark by which the profiler's pages count steps; it costs nothing unless one listens.
         with tf.profiler.experimental.Trace("train", step_num=first, _r=1):
@@ -387,8 +459,11 @@ class Loop:
     def _trace_training(self, train: Batches) -> Any:
         """Builds the graph of a call: as many steps as its argument says."""
 
-        def step(images: tf.Tensor, labels: tf.Tensor, share: Any) -> dict[str, tf.Tensor]:
+        def step(images: tf.Tensor, labels: tf.Tensor, share: Any) -> dict[str, Any]:
             self.step_graph = images.graph  # what TensorBoard draws: the step, without the loop
+            if self._own_train_step:
+                logs = _results(self.model.train_step((images, labels)))
+                return {"loss": logs.get("loss"), "logs": logs}
             return train_step(
                 self.model,
                 images,
@@ -400,7 +475,7 @@ class Loop:
 
         compiled_step = tf.function(step, jit_compile=True) if self._jit_compile else step
 
-        def one_replica(batch: Any) -> dict[str, tf.Tensor]:
+        def one_replica(batch: Any) -> dict[str, Any]:
             local, share = self._local_batch(train, batch)
             images = local.images
             if self._augment is not None:
@@ -408,20 +483,23 @@ class Loop:
                     images = self._augment(images)
             return compiled_step(images, local.labels, share)
 
-        metrics = {name: len(v.shape) for name, v in self.model.get_metrics_result().items()}
-        numbers = [name for name, rank in metrics.items() if rank == 0 and name != "loss"]
-        recorded = ["loss", "learning_rate", *([] if self._several_workers else numbers)]
+        own_logs = self._own_logs(one_replica, train, "train_step")
+        shapes = own_logs or self._metric_ranks()
+        numbers = [name for name, rank in shapes.items() if rank == 0 and name != "loss"]
+        kept = [name for name in own_logs if name != "loss"] if own_logs else numbers
+        recorded = ["loss", "learning_rate", *([] if self._several_workers else kept)]
         if self._gradient_norms:
             recorded.append("gradient_norms")
 
         def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, arrays: list[Any]) -> list[Any]:
             with tf.name_scope("record"):
-                learning_rate = tf.identity(self.model.optimizer.learning_rate)
+                learning_rate = _learning_rate(self.model.optimizer)
             with tf.name_scope("batch"):
                 batch = train.global_batch(state, first + i)
             parts = self.strategy.run(one_replica, args=(batch,))
             with tf.name_scope("record"):
-                values = self._values(parts) | {"learning_rate": learning_rate}
+                values = self._values(parts, own=bool(own_logs))
+                values["learning_rate"] = learning_rate
                 return [
                     array.write(i, tf.cast(values[name], tf.float32))
                     for array, name in zip(arrays, recorded, strict=True)
@@ -431,15 +509,56 @@ class Loop:
             arrays = [tf.TensorArray(tf.float32, size=count) for _ in recorded]
             arrays = _repeat(count, lambda i, arrays: one_step(i, state, first, arrays), arrays)
             stacked = {name: array.stack() for name, array in zip(recorded, arrays, strict=True)}
-            logs = self.model.get_metrics_result()
-            return {name: logs[name][None] for name in numbers} | stacked, logs
+            if own_logs:
+                logs = {name: stacked[name][-1] for name in own_logs}
+            else:
+                logs = _results(self.model.get_metrics_result())
+            if self._several_workers:
+                stacked |= {name: logs[name][None] for name in numbers}
+            vectors = own_logs.keys() - {"loss", *numbers}
+            return {name: v for name, v in stacked.items() if name not in vectors}, logs
 
         return self._compiled(call, train)
 
-    def _values(self, parts: dict[str, Any]) -> dict[str, tf.Tensor]:
+    def _metric_ranks(self) -> dict[str, int]:
+        """Returns how many dimensions the value of each metric has."""
+        with self.devices.scope():
+            results = _results(self.model.get_metrics_result())
+        return {name: value.shape.rank for name, value in results.items()}
+
+    def _own_logs(self, one_replica: Any, batches: Batches, method: str) -> dict[str, int]:
+        """Returns the logs of a step of the model's own: their names and how many dimensions.
+
+        As in Keras, they are used if their names are not those of the model's metrics. To learn
+        them, the step is traced once more.
+
+        Args:
+            one_replica: Takes a global batch; its result has the logs under "logs".
+            batches: What it is traced for.
+            method: "train_step" or "test_step".
+        """
+        if not (overrides(self.model, method) or overrides(self.model, "compute_metrics")):
+            return {}
+
+        def probe(state: Any, step: tf.Tensor) -> dict[str, tf.Tensor]:
+            return _results(one_replica(batches.global_batch(state, step))["logs"])
+
+        with self.devices.scope():
+            traced = tf.function(probe, autograph=False).get_concrete_function(
+                batches.start_epoch(0), tf.constant(0)
+            )
+        ranks = {name: value.shape.rank for name, value in traced.structured_outputs.items()}
+        if "loss" not in ranks:
+            received = ", ".join(ranks) or "none"
+            raise InputError(f"{method}: expected logs that have 'loss', received {received}")
+        return {} if ranks.keys() == self._metric_ranks().keys() else ranks
+
+    def _values(self, parts: dict[str, Any], *, own: bool) -> dict[str, tf.Tensor]:
         """Returns what a step is recorded by: its loss, gradient norms and the metrics so far."""
+        if own:
+            return dict(parts["logs"])
         several = self._several_workers
-        values: dict[str, tf.Tensor] = {} if several else self.model.get_metrics_result()
+        values = {} if several else _results(self.model.get_metrics_result())
         # The replicas' parts of the loss add up; gradient norms are alike on each.
         values["loss"] = self.strategy.reduce("SUM", parts["loss"], axis=None)
         if "gradient_norms" in parts:
@@ -450,30 +569,46 @@ class Loop:
     def _trace_evaluation(self, batches: Batches, collect: bool) -> Any:
         """Builds the graph of a call that scores as many batches as its argument says."""
 
-        def one_replica(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        def one_replica(batch: Any) -> dict[str, Any]:
             local, share = self._local_batch(batches, batch)
-            outputs = test_step(self.model, local.images, local.labels, share=share)
-            if share is None or not collect:
-                return outputs, local.size
-            # Also for a smaller batch as many rows as in the others: shapes must not change.
-            rest = batches.batch_size - local.first - local.count
-            return tf.pad(outputs[: local.count], ((local.first, rest), (0, 0))), local.size
+            if self._own_test_step:
+                logs = _results(self.model.test_step((local.images, local.labels)))
+                outputs = self.model(local.images, training=False) if collect else tf.zeros((1, 0))
+            else:
+                outputs, logs = test_step(self.model, local.images, local.labels, share=share)
+            if share is not None and collect:
+                # Also for a smaller batch as many rows as in the others: shapes must not change.
+                rest = batches.batch_size - local.first - local.count
+                outputs = tf.pad(outputs[: local.count], ((local.first, rest), (0, 0)))
+            return {"outputs": outputs, "size": local.size, "logs": logs}
 
-        def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, array: Any) -> Any:
+        own_logs = self._own_logs(one_replica, batches, "test_step")
+
+        def one_step(i: tf.Tensor, state: Any, first: tf.Tensor, carried: Any) -> Any:
+            array, logs = carried
             with tf.name_scope("batch"):
                 batch = batches.global_batch(state, first + i)
-            outputs, sizes = self.strategy.run(one_replica, args=(batch,))
+            parts = self.strategy.run(one_replica, args=(batch,))
+            logs = [
+                each.write(i, tf.cast(parts["logs"][name], tf.float32))
+                for each, name in zip(logs, own_logs, strict=True)
+            ]
             if not collect:
-                return array
+                return array, logs
             # Each replica has its own rows of the batch and zeros for the others.
-            size = self.strategy.experimental_local_results(sizes)[0]
-            return array.write(i, self.strategy.reduce("SUM", outputs, axis=None)[:size])
+            size = self.strategy.experimental_local_results(parts["size"])[0]
+            outputs = self.strategy.reduce("SUM", parts["outputs"], axis=None)
+            return array.write(i, outputs[:size]), logs
 
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             array = tf.TensorArray(tf.float32, size=count, infer_shape=False)
-            array = _repeat(count, lambda i, array: one_step(i, state, first, array), array)
-            probabilities = array.concat() if collect else tf.zeros((0,))
-            return probabilities, self.model.get_metrics_result()
+            carried = (array, [tf.TensorArray(tf.float32, size=count) for _ in own_logs])
+            carried = _repeat(count, lambda i, arrays: one_step(i, state, first, arrays), carried)
+            probabilities = carried[0].concat() if collect else tf.zeros((0,))
+            if own_logs:
+                logs = {n: a.stack()[-1] for n, a in zip(own_logs, carried[1], strict=True)}
+                return probabilities, logs
+            return probabilities, _results(self.model.get_metrics_result())
 
         return self._compiled(call, batches)
 
@@ -538,19 +673,60 @@ def _repeat(count: tf.Tensor, step: Callable[[tf.Tensor, Any], Any], state: Any)
     )[1]
 
 
-def _refuse_on_several_devices(model: keras.Model, *, jit_compile: bool) -> None:
+def _refuse_on_several_devices(model: keras.Model, devices: Devices, *, jit_compile: bool) -> None:
     """Refuses what would end in an error of TensorFlow's, or in other numbers than one device's."""
-    for loss in keras.tree.flatten(model.loss):
-        reduction = getattr(loss, "reduction", _MEANS[0])
-        if reduction not in _MEANS:
-            raise InputError(
-                f"training.loss on several devices: expected a reduction of {', '.join(_MEANS)}, "
-                f"received {reduction!r}"
-            )
+    methods = ("train_step", "test_step", "compute_metrics")
+    own = [method for method in methods if overrides(model, method)]
+    if own:
+        raise InputError(f"a model with its own {own[0]}: expected one device, received several")
     if jit_compile:
         raise InputError("training.jit_compile: expected one device, received several")
     if getattr(model.optimizer, "gradient_accumulation_steps", None):
         raise InputError("gradient_accumulation_steps: expected one device, received several")
+    # Keras divides a loss by the number of replicas if it is a mean of one value for each image.
+    # Their sum is the loss of the batch only if all of it is divided.
+    classes = model.output_shape[-1]
+    images, labels = tf.zeros((2, *model.input_shape[1:])), tf.zeros((2,), tf.int64)
+    outputs = tf.nn.softmax(tf.reshape(tf.range(2.0 * classes), (2, classes)) / classes)
+    arguments = (model, images, labels, outputs, None)
+    whole = compute_loss(*arguments, training=False)
+    with devices.scope():
+        part = compute_loss(*arguments, training=False)
+    if not np.allclose(part * devices.replicas, whole, rtol=1e-3):
+        raise InputError(
+            "training.loss on several devices: expected one value for each image and a reduction "
+            "to their mean; received a sum, or one number for the batch"
+        )
+
+
+def _schedule(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Returns the learning-rate schedule of an optimizer, as its configuration; None for a rate."""
+    rate = optimizer.get_config().get("learning_rate")
+    return rate if isinstance(rate, dict) else None
+
+
+def _learning_rate(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+    """Returns the learning rate; not a number for a MultiOptimizer, which has several."""
+    rate = getattr(optimizer, "learning_rate", None)
+    return tf.constant(math.nan) if rate is None else tf.identity(rate)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Returns whether two lists have the same objects; configurations are compared by value."""
+    return len(one) == len(other) and all(
+        a == b if isinstance(a, dict) else a is b for a, b in zip(one, other, strict=True)
+    )
+
+
+def _results(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
+    """Returns logs as tensors. As in Keras, a result that is a dictionary is several logs."""
+    found: dict[str, tf.Tensor] = {}
+    for name, value in logs.items():
+        if isinstance(value, dict):
+            found |= _results(value)
+        else:
+            found[name] = tf.convert_to_tensor(value)
+    return found
 
 
 def _as_logs(results: dict[str, Any]) -> Logs:

@@ -3,13 +3,24 @@
 Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that a compiled
 model's losses, metrics and optimizer behave as Keras users know them. They differ in one thing: a
 global batch that the replicas cannot share evenly is weighted exactly, where Keras weights every
-replica alike.
+replica alike. A model with steps of its own (`overrides`) is trained and scored by them.
 """
 
+import inspect
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+
+def overrides(model: keras.Model, method: str) -> bool:
+    """Returns whether a model's class has a method of its own in place of Keras's.
+
+    Args:
+        model: Any model.
+        method: "train_step", "test_step", "compute_loss" or "compute_metrics".
+    """
+    return getattr(type(model), method) is not getattr(keras.Model, method)
 
 
 def train_step(
@@ -21,7 +32,7 @@ def train_step(
     share: tf.Tensor | None = None,
     clip_norm: float | None = None,
     gradient_norms: bool = False,
-) -> dict[str, tf.Tensor]:
+) -> dict[str, Any]:
     """Updates the weights of a compiled model once, and its metrics.
 
     Args:
@@ -37,6 +48,7 @@ def train_step(
 
     Returns:
         "loss": float32 scalar, this replica's part of the global batch's loss (they add up to it).
+        "logs": What `model.compute_metrics` returned; empty if there are several replicas.
         "gradient_norms", if asked for: float32 [weights], of the whole batch's unclipped gradient;
         0 for a weight that the loss does not depend on.
     """
@@ -47,7 +59,7 @@ def train_step(
         with tf.name_scope("forward"):
             outputs = model(images, training=True)
         with tf.name_scope("loss"):
-            loss = model.compute_loss(images, labels, outputs, sample_weight, training=True)
+            loss = compute_loss(model, images, labels, outputs, sample_weight, training=True)
             mean_loss = loss if share is None else loss * replicas  # Keras divides by the replicas
             part = mean_loss if share is None else mean_loss * share
             # mixed_float16 multiplies the loss so that small gradients do not vanish; the optimizer
@@ -55,7 +67,7 @@ def train_step(
             scaled = optimizer.scale_loss(part)
     with tf.name_scope("gradients"):
         gradients = tape.gradient(scaled, weights)
-    result = {"loss": part}
+    result: dict[str, Any] = {"loss": part}
     if clip_norm is not None or gradient_norms or _scales_loss(optimizer):
         with tf.name_scope("clip"):
             gradients, norms = _clip_whole_batch(gradients, optimizer, clip_norm)
@@ -64,7 +76,8 @@ def train_step(
     with tf.name_scope("update"):
         optimizer.apply(gradients, weights)
     with tf.name_scope("metrics"):
-        _update_metrics(model, images, labels, outputs, sample_weight, mean_loss, share)
+        arguments = (images, labels, outputs, sample_weight)
+        result["logs"] = _update_metrics(model, *arguments, mean_loss, share)
     return result
 
 
@@ -75,8 +88,8 @@ def test_step(
     sample_weight: tf.Tensor | None = None,
     *,
     share: tf.Tensor | None = None,
-) -> tf.Tensor:
-    """Updates the metrics of a compiled model and returns its outputs.
+) -> tuple[tf.Tensor, dict[str, Any]]:
+    """Updates the metrics of a compiled model.
 
     Args:
         model: Compiled.
@@ -86,14 +99,27 @@ def test_step(
         share: As in `train_step`.
 
     Returns:
-        Probabilities, float32 [rows, classes].
+        The probabilities, float32 [rows, classes], and logs as in `train_step`.
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     outputs = model(images, training=False)
-    loss = model.compute_loss(images, labels, outputs, sample_weight, training=False)
+    loss = compute_loss(model, images, labels, outputs, sample_weight, training=False)
     mean_loss = loss if share is None else loss * replicas
-    _update_metrics(model, images, labels, outputs, sample_weight, mean_loss, share)
-    return outputs
+    arguments = (images, labels, outputs, sample_weight)
+    return outputs, _update_metrics(model, *arguments, mean_loss, share)
+
+
+def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
+    """Returns the loss of a model; a `compute_loss` from before Keras 3.3 has no `training`.
+
+    Args:
+        model: Compiled.
+        arguments: Images, labels, outputs and sample weights or None, as `compute_loss` takes them.
+        training: Whether the model is trained or scored.
+    """
+    parameters = inspect.signature(model.compute_loss).parameters.values()
+    takes_it = any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return model.compute_loss(*arguments, **({"training": training} if takes_it else {}))
 
 
 def _scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
@@ -135,16 +161,21 @@ def _update_metrics(
     sample_weight: tf.Tensor | None,
     mean_loss: tf.Tensor,
     share: tf.Tensor | None,
-) -> None:
+) -> dict[str, Any]:
     """Tracks the loss, weighted by rows, and whatever metrics the model was compiled with."""
 
-    def update() -> None:
-        loss_metric = next(metric for metric in model.metrics if metric.name == "loss")
-        loss_metric.update_state(mean_loss, sample_weight=tf.shape(labels)[0])
-        model.compute_metrics(images, labels, outputs, sample_weight)
+    def update() -> dict[str, Any]:
+        # Keras's own tracker of the loss, also if a model lists other metrics as its own.
+        tracker = next(m for m in keras.Model.metrics.fget(model) if m.name == "loss")
+        tracker.update_state(mean_loss, sample_weight=tf.shape(labels)[0])
+        logs: dict[str, Any] = model.compute_metrics(images, labels, outputs, sample_weight)
+        return logs
+
+    def update_shared() -> None:
+        update()
 
     if share is None:
-        update()
-    else:
-        # The one row that a replica without a share was given belongs to another replica.
-        tf.cond(share > 0, update, lambda: None)
+        return update()
+    # The one row that a replica without a share was given belongs to another replica.
+    tf.cond(share > 0, update_shared, lambda: None)
+    return {}

@@ -1,0 +1,498 @@
+"""`Loop.fit` beside Keras's `Model.fit`: hooks, logs, weights. docs/keras_fit.md has the rest."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_loop import Recorder, compare_histories, compare_weights, keras_fit
+
+from trainer.errors import InputError
+from trainer.training.averaging import AveragedWeights
+from trainer.training.callbacks import MetricsFile, TensorBoardCurves
+from trainer.training.loop import Loop, Window
+
+Make = Callable[..., Any]
+EPOCHS = 3
+
+HOOKS = (
+    *("on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"),
+    *("on_test_begin", "on_test_batch_begin", "on_test_batch_end", "on_test_end", "on_epoch_end"),
+)
+
+
+class Act(keras.callbacks.Callback):
+    """Does something when a hook is called for the n-th time."""
+
+    def __init__(self, hook: str, action: Callable[[keras.Model], None], *, call: int = 1) -> None:
+        super().__init__()
+        self.left = call
+
+        def method(*_: Any, **__: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                action(self.model)
+
+        setattr(self, hook, method)
+
+
+@pytest.fixture
+def both(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """Trains equal models by Keras's fit and by our loop, and compares everything.
+
+    Args of the result: what makes the callbacks, what makes the model (takes one or no device).
+    """
+
+    def run(
+        callbacks: Callable[[], list[Any]] = list,
+        model: Callable[..., Any] = compiled_model,
+        *,
+        keras_callbacks: Callable[[], list[Any]] | None = None,
+        same_weights: bool = True,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        theirs, ours = model(**options), model(one_device, **options)
+        recorders = Recorder(), Recorder()
+        wanted = keras_fit(
+            *(theirs, tiny),
+            epochs=EPOCHS,
+            callbacks=[*(keras_callbacks or callbacks)(), recorders[0]],
+        )
+        found = Loop(ours, one_device, steps_per_call=4).fit(
+            batches_of(tiny.train, one_device, 8),
+            batches_of(tiny.test, one_device, 5),
+            epochs=EPOCHS,
+            callbacks=[*callbacks(), recorders[1]],
+        )
+        assert recorders[1].calls == recorders[0].calls
+        compare_histories(found, wanted)
+        if same_weights:
+            compare_weights(ours, theirs)
+        return ours, theirs
+
+    return run
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_stop_training_in_each_hook(hook: str, both: Callable[..., Any]) -> None:
+    def stop(model: keras.Model) -> None:
+        model.stop_training = True
+
+    both(lambda: [Act(hook, stop)])
+
+
+@pytest.mark.parametrize("hook", ["on_test_begin", "on_test_batch_begin", "on_test_batch_end"])
+def test_stop_evaluating_in_each_hook(hook: str, both: Callable[..., Any]) -> None:
+    def stop(model: keras.Model) -> None:
+        model.stop_evaluating = True
+
+    both(lambda: [Act(hook, stop)])
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_learning_rate_and_weights_changed_in_each_hook(
+    hook: str, both: Callable[..., Any]
+) -> None:
+    def change(model: keras.Model) -> None:
+        model.optimizer.learning_rate = 0.2
+        kernel = model.trainable_variables[0]
+        kernel.assign(kernel * 0.5)
+
+    both(lambda: [Act(hook, change)])
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_test_batch_end", "on_epoch_begin"])
+def test_metrics_changed_in_a_hook_are_read_afterwards(hook: str, both: Callable[..., Any]) -> None:
+    def change(model: keras.Model) -> None:
+        (total, _) = next(m for m in model.metrics if m.name == "loss").variables
+        total.assign(total + 100.0)
+
+    both(lambda: [Act(hook, change, call=2)])
+
+
+class Adds(keras.callbacks.Callback):
+    """Adds a log that another callback monitors."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs["val_own"] = float(epoch)
+
+
+def test_logs_that_a_callback_adds_reach_history_and_early_stopping(
+    both: Callable[..., Any],
+) -> None:
+    ours, _ = both(
+        lambda: [Adds(), keras.callbacks.EarlyStopping("val_own", mode="min", patience=1)]
+    )
+    assert ours.history.history["val_own"] == [0.0, 1.0]
+
+
+def freeze(model: keras.Model) -> None:
+    model.layers[3].trainable = False
+    model.make_train_function(force=True)
+
+
+def assign_schedule(model: keras.Model) -> None:
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.3, 3, 0.5)
+    model.optimizer.learning_rate = schedule
+    model.make_train_function(force=True)
+
+
+def recompile(model: keras.Model) -> None:
+    model.compile(
+        keras.optimizers.Adam(0.05),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        steps_per_execution=4,
+        jit_compile=False,
+    )
+    model.make_train_function()
+    model.make_test_function()
+
+
+def new_step(model: keras.Model) -> None:
+    model.layers[3].activation = keras.activations.tanh
+    model.make_train_function(force=True)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin"])
+@pytest.mark.parametrize("change", [freeze, assign_schedule, recompile, new_step])
+def test_changes_of_what_is_traced(
+    change: Callable[[Any], None], hook: str, call: int, both: Callable[..., Any]
+) -> None:
+    if hook == "on_train_begin" and call == 2:
+        pytest.skip("it is called once")
+    both(lambda: [Act(hook, change, call=call)])
+
+
+@pytest.mark.parametrize("change", [freeze, assign_schedule])
+def test_a_change_needs_no_new_function(change: Any, both: Callable[..., Any]) -> None:
+    """Keras ignores the change until `make_train_function`; the loop does not."""
+
+    def without_force(model: keras.Model) -> None:
+        model.make_train_function = lambda **_: None  # what the change calls
+        change(model)
+
+    both(
+        lambda: [Act("on_epoch_begin", without_force, call=2)],
+        keras_callbacks=lambda: [Act("on_epoch_begin", change, call=2)],
+    )
+
+
+def test_a_weight_without_optimizer_state_is_refused(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    model = compiled_model(one_device)
+    model.layers[3].trainable = False
+    loop = Loop(model, one_device)
+
+    def thaw(model: keras.Model) -> None:
+        model.layers[3].trainable = True
+
+    with pytest.raises(InputError, match=r"the optimizer has no state for dense.*/kernel.*compile"):
+        loop.fit(
+            batches_of(tiny.train, one_device, 8),
+            epochs=2,
+            callbacks=[Act("on_epoch_begin", thaw, call=2)],
+        )
+
+
+class Results(keras.metrics.Metric):
+    """Returns its count in several forms."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(name=form)
+        self.form = form
+        self.count = self.add_weight(shape=(), initializer="zeros", name="count")
+
+    def update_state(self, labels: Any, outputs: Any, sample_weight: Any = None) -> None:  # noqa: ARG002
+        self.count.assign_add(keras.ops.cast(keras.ops.shape(outputs)[0], "float32"))
+
+    def result(self) -> Any:
+        count = self.count + 0.0
+        if self.form == "dictionary":
+            return {"one": count, "two": 2 * count}
+        return 7 if self.form == "number" else count
+
+
+@pytest.mark.parametrize("form", ["dictionary", "number", "tensor"])
+def test_metrics_of_several_forms(form: str, both: Callable[..., Any]) -> None:
+    ours, _ = both(metrics=["accuracy", Results(form)])
+    names = {"dictionary": ["one", "two"], "number": ["number"], "tensor": ["tensor"]}[form]
+    last = {"one": 64.0, "two": 128.0, "number": 7.0, "tensor": 64.0}
+    for name in names:
+        assert ours.history.history[name] == [last[name]] * EPOCHS
+
+
+def test_a_list_of_results_is_an_array(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    class Lists(Results):
+        def result(self) -> Any:
+            return [self.count + 0.0, self.count * 2.0]
+
+    model = compiled_model(one_device, metrics=[Lists("several")])
+    windows: list[Window] = []
+    history = Loop(model, one_device).fit(
+        batches_of(tiny.train, one_device, 32), epochs=1, observers=[windows.append]
+    )
+    np.testing.assert_array_equal(history["several"][0], [64, 128])
+    assert windows[0].metrics.keys() == set()  # curves are of single numbers
+
+
+class OwnStep(keras.Model):
+    """Keras's guide: a train_step and a test_step with metrics of their own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.tracker = keras.metrics.Mean(name="loss")
+        self.error = keras.metrics.Mean(name="error")
+
+    @property
+    def metrics(self) -> list[Any]:
+        return [self.tracker, self.error]
+
+    def _update(self, labels: Any, outputs: Any) -> tuple[Any, dict[str, Any]]:
+        wanted = keras.ops.one_hot(keras.ops.cast(labels, "int32"), 3)
+        loss = keras.ops.mean(keras.ops.square(wanted - outputs))
+        self.tracker.update_state(loss)
+        self.error.update_state(keras.ops.abs(wanted - outputs))
+        return loss, {metric.name: metric.result() for metric in self.metrics}
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        images, labels = data
+        with tf.GradientTape() as tape:
+            loss, logs = self._update(labels, self(images, training=True))
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        return logs
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        images, labels = data
+        return self._update(labels, self(images, training=False))[1]
+
+
+class OwnLogs(OwnStep):
+    """Its logs are not the results of its metrics."""
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        logs = super().train_step(data)
+        return {"loss": logs["loss"], "last_rows": tf.shape(data[1])[0]}
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        return {"loss": super().test_step(data)["loss"], "last_rows": tf.shape(data[1])[0]}
+
+
+class OwnMetrics(keras.Model):
+    """Its compute_metrics returns one key more, and its compute_loss takes no `training`."""
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        results = super().compute_metrics(x, y, y_pred, sample_weight)
+        return results | {"largest": keras.ops.max(y_pred)}
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return 2.0 * super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def of_class(kind: type[keras.Model], compiled_model: Make) -> Make:
+    """Makes the models of `compiled_model` of another class."""
+
+    def make(chosen: Any = None, **options: Any) -> keras.Model:
+        plain = compiled_model(chosen, **options)
+        with chosen.scope() if chosen else tf.device(None):
+            model = kind(plain.inputs, plain.outputs[0])
+            model.compile(
+                keras.optimizers.SGD(0.05, momentum=0.9),
+                "sparse_categorical_crossentropy",
+                metrics=["accuracy"],
+                jit_compile=False,
+            )
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [OwnStep, OwnLogs, OwnMetrics])
+def test_steps_losses_and_metrics_of_a_models_own(
+    kind: type[keras.Model], both: Callable[..., Any], compiled_model: Make
+) -> None:
+    ours, _ = both(model=of_class(kind, compiled_model))
+    if kind is OwnLogs:
+        assert ours.history.history["val_last_rows"] == [2.0] * EPOCHS  # 17 = 5 + 5 + 5 + 2
+
+
+def test_a_step_of_a_models_own_is_recorded_step_by_step(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    model = of_class(OwnStep, compiled_model)(one_device)
+    loop = Loop(model, one_device, gradient_norms=True)
+    windows: list[Window] = []
+    loop.fit(batches_of(tiny.train, one_device, 8), epochs=1, observers=[windows.append])
+    (window,) = windows
+    assert window.loss.shape == window.metrics["error"].shape == (8,)
+    assert window.gradient_norms is None
+    assert len(set(window.loss.tolist())) == 8
+    scores, probabilities = loop.evaluate(batches_of(tiny.test, one_device, 5), collect=True)
+    images, labels = tiny.test.read()
+    wanted = np.eye(3)[labels]
+    np.testing.assert_allclose(probabilities, model.predict(images, verbose=0), rtol=1e-5)
+    assert scores["error"] == pytest.approx(np.abs(wanted - probabilities).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [OwnStep, OwnMetrics])
+def test_on_several_devices_steps_of_a_models_own_are_refused(
+    kind: type[keras.Model], compiled_model: Make, two_devices: Any
+) -> None:
+    model = of_class(kind, compiled_model)(two_devices)
+    with pytest.raises(InputError, match=r"a model with its own \w+: expected one device"):
+        Loop(model, two_devices)
+
+
+def test_what_a_step_of_a_models_own_must_be(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    class NoLoss(OwnStep):
+        def train_step(self, data: Any) -> dict[str, Any]:
+            return {"error": super().train_step(data)["error"]}
+
+    model = of_class(NoLoss, compiled_model)(one_device)
+    with pytest.raises(InputError, match=r"clip_norm: expected a model without a train_step"):
+        Loop(model, one_device, clip_norm=1.0)
+    with pytest.raises(InputError, match=r"train_step: expected logs that have 'loss', received e"):
+        Loop(model, one_device).fit(batches_of(tiny.train, one_device, 8), epochs=1)
+
+
+def mean_of_all(labels: Any, outputs: Any) -> Any:
+    return tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(labels, outputs))
+
+
+def each_image(labels: Any, outputs: Any) -> Any:
+    return keras.losses.sparse_categorical_crossentropy(labels, outputs)
+
+
+class ScalarLoss(keras.losses.Loss):
+    def call(self, labels: Any, outputs: Any) -> Any:
+        return mean_of_all(labels, outputs)
+
+
+class OwnLoss(keras.Model):
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, *_: Any, **__: Any) -> Any:  # noqa: ARG002
+        return mean_of_all(y, y_pred)
+
+
+@pytest.mark.parametrize("loss", [mean_of_all, ScalarLoss(), OwnLoss])
+def test_a_loss_of_one_number_for_a_batch_is_refused_on_several_devices(
+    loss: Any, compiled_model: Make, one_device: Any, two_devices: Any
+) -> None:
+    for chosen in (one_device, two_devices):
+        own_class = isinstance(loss, type)
+        make = of_class(OwnLoss, compiled_model) if own_class else compiled_model
+        model = make(chosen, **({} if own_class else {"loss": loss}))
+        if chosen is one_device:
+            Loop(model, chosen)
+            continue
+        with pytest.raises(InputError, match="expected one value for each image"):
+            Loop(model, chosen)
+
+
+def test_a_function_of_each_image_is_the_same_on_several_devices(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any, two_devices: Any
+) -> None:
+    losses = []
+    for chosen in (one_device, two_devices):
+        model = compiled_model(chosen, loss=each_image, regularizer="l2")
+        train = batches_of(tiny.train, chosen, 7)
+        losses.append(Loop(model, chosen).fit(train, epochs=1)["loss"][0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_several_optimizers_in_one(
+    both: Callable[..., Any],
+    tiny: Any,
+    compiled_model: Make,
+    batches_of: Make,
+    one_device: Any,
+    tmp_path: Path,
+) -> None:
+    def two() -> Any:
+        optimizers = [keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01)]
+        return keras.optimizers.MultiOptimizer(lambda v: optimizers["kernel" in v.path])
+
+    both(optimizer=two)
+    model = compiled_model(one_device, optimizer=two)
+    windows: list[Window] = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    curves = TensorBoardCurves(tmp_path, histograms=False)
+    Loop(model, one_device).fit(
+        batches_of(tiny.train, one_device, 8),
+        epochs=1,
+        callbacks=[metrics, curves],
+        observers=[windows.append, metrics, curves],
+    )
+    assert np.isnan(windows[0].learning_rate).all()  # there is not one rate
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["learning_rate"] is None
+    assert line["loss"] > 0
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_averaged_weights_are_scored_and_kept(
+    best: bool, tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any, tmp_path: Path
+) -> None:
+    """Every copy of the weights is what the validation of its epoch has scored."""
+    model = compiled_model(
+        one_device, optimizer=lambda: keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
+    )
+    averaging = AveragedWeights()
+    path = tmp_path / "{epoch}.weights.h5"
+    keeps = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+    # The second epoch counts as the best one, the third ends the training of six.
+    stop = keras.callbacks.EarlyStopping(
+        "val_own", mode="min", patience=2, restore_best_weights=best
+    )
+    scores: list[float] = []
+
+    class Own(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            scores.append(logs["val_loss"])
+            logs["val_own"] = abs(epoch - 1.0)
+
+    loop, test = Loop(model, one_device), batches_of(tiny.test, one_device, 5)
+    loop.fit(
+        batches_of(tiny.train, one_device, 8),
+        test,
+        epochs=6,
+        callbacks=[averaging, Own(), keeps, stop],
+    )
+    assert len(scores) == 4
+    kept = scores[1] if best else scores[-1]
+    assert loop.evaluate(test)[0]["loss"] == pytest.approx(kept, rel=1e-6)
+    for epoch, score in enumerate(scores, 1):
+        model.load_weights(tmp_path / f"{epoch}.weights.h5")
+        assert loop.evaluate(test)[0]["loss"] == pytest.approx(score, rel=1e-6)
+
+
+def test_averaging_changes_nothing_in_the_training_itself(
+    tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+) -> None:
+    losses = []
+    for callbacks in ([], [AveragedWeights()]):
+        model = compiled_model(
+            one_device, optimizer=lambda: keras.optimizers.Adam(0.05, use_ema=True)
+        )
+        history = Loop(model, one_device).fit(
+            batches_of(tiny.train, one_device, 8),
+            batches_of(tiny.test, one_device, 5),
+            epochs=3,
+            callbacks=callbacks,
+        )
+        losses.append((history["loss"], model.get_weights()))
+    assert losses[0][0] == losses[1][0]
+    for one, other in zip(losses[0][1], losses[1][1], strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -203,8 +203,14 @@ def test_the_direction_of_an_unknown_metric_must_be_told(search: Callable[..., C
     assert direction_of(search()) == "max"
     assert direction_of(search("tuning.objective=val_loss")) == "min"
     assert "Set tuning.direction" in refused(direction_of, search("tuning.objective=val_odd"))
-    told = search("tuning.objective=val_odd", "tuning.direction=min")
-    assert direction_of(told) == "min"
+    # Keras's own metrics that need arguments, and one that keras-tuner takes for a loss.
+    for name in ("val_odd", "val_mean_io_u", "val_precision_at_recall", "val_f1_score"):
+        assert "Set tuning.direction" in refused(direction_of, search(f"tuning.objective={name}"))
+        for direction in ("min", "max"):
+            told = search(f"tuning.objective={name}", f"tuning.direction={direction}")
+            assert direction_of(told) == direction
+    for name in ("val_mse", "val_mean_squared_error", "val_kl_divergence"):
+        assert direction_of(search(f"tuning.objective={name}")) == "min"
 
 
 def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:

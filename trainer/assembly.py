@@ -3,10 +3,9 @@
 What does not fit together is found out here, before anything is written and trained.
 """
 
-import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from trainer.cluster import Cluster
 from trainer.config import Config, KerasObject
 from trainer.data import Dataset, DataSpec
 from trainer.devices import Devices
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError
 from trainer.run import Run, sha256
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
@@ -31,6 +30,7 @@ from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights
 from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
+from trainer.training.trial_run import try_callback
 
 # What a metric cannot be called: it would take the place of a number of our own.
 _RESERVED = {
@@ -323,70 +323,75 @@ def spec_of(run: Run) -> DataSpec:
         raise InputError(f"{run.path / 'summary.json'} is damaged: {reason}") from None
 
 
-def make_callbacks(setting: Setting, folder: Path) -> list[keras.callbacks.Callback]:
-    """Makes the callbacks of the configuration.
+def make_callbacks(
+    setting: Setting, folder: Path, given: Sequence[keras.callbacks.Callback] = ()
+) -> list[keras.callbacks.Callback]:
+    """Makes the callbacks of the configuration, and checks them and those given in Python.
 
     Args:
         setting: Its configuration names them; its model says what they can monitor.
         folder: The run directory, which takes the place of "{run}" in an option.
+        given: Callbacks that follow those of the configuration.
+
+    Returns:
+        All of them, in order.
 
     Raises:
         InputError: One is unknown, refuses its options, or would fail or do harm in training.
     """
-    made = []
-    for callback in setting.config.training.callbacks:
-        options = {
-            key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
-            for key, value in callback.options.items()
-        }
-        for key, value in options.items():
-            if isinstance(value, str) and Run(folder).owns(Path(value)):
-                raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
-        described = callback.model_copy(update={"options": options})
-        _check_options(described, keras_objects.find("callback", described.name))
-        made.append(keras_objects.make("callback", described))
-        _check_callback(setting, made[-1])
-    return made
+    described = [_in_folder(callback, folder) for callback in setting.config.training.callbacks]
+    kinds = [keras_objects.find("callback", each.name) for each in described]
+    for kind in (*kinds, *map(type, given)):
+        _check_kind(setting, kind)
+    # Callbacks of a user's own may add logs that Keras's monitor.
+    own = any(not kind.__module__.startswith("keras.") for kind in (*kinds, *map(type, given)))
+    logs = _epoch_logs(setting.model)
+    for each in described:
+        monitor = each.options.get("monitor")
+        added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
+        try_callback(each, setting.model, added | logs)
+    return [*(keras_objects.make("callback", each) for each in described), *given]
 
 
-def _check_options(described: KerasObject, kind: type) -> None:
-    """Refuses what Keras's callbacks take without a look, and stumble over or ignore later."""
-    if not kind.__module__.startswith("keras."):
-        return
-    modes = ("auto", "min", "max")
-    parameters = inspect.signature(kind).parameters
-    for key, value in described.options.items():
-        default = parameters[key].default if key in parameters else None
-        expected = ""
-        if isinstance(default, str) and not isinstance(value, str):
-            expected = "a word"
-        elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-            expected = "true or false" if isinstance(default, bool) else "a number"
-        elif key == "mode" and value not in modes:
-            expected = f"one of {', '.join(modes)}"
-        if expected:
-            raise InputError(
-                f"callback {described.name!r}: {key}: expected {expected}, received {value!r}"
-            )
+def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
+    """Puts the run directory in place of "{run}", and refuses the files of the run itself."""
+    options = {
+        key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
+        for key, value in callback.options.items()
+    }
+    for key, value in options.items():
+        if isinstance(value, str) and Run(folder).owns(Path(value)):
+            raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
+    return callback.model_copy(update={"options": options})
 
 
-def _check_callback(setting: Setting, callback: keras.callbacks.Callback) -> None:
-    """Refuses what Keras would find out only after an epoch, or what loses a person's work."""
-    name = type(callback).__name__
-    if isinstance(callback, keras.callbacks.BackupAndRestore):
+def _epoch_logs(model: keras.Model) -> dict[str, Any]:
+    """Returns logs such as a callback finds at the end of an epoch."""
+    values = {name: np.full(np.shape(v), 0.5) for name, v in model.get_metrics_result().items()}
+    return {
+        f"{split}{name}": value if value.ndim else 0.5
+        for split in ("", "val_")
+        for name, value in values.items()
+    }
+
+
+def _check_kind(setting: Setting, kind: type) -> None:
+    """Refuses callbacks that lose a user's work or that act against a part of the workflow."""
+    name = kind.__name__
+    if issubclass(kind, keras.callbacks.BackupAndRestore):
         raise InputError(
             f"callback {name!r} removes its folder at the end, whatever is in it: checkpoints are "
             "written without it, and `trainer fit --resume` goes on from them"
         )
+    if issubclass(kind, keras.callbacks.SwapEMAWeights):
+        raise InputError(
+            f"callback {name!r} is not needed: with use_ema, the averaged weights are scored and "
+            "kept without it"
+        )
     setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
     schedule = setting.config.optimizer.schedule
-    if schedule is not None and isinstance(callback, setters):
+    if schedule is not None and issubclass(kind, setters):
         raise InputError(
             f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "
             f"{schedule.name!r}: expected one of them (a file without optimizer.schedule)"
         )
-    monitor = getattr(callback, "monitor", None)
-    metrics = setting.model.get_metrics_result()
-    known = [f"{split}{metric}" for split in ("", "val_") for metric in metrics]
-    if monitor is not None and monitor not in known:
-        raise InputError(f"callback {name!r} monitors {monitor!r}: {nearest(monitor, known)}")

@@ -120,7 +120,7 @@ def fit(
         config = setting.config
         name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
         run = run or name_run(config, config.logging.name or name)
-        watched_by = [*make_callbacks(setting, run.path), *callbacks]
+        watched_by = make_callbacks(setting, run.path, callbacks)
         with _watched(cluster):
             kept = setting.devices.tell(str(run.path))
         training = _Training(setting, run, kept, watched_by, clock, console, score_test=score_test)
@@ -186,7 +186,7 @@ def resume(
                 )
         with _own_folder(setting) as setting:
             own = run if chief else name_run(setting.config, run.name)
-            watched_by = [*make_callbacks(setting, own.path), *callbacks]
+            watched_by = make_callbacks(setting, own.path, callbacks)
             training = _Training(
                 setting,
                 own,
@@ -338,8 +338,8 @@ def _dry_run(
     """Goes through everything once; what callbacks write goes to a folder that is removed."""
     train, validation = setting.training_batches(clock)
     with tempfile.TemporaryDirectory() as folder:
-        own = make_callbacks(setting, Path(folder))
-        setting.loop.fit(train, validation, epochs=1, callbacks=[*own, *callbacks])
+        own = make_callbacks(setting, Path(folder), callbacks)
+        setting.loop.fit(train, validation, epochs=1, callbacks=own)
     kept, _ = _score(setting, validation)
     scores, _ = _score(setting, setting.batches("test"))
     summary = _summary(setting, kept, scores, clock, watching.StepTimes())

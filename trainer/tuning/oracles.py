@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import keras_tuner
 from keras_tuner.engine.metrics_tracking import infer_metric_direction
 from keras_tuner.engine.trial import Trial
@@ -121,7 +122,7 @@ def direction_of(config: Config) -> str:
         InputError: Keras does not know a metric of the objective's name.
     """
     tuning = config.tuning
-    found: str | None = infer_metric_direction(tuning.objective)
+    found = _inferred_direction(tuning.objective)
     if tuning.direction != "auto":
         if found not in (None, tuning.direction):
             _log.warning(
@@ -135,6 +136,23 @@ def direction_of(config: Config) -> str:
             "tuning.direction to 'max' or 'min'"
         )
     return found
+
+
+def _inferred_direction(objective: str) -> str | None:
+    """Returns the direction by which Keras's metric of this name is meant; None if not known."""
+    try:
+        found: str | None = infer_metric_direction(objective)
+    except (TypeError, ValueError, AttributeError):  # of metrics that need arguments
+        return None
+    # keras-tuner answers "min" for every metric that it has not listed, F1Score among them.
+    return found if found == "max" or _is_loss(objective.removeprefix("val_")) else None
+
+
+def _is_loss(name: str) -> bool:
+    try:
+        return name == "loss" or keras.losses.get(name) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def make_oracle(config: Config, folder: Path) -> keras_tuner.Oracle:

@@ -1,0 +1,138 @@
+"""Keras's callbacks are tried before a training begins, and those that do harm are refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+import tensorflow as tf
+
+import trainer
+from trainer.assembly import Clock, Setting, assemble, make_callbacks
+from trainer.config import Config
+from trainer.errors import InputError
+
+TINY = {
+    "data.name": "synthetic",
+    "data.options": {"examples": 100, "height": 6, "width": 6, "classes": 3},
+    "model.name": "mlp",
+    "model.options": {"units": [4]},
+    "training.batch_size": 20,
+    "training.epochs": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return assemble(Config().with_changes(TINY), Clock())
+
+
+@pytest.fixture
+def make(setting: Setting, in_tmp_path: Path) -> Callable[..., list[Any]]:
+    """Makes one callback of the configuration; the working directory stays empty."""
+
+    def make_one(name: str, *given: Any, **options: Any) -> list[Any]:
+        described = {"training.callbacks": [{"name": name, "options": options}]}
+        changed = replace(setting, config=setting.config.with_changes(described))
+        made = make_callbacks(changed, in_tmp_path / "run", given)
+        assert not list(in_tmp_path.iterdir())
+        return made
+
+    return make_one
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EarlyStopping", {"monitor": "val_accuracy", "patience": 1}),
+        ("ModelCheckpoint", {"filepath": "{run}/a.keras", "save_freq": 2}),
+        ("ModelCheckpoint", {"filepath": "b-{epoch}-{val_loss:.2f}.keras", "verbose": 1}),
+        ("TensorBoard", {"log_dir": "logs", "update_freq": 1, "histogram_freq": 1}),
+        ("TensorBoard", {"log_dir": "logs", "profile_batch": [2, 3]}),
+        ("CSVLogger", {"filename": "log.csv", "append": True}),
+        ("ReduceLROnPlateau", {"patience": 1}),
+        ("TerminateOnNaN", {}),
+    ],
+)
+def test_documented_options_are_accepted(
+    name: str, options: dict[str, Any], make: Callable[..., list[Any]]
+) -> None:
+    (made,) = make(name, **options)
+    assert type(made).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("EarlyStopping", {"patience": "3"}, "'int' and 'str'"),
+        ("EarlyStopping", {"mode": "minn"}, "mode 'minn' is unknown"),
+        ("EarlyStopping", {"monitor": "val_acc"}, "'val_acc': did you mean 'val_accuracy'"),
+        ("EarlyStopping", {"monitor": 3}, "cannot be used"),
+        ("ReduceLROnPlateau", {"factor": "0.5"}, "factor"),
+        ("LearningRateScheduler", {"schedule": "x"}, "not callable"),
+        ("ModelCheckpoint", {"filepath": "a"}, r"'a'.*must end in `.keras`"),
+        ("TensorBoard", {"update_freq": "batches"}, "'int' and 'str'"),
+        ("BackupAndRestore", {"backup_dir": "b"}, "removes its folder"),
+        ("SwapEMAWeights", {}, "averaged weights are scored and kept without it"),
+    ],
+)
+def test_options_that_keras_stumbles_over_are_refused(
+    name: str, options: dict[str, Any], message: str, make: Callable[..., list[Any]]
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make(name, **options)
+    assert "\n" not in str(caught.value)
+    assert not tf.summary.should_record_summaries()  # nothing of the trial is left
+
+
+class Adds(keras.callbacks.Callback):
+    """A user's own callback: adds a log, and has an attribute of a common name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.monitor = {"not": "a name"}
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        logs["val_own"] = 1.0
+
+
+def test_a_log_that_a_users_callback_adds_can_be_monitored(
+    make: Callable[..., list[Any]],
+) -> None:
+    stop, own = make("EarlyStopping", Adds(), monitor="val_own", mode="min")
+    assert (stop.monitor, type(own)) == ("val_own", Adds)
+    with pytest.raises(InputError, match="val_own"):
+        make("EarlyStopping", monitor="val_own", mode="min")
+
+
+@pytest.mark.parametrize(
+    "callback", [keras.callbacks.BackupAndRestore("backup"), keras.callbacks.SwapEMAWeights()]
+)
+def test_callbacks_that_do_harm_are_refused_from_python(callback: Any, in_tmp_path: Path) -> None:
+    config = Config().with_changes(TINY)
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match=type(callback).__name__):
+            trainer.fit(config, callbacks=[callback], dry_run=dry_run)
+    assert not list(in_tmp_path.rglob("*.npz"))
+
+
+def test_a_run_keeps_the_averaged_weights_that_it_scored(in_tmp_path: Path) -> None:
+    ema = {"use_ema": True, "ema_momentum": 0.5}
+    stop = {"name": "EarlyStopping", "options": {"patience": 0, "restore_best_weights": True}}
+    changes = {
+        "training.epochs": 5,
+        "optimizer.options": ema,
+        "optimizer.learning_rate": 0.5,  # too high: the loss soon rises
+        "training.callbacks": [stop],
+        "logging.tensorboard": False,
+    }
+    fitted = trainer.fit(Config().with_changes(TINY | changes))
+    history = fitted.model.history.history
+    assert len(history["val_loss"]) < 5
+    assert fitted.summary["validation"]["loss"] == pytest.approx(min(history["val_loss"]), rel=1e-5)
+    assert fitted.run is not None
+    again = trainer.evaluate(str(fitted.run.path), split="validation")
+    assert again["loss"] == pytest.approx(min(history["val_loss"]), rel=1e-5)
+    assert in_tmp_path in fitted.run.path.absolute().parents

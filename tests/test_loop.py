@@ -1,6 +1,8 @@
 """The loop: Keras's callbacks and parts as Keras's own fit runs them, windows, evaluation."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -535,3 +537,38 @@ GOLDEN = [
 def test_golden_loss_curve() -> None:
     losses = list(golden_run())
     assert losses == pytest.approx(GOLDEN, rel=1e-3), str([round(loss, 5) for loss in losses])
+
+
+REPEAT = """
+import sys
+import numpy as np, keras, tensorflow as tf
+import trainer
+from trainer.config import Config
+
+config = Config().with_changes({
+    "data.name": "synthetic", "data.options": {"examples": 64, "height": 6, "width": 6, "classes": 3},
+    "model.name": "mlp", "model.options": {"units": [4]}, "training.batch_size": 8,
+    "training.epochs": 1, "logging.tensorboard": False, "logging.directory": sys.argv[1],
+})
+model = trainer.fit(config).model
+images, labels = np.zeros((40, 6, 6, 1), np.uint8), np.zeros(40, np.int64)
+expected = model.evaluate(images, labels, batch_size=7, verbose=0)
+for _ in range(int(sys.argv[2])):
+    assert model.evaluate(images, labels, batch_size=7, verbose=0) == expected
+model.fit(images, labels, batch_size=7, epochs=2, verbose=0)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_keras_own_methods_of_a_fitted_model_do_not_crash_under_load(tmp_path: Path) -> None:
+    """A model that was built in a strategy's scope could crash the process here."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        command = [sys.executable, "-X", "faulthandler", "-c", REPEAT, str(tmp_path), "60"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr[-3000:]

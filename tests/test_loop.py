@@ -546,7 +546,8 @@ import trainer
 from trainer.config import Config
 
 config = Config().with_changes({
-    "data.name": "synthetic", "data.options": {"examples": 64, "height": 6, "width": 6, "classes": 3},
+    "data.name": "synthetic",
+    "data.options": {"examples": 64, "height": 6, "width": 6, "classes": 3},
     "model.name": "mlp", "model.options": {"units": [4]}, "training.batch_size": 8,
     "training.epochs": 1, "logging.tensorboard": False, "logging.directory": sys.argv[1],
 })

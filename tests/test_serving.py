@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import contextlib
+import gzip
 import http.client
 import importlib.util
 import io
 import json
+import math
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +26,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from trainer.errors import InputError
+from trainer.saving.export import find_version, versions
 from trainer.saving.loading import load
 from trainer.serving import app as serving_app
 from trainer.serving import protocol
@@ -50,12 +55,15 @@ class Server:
     folder: Path
     servables: Servables
 
-    def ask(self, path: str, body: Any = None, method: str = "") -> tuple[int, Any]:
+    def ask(
+        self, path: str, body: Any = None, method: str = "", encoding: str | None = None
+    ) -> tuple[int, Any]:
         """Returns status and JSON; a body that is no bytes is sent as JSON."""
+        headers = {} if encoding is None else {"Content-Encoding": encoding}
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        client.request(method or ("GET" if body is None else "POST"), path, body)
+        client.request(method or ("GET" if body is None else "POST"), path, body, headers)
         response = client.getresponse()
         assert response.headers["content-type"] == "application/json"
         answer = json.loads(response.read())
@@ -326,10 +334,12 @@ def test_rows_and_columns_carry_the_same_values(rows: Any) -> None:
         np.testing.assert_array_equal(by_row.tensors[name], by_name.tensors[name])
     outputs = {"b_bytes" if name == "b" else name: by_row.tensors[name] for name in "abc"}
     renamed = [{"b_bytes" if k == "b" else k: v for k, v in row.items()} for row in instances]
-    answer = render_answer(outputs, by_row=True)
-    assert json.dumps(answer) == json.dumps({"predictions": renamed})
+    answer = json.loads(json.dumps(render_answer(outputs, by_row=True)))["predictions"]
+    for row, expected in zip(answer, renamed, strict=True):
+        np.testing.assert_array_equal(np.float32(row.pop("a")), np.float32(expected.pop("a")))
+        assert row == expected
     (only,) = render_answer({"a": by_row.tensors["a"]}, by_row=False).items()
-    assert json.dumps(only[1]) == json.dumps(inputs["a"])
+    np.testing.assert_array_equal(np.float32(only[1]), np.float32(inputs["a"]))
 
 
 def test_numbers_keep_their_value_or_are_refused() -> None:
@@ -338,6 +348,129 @@ def test_numbers_keep_their_value_or_are_refused() -> None:
     for body in (b'{"inputs": [1e300]}', b'{"inputs": [1' + b"0" * 400 + b"]}"):
         with pytest.raises(RequestError, match="out of the range of float32"):
             parse_request(body, sizes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "text"),
+    [
+        (0x3DCCCCCD, "0.1"),  # 0.10000000149011612 as a float64
+        (0x3E99999A, "0.3"),
+        (0x3F7FFFFF, "0.99999994"),
+        (0x3F800000, "1.0"),
+        (0x80000000, "-0.0"),
+        (0x00000001, "1e-45"),
+        (0x7F7FFFFF, "3.4028235e+38"),
+        (0x7FC00000, "NaN"),
+        (0xFF800000, "-Infinity"),
+        (0x15AE43FD, "7.038530691851209e-26"),  # 7.038531e-26 is its neighbour in float64
+    ],
+)
+def test_a_float32_is_written_in_its_shortest_form(bits: int, text: str) -> None:
+    array = np.array([bits], np.uint32).view(np.float32)
+    assert json.dumps(render_answer({"y": array}, by_row=True)["predictions"]) == f"[{text}]"
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
+def test_every_float32_reads_back_and_no_shorter_text_does(values: list[float]) -> None:
+    array = np.array(values, np.float32).reshape(1, -1)
+    (row,) = json.loads(json.dumps(render_answer({"y": array}, by_row=True)["predictions"]))
+    np.testing.assert_array_equal(np.float32(row), array[0])
+    for value in filter(math.isfinite, row):
+        digits = len(str(value).partition("e")[0].replace(".", "").strip("-0"))
+        shorter = np.float32(f"{value:.{digits - 2}e}") if digits > 1 else math.nan
+        assert shorter != np.float32(value)
+
+
+def test_doubles_and_whole_numbers_are_written_as_they_are() -> None:
+    arrays = {"double": np.array([0.1 + 0.2]), "half": np.array([0.1], np.float16)}
+    assert render_answer(arrays | {"n": np.array([7])}, by_row=False) == {
+        "outputs": {"double": [0.30000000000000004], "half": [0.0999755859375], "n": [7]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("QUJDRA==", b"ABCD"),
+        ("QUJDRA", b"ABCD"),
+        ("QUJDREU", b"ABCDE"),
+        ("QUJD\nREVG\n", b"ABCDEF"),
+        (" QU\r\nJD\tRA\x0b=\x0c= ", b"ABCD"),
+        ("", b""),
+        ("+/+/", b"\xfb\xff\xbf"),
+    ],
+)
+def test_base64_may_have_white_space_and_no_padding(text: str, content: bytes) -> None:
+    specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
+    body = json.dumps({"instances": [{"b64": text}]}).encode()
+    assert parse_request(body, specs).tensors["s"].tolist() == [content]
+
+
+@pytest.mark.parametrize("text", ["QUJDRA=", "QUJDR", "QUJD====", "=", "QU=JD", "-_-_", "é", "?"])
+def test_what_is_no_base64_is_refused(text: str) -> None:
+    specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
+    with pytest.raises(RequestError, match="s: no base64"):
+        parse_request(json.dumps({"instances": [{"b64": text}]}).encode(), specs)
+
+
+def test_other_keys_are_ignored_in_inputs_but_not_in_instances(server: Server) -> None:
+    """This is TensorFlow Serving's rule."""
+    plain = server.ask(f"{MODEL}:predict", {"inputs": {"images": [ROW]}})
+    extra = {"inputs": {"images": [ROW], "id": 7}, "more": 1}
+    assert server.ask(f"{MODEL}:predict", extra) == plain
+    assert plain[0] == 200
+    status, answer = server.ask(f"{MODEL}:predict", {"instances": [{"images": ROW, "id": 7}]})
+    assert (status, answer["error"]) == (
+        *(400, "instances[0]: expected images, received images, id"),
+    )
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip"])
+def test_a_body_may_be_compressed(server: Server, encoding: str) -> None:
+    body = json.dumps({"instances": pictures(2).tolist()}).encode()
+    padded = body + b" " * (MOST_BYTES - len(body))
+    members = gzip.compress(body[:20]) + gzip.compress(body[20:])
+    expected = server.ask(f"{MODEL}:predict", body, encoding="identity")
+    assert expected[0] == 200
+    for compressed in (gzip.compress(body), gzip.compress(padded), members):
+        assert server.ask(f"{MODEL}:predict", compressed, encoding=encoding) == expected
+
+
+WHOLE = gzip.compress(b'{"instances": []}')
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "encoding", "body"),
+    [
+        (400, "expected a list of at least one", "gzip", WHOLE),
+        (400, "no valid gzip: Not a gzipped file", "gzip", b'{"instances": []}'),
+        (400, "no valid gzip: Compressed file ended", "gzip", WHOLE[:-9]),
+        (400, "no valid gzip: CRC check failed", "gzip", WHOLE[:-8] + bytes(8)),
+        (400, "no valid gzip", "gzip", WHOLE[:12] + b"\xff" * 8),
+        (400, "JSON Parse error", "gzip", b""),
+        (413, "at most 100000 bytes, received more", "gzip", gzip.compress(b" " * 100_001)),
+        (413, "at most 100000 bytes, received more", "gzip", gzip.compress(bytes(10**8))),
+        (413, "at most 100000 bytes, received 100001", "gzip", b" " * 100_001),
+        (415, "Content-Encoding: expected gzip, received 'br'", "br", WHOLE),
+        (415, "expected gzip, received 'gzip, gzip'", "gzip, gzip", gzip.compress(WHOLE)),
+    ],
+)
+def test_a_bad_compressed_body_hears_what_is_wrong(
+    server: Server, status: int, message: str, encoding: str, body: bytes
+) -> None:
+    found, answer = server.ask(f"{MODEL}:predict", body, encoding=encoding)
+    assert (found, list(answer)) == (status, ["error"])
+    assert message in answer["error"]
+
+
+def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
+    bomb = gzip.compress(bytes(10**8))
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="received more"):
+        serving_app._decompress(bomb, MOST_BYTES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * MOST_BYTES
 
 
 # ---------------------------------------------------------------- many at once
@@ -490,6 +623,60 @@ def test_a_damaged_newest_version_does_not_keep_the_server_from_starting(
     shutil.rmtree(folder / "1")
     with pytest.raises(InputError, match="is no SavedModel"):
         Servables("shapes", folder)
+
+
+def test_the_name_of_a_version_may_have_leading_zeros(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """As in TensorFlow Serving, where 0 is a version too, and a number has at most 64 bits."""
+    folder = tmp_path / "shapes"
+    for name in ("00002", "1", "0", "01", f"{2**63}", "1.5", "-3", "٣"):
+        (folder / name).mkdir(parents=True)
+    assert versions(folder) == {0: folder / "0", 1: folder / "1", 2: folder / "00002"}
+    shutil.rmtree(folder)
+    shutil.copytree(exported["saved_model"], folder / "00002")
+    with served(folder) as server:
+        assert server.ask("/health")[1]["version"] == "2"
+        for number in ("2", "00002"):
+            path = f"{MODEL}/versions/{number}:predict"
+            assert server.ask(path, {"instances": [ROW]})[0] == 200
+        publish(exported["saved_model"], folder, 10)
+        server.wait_for(10)
+        states = server.ask(MODEL)[1]["model_version_status"]
+        assert [(s["version"], s["state"]) for s in states] == [
+            *(("10", "AVAILABLE"), ("2", "AVAILABLE")),
+        ]
+    shutil.rmtree(folder / "10")
+    assert find_version(folder) == folder / "00002"
+
+
+@pytest.mark.parametrize("where", ["path", "directory", "inside"])
+def test_one_version_is_served_alone(
+    where: str,
+    exported: dict[str, Path],
+    tmp_path: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "shapes"
+    for version in ("001", "2"):
+        shutil.copytree(exported["saved_model"], folder / version)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
+    monkeypatch.chdir(folder / "001")
+    arguments: dict[str, tuple[object, ...]] = {
+        "path": (folder / "001",),
+        "directory": ("shapes/001", "--directory", tmp_path),
+        "inside": (".",),
+    }
+    code, _, err = command("serve", *arguments[where], "--port", 0)
+    assert (code, "shapes, version 1, is served" in err) == (0, True), err
+    code, _, err = command("serve", "..", "--port", 0)
+    assert (code, "shapes, version 2, is served" in err) == (0, True), err
+    servables = Servables("shapes", folder / "001")
+    servables.refresh()
+    assert servables.newest.version == 1
+    assert servables.find(2) is None
+    assert [state["version"] for state in servables.status(None)] == ["1"]
 
 
 # ---------------------------------------------------------------- the command

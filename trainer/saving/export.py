@@ -183,7 +183,7 @@ def find_version(path: Path) -> Path:
     found = versions(path)
     if not found:
         raise InputError(f"expected an exported model (with {_FACTS}), received {path}")
-    return path / str(max(found))
+    return found[max(found)]
 
 
 def read_facts(folder: Path) -> Exported:
@@ -399,8 +399,25 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / name) for name in artefact_files(folder, folder)}
 
 
-def versions(folder: Path) -> list[int]:
-    """Returns the numbers of the versions in the folder of a model; none where there is no such."""
+def is_version(path: Path) -> bool:
+    """Returns whether a path is the folder of one version, which is named by its number."""
+    files = ("saved_model.pb", _FACTS)
+    return _is_number(path) and any((path / name).is_file() for name in files)
+
+
+def versions(folder: Path) -> dict[int, Path]:
+    """Returns the folders of a model's versions by number, or nothing if there are none.
+
+    As in TensorFlow Serving, a version is any name that is a 64-bit number. Leading zeros do not
+    count. Of several names of the same number, the one with the fewest zeros is used.
+
+    Args:
+        folder: The folder of the model; it does not have to exist.
+    """
     if not folder.is_dir():
-        return []
-    return [int(path.name) for path in folder.iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]
+        return {}
+    return {int(path.name): path for path in sorted(filter(_is_number, folder.iterdir()))}
+
+
+def _is_number(path: Path) -> bool:
+    return re.fullmatch("[0-9]+", path.name) is not None and int(path.name) < 2**63

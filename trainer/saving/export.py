@@ -359,11 +359,14 @@ def _answers_elsewhere(
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "images.npy", Path(folder) / "probabilities.npz"
         np.save(given, images)
-        program = [sys.executable, "-I", runtimes.__file__]
+        # -P leaves the folder of the program out of the path: it is a part of this package.
+        program = [sys.executable, "-P", runtimes.__file__]
         done = subprocess.run(
             [*program, format_.name, str(artefact.absolute()), str(given), str(result)],
             cwd=folder,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+            env=os.environ
+            | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+            | {"PYTHONPATH": _absolute_python_path()},
             capture_output=True,
             text=True,
             check=False,
@@ -373,6 +376,12 @@ def _answers_elsewhere(
             raise CheckError(f"{format_.name}: its own runtime fails on it: {last[0]}")
         with np.load(result, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
+
+
+def _absolute_python_path() -> str:
+    """Returns PYTHONPATH for a process in another folder; an empty entry would mean that folder."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in entries if entry)
 
 
 def _answers(model: keras.Model, images: Images) -> Probabilities:

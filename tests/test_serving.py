@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -33,7 +34,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from trainer.errors import InputError
-from trainer.saving.export import find_version, versions
+from trainer.saving.export import find_version, model_card, read_facts, versions
 from trainer.saving.loading import load
 from trainer.serving import app as serving_app
 from trainer.serving import protocol
@@ -79,10 +80,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[Server]:
+def served(folder: Path, most_bytes: int = MOST_BYTES) -> Iterator[Server]:
     servables = Servables("shapes", folder)
     listening = listen("127.0.0.1", 0)
-    server = make_server(servables, most_bytes=MOST_BYTES)
+    server = make_server(servables, most_bytes=most_bytes)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -739,6 +740,82 @@ def test_a_taken_port_a_damaged_model_and_a_missing_package(
     assert (code, err) == (
         *(3, "trainer: trainer serve needs uvicorn: pip install -e '.[serve]'\n"),
     )
+
+
+def blocks(card: str) -> list[str]:
+    """Returns the shell commands of a model card, one text for each block."""
+    return re.findall(r"^```sh\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def card_of(kind: str, model: Path, exported: dict[str, Path]) -> str:
+    """Returns the card of an exported model as if it had been exported to another folder."""
+    version = shutil.copytree(exported[kind], model / "1")
+    return model_card(read_facts(version), version)
+
+
+@pytest.mark.parametrize(
+    "directory", ["models", "my models/it's", "-v", "{here}/models", '{here}/a "b" $HOME `c`']
+)
+def test_the_commands_of_a_model_card_run(
+    directory: str,
+    exported: dict[str, Path],
+    in_tmp_path: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Path(directory.format(here=in_tmp_path)) / "shapes"
+    docker, serve, _, verify = blocks(card_of("saved_model", model, exported))
+    # Docker itself is replaced by a function that prints its arguments.
+    program = f"docker() {{ printf '%s\\n' \"$@\"; }}\n{docker}"
+    done = subprocess.run(["sh", "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        *("run", "-p", "8501:8501", "-e", "MODEL_NAME=shapes"),
+        *("-v", f"{in_tmp_path / model}:/models/shapes", "tensorflow/serving"),
+    ]
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
+    code, _, err = command(*shlex.split(serve)[1:], "--port", 0)
+    assert (code, "shapes, version 1, is served" in err) == (0, True), err
+    # Verifying is the same for all formats; this one takes the least time.
+    (verify,) = blocks(card_of("onnx", model.with_name("shapes-onnx"), exported))
+    code, out, err = command(*shlex.split(verify)[1:], "--json")
+    assert (code, err) == (0, "")
+    assert Path(json.loads(out)["path"]).samefile(model.with_name("shapes-onnx") / "1")
+
+
+def test_the_card_of_another_format_loads_it(exported: dict[str, Path], in_tmp_path: Path) -> None:
+    card = card_of("onnx", Path("my models/it's"), exported)
+    names: dict[str, Any] = {}
+    exec(re.search(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)[1], names)
+    assert names["model"].path == Path("my models/it's/1/model.onnx")
+    assert "Run what follows in the folder where `trainer export` ran." in card
+    assert "where `trainer export` ran" not in card_of("onnx", in_tmp_path / "m", exported)
+
+
+def test_a_photo_is_sent_as_the_card_says(exported: dict[str, Path], in_tmp_path: Path) -> None:
+    """It is longer than an argument of a command may be (128 KiB on Linux)."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    model = in_tmp_path / "shapes"
+    card = card_of("saved_model", model, exported)
+    pixels = np.random.RandomState(0).randint(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(pixels).save("image.png")
+    photo = Path("image.png").read_bytes()
+    assert len(photo) > 400_000
+    signature = tf.saved_model.load(str(model / "1")).signatures["serving_files"]
+    expected = signature(image_bytes=tf.constant([photo]))["probabilities"].numpy()
+    facts = read_facts(model / "1")
+    spec = facts.spec.model_copy(update={"image_shape": (8, 8, 2)})  # of which there are no files
+    other = model_card(facts.model_copy(update={"spec": spec}), model / "1")
+    with served(model, most_bytes=10**6) as server:
+
+        def answer(card: str) -> Any:
+            ask = blocks(card)[2].replace("localhost:8501", f"127.0.0.1:{server.port}")
+            done = subprocess.run(["sh", "-c", ask], check=True, capture_output=True)
+            return json.loads(done.stdout)
+
+        (prediction,) = answer(card)["predictions"]
+        np.testing.assert_allclose(prediction["probabilities"], expected[0], atol=1e-6)
+        assert answer(other)["model_spec"]["name"] == "shapes"
 
 
 def test_the_command_serves_and_stops_when_told(exported: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ saved_models/<name>/<version>/    as TensorFlow Serving reads it
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import keras
 import numpy as np
@@ -27,10 +29,10 @@ from trainer import keras_objects
 from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
-from trainer.errors import CheckError, InputError
+from trainer.errors import CheckError, InputError, shell_command
 from trainer.run import Run, open_run, sha256
 from trainer.saving import runtimes
-from trainer.saving.formats import Format, Probabilities, Source, find_format
+from trainer.saving.formats import FILE_CHANNELS, Format, Probabilities, Source, find_format
 from trainer.saving.safety import check_saved_model
 
 _MOST_TEST_IMAGES = 10_000
@@ -279,22 +281,13 @@ def model_card(exported: Exported, version: Path) -> str:
         if exported.precision != "float32"
         else "It was trained in float32, as it is here."
     )
-    serving = (
-        [
-            f"Serve it with TensorFlow Serving, or with `trainer serve {version.parent.name}`, and "
-            "ask it:",
-            "",
-            "```sh",
-            "docker run -p 8501:8501 -e MODEL_NAME=" + version.parent.name + " \\",
-            f'    -v "$PWD/{version.parent}:/models/{version.parent.name}" tensorflow/serving',
-            f"curl http://localhost:8501/v1/models/{version.parent.name}:predict \\",
-            '    -d "{\\"signature_name\\": \\"serving_files\\", \\"instances\\": '
-            '[{\\"image_bytes\\": {\\"b64\\": \\"$(base64 -w0 image.png)\\"}}]}"',
-            "```",
-        ]
-        if exported.format == "saved_model"
-        else [f"Load it in Python with `trainer.load({str(version)!r})`."]
-    )
+    if exported.format == "saved_model":
+        use = _serving_commands(version.parent, takes_files=spec.image_shape[-1] in FILE_CHANNELS)
+    else:
+        code = ["import trainer", f"model = trainer.load({str(version)!r})"]
+        use = ["Load it in Python:", "", "```python", *code, "```"]
+    if not version.is_absolute():
+        use = ["Run what follows in the folder where `trainer export` ran.", "", *use]
     return "\n".join(
         [
             f"# {version.parent.name}, version {version.name}",
@@ -313,12 +306,44 @@ def model_card(exported: Exported, version: Path) -> str:
             f"- {change}",
             f"- Data fingerprint (SHA-256): `{spec.fingerprint}`",
             "",
-            *serving,
+            *use,
             "",
-            f"`trainer verify {version}` compares it again.",
+            "Compare it with the model again:",
+            "",
+            "```sh",
+            shell_command("verify", version),
+            "```",
             "",
         ]
     )
+
+
+def _serving_commands(model: Path, *, takes_files: bool) -> list[str]:
+    """Returns the part of the card that says how to serve a SavedModel and how to ask the server.
+
+    Args:
+        model: The folder of its versions.
+        takes_files: Whether it has a signature for image files.
+    """
+    name = model.name
+    here = "" if model.is_absolute() else '"$PWD"/'  # Docker takes absolute paths only
+    ask = f"curl http://localhost:8501/v1/models/{quote(name)}"
+    question = [f"{ask}/metadata"]
+    if takes_files:
+        # By a pipe: a photo is longer than an argument may be.
+        question = [
+            """(printf '{"signature_name": "serving_files", "instances": [{"b64": "'""",
+            r" base64 < image.png | tr -d '\n'",
+            f""" printf '"}}]}}') | {ask}:predict -d @-""",
+        ]
+    return [
+        *("Serve it with TensorFlow Serving:", "", "```sh"),
+        f"docker run -p 8501:8501 -e {shlex.quote(f'MODEL_NAME={name}')} \\",
+        f"    -v {here}{shlex.quote(f'{model}:/models/{name}')} tensorflow/serving",
+        *("```", "", "Or with this project:", "", "```sh"),
+        shell_command("serve", name, "--directory", model.parent),
+        *("```", "", "Then ask the server:", "", "```sh", *question, "```"),
+    ]
 
 
 def _verified(

@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from trainer.errors import InputError, nearest, require_packages
 from trainer.saving.export import is_version, read_facts, versions
@@ -63,7 +64,7 @@ def _say_where(servables: "Servables", listening: socket.socket) -> None:
     _logger.info(
         "%s, version %d, is served at http://%s:%d (a page to draw on; "
         "POST /v1/models/%s:predict); control-C ends it",
-        *(servables.name, servables.newest.version, shown, port, servables.name),
+        *(servables.name, servables.newest.version, shown, port, quote(servables.name)),
     )
 
 

@@ -401,7 +401,11 @@ def doctor(
     from trainer.doctor import examine
 
     known = config != _DEFAULT_CONFIG or config.exists() or set_
-    findings = examine(_load(config, set_) if known else Config())
+    words: list[str | Path] = [] if config == _DEFAULT_CONFIG else [config]
+    for change in set_ or ():
+        words += ["--set", change]
+    prepare = shell_command("data", "prepare", *words)
+    findings = examine(_load(config, set_) if known else Config(), prepare)
     if json_:
         _print_json([asdict(finding) for finding in findings])
         return

@@ -87,7 +87,7 @@ def _find_model(name: str, directory: Path) -> Path:
         kind = read_facts(newest).format if (newest / "export.json").is_file() else "no SavedModel"
         raise InputError(
             f"{newest} holds {kind}: `trainer serve` takes a SavedModel, as "
-            "`trainer export --format saved_model` makes it"
+            "`trainer export RUN --format saved_model` makes it"
         )
     return folder
 

@@ -227,7 +227,7 @@ def test_data_is_reported_as_fit_would_find_it(
     config = DataConfig(directory=str(tmp_path / "data"))
 
     def data(**changes: object) -> doctor.Finding:
-        return one(doctor._data(config.model_copy(update=changes)), "data")
+        return one(doctor._data(config.model_copy(update=changes), "trainer data prepare"), "data")
 
     sample = data()
     assert (sample.status, "sample" in sample.value) == ("note", True)
@@ -274,13 +274,13 @@ def test_data_is_reported_as_fit_would_find_it(
 
 
 def test_network_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = one(doctor._data(DataConfig()), "network")
+    closed = one(doctor._data(DataConfig(), "trainer data prepare"), "network")
     assert (closed.status, "does not answer" in closed.value) == ("note", True)
     assert closed.remedy
-    assert one(doctor._data(DataConfig(name="synthetic")), "network").remedy == ""
+    assert one(doctor._data(DataConfig(name="synthetic"), ""), "network").remedy == ""
     asked: list[str] = []
     monkeypatch.setattr("trainer.data.tfds.network_answers", lambda url: not asked.append(url))
-    data, network = doctor._data(DataConfig())
+    data, network = doctor._data(DataConfig(), "trainer data prepare")
     assert (network.status, asked) == ("ok", [tfds.DOWNLOADS])
     assert "sample" not in data.value
 

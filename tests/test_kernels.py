@@ -301,7 +301,7 @@ def test_doctor_reports_that_every_operation_has_a_kernel() -> None:
 
 def test_doctor_does_not_fetch_data_to_check_kernels(in_tmp_path: Path) -> None:
     (finding,) = step_findings(Config().with_changes({"data.name": "cifar10"}))
-    assert finding.value == "not checked: cifar10 is not prepared: `trainer data prepare`"
+    assert finding.value == "not checked: cifar10 is not prepared"
     assert list(in_tmp_path.iterdir()) == []
 
 

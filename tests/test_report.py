@@ -1,5 +1,7 @@
 import io
+import shlex
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,7 +184,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 def test_the_model_card_tells_the_run() -> None:
     config = Config().with_changes({"model.options": {"units": [3], "text": 'a "b"'}})
     table = figures.class_table(LABELS, GUESSES, of_classes("cat", "dog", "eel", "fox"))
-    card = report.model_card("20260102T030405Z-a", summary(), table, config)
+    card = report.model_card(Path("my runs/20260102T030405Z-a"), summary(), table, config)
     assert card.startswith("# 20260102T030405Z-a\n")
     for said in (
         "accuracy 0.9877",
@@ -198,14 +200,18 @@ def test_the_model_card_tells_the_run() -> None:
         "\n| fox | 0.0000 | 0.0000 | 0.0000 | 0 |\n",
     ):
         assert said in card
-    before, toml, after = card.split("```")
+    before, commands, between, toml, after = card.split("```")
     assert tomllib.loads(toml.removeprefix("toml")) == tomllib.loads(config.to_toml())
-    assert "trainer evaluate RUN" in before
-    assert after == "\n"
-    unmeasured = report.model_card("a", summary(step_ms=None, windows=0), table, Config())
+    assert before.endswith("Score it again, or name the class of an image:\n\n")
+    assert [shlex.split(line) for line in commands.removeprefix("sh\n").splitlines()] == [
+        ["trainer", "evaluate", "my runs/20260102T030405Z-a"],
+        ["trainer", "predict", "my runs/20260102T030405Z-a", "image.png"],
+    ]
+    assert (between, after) == ("\n\n", "\n")
+    unmeasured = report.model_card(Path("a"), summary(step_ms=None, windows=0), table, Config())
     assert "12.3 s\n" in unmeasured
     assert "ms a step" not in unmeasured
 
     everything = Config().with_changes({"data.train_on_validation": True})
-    card = report.model_card("a", summary(epochs=1), table, everything)
+    card = report.model_card(Path("a"), summary(epochs=1), table, everything)
     assert "Trained on 5,400 images for 1 epoch; the 6,000 validation images among them" in card

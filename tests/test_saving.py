@@ -172,19 +172,60 @@ def test_an_artefact_needs_nothing_of_ours() -> None:
     assert done.returncode == 7
 
 
+# Stands for ONNX Runtime and looks at the process that it is in.
+RUNTIME = """
+import importlib.util, pathlib, sys
+import numpy
+
+class InferenceSession:
+    def __init__(self, path, providers):
+        with numpy.load(pathlib.Path(path).with_name("check.npz")) as kept:
+            rows = zip(kept["images"], kept["probabilities"], strict=True)
+            self.answers = {image.tobytes(): row for image, row in rows}
+        try:
+            import trainer
+        except ImportError:
+            assert importlib.util.find_spec("formats") is None  # of trainer/saving
+            assert not sys.flags.no_user_site
+        else:
+            raise RuntimeError("trainer was imported")
+
+    def run(self, names, inputs):
+        return [numpy.array([self.answers[image.tobytes()] for image in inputs["images"]])]
+"""
+
+
+@pytest.mark.parametrize("python_path", ["packages", "{here}/packages", ":packages:{project}"])
+def test_another_process_finds_what_is_only_in_pythonpath(
+    python_path: str, exported: dict[str, Path], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But neither this package nor what is in the current folder."""
+    package = in_tmp_path / "packages" / "onnxruntime.py"
+    package.parent.mkdir()
+    package.write_text(RUNTIME)
+    (in_tmp_path / "numpy.py").write_text("raise RuntimeError('taken from the current folder')")
+    project = Path(trainer.__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", python_path.format(here=in_tmp_path, project=project))
+    verified = verify(exported["onnx"])[1]
+    assert (verified.largest_difference, verified.images) == (0.0, 120)
+    package.write_text("raise ImportError('the package in PYTHONPATH')")
+    with pytest.raises(CheckError, match="its own runtime fails on it: ImportError: the package"):
+        verify(exported["onnx"])
+
+
 def test_versions_count_up_and_touch_no_other(
     home: Path, run: Run, exported: dict[str, Path], command: Callable[..., Any]
 ) -> None:
     before = content(exported["onnx"])
     (exported["onnx"].parent / "7").mkdir()
-    (exported["onnx"].parent / "08").mkdir()  # no version
+    (exported["onnx"].parent / "v8").mkdir()  # no version
     code, out, _ = command(
         *("export", run.path, "--format", "onnx", "--directory", home / "saved_models", "--json")
     )
     assert code == 0
     assert json.loads(out)["path"] == str(exported["onnx"].parent / "8")
     assert content(exported["onnx"]) == before
-    for name in ("7", "8", "08"):
+    for name in ("7", "8", "v8"):
         shutil.rmtree(exported["onnx"].parent / name)
 
 

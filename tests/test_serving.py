@@ -3,11 +3,14 @@
 import asyncio
 import base64
 import contextlib
+import gzip
 import http.client
 import importlib.util
 import io
 import json
+import math
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +27,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from trainer.errors import InputError
+from trainer.saving.export import find_version, model_card, read_facts, versions
 from trainer.saving.loading import load
 from trainer.serving import app as serving_app
 from trainer.serving import protocol
@@ -50,12 +56,15 @@ class Server:
     folder: Path
     servables: Servables
 
-    def ask(self, path: str, body: Any = None, method: str = "") -> tuple[int, Any]:
+    def ask(
+        self, path: str, body: Any = None, method: str = "", encoding: str | None = None
+    ) -> tuple[int, Any]:
         """Returns status and JSON; a body that is no bytes is sent as JSON."""
+        headers = {} if encoding is None else {"Content-Encoding": encoding}
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        client.request(method or ("GET" if body is None else "POST"), path, body)
+        client.request(method or ("GET" if body is None else "POST"), path, body, headers)
         response = client.getresponse()
         assert response.headers["content-type"] == "application/json"
         answer = json.loads(response.read())
@@ -71,10 +80,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[Server]:
+def served(folder: Path, most_bytes: int = MOST_BYTES) -> Iterator[Server]:
     servables = Servables("shapes", folder)
     listening = listen("127.0.0.1", 0)
-    server = make_server(servables, most_bytes=MOST_BYTES)
+    server = make_server(servables, most_bytes=most_bytes)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -326,10 +335,12 @@ def test_rows_and_columns_carry_the_same_values(rows: Any) -> None:
         np.testing.assert_array_equal(by_row.tensors[name], by_name.tensors[name])
     outputs = {"b_bytes" if name == "b" else name: by_row.tensors[name] for name in "abc"}
     renamed = [{"b_bytes" if k == "b" else k: v for k, v in row.items()} for row in instances]
-    answer = render_answer(outputs, by_row=True)
-    assert json.dumps(answer) == json.dumps({"predictions": renamed})
+    answer = json.loads(json.dumps(render_answer(outputs, by_row=True)))["predictions"]
+    for row, expected in zip(answer, renamed, strict=True):
+        np.testing.assert_array_equal(np.float32(row.pop("a")), np.float32(expected.pop("a")))
+        assert row == expected
     (only,) = render_answer({"a": by_row.tensors["a"]}, by_row=False).items()
-    assert json.dumps(only[1]) == json.dumps(inputs["a"])
+    np.testing.assert_array_equal(np.float32(only[1]), np.float32(inputs["a"]))
 
 
 def test_numbers_keep_their_value_or_are_refused() -> None:
@@ -338,6 +349,135 @@ def test_numbers_keep_their_value_or_are_refused() -> None:
     for body in (b'{"inputs": [1e300]}', b'{"inputs": [1' + b"0" * 400 + b"]}"):
         with pytest.raises(RequestError, match="out of the range of float32"):
             parse_request(body, sizes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "text"),
+    [
+        (0x3DCCCCCD, "0.1"),  # 0.10000000149011612 as a float64
+        (0x3E99999A, "0.3"),
+        (0x3F7FFFFF, "0.99999994"),
+        (0x3F800000, "1.0"),
+        (0x80000000, "-0.0"),
+        (0x00000001, "1e-45"),
+        (0x7F7FFFFF, "3.4028235e+38"),
+        (0x7FC00000, "NaN"),
+        (0xFF800000, "-Infinity"),
+        (0x15AE43FD, "7.038530691851209e-26"),  # 7.038531e-26 is its neighbour in float64
+    ],
+)
+def test_a_float32_is_written_in_its_shortest_form(bits: int, text: str) -> None:
+    array = np.array([bits], np.uint32).view(np.float32)
+    assert json.dumps(render_answer({"y": array}, by_row=True)["predictions"]) == f"[{text}]"
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
+def test_every_float32_reads_back_and_no_shorter_text_does(values: list[float]) -> None:
+    array = np.array(values, np.float32).reshape(1, -1)
+    (row,) = json.loads(json.dumps(render_answer({"y": array}, by_row=True)["predictions"]))
+    np.testing.assert_array_equal(np.float32(row), array[0])
+    for value in filter(math.isfinite, row):
+        digits = len(str(value).partition("e")[0].replace(".", "").strip("-0"))
+        shorter = np.float32(f"{value:.{digits - 2}e}") if digits > 1 else math.nan
+        assert shorter != np.float32(value)
+
+
+def test_doubles_and_whole_numbers_are_written_as_they_are() -> None:
+    arrays = {"double": np.array([0.1 + 0.2]), "half": np.array([0.1], np.float16)}
+    assert render_answer(arrays | {"n": np.array([7])}, by_row=False) == {
+        "outputs": {"double": [0.30000000000000004], "half": [0.0999755859375], "n": [7]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("QUJDRA==", b"ABCD"),
+        ("QUJDRA", b"ABCD"),
+        ("QUJDREU", b"ABCDE"),
+        ("QUJD\nREVG\n", b"ABCDEF"),
+        (" QU\r\nJD\tRA\x0b=\x0c= ", b"ABCD"),
+        ("", b""),
+        ("+/+/", b"\xfb\xff\xbf"),
+    ],
+)
+def test_base64_may_have_white_space_and_no_padding(text: str, content: bytes) -> None:
+    specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
+    body = json.dumps({"instances": [{"b64": text}]}).encode()
+    assert parse_request(body, specs).tensors["s"].tolist() == [content]
+
+
+@pytest.mark.parametrize("text", ["QUJDRA=", "QUJDR", "QUJD====", "=", "QU=JD", "-_-_", "é", "?"])
+def test_what_is_no_base64_is_refused(text: str) -> None:
+    specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
+    with pytest.raises(RequestError, match="s: no base64"):
+        parse_request(json.dumps({"instances": [{"b64": text}]}).encode(), specs)
+
+
+def test_other_keys_are_ignored_in_inputs_but_not_in_instances(server: Server) -> None:
+    """This is TensorFlow Serving's rule."""
+    plain = server.ask(f"{MODEL}:predict", {"inputs": {"images": [ROW]}})
+    extra = {"inputs": {"images": [ROW], "id": 7}, "more": 1}
+    assert server.ask(f"{MODEL}:predict", extra) == plain
+    assert plain[0] == 200
+    status, answer = server.ask(f"{MODEL}:predict", {"instances": [{"images": ROW, "id": 7}]})
+    assert (status, answer["error"]) == (
+        *(400, "instances[0]: expected images, received images, id"),
+    )
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip"])
+def test_a_body_may_be_compressed(server: Server, encoding: str) -> None:
+    body = json.dumps({"instances": pictures(2).tolist()}).encode()
+    padded = body + b" " * (MOST_BYTES - len(body))
+    members = gzip.compress(body[:20]) + gzip.compress(body[20:])
+    expected = server.ask(f"{MODEL}:predict", body, encoding="identity")
+    assert expected[0] == 200
+    for compressed in (gzip.compress(body), gzip.compress(padded), members):
+        assert server.ask(f"{MODEL}:predict", compressed, encoding=encoding) == expected
+
+
+# Without the time: xdist needs the same tests in every process.
+WHOLE = gzip.compress(b'{"instances": []}', mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "encoding", "body"),
+    [
+        (400, "expected a list of at least one", "gzip", WHOLE),
+        (400, "no valid gzip: Not a gzipped file", "gzip", b'{"instances": []}'),
+        (400, "no valid gzip: Compressed file ended", "gzip", WHOLE[:-9]),
+        (400, "no valid gzip: CRC check failed", "gzip", WHOLE[:-8] + bytes(8)),
+        (400, "no valid gzip", "gzip", WHOLE[:12] + b"\xff" * 8),
+        (400, "JSON Parse error", "gzip", b""),
+        (
+            413,
+            "at most 100000 bytes, received more",
+            "gzip",
+            gzip.compress(b" " * 100_001, mtime=0),
+        ),
+        (413, "at most 100000 bytes, received more", "gzip", gzip.compress(bytes(10**8), mtime=0)),
+        (413, "at most 100000 bytes, received 100001", "gzip", b" " * 100_001),
+        (415, "Content-Encoding: expected gzip, received 'br'", "br", WHOLE),
+        (415, "expected gzip, received 'gzip, gzip'", "gzip, gzip", gzip.compress(WHOLE, mtime=0)),
+    ],
+)
+def test_a_bad_compressed_body_hears_what_is_wrong(
+    server: Server, status: int, message: str, encoding: str, body: bytes
+) -> None:
+    found, answer = server.ask(f"{MODEL}:predict", body, encoding=encoding)
+    assert (found, list(answer)) == (status, ["error"])
+    assert message in answer["error"]
+
+
+def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
+    bomb = gzip.compress(bytes(10**8))
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="received more"):
+        serving_app._decompress(bomb, MOST_BYTES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * MOST_BYTES
 
 
 # ---------------------------------------------------------------- many at once
@@ -492,6 +632,60 @@ def test_a_damaged_newest_version_does_not_keep_the_server_from_starting(
         Servables("shapes", folder)
 
 
+def test_the_name_of_a_version_may_have_leading_zeros(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """As in TensorFlow Serving, where 0 is a version too, and a number has at most 64 bits."""
+    folder = tmp_path / "shapes"
+    for name in ("00002", "1", "0", "01", f"{2**63}", "1.5", "-3", "٣"):
+        (folder / name).mkdir(parents=True)
+    assert versions(folder) == {0: folder / "0", 1: folder / "1", 2: folder / "00002"}
+    shutil.rmtree(folder)
+    shutil.copytree(exported["saved_model"], folder / "00002")
+    with served(folder) as server:
+        assert server.ask("/health")[1]["version"] == "2"
+        for number in ("2", "00002"):
+            path = f"{MODEL}/versions/{number}:predict"
+            assert server.ask(path, {"instances": [ROW]})[0] == 200
+        publish(exported["saved_model"], folder, 10)
+        server.wait_for(10)
+        states = server.ask(MODEL)[1]["model_version_status"]
+        assert [(s["version"], s["state"]) for s in states] == [
+            *(("10", "AVAILABLE"), ("2", "AVAILABLE")),
+        ]
+    shutil.rmtree(folder / "10")
+    assert find_version(folder) == folder / "00002"
+
+
+@pytest.mark.parametrize("where", ["path", "directory", "inside"])
+def test_one_version_is_served_alone(
+    where: str,
+    exported: dict[str, Path],
+    tmp_path: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "shapes"
+    for version in ("001", "2"):
+        shutil.copytree(exported["saved_model"], folder / version)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
+    monkeypatch.chdir(folder / "001")
+    arguments: dict[str, tuple[object, ...]] = {
+        "path": (folder / "001",),
+        "directory": ("shapes/001", "--directory", tmp_path),
+        "inside": (".",),
+    }
+    code, _, err = command("serve", *arguments[where], "--port", 0)
+    assert (code, "shapes, version 1, is served" in err) == (0, True), err
+    code, _, err = command("serve", "..", "--port", 0)
+    assert (code, "shapes, version 2, is served" in err) == (0, True), err
+    servables = Servables("shapes", folder / "001")
+    servables.refresh()
+    assert servables.newest.version == 1
+    assert servables.find(2) is None
+    assert [state["version"] for state in servables.status(None)] == ["1"]
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -552,6 +746,82 @@ def test_a_taken_port_a_damaged_model_and_a_missing_package(
     assert (code, err) == (
         *(3, "trainer: trainer serve needs uvicorn: pip install -e '.[serve]'\n"),
     )
+
+
+def blocks(card: str) -> list[str]:
+    """Returns the shell commands of a model card, one text for each block."""
+    return re.findall(r"^```sh\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def card_of(kind: str, model: Path, exported: dict[str, Path]) -> str:
+    """Returns the card of an exported model as if it had been exported to another folder."""
+    version = shutil.copytree(exported[kind], model / "1")
+    return model_card(read_facts(version), version)
+
+
+@pytest.mark.parametrize(
+    "directory", ["models", "my models/it's", "-v", "{here}/models", '{here}/a "b" $HOME `c`']
+)
+def test_the_commands_of_a_model_card_run(
+    directory: str,
+    exported: dict[str, Path],
+    in_tmp_path: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Path(directory.format(here=in_tmp_path)) / "shapes"
+    docker, serve, _, verify = blocks(card_of("saved_model", model, exported))
+    # Docker itself is replaced by a function that prints its arguments.
+    program = f"docker() {{ printf '%s\\n' \"$@\"; }}\n{docker}"
+    done = subprocess.run(["sh", "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        *("run", "-p", "8501:8501", "-e", "MODEL_NAME=shapes"),
+        *("-v", f"{in_tmp_path / model}:/models/shapes", "tensorflow/serving"),
+    ]
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
+    code, _, err = command(*shlex.split(serve)[1:], "--port", 0)
+    assert (code, "shapes, version 1, is served" in err) == (0, True), err
+    # Verifying is the same for all formats; this one takes the least time.
+    (verify,) = blocks(card_of("onnx", model.with_name("shapes-onnx"), exported))
+    code, out, err = command(*shlex.split(verify)[1:], "--json")
+    assert (code, err) == (0, "")
+    assert Path(json.loads(out)["path"]).samefile(model.with_name("shapes-onnx") / "1")
+
+
+def test_the_card_of_another_format_loads_it(exported: dict[str, Path], in_tmp_path: Path) -> None:
+    card = card_of("onnx", Path("my models/it's"), exported)
+    names: dict[str, Any] = {}
+    exec(re.search(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)[1], names)
+    assert names["model"].path == Path("my models/it's/1/model.onnx")
+    assert "Run what follows in the folder where `trainer export` ran." in card
+    assert "where `trainer export` ran" not in card_of("onnx", in_tmp_path / "m", exported)
+
+
+def test_a_photo_is_sent_as_the_card_says(exported: dict[str, Path], in_tmp_path: Path) -> None:
+    """It is longer than an argument of a command may be (128 KiB on Linux)."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    model = in_tmp_path / "shapes"
+    card = card_of("saved_model", model, exported)
+    pixels = np.random.RandomState(0).randint(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(pixels).save("image.png")
+    photo = Path("image.png").read_bytes()
+    assert len(photo) > 400_000
+    signature = tf.saved_model.load(str(model / "1")).signatures["serving_files"]
+    expected = signature(image_bytes=tf.constant([photo]))["probabilities"].numpy()
+    facts = read_facts(model / "1")
+    spec = facts.spec.model_copy(update={"image_shape": (8, 8, 2)})  # of which there are no files
+    other = model_card(facts.model_copy(update={"spec": spec}), model / "1")
+    with served(model, most_bytes=10**6) as server:
+
+        def answer(card: str) -> Any:
+            ask = blocks(card)[2].replace("localhost:8501", f"127.0.0.1:{server.port}")
+            done = subprocess.run(["sh", "-c", ask], check=True, capture_output=True)
+            return json.loads(done.stdout)
+
+        (prediction,) = answer(card)["predictions"]
+        np.testing.assert_allclose(prediction["probabilities"], expected[0], atol=1e-6)
+        assert answer(other)["model_spec"]["name"] == "shapes"
 
 
 def test_the_command_serves_and_stops_when_told(exported: dict[str, Path]) -> None:

@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from trainer.errors import CheckError, InputError, TrainerError
+from trainer.errors import CheckError, InputError, TrainerError, shell_command
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -401,7 +401,11 @@ def doctor(
     from trainer.doctor import examine
 
     known = config != _DEFAULT_CONFIG or config.exists() or set_
-    findings = examine(_load(config, set_) if known else Config())
+    words: list[str | Path] = [] if config == _DEFAULT_CONFIG else [config]
+    for change in set_ or ():
+        words += ["--set", change]
+    prepare = shell_command("data", "prepare", *words)
+    findings = examine(_load(config, set_) if known else Config(), prepare)
     if json_:
         _print_json([asdict(finding) for finding in findings])
         return
@@ -823,8 +827,7 @@ def _print_result(summary: dict[str, Any], *, tensorboard: bool) -> None:
     step = summary["step_ms"]
     typer.echo(f"{summary['data']['name']}: {_scores(summary)}")
     typer.echo(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
-    seen = "; see it with `trainer tensorboard`" if tensorboard else ""
-    typer.echo(f"kept in {summary['run']}{seen}")
+    _print_kept(Path(summary["run"]), tensorboard=tensorboard)
 
 
 def _print_search(result: dict[str, Any]) -> None:
@@ -854,9 +857,20 @@ def _print_search(result: dict[str, Any]) -> None:
     if "refit" in result:
         refit = result["refit"]
         typer.echo(f"refit on train and validation: {_scores(refit)}; kept in {refit['run']}")
-    search = result["search"]
-    typer.echo(f"the best: `trainer fit {search}/best.toml`; see all with")
-    typer.echo(f"`trainer tensorboard --runs {search}`")
+    search = Path(result["search"])
+    typer.echo(f"the best: `{shell_command('fit', search / 'best.toml')}`; see all with")
+    typer.echo(f"`{_tensorboard_command(search)}`")
+
+
+def _print_kept(run: Path, *, tensorboard: bool) -> None:
+    """Prints where a result is, and the command that shows it."""
+    seen = f"; see it with `{_tensorboard_command(run.parent)}`" if tensorboard else ""
+    typer.echo(f"kept in {run}{seen}")
+
+
+def _tensorboard_command(runs: Path) -> str:
+    options: list[str | Path] = [] if runs == Path("runs") else ["--runs", runs]
+    return shell_command("tensorboard", *options)
 
 
 def _shown_value(value: Any) -> str:
@@ -935,9 +949,9 @@ def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:
         table.add_row(*map(Text, row.values()))
     typer.echo(result.title)
     Console().print(table)
-    advice = "; see it with `trainer tensorboard`" if (folder / "tensorboard").is_dir() else ""
-    for line in (*result.lines, f"kept in {folder}{advice}"):
+    for line in result.lines:
         typer.echo(line)
+    _print_kept(folder, tensorboard=(folder / "tensorboard").is_dir())
 
 
 def _require_new_file(path: Path | None) -> None:
@@ -971,4 +985,4 @@ def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
         typer.echo(plot)
     for line in (*result.notes, *(f"left out: {k}: {why}" for k, why in result.skipped.items())):
         typer.echo(line)
-    typer.echo(f"kept in {folder}; see it with `trainer tensorboard`")
+    _print_kept(folder, tensorboard=True)

@@ -80,7 +80,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine(config: Config) -> list[Finding]:
+def examine(config: Config, prepare: str = "trainer data prepare") -> list[Finding]:
     """Examines the machine, what is installed on it, the data, and the training step.
 
     Takes as long as one import of TensorFlow and building the network, or as the network's time-out
@@ -88,11 +88,12 @@ def examine(config: Config) -> list[Finding]:
 
     Args:
         config: Names the data set, its folder and that of the runs, and describes the step.
+        prepare: The command that prepares the data set of this configuration.
     """
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(_ask_tensorflow)
         step = pool.submit(_ask_step, config)
-        data = pool.submit(_data, config.data)
+        data = pool.submit(_data, config.data, prepare)
         findings = [*_versions(), _cpu(), _memory(), _threads()]
         facts = asked.result()
         if isinstance(facts, Finding):
@@ -326,7 +327,7 @@ def _traced_for_a_gpu(config: Config, *, jit_compile: bool) -> Any:
         changes["training.precision"] = "mixed_bfloat16"  # on GPUs from compute capability 8.0
     if config.data.name not in names() and not tfds.prepared_folder(config.data).exists():
         if config.data.name != "mnist":
-            raise InputError(f"{config.data.name} is not prepared: `trainer data prepare`")
+            raise InputError(f"{config.data.name} is not prepared")
         changes["data.name"] = "mnist_sample"
     setting = assemble(config.with_changes(changes), Clock())
     setting.loop.trace(setting.batches("train", shuffled=True))
@@ -447,7 +448,7 @@ def _cuda(facts: dict[str, Any]) -> list[Finding]:
     return [*findings, Finding("CUDA libraries", status, value, only + ", then ".join(steps))]
 
 
-def _data(config: DataConfig) -> list[Finding]:
+def _data(config: DataConfig, prepare: str) -> list[Finding]:
     """Says whether the data set is here, in the order in which `fit` looks for it."""
     try:
         from trainer.data import _prepared, names, tfds
@@ -462,9 +463,9 @@ def _data(config: DataConfig) -> list[Finding]:
             source = _prepared.open_prepared(folder)
             data = Finding("data", "ok", f"{config.name} is {source.origin}")
         except InputError as error:
-            data = Finding("data", "problem", str(error), "`trainer data prepare --overwrite`")
+            data = Finding("data", "problem", str(error), f"`{prepare} --overwrite`")
     else:
-        data = _unprepared(config, online=online)
+        data = _unprepared(config, f"`{prepare}`", online=online)
     if online:
         return [data, Finding("network", "ok", f"{tfds.DOWNLOADS} answers")]
     remedy = "connect it, or set https_proxy; without a network: TRAINER_DATA_FILES"
@@ -472,9 +473,8 @@ def _data(config: DataConfig) -> list[Finding]:
     return [data, Finding("network", "note", value, "" if data.status == "ok" else remedy)]
 
 
-def _unprepared(config: DataConfig, *, online: bool) -> Finding:
-    """Says what a set that is not prepared yet can be prepared from."""
-    prepare = "`trainer data prepare`"
+def _unprepared(config: DataConfig, prepare: str, *, online: bool) -> Finding:
+    """Reports from what a set that is not prepared yet can be prepared, and by which command."""
     theirs = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     for root in (Path(config.directory) / "tensorflow_datasets", theirs):
         known = root / re.split("[/:]", config.name)[0]

@@ -6,8 +6,10 @@ Everything else that goes wrong is a defect: it keeps its traceback and ends wit
 import difflib
 import importlib.util
 import re
+import shlex
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TrainerError(Exception):
@@ -20,7 +22,8 @@ class TrainerError(Exception):
 
     def __init__(self, message: str) -> None:
         """Puts the message on one line: the reasons of libraries come on several, and in colour."""
-        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()
+        super().__init__(" ".join(line.strip() for line in lines if line.strip()))
 
 
 class InputError(TrainerError):
@@ -65,6 +68,20 @@ def require_packages(what: str, packages: Iterable[str], *, extra: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingError(f"{what} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
+
+
+def shell_command(*words: str | Path) -> str:
+    """Returns a `trainer` command for people to copy, quoted for the shell.
+
+    Args:
+        words: The verb, its arguments and options. Files and folders are paths.
+    """
+    # A path that begins with "-" would be read as an option.
+    texts = [
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+        for word in words
+    ]
+    return shlex.join(["trainer", *texts])
 
 
 def nearest(name: str, known: Iterable[str], *, shown: int = 12) -> str:

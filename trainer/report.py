@@ -5,6 +5,7 @@ import re
 import struct
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.data import Dataset, Labels
+from trainer.errors import shell_command
 from trainer.figure_process import FigureProcess
 from trainer.run import Run
 
@@ -142,9 +144,7 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
         tf.summary.experimental.write_raw_pb(end.SerializeToString(), step=0)
 
 
-def model_card(
-    run_name: str, summary: dict[str, Any], classes: dict[str, Any], config: Config
-) -> str:
+def model_card(run: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
     """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
     data = summary["data"]
     bar = chr(92) + "|"  # what a Markdown table takes for a bar within a cell
@@ -162,7 +162,7 @@ def model_card(
         held_out = f"the {data['validation']:,} validation images among them"
     return "\n".join(
         [
-            f"# {run_name}",
+            f"# {run.name}",
             "",
             f"A `{summary['model']}` network of {summary['parameters']:,} parameters, trained on "
             f"**{data['name']}** {data['version']} ({data['origin']}).",
@@ -180,8 +180,12 @@ def model_card(
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
-            "Score it again with `trainer evaluate RUN`, name an image's class with "
-            f"`trainer predict RUN IMAGE`, where RUN is `{run_name}`.",
+            "Score it again, or name the class of an image:",
+            "",
+            "```sh",
+            shell_command("evaluate", run),
+            shell_command("predict", run, "image.png"),
+            "```",
             "",
             "```toml",
             config.to_toml().rstrip(),

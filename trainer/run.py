@@ -30,7 +30,7 @@ import filelock
 
 from trainer import devices
 from trainer.config import Config, parse_config
-from trainer.errors import InputError, TrainerError, nearest
+from trainer.errors import InputError, TrainerError, nearest, shell_command
 
 # What a resumed run may be told anew: it does not make another training of it.
 _CHANGEABLE = ("training.epochs", "training.cluster_timeout_seconds")
@@ -297,7 +297,7 @@ def open_run(reference: str, *, directory: str = "runs", unfinished: bool = Fals
     if not (run.finished or unfinished):
         done = [name for name, r in runs.items() if r.finished]
         newest = f"the newest finished one is {max(done)}" if done else "no run is finished"
-        advice = f"go on with `trainer fit --resume {run.path}`"
+        advice = f"go on with `{shell_command('fit', '--resume', run.path)}`"
         raise InputError(f"run {run.name} is not finished: {advice}; {newest}")
     return run
 

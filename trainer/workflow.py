@@ -30,7 +30,7 @@ from trainer.assembly import (
 from trainer.cluster import Cluster, read_cluster
 from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
-from trainer.errors import CheckError, InputError
+from trainer.errors import CheckError, InputError, shell_command
 from trainer.figure_process import FigureProcess
 from trainer.kernels import KernelReport
 from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
@@ -400,7 +400,7 @@ class _Training:
         self._times = watching.StepTimes()
         self._samples: Future[bytes] | None = None
         self._kernels: KernelReport | None = None
-        advice = f"go on with `trainer fit --resume {kept}`"
+        advice = f"go on with `{shell_command('fit', '--resume', Path(kept))}`"
         if setting.devices.workers > 1:
             advice += " on every worker"
         self._signals = Signals(advice, setting.devices.exchange)
@@ -591,7 +591,7 @@ def _watched(cluster: Cluster | None, run: str | None = None) -> AbstractContext
     """Names the worker of a cluster that is lost, and how to go on: with a run, if there is one."""
     if cluster is None:
         return nullcontext()
-    how = "" if run is None else f" with `trainer fit --resume {run}`"
+    how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
     return cluster.watched(f"start every worker again{how}")
 
 
@@ -682,7 +682,7 @@ def _report(setting: Setting, run: Run, summary: dict[str, Any], drawn: report.D
     """Writes the model card and TensorBoard's pictures."""
     classes = drawn.classes.result()
     run.write_json("classes.json", classes)
-    card = report.model_card(run.name, summary, classes, setting.config)
+    card = report.model_card(run.path, summary, classes, setting.config)
     run.write_text("README.md", card)
     if setting.config.logging.tensorboard:
         scores = watching.scalars(summary["test"])

@@ -1,6 +1,6 @@
 """Measures one exported model in a process of its own, with nothing but its runtime loaded.
 
-    python -m trainer.benchmark.format_process FORMAT PATH IMAGES.npy CALLS
+    python -P -m trainer.benchmark.format_process FORMAT PATH IMAGES.npy CALLS
 
 IMAGES.npy holds the images of the large batch; a batch of 1 is the first of them. Prints one JSON
 document.

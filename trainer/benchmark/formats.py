@@ -138,10 +138,13 @@ def _export_all(run: str, folder: str, skipped: dict[str, str]) -> dict[str, tup
 
 def _measure(kind: str, artefact: Path, folder: str, effort: Effort) -> dict[str, Any]:
     """Measures a format once, in a new process."""
-    program = [sys.executable, "-m", "trainer.benchmark.format_process"]
+    # With the path of this process: no more (-P leaves the current folder out) and no less.
+    program = [sys.executable, "-P", "-m", "trainer.benchmark.format_process"]
     done = subprocess.run(
         [*program, kind, str(artefact.absolute()), f"{folder}/images.npy", str(effort.calls)],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+        env=os.environ
+        | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+        | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

@@ -137,7 +137,7 @@ def open_prepared(folder: Path) -> Source:
     Raises:
         InputError: A file is missing, empty or truncated.
     """
-    remedy = "make it anew with `trainer data prepare --overwrite`"
+    remedy = "make it anew with `trainer data prepare --overwrite` and the same configuration"
     refuse_foreign(folder)
     try:
         text = (folder / _DESCRIPTION).read_text(encoding="utf-8")
@@ -195,7 +195,8 @@ def check_sums(folder: Path) -> list[str]:
         if found != file.sha256:
             raise InputError(
                 f"prepared data is damaged: {folder / name}: expected sha256 {file.sha256}, "
-                f"found {found}; make it anew with `trainer data prepare --overwrite`"
+                f"found {found}; make it anew with `trainer data prepare --overwrite` and the "
+                "same configuration"
             )
     return list(prepared.files)
 

@@ -9,6 +9,7 @@ saved_models/<name>/<version>/    as TensorFlow Serving reads it
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import keras
 import numpy as np
@@ -27,10 +29,10 @@ from trainer import keras_objects
 from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
-from trainer.errors import CheckError, InputError
+from trainer.errors import CheckError, InputError, shell_command
 from trainer.run import Run, open_run, sha256
 from trainer.saving import runtimes
-from trainer.saving.formats import Format, Probabilities, Source, find_format
+from trainer.saving.formats import FILE_CHANNELS, Format, Probabilities, Source, find_format
 from trainer.saving.safety import check_saved_model
 
 _MOST_TEST_IMAGES = 10_000
@@ -183,7 +185,7 @@ def find_version(path: Path) -> Path:
     found = versions(path)
     if not found:
         raise InputError(f"expected an exported model (with {_FACTS}), received {path}")
-    return path / str(max(found))
+    return found[max(found)]
 
 
 def read_facts(folder: Path) -> Exported:
@@ -279,22 +281,13 @@ def model_card(exported: Exported, version: Path) -> str:
         if exported.precision != "float32"
         else "It was trained in float32, as it is here."
     )
-    serving = (
-        [
-            f"Serve it with TensorFlow Serving, or with `trainer serve {version.parent.name}`, and "
-            "ask it:",
-            "",
-            "```sh",
-            "docker run -p 8501:8501 -e MODEL_NAME=" + version.parent.name + " \\",
-            f'    -v "$PWD/{version.parent}:/models/{version.parent.name}" tensorflow/serving',
-            f"curl http://localhost:8501/v1/models/{version.parent.name}:predict \\",
-            '    -d "{\\"signature_name\\": \\"serving_files\\", \\"instances\\": '
-            '[{\\"image_bytes\\": {\\"b64\\": \\"$(base64 -w0 image.png)\\"}}]}"',
-            "```",
-        ]
-        if exported.format == "saved_model"
-        else [f"Load it in Python with `trainer.load({str(version)!r})`."]
-    )
+    if exported.format == "saved_model":
+        use = _serving_commands(version.parent, takes_files=spec.image_shape[-1] in FILE_CHANNELS)
+    else:
+        code = ["import trainer", f"model = trainer.load({str(version)!r})"]
+        use = ["Load it in Python:", "", "```python", *code, "```"]
+    if not version.is_absolute():
+        use = ["Run what follows in the folder where `trainer export` ran.", "", *use]
     return "\n".join(
         [
             f"# {version.parent.name}, version {version.name}",
@@ -313,12 +306,44 @@ def model_card(exported: Exported, version: Path) -> str:
             f"- {change}",
             f"- Data fingerprint (SHA-256): `{spec.fingerprint}`",
             "",
-            *serving,
+            *use,
             "",
-            f"`trainer verify {version}` compares it again.",
+            "Compare it with the model again:",
+            "",
+            "```sh",
+            shell_command("verify", version),
+            "```",
             "",
         ]
     )
+
+
+def _serving_commands(model: Path, *, takes_files: bool) -> list[str]:
+    """Returns the part of the card that says how to serve a SavedModel and how to ask the server.
+
+    Args:
+        model: The folder of its versions.
+        takes_files: Whether it has a signature for image files.
+    """
+    name = model.name
+    here = "" if model.is_absolute() else '"$PWD"/'  # Docker takes absolute paths only
+    ask = f"curl http://localhost:8501/v1/models/{quote(name)}"
+    question = [f"{ask}/metadata"]
+    if takes_files:
+        # By a pipe: a photo is longer than an argument may be.
+        question = [
+            """(printf '{"signature_name": "serving_files", "instances": [{"b64": "'""",
+            r" base64 < image.png | tr -d '\n'",
+            f""" printf '"}}]}}') | {ask}:predict -d @-""",
+        ]
+    return [
+        *("Serve it with TensorFlow Serving:", "", "```sh"),
+        f"docker run -p 8501:8501 -e {shlex.quote(f'MODEL_NAME={name}')} \\",
+        f"    -v {here}{shlex.quote(f'{model}:/models/{name}')} tensorflow/serving",
+        *("```", "", "Or with this project:", "", "```sh"),
+        shell_command("serve", name, "--directory", model.parent),
+        *("```", "", "Then ask the server:", "", "```sh", *question, "```"),
+    ]
 
 
 def _verified(
@@ -359,11 +384,14 @@ def _answers_elsewhere(
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "images.npy", Path(folder) / "probabilities.npz"
         np.save(given, images)
-        program = [sys.executable, "-I", runtimes.__file__]
+        # -P leaves the folder of the program out of the path: it is a part of this package.
+        program = [sys.executable, "-P", runtimes.__file__]
         done = subprocess.run(
             [*program, format_.name, str(artefact.absolute()), str(given), str(result)],
             cwd=folder,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+            env=os.environ
+            | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+            | {"PYTHONPATH": _absolute_python_path()},
             capture_output=True,
             text=True,
             check=False,
@@ -373,6 +401,12 @@ def _answers_elsewhere(
             raise CheckError(f"{format_.name}: its own runtime fails on it: {last[0]}")
         with np.load(result, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
+
+
+def _absolute_python_path() -> str:
+    """Returns PYTHONPATH for a process in another folder; an empty entry would mean that folder."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in entries if entry)
 
 
 def _answers(model: keras.Model, images: Images) -> Probabilities:
@@ -399,8 +433,25 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / name) for name in artefact_files(folder, folder)}
 
 
-def versions(folder: Path) -> list[int]:
-    """Returns the numbers of the versions in the folder of a model; none where there is no such."""
+def is_version(path: Path) -> bool:
+    """Returns whether a path is the folder of one version, which is named by its number."""
+    files = ("saved_model.pb", _FACTS)
+    return _is_number(path) and any((path / name).is_file() for name in files)
+
+
+def versions(folder: Path) -> dict[int, Path]:
+    """Returns the folders of a model's versions by number, or nothing if there are none.
+
+    As in TensorFlow Serving, a version is any name that is a 64-bit number. Leading zeros do not
+    count. Of several names of the same number, the one with the fewest zeros is used.
+
+    Args:
+        folder: The folder of the model; it does not have to exist.
+    """
     if not folder.is_dir():
-        return []
-    return [int(path.name) for path in folder.iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]
+        return {}
+    return {int(path.name): path for path in sorted(filter(_is_number, folder.iterdir()))}
+
+
+def _is_number(path: Path) -> bool:
+    return re.fullmatch("[0-9]+", path.name) is not None and int(path.name) < 2**63

@@ -20,6 +20,7 @@ from trainer.errors import InputError, nearest, require_packages
 from trainer.saving.runtimes import RUNTIMES, Predict
 
 Probabilities = NDArray[np.float32]
+FILE_CHANNELS = (1, 3, 4)  # what image files have: for others there is no serving_files
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _write_saved_model(source: Source, path: Path) -> None:
         answer,
         input_signature=[tf.TensorSpec((None, *spec.image_shape), tf.uint8, name="images")],
     )
-    if channels in (1, 3, 4):  # what image files have
+    if channels in FILE_CHANNELS:
         archive.add_endpoint(
             "serving_files",
             answer_files,

@@ -13,7 +13,7 @@ from trainer import data as datasets
 from trainer import devices, keras_objects, models
 from trainer.assembly import restore
 from trainer.data import Images
-from trainer.errors import InputError
+from trainer.errors import InputError, shell_command
 from trainer.run import Run, open_run
 from trainer.saving import safety
 from trainer.saving.export import artefact_files, find_version, read_facts
@@ -170,7 +170,8 @@ def _identify(path: Path) -> str:
 def _load_run(path: Path) -> Loaded:
     run = Run(path)
     if not run.finished:
-        raise InputError(f"run {run.name} is not finished: `trainer fit --resume {path}` goes on")
+        resume = shell_command("fit", "--resume", path)
+        raise InputError(f"run {run.name} is not finished: go on with `{resume}`")
     return _of_keras(path, "run", restore(run), run.weights.stat().st_size, Origin.of(run))
 
 

@@ -1,9 +1,11 @@
 """Opens exported models, each with its format's own runtime.
 
-Nothing of this package is imported, so that the file also runs as a program in a process that
-cannot import it, which proves that an artefact needs nothing of ours:
+This file imports nothing of this package. As a program it makes the package impossible to import,
+which proves that an artefact does not need it:
 
-    python -I runtimes.py FORMAT PATH IMAGES.npy PROBABILITIES.npz
+    python -P runtimes.py FORMAT PATH IMAGES.npy PROBABILITIES.npz
+
+-P keeps this folder out of the path. PYTHONPATH and the packages of the user are found.
 """
 
 import os

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import gzip
+import io
 import json
 import logging
+import zlib
 from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Any
@@ -43,7 +46,7 @@ class _Name(StringConvertor):
 
 
 class _Number(StringConvertor):
-    regex = "[0-9]{1,18}"
+    regex = "[0-9]{1,255}"  # as many digits as the name of a folder can have
 
 
 register_url_convertor("name", _Name())
@@ -121,6 +124,11 @@ class _Answers:
     async def predict(self, request: Request) -> Response:
         servable = await self._servable(request)
         body = await _read_body(request, self._most_bytes)
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding in ("gzip", "x-gzip"):
+            body = await run_in_threadpool(_decompress, body, self._most_bytes)
+        elif encoding != "identity":
+            raise RequestError(415, f"Content-Encoding: expected gzip, received {encoding!r}")
         if len(body) <= _FEW_BYTES:
             call = parse_request(body, servable.signatures)
         else:
@@ -215,6 +223,17 @@ async def _read_body(request: Request, most_bytes: int) -> bytes:
     if size > most_bytes:
         raise RequestError(413, f"expected a body of at most {most_bytes} bytes, received {size}")
     return bytes(body)
+
+
+def _decompress(body: bytes, most_bytes: int) -> bytes:
+    """Decompresses gzip, but no more than is allowed: a few bytes can hold gigabytes."""
+    try:
+        content = gzip.GzipFile(fileobj=io.BytesIO(body)).read(most_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(400, f"Content-Encoding: the body is no valid gzip: {error}") from None
+    if len(content) > most_bytes:
+        raise RequestError(413, f"expected a body of at most {most_bytes} bytes, received more")
+    return content
 
 
 async def _show_request_error(_: Request, error: RequestError) -> Response:

@@ -4,9 +4,9 @@ They are described at https://www.tensorflow.org/tfx/serving/api_rest.
 """
 
 import base64
-import binascii
 import io
 import json
+import string
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,12 +140,15 @@ def _columns(instances: Any, inputs: Inputs) -> dict[str, list[Any]]:
 
 
 def _named(values: Any, inputs: Inputs) -> dict[str, Any]:
-    """Returns columns by name; a plain value is that of the single input."""
+    """Returns columns by name; a plain value is that of the single input.
+
+    Other keys are ignored, as TensorFlow Serving does here, but not in "instances".
+    """
     if not isinstance(values, dict) or _is_bytes(values):
         if len(inputs) != 1:
             raise RequestError(400, f"inputs: expected an object with {', '.join(inputs)}")
         return {next(iter(inputs)): values}
-    if values.keys() != inputs.keys():
+    if not values.keys() >= inputs.keys():
         raise RequestError(
             400, f"inputs: expected {', '.join(inputs)}, received {', '.join(values) or 'none'}"
         )
@@ -197,9 +200,23 @@ def _string(name: str, value: Any) -> bytes:
     if not _is_bytes(value):
         raise RequestError(400, f'{name}: expected a string or {{"b64": "..."}}')
     try:
-        return base64.b64decode(value["b64"], validate=True)
-    except (binascii.Error, ValueError) as error:
+        return _decode_base64(value["b64"])
+    except ValueError as error:
         raise RequestError(400, f"{name}: no base64: {error}") from None
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decodes base64 as TensorFlow Serving does: with any white space, padding is optional.
+
+    Raises:
+        ValueError: The text is not base64.
+    """
+    encoded = text.encode("ascii").translate(None, string.whitespace.encode())
+    content = encoded.rstrip(b"=")
+    padded = content + b"=" * (-len(content) % 4)
+    if encoded not in (content, padded):
+        raise ValueError("its padding has the wrong length")
+    return base64.b64decode(padded, validate=True)
 
 
 def _count_pixels(file: bytes) -> int:
@@ -219,8 +236,20 @@ def _count_pixels(file: bytes) -> int:
         raise RequestError(400, f"{IMAGE_FILES}: expected PNG or JPEG files{reason}") from None
 
 
+def _shortest(array: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Returns float64 numbers whose JSON is the shortest text that reads back to the same float32.
+
+    For example 0.1, where float64 would be 0.10000000149011612.
+    """
+    shortest = array.astype(str).astype(np.float64)
+    # A few short texts, such as 7.038531e-26, read back to a neighbour by way of float64.
+    return np.where(shortest.astype(np.float32) == array, shortest, array.astype(np.float64))
+
+
 def _plain(name: str, array: NDArray[Any]) -> Any:
     """Returns nested lists of plain values; bytes as TensorFlow Serving writes them."""
+    if array.dtype == np.float32:
+        return _shortest(array).tolist()
     if array.dtype != object:
         return array.tolist()
     if name.endswith("_bytes"):

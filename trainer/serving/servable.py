@@ -13,7 +13,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer import keras_objects
 from trainer.errors import InputError, TrainerError
-from trainer.saving.export import check_sums, read_facts, versions
+from trainer.saving.export import check_sums, is_version, read_facts, versions
 from trainer.saving.safety import check_saved_model
 from trainer.serving.messages import Inputs, Tensors
 
@@ -117,7 +117,8 @@ class Servables:
 
         Args:
             name: By which it is served.
-            folder: Holds a folder for each version, named by its number.
+            folder: Holds a folder for each version, named by its number; or one version, which is
+                then the only one.
             trust: Run operations that reach out.
 
         Raises:
@@ -143,7 +144,8 @@ class Servables:
         if version is None or version == self.newest.version:
             return self.newest
         with self._lock:
-            return self._try(version) if version in self._versions() else None
+            folder = self._versions().get(version)
+            return None if folder is None else self._try(version, folder)
 
     def refresh(self) -> None:
         """Turns to the newest version that can be served, and lets go of what was removed."""
@@ -153,7 +155,7 @@ class Servables:
             if newest is not None and newest is not self.newest:
                 self.newest = newest
                 _logger.info("%s: version %d serves from now on", self.name, newest.version)
-            for version in self._tried.keys() - set(self._versions()):
+            for version in self._tried.keys() - self._versions().keys():
                 del self._tried[version]
 
     def status(self, version: int | None) -> list[dict[str, Any]]:
@@ -179,19 +181,22 @@ class Servables:
         status = {"error_code": code, "error_message": message}
         return {"version": str(version), "state": state, "status": status}
 
-    def _versions(self) -> list[int]:
-        """Returns the numbers there are, the newest first; none while the folder is unreadable."""
+    def _versions(self) -> dict[int, Path]:
+        """Returns the folders of the versions by number; none while the folder is unreadable."""
         try:
-            return sorted(versions(self._folder), reverse=True)
+            if is_version(self._folder):
+                return {int(self._folder.name): self._folder}
+            return versions(self._folder)
         except OSError:
-            return []
+            return {}
 
     def _newest_that_serves(self) -> Servable | None:
-        return next(filter(None, map(self._try, self._versions())), None)
+        newest_first = sorted(self._versions().items(), reverse=True)
+        tried = (self._try(version, folder) for version, folder in newest_first)
+        return next(filter(None, tried), None)
 
-    def _try(self, version: int) -> Servable | None:
+    def _try(self, version: int, folder: Path) -> Servable | None:
         """Returns a version, loaded if its files are not those that were tried last."""
-        folder = self._folder / str(version)
         stamp, tried = _stamp(folder), self._tried.get(version)
         if tried is not None and tried.stamp == stamp:
             return tried.servable

@@ -2,12 +2,14 @@
 
 import gc
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from trainer.errors import InputError, nearest, require_packages
-from trainer.saving.export import read_facts, versions
+from trainer.saving.export import is_version, read_facts, versions
 
 if TYPE_CHECKING:
     from trainer.serving.servable import Servables
@@ -29,7 +31,8 @@ def serve(
     """Serves the newest version of an exported model until a signal stops it.
 
     Args:
-        name: Of the model, as `trainer export` published it, or its folder.
+        name: Name of the model, as `trainer export` published it, its folder, or the folder of one
+            version, which is then the only one.
         directory: Folder that holds exported models.
         host: Address to listen at; the default lets nobody else in.
         port: To listen at; 0 for any that is free.
@@ -46,7 +49,8 @@ def serve(
         from trainer.serving.app import make_server
         from trainer.serving.servable import Servables
 
-        servables = Servables(folder.name, folder, trust=trust)
+        model = folder.parent if is_version(folder) else folder
+        servables = Servables(model.name, folder, trust=trust)
         # Requests are made of many small lists. Without this, Python's collector looks through all
         # of TensorFlow's objects again and again while it reads them: 200 ms each time.
         gc.freeze()
@@ -60,28 +64,30 @@ def _say_where(servables: "Servables", listening: socket.socket) -> None:
     _logger.info(
         "%s, version %d, is served at http://%s:%d (a page to draw on; "
         "POST /v1/models/%s:predict); control-C ends it",
-        *(servables.name, servables.newest.version, shown, port, servables.name),
+        *(servables.name, servables.newest.version, shown, port, quote(servables.name)),
     )
 
 
 def _find_model(name: str, directory: Path) -> Path:
-    """Returns the folder of a model that has a SavedModel to serve."""
+    """Returns the folder of a model, or of one version, that has a SavedModel to serve."""
     try:
-        named = [path.absolute() for path in (directory / name, Path(name)) if name]
-        folder = next((path for path in named if versions(path)), directory)
-        found = versions(folder)
+        paths = [path for path in (directory / name, Path(name)) if name and path.is_dir()]
+        # Without "." and "..", so that the last part is the name of the folder.
+        folders = [Path(os.path.normpath(path.absolute())) for path in paths]
+        folder = next((path for path in folders if is_version(path) or versions(path)), None)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
-    if not found or folder == directory:
+    if folder is None:
         known = [path.name for path in directory.glob("*") if versions(path)]
         there = nearest(name, known) if known else "none is there: `trainer export` makes one"
         raise InputError(f"there is no exported model {name!r} in {directory}: {there}")
-    newest = folder / str(max(found))
+    found = versions(folder)
+    newest = folder if is_version(folder) else found[max(found)]
     if not (newest / "saved_model.pb").is_file():
         kind = read_facts(newest).format if (newest / "export.json").is_file() else "no SavedModel"
         raise InputError(
             f"{newest} holds {kind}: `trainer serve` takes a SavedModel, as "
-            "`trainer export --format saved_model` makes it"
+            "`trainer export RUN --format saved_model` makes it"
         )
     return folder
 

@@ -1,0 +1,76 @@
+"""Commands that are printed for people to copy can be run, whatever the names of folders are."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import cli, doctor
+from trainer.config import Config, DataConfig
+from trainer.errors import CheckError, InputError, shell_command
+from trainer.run import Run, open_run
+from trainer.saving.loading import load
+
+NAMES = ["runs", "my runs", "it's", 'a "b"', "$HOME", "`c`", "two  spaces", "-v", "a;b&c", "*", "é"]
+
+
+def words(text: str) -> list[list[str]]:
+    """Returns the words that a shell passes to `trainer` for each printed command in a text."""
+    commands = "\n".join(re.findall("`(trainer .*)`", text))
+    program = f"trainer() {{ printf '%s\\0' \"$@\"; printf '\\n'; }}\n{commands}"
+    done = subprocess.run(["sh", "-c", program], check=True, capture_output=True, text=True)
+    return [line.removesuffix("\0").split("\0") for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_is_quoted_for_the_shell(name: str) -> None:
+    path = f"./{name}" if name == "-v" else name
+    command = shell_command("fit", "--resume", Path(name))
+    assert words(f"`{command}`") == [["fit", "--resume", path]]
+    # The error that carries it is one line, and changes no space of it.
+    assert words(str(CheckError(f"\n  stopped:\n  `{command}`\n"))) == [["fit", "--resume", path]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_that_goes_on_with_a_run_names_it(name: str, in_tmp_path: Path) -> None:
+    run = in_tmp_path / name / "20260102T030405Z-a"
+    Run(run).create(Config())
+    for refused in (lambda: open_run("latest", directory=name), lambda: load(run)):
+        with pytest.raises(InputError, match="is not finished: go on with `trainer") as error:
+            refused()
+        ((verb, option, path),) = words(str(error.value))
+        assert (verb, option) == ("fit", "--resume")
+        assert Path(path).samefile(run)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_that_shows_a_run_names_its_folder(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._print_kept(Path(name, "20260102T030405Z-a"), tensorboard=True)
+    runs = {"runs": [], "-v": ["--runs", "./-v"]}.get(name, ["--runs", name])
+    assert words(capsys.readouterr().out) == [["tensorboard", *runs]]
+    cli._print_kept(Path(name, "a"), tensorboard=False)
+    assert capsys.readouterr().out == f"kept in {name}/a\n"
+
+
+def test_the_doctor_prepares_the_data_of_its_configuration(
+    in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    asked = []
+    monkeypatch.setattr(doctor, "examine", lambda _, prepare: asked.append(f"`{prepare}`") or [])
+    path, change = in_tmp_path / "it's.toml", 'data.directory="my data"'
+    path.touch()
+    assert command("doctor", path, "--set", change, "--json")[0] == 0
+    assert words(asked[0]) == [["data", "prepare", str(path), "--set", change]]
+    # The command is the remedy, on its own or with --overwrite.
+    config = DataConfig(name="cifar10", directory=str(in_tmp_path / "data"))
+    monkeypatch.setenv("TRAINER_DATA_FILES", "")
+    found = doctor._data(config, "trainer data prepare own.toml")[0]
+    assert words(found.remedy) == [["data", "prepare", "own.toml"]]
+    (in_tmp_path / "data" / "cifar10").mkdir(parents=True)
+    found = doctor._data(config, "trainer data prepare own.toml")[0]
+    assert words(found.remedy) == [["data", "prepare", "own.toml", "--overwrite"]]

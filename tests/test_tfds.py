@@ -125,6 +125,14 @@ class TinyFilms(TinyPictures):
         )
 
 
+class TinyCompetition(TinyStripes):
+    """Stripes with a test split whose labels are secret."""
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:  # noqa: ARG002
+        secret = ((i, example | {"label": -1}) for i, example in self._generate_examples())
+        return {"train": self._generate_examples(), "test": secret}
+
+
 class TinyUninstalled(TinyStripes, skip_registration=True):
     """A set whose class is not in the catalog where its files are read."""
 
@@ -227,6 +235,29 @@ def test_a_set_of_tfds_is_decoded_resized_and_held_out(
             assert (value - 100) % 4 == label
             values.append(int(value))
     assert sorted(values) == list(range(100, 140))
+
+
+@pytest.mark.usefixtures("closed_network")
+def test_a_test_split_without_labels_is_not_decoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_by_tfds("tiny_competition", tmp_path / "tensorflow_datasets")
+    config = DataConfig(name="tiny_competition", directory=str(tmp_path))
+    dataset = load(config)
+    check_contract(dataset, load(config))
+    assert [len(dataset.split(name)) for name in SPLITS] == [16, 2, 2]
+    warnings = [
+        r.getMessage()
+        for r in caplog.records
+        if r.levelname == "WARNING" and r.name.startswith("trainer")
+    ]
+    assert warnings == [
+        "The test split of tiny_competition has no labels and cannot be scored: test images are "
+        "held out of train."
+    ]
+    assert "its test split has no labels" in dataset.spec.origin
+    names = {path.name for path in (tmp_path / "tiny_competition").iterdir()}
+    assert names == {"prepared.json", "train_images.npy", "train_labels.npy"}
 
 
 @pytest.mark.usefixtures("closed_network")

@@ -12,7 +12,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.config import Config
-from trainer.data import Dataset, Labels
+from trainer.data import Dataset, DataSpec, Labels, Split
 from trainer.figure_process import FigureProcess
 from trainer.run import Run
 
@@ -58,23 +58,35 @@ def write_samples(run: Run, png: bytes) -> None:
 
 
 def draw_results(
-    draw: FigureProcess, config: Config, data: Dataset, probabilities: NDArray[Any]
+    draw: FigureProcess,
+    config: Config,
+    split: Split,
+    spec: DataSpec,
+    probabilities: NDArray[Any],
 ) -> Drawn:
-    """Has drawn what the test images showed."""
-    labels = data.test.labels[data.test.rows[: len(probabilities)]]
+    """Starts drawing the results on the test images.
+
+    Args:
+        draw: Draws in another process.
+        config: Says what is drawn.
+        split: The images that were scored.
+        spec: Gives the class names.
+        probabilities: float [n, classes], in the order of the split.
+    """
+    labels = split.labels[split.rows]
     guesses = probabilities.argmax(axis=1)
-    classes = draw.call("class_table", labels, guesses, data.spec)
+    classes = draw.call("class_table", labels, guesses, spec)
     if not config.logging.tensorboard:
         return Drawn(classes, {})
-    drawn = {"confusion_matrix": draw.call("png_of_confusion", labels, guesses, data.spec)}
+    drawn = {"confusion_matrix": draw.call("png_of_confusion", labels, guesses, spec)}
     wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
     if len(wrong):
-        names = data.spec.class_names
+        names = spec.class_names
         titles = [
             f"{names[labels[i]]}, taken for\n{names[guesses[i]]} ({probabilities[i].max():.0%})"
             for i in wrong
         ]
-        drawn["confident_mistakes"] = draw.call("png_of_pictures", data.test.read(wrong)[0], titles)
+        drawn["confident_mistakes"] = draw.call("png_of_pictures", split.read(wrong)[0], titles)
     return Drawn(classes, drawn)
 
 

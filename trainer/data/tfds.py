@@ -25,7 +25,7 @@ import filelock
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data import Source, mnist_sample, names
+from trainer.data import Source, mnist_sample, names, warn_of_unlabelled
 from trainer.data._prepared import (
     PARTIAL,
     check_sums,
@@ -43,6 +43,9 @@ DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 
 # The value of white in the image types that can be converted to uint8.
 _WHITE = {np.dtype(kind): np.iinfo(kind).max for kind in (np.uint8, np.uint16)}
+
+# A split without labels has none from its beginning on.
+_PEEKED_LABELS = 256
 
 # A closed network must be known within ten seconds: half for one answer, the rest for a slow
 # look-up of the host's name, which no time-out of urllib covers.
@@ -125,6 +128,10 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
         if folder.exists() and not overwrite:
             return True  # another process did it while this one waited
         origin = _have_records(config, builder, archives)
+        splits, unlabelled = _splits(config, builder)
+        for split in unlabelled:
+            warn_of_unlabelled(config.name, split)
+            origin += f"; its {split} split has no labels and is not used"
         _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
         write_prepared(
             folder,
@@ -132,7 +139,7 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
             version=str(builder.version),
             class_names=list(builder.info.features[label_key].names),
             origin=origin,
-            splits=_splits(config, builder),
+            splits=splits,
         )
     return True
 
@@ -161,20 +168,41 @@ def _alone(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _splits(config: DataConfig, builder: Any) -> dict[str, Any]:
-    """Returns the splits as `write_prepared` takes them; nothing is decoded until it asks."""
+def _splits(config: DataConfig, builder: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the splits as `write_prepared` takes them, and the names of those without labels.
+
+    No image is decoded until `write_prepared` asks for it.
+    """
     available = builder.info.splits
     if "train" not in available:
         raise InputError(f"data set {config.name!r} has no train split, only {sorted(available)}")
-    return {
+    held_out = [split for split in ("validation", "test") if split in available]
+    unlabelled = [split for split in held_out if not _has_labels(config, builder, split)]
+    splits = {
         split: (
             available[split].num_examples,
             _image_shape(config, builder),
             _decode(config, builder, split),
         )
-        for split in ("train", "validation", "test")
-        if split in available
+        for split in ("train", *held_out)
+        if split not in unlabelled
     }
+    return splits, unlabelled
+
+
+def _has_labels(config: DataConfig, builder: Any, split: str) -> bool:
+    """Returns whether one of the first labels of a split is known: -1 means unknown."""
+    import tensorflow_datasets as tfds
+
+    image_key, label_key = builder.info.supervised_keys
+    with _refusing_damage(config, builder):
+        examples = builder.as_dataset(
+            split=split,
+            shuffle_files=False,
+            decoders={image_key: tfds.decode.SkipDecoding()},
+        )
+        first = tfds.as_numpy(examples.take(_PEEKED_LABELS))
+        return any(example[label_key] >= 0 for example in first)
 
 
 def _builder(config: DataConfig) -> Any:
@@ -396,11 +424,20 @@ def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:
             pixels = tf.image.resize(pixels, config.image_size, antialias=True)
         return tf.cast(tf.clip_by_value(tf.round(pixels * scale), 0, 255), tf.uint8), label
 
-    try:
+    with _refusing_damage(config, builder):
         dataset = builder.as_dataset(split=split, as_supervised=True, shuffle_files=False)
         if config.image_size is not None or scale != 1:
             dataset = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
         yield from tfds.as_numpy(dataset.batch(256).prefetch(tf.data.AUTOTUNE))
+
+
+@contextlib.contextmanager
+def _refusing_damage(config: DataConfig, builder: Any) -> Iterator[None]:
+    """Reports files of tensorflow-datasets that cannot be read in one line."""
+    import tensorflow as tf
+
+    try:
+        yield
     except (tf.errors.OpError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -7,6 +7,7 @@ saved_models/<name>/<version>/    as TensorFlow Serving reads it
     README.md                     the model card
 """
 
+import math
 import os
 import re
 import shutil
@@ -220,13 +221,14 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
     data = datasets.load(config.data)
     if data.spec.fingerprint != spec.fingerprint:
         raise InputError(f"the data is not what {run.name} was trained on: {data.spec.origin}")
-    images, labels = data.test.read(slice(_MOST_TEST_IMAGES))
+    seed = config.data.split_seed  # the data may be sorted by class
+    images, labels = data.test.sample(_MOST_TEST_IMAGES, seed).read()
     model = restore(run, precision="float32")
     expected = _answers(model, images)
     difference = 0.0
     if config.training.precision != "float32":
         difference = float(abs(_answers(restore(run), images) - expected).max())
-    calibration = data.train.read(slice(_CALIBRATION_IMAGES))[0]
+    calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
     try:
         format_.write(Source(model, spec, calibration), folder / format_.file)
     except OSError:
@@ -247,7 +249,7 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
         verified=_verified(format_, folder / format_.file, images, labels, expected),
         sha256=_checksums(folder),
     )
-    kept = slice(_KEPT_IMAGES)
+    kept = slice(None, None, math.ceil(len(images) / _KEPT_IMAGES))
     np.savez(
         folder / _CHECK, images=images[kept], labels=labels[kept], probabilities=expected[kept]
     )

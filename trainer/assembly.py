@@ -167,7 +167,7 @@ def assemble(
             tf.config.experimental.enable_op_determinism()
         with devices.dtype_policy(precision), chosen.scope():
             model = compiled_model(config, data.spec)
-            augmentation = make_augmentation(config.data.augmentation, data.spec)
+            augmentation = make_augmentation(config.data.augmentation, data)
         placed = _rehearse(model, data, chosen)
         resolved["training.jit_compile"] = _resolve_jit_compile(config, model, chosen)
         config = config.with_changes(resolved)

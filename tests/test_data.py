@@ -66,9 +66,10 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
             "def load(config, *, factor: int = 1):\n"
             "    images = np.arange(240, dtype=np.uint8).reshape(20, 4, 3, 1) // factor\n"
             "    labels, test, validation = np.arange(20) % 2, None, None\n"
+            "    names = ['even', 'odd']\n"
             f"    {line}\n"
             "    train = images, labels\n"
-            "    return Source('own', '1', ['even', 'odd'], train, test, validation)\n"
+            "    return Source('own', '1', names, train, test, validation)\n"
         )
         monkeypatch.setattr(trainer.data, "__path__", [*trainer.data.__path__, str(tmp_path)])
 
@@ -144,6 +145,49 @@ def test_arrays_that_a_network_could_learn_only_by_mistake_are_refused(
     with pytest.raises(InputError) as refused:
         load(DataConfig(name="own"))
     assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["a", "b\ud800"],
+            r"class 1: expected a name that can be printed, received 'b\ud800' with",
+        ),
+        (["a\nb", "b"], "received 'a\\nb' with the character U+000A"),
+        (["a", "\tb"], "with the character U+0009"),
+        (["a", "b\0"], "with the character U+0000"),
+        (["a", "\x1b[31mred"], "with the character U+001B"),
+        (["\ufeffa", "b"], "with the character U+FEFF"),
+        (["a", "\u202eb"], "with the character U+202E"),
+        (["a", "b\u2028c"], "with the character U+2028"),
+        (["a", ""], "class 1: expected a name that can be printed, received ''"),
+        ([" ", "b"], "class 0: expected a name that can be printed, received ' '"),
+        (["\u200d\u0301", "b"], "class 0: expected a name that can be printed"),
+        (["a", "x" * 9999 + "\n"], f"received '{'x' * 40}' with the character U+000A"),
+        (["a", "a"], "received 'a' for the classes 0 and 1"),
+        (["b", "caf\u00e9", "cafe\u0301"], "received 'cafe\\u0301' for the classes 1 and 2"),
+        (["a b", " a  b "], "received ' a b ' for the classes 0 and 1"),
+        ([0, 1], "class 0: expected a name of type str, received int"),
+        (["a", None], "class 1: expected a name of type str, received NoneType"),
+        (["a", b"b"], "class 1: expected a name of type str, received bytes"),
+    ],
+)
+def test_class_names_that_cannot_be_shown_are_refused(
+    names: list[Any], expected: str, own_module: Callable[[str], None]
+) -> None:
+    own_module(f"names = {names!a}")
+    with pytest.raises(InputError) as refused:
+        load(DataConfig(name="own"))
+    assert expected in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def test_other_class_names_are_taken_as_they_are(own_module: Callable[[str], None]) -> None:
+    names = ["a|b", "$x^$", "[red]", "<b>", "a, b", "Cat", "cat", "猫", "👩\u200d🚀", "é", "`"]
+    names += ["\\", "²", "2", " a", "#", "x" * 9999, "\u0646\u06cc\u0645\u200c\u0641"]
+    own_module(f"names = {names!a}")
+    assert load(DataConfig(name="own")).spec.class_names == tuple(names)
 
 
 def test_a_split_without_labels_is_not_used(

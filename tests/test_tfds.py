@@ -125,6 +125,21 @@ class TinyFilms(TinyPictures):
         )
 
 
+class TinyUnnamed(TinyStripes):
+    """A set whose class names hold what cannot be printed."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(16, 16, 1)),
+            "label": tfds.features.ClassLabel(names=["upright\u2028", "lying"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+
 class TinyCompetition(TinyStripes):
     """Stripes with a test split whose labels are secret."""
 
@@ -258,6 +273,13 @@ def test_a_test_split_without_labels_is_not_decoded(
     assert "its test split has no labels" in dataset.spec.origin
     names = {path.name for path in (tmp_path / "tiny_competition").iterdir()}
     assert names == {"prepared.json", "train_images.npy", "train_labels.npy"}
+
+
+@pytest.mark.usefixtures("closed_network")
+def test_class_names_are_checked_before_anything_is_prepared(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'tiny_unnamed', class 0: .* character U\+2028"):
+        load(DataConfig(name="tiny_unnamed", directory=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("closed_network")

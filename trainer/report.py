@@ -47,8 +47,7 @@ def draw_samples(draw: FigureProcess, config: Config, data: Dataset) -> Future[b
         return None
     positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
     images, labels = data.train.read(positions)
-    titles = [data.spec.class_names[label] for label in labels]
-    return draw.call("png_of_pictures", images, titles)
+    return draw.call("png_of_samples", images, labels, data.spec)
 
 
 def write_samples(run: Run, png: bytes) -> None:
@@ -81,12 +80,11 @@ def draw_results(
     drawn = {"confusion_matrix": draw.call("png_of_confusion", labels, guesses, spec)}
     wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
     if len(wrong):
-        names = spec.class_names
-        titles = [
-            f"{names[labels[i]]}, taken for\n{names[guesses[i]]} ({probabilities[i].max():.0%})"
-            for i in wrong
-        ]
-        drawn["confident_mistakes"] = draw.call("png_of_pictures", split.read(wrong)[0], titles)
+        drawn["confident_mistakes"] = draw.call(
+            "png_of_mistakes",
+            split.read(wrong)[0],
+            *(labels[wrong], guesses[wrong], probabilities[wrong].max(axis=1), spec),
+        )
     return Drawn(classes, drawn)
 
 
@@ -159,9 +157,8 @@ def model_card(
 ) -> str:
     """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
     data = summary["data"]
-    bar = chr(92) + "|"  # what a Markdown table takes for a bar within a cell
     rows = [
-        f"| {name.replace('|', bar)} | {row['precision']:.4f} | {row['recall']:.4f} "
+        f"| {markdown_text(name)} | {row['precision']:.4f} | {row['recall']:.4f} "
         f"| {row['f1-score']:.4f} | {row['support']:.0f} |"
         for name, row in classes.items()
     ]
@@ -201,6 +198,11 @@ def model_card(
             "",
         ]
     )
+
+
+def markdown_text(text: str) -> str:
+    """Returns one line of Markdown that shows a text as it is, also within a table."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", text)
 
 
 def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:

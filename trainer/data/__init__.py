@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import pkgutil
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -31,8 +32,14 @@ Examples = tuple[Images, Labels]
 
 _log = logging.getLogger(__name__)
 
-# The most classes that a message names.
+# The most classes that a message names, and the most characters of a name.
 _SHOWN_CLASSES = 12
+_SHOWN_CHARACTERS = 40
+
+# Unicode categories of control and format characters, surrogates, line and paragraph separators.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# The format characters that words and emoji need: zero-width non-joiner and joiner.
+_JOINERS = "\u200c\u200d"
 
 # Read at once, so that what is read need not be in memory twice.
 _PIECE_BYTES = 2**24
@@ -200,7 +207,7 @@ class Source:
     Attributes:
         name: Of the data set.
         version: Of the data set; change it when the data changes.
-        class_names: In the order of the labels 0, 1, ...
+        class_names: In the order of the labels 0, 1, ...; text of one line.
         train: Images (uint8 [n, height, width, channels]) and labels (int [n]).
         test: The same; None, or only negative labels: test images are held out of train.
         validation: The same; None, or only negative labels: they are held out of train.
@@ -256,12 +263,50 @@ def load(config: DataConfig) -> Dataset:
             f"data set {config.name!r}: expected load() to return a Source, "
             f"received {type(source).__name__}"
         )
+    check_class_names(source.name, source.class_names)
     source = _without_unlabelled(source)
     for split in ("train", "validation", "test"):
         _check(source, split, getattr(source, split))
     dataset = _divide(source, config)
     _warn_of_untrained_classes(dataset)
     return dataset
+
+
+def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
+    """Refuses class names that cannot be printed, drawn or told apart.
+
+    Args:
+        data_set: Name of the data set, for the message.
+        class_names: In the order of the labels.
+
+    Raises:
+        InputError: A name is not text, has no visible character, has one that cannot be printed
+            (a line break, half of a surrogate pair), or equals another one when both are printed.
+    """
+    labels: dict[str, int] = {}
+    for label, name in enumerate(class_names):
+        if not isinstance(name, str):
+            raise InputError(
+                f"data set {data_set!r}, class {label}: expected a name of type str, "
+                f"received {type(name).__name__}"
+            )
+        where = f"data set {data_set!r}, class {label}: expected a name that can be printed"
+        categories = {c: unicodedata.category(c) for c in name if c not in _JOINERS}
+        unprintable = [c for c, category in categories.items() if category in _UNPRINTABLE]
+        if unprintable:
+            raise InputError(
+                f"{where}, received {name[:_SHOWN_CHARACTERS]!a} with the character "
+                f"U+{ord(unprintable[0]):04X}"
+            )
+        if not any(category[0] in "LNPS" for category in categories.values()):
+            raise InputError(f"{where}, received {name[:_SHOWN_CHARACTERS]!a}")
+        printed = " ".join(unicodedata.normalize("NFC", name).split())
+        if printed in labels:
+            raise InputError(
+                f"data set {data_set!r}: expected classes of different names, received "
+                f"{name[:_SHOWN_CHARACTERS]!a} for the classes {labels[printed]} and {label}"
+            )
+        labels[printed] = label
 
 
 def warn_of_unlabelled(name: str, split: str) -> None:
@@ -378,8 +423,6 @@ def _check(source: Source, split: str, examples: tuple[Images, NDArray[Any]] | N
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{where}: expected integer labels, received {labels.dtype}")
-    if len(set(source.class_names)) < len(source.class_names):
-        raise InputError(f"{where}: expected classes of different names: {source.class_names}")
     if labels.min() < 0 or labels.max() >= len(source.class_names):
         raise InputError(
             f"{where}: expected labels from 0 to {len(source.class_names) - 1}, "

@@ -25,7 +25,7 @@ import filelock
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data import Source, mnist_sample, names, warn_of_unlabelled
+from trainer.data import Source, check_class_names, mnist_sample, names, warn_of_unlabelled
 from trainer.data._prepared import (
     PARTIAL,
     check_sums,
@@ -119,6 +119,8 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
         tfds.disable_progress_bar()
     builder = _builder(config)
     label_key = _check_features(config, builder)[1]
+    class_names = list(builder.info.features[label_key].names)
+    check_class_names(config.name, class_names)
     archives = None
     if not builder.is_prepared():
         archives = _archives(config, builder)
@@ -137,7 +139,7 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
             folder,
             name=config.name,
             version=str(builder.version),
-            class_names=list(builder.info.features[label_key].names),
+            class_names=class_names,
             origin=origin,
             splits=splits,
         )

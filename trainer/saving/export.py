@@ -29,6 +29,7 @@ from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
 from trainer.errors import CheckError, InputError
+from trainer.report import markdown_text
 from trainer.run import Run, open_run, sha256
 from trainer.saving import runtimes
 from trainer.saving.formats import Format, Probabilities, Source, find_format
@@ -306,7 +307,8 @@ def model_card(exported: Exported, version: Path) -> str:
             "",
             f"- Takes `images`: uint8 [batch, {shape}], 0 to 255",
             f"- Gives `probabilities`: float32 [batch, {spec.class_count}], of the classes "
-            f"{', '.join(spec.class_names[:20])}" + (", ..." if spec.class_count > 20 else ""),
+            f"{', '.join(map(markdown_text, spec.class_names[:20]))}"
+            + (", ..." if spec.class_count > 20 else ""),
             f"- Trained on {spec.name} {spec.version}: {spec.train:,} images",
             f"- Verified on {verified.images:,} held-out images, in a process without the code it "
             f"was made by: accuracy {verified.accuracy:.4f} (the float32 model: "

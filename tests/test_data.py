@@ -1,6 +1,7 @@
 """What every data set keeps to, found by itself; where it comes from; and what is refused."""
 
 import gzip
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from data_contract import SPLITS, check_contract, check_disjoint
 
+import trainer
 import trainer.data
 import trainer.data.tfds
 from trainer.config import DataConfig
@@ -64,9 +66,10 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
             "def load(config, *, factor: int = 1):\n"
             "    images = np.arange(240, dtype=np.uint8).reshape(20, 4, 3, 1) // factor\n"
             "    labels, test, validation = np.arange(20) % 2, None, None\n"
+            "    names = ['even', 'odd']\n"
             f"    {line}\n"
             "    train = images, labels\n"
-            "    return Source('own', '1', ['even', 'odd'], train, test, validation)\n"
+            "    return Source('own', '1', names, train, test, validation)\n"
         )
         monkeypatch.setattr(trainer.data, "__path__", [*trainer.data.__path__, str(tmp_path)])
 
@@ -116,6 +119,11 @@ def test_splits_that_are_given_are_left_as_they_are(own_module: Callable[[str], 
         ("labels = labels / 1", "expected integer labels, received float64"),
         ("labels = labels + 1", "expected labels from 0 to 1, received 1 to 2"),
         ("labels = labels - 1", "expected labels from 0 to 1, received -1 to 0"),
+        ("labels = labels * 0 - 1", "train: expected labels from 0 to 1, received -1 to -1"),
+        (
+            "test = images[:5], labels[:5] - 1",
+            "test: expected labels from 0 to 1, received -1 to 0",
+        ),
         ("images, labels = images[:0], labels[:0]", "at least one, received 0 images"),
         (
             "test = images[:5], labels[:4]",
@@ -137,6 +145,93 @@ def test_arrays_that_a_network_could_learn_only_by_mistake_are_refused(
     with pytest.raises(InputError) as refused:
         load(DataConfig(name="own"))
     assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["a", "b\ud800"],
+            r"class 1: expected a name that can be printed, received 'b\ud800' with",
+        ),
+        (["a\nb", "b"], "received 'a\\nb' with the character U+000A"),
+        (["a", "\tb"], "with the character U+0009"),
+        (["a", "b\0"], "with the character U+0000"),
+        (["a", "\x1b[31mred"], "with the character U+001B"),
+        (["\ufeffa", "b"], "with the character U+FEFF"),
+        (["a", "\u202eb"], "with the character U+202E"),
+        (["a", "b\u2028c"], "with the character U+2028"),
+        (["a", ""], "class 1: expected a name that can be printed, received ''"),
+        ([" ", "b"], "class 0: expected a name that can be printed, received ' '"),
+        (["\u200d\u0301", "b"], "class 0: expected a name that can be printed"),
+        (["a", "x" * 9999 + "\n"], f"received '{'x' * 40}' with the character U+000A"),
+        (["a", "a"], "received 'a' for the classes 0 and 1"),
+        (["b", "caf\u00e9", "cafe\u0301"], "received 'cafe\\u0301' for the classes 1 and 2"),
+        (["a b", " a  b "], "received ' a b ' for the classes 0 and 1"),
+        ([0, 1], "class 0: expected a name of type str, received int"),
+        (["a", None], "class 1: expected a name of type str, received NoneType"),
+        (["a", b"b"], "class 1: expected a name of type str, received bytes"),
+    ],
+)
+def test_class_names_that_cannot_be_shown_are_refused(
+    names: list[Any], expected: str, own_module: Callable[[str], None]
+) -> None:
+    own_module(f"names = {names!a}")
+    with pytest.raises(InputError) as refused:
+        load(DataConfig(name="own"))
+    assert expected in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def test_other_class_names_are_taken_as_they_are(own_module: Callable[[str], None]) -> None:
+    names = ["a|b", "$x^$", "[red]", "<b>", "a, b", "Cat", "cat", "猫", "👩\u200d🚀", "é", "`"]
+    names += ["\\", "²", "2", " a", "#", "x" * 9999, "\u0646\u06cc\u0645\u200c\u0641"]
+    own_module(f"names = {names!a}")
+    assert load(DataConfig(name="own")).spec.class_names == tuple(names)
+
+
+def test_a_split_without_labels_is_not_used(
+    own_module: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    own_module("test, validation = (images[:5], labels[:5] * 0 - 1), (images[5:9], labels[5:9])")
+    dataset = load(DataConfig(name="own", test_fraction=0.25))
+    assert [len(dataset.split(name)) for name in SPLITS] == [15, 4, 5]
+    assert dataset.test.images is dataset.train.images
+    assert set(dataset.test.read()[1]) == {0, 1}
+    assert caplog.messages == [
+        "The test split of own has no labels and cannot be scored: test images are held out of "
+        "train."
+    ]
+
+
+def test_a_class_without_training_images_is_named(
+    own_module: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    own_module("labels = labels * 0")
+    dataset = load(DataConfig(name="own"))
+    assert caplog.messages == [
+        "1 of 2 classes of own have no training images and cannot be learned: 'odd'"
+    ]
+    assert dataset.train.class_counts(2) == [len(dataset.train), 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_has_every_class_in_proportion(seed: int) -> None:
+    sizes = [4, 60, 300, 36]  # 400, sorted by class; the rows before them are of another split
+    labels = np.repeat(np.arange(4, dtype=np.int32), sizes)
+    split = Split(np.zeros((500, 1, 1, 1), np.uint8), np.pad(labels, (100, 0)), np.arange(100, 500))
+    for count in (4, 40, 100, 399):
+        sample = split.sample(count, seed)
+        assert len(sample) == len(set(sample.rows)) == count
+        assert set(sample.rows) <= set(split.rows)
+        assert (np.diff(sample.rows) > 0).all()  # in the order of the split
+        expected = np.array(sizes) * count / 400
+        found = np.array(sample.class_counts(4))
+        assert found.min() >= 1
+        assert (abs(found - expected) <= 3).all()
+        assert sample.rows.tolist() == split.sample(count, seed).rows.tolist()
+    assert split.sample(100, seed).rows.tolist() != split.sample(100, seed + 1).rows.tolist()
+    assert split.sample(400, seed) is split.sample(999, seed) is split
 
 
 def test_fingerprint_tells_contents_apart() -> None:
@@ -316,3 +411,37 @@ def test_rows_of_a_file_are_read_in_any_order_and_a_shortened_file_is_refused(
         file.truncate(mapped.offset + 20 * 6)
     with pytest.raises(InputError, match=r"images.npy: expected 12 bytes of 2 images, read 6"):
         split.read(np.array([9, 12]))
+
+
+# ---------------------------------------------------------------- what is scored
+
+
+def test_limited_batches_score_a_fixed_sample_of_all_classes(
+    own_module: Callable[[str], None], tmp_path: Path
+) -> None:
+    # Every split is sorted by class, and the last pixel tells the class.
+    own_module(
+        "labels = np.repeat(np.arange(2), 200); images = np.zeros((400, 4, 3, 1), np.uint8); "
+        "images[:, -1, -1] = labels[:, None] * 200; test = validation = images, labels"
+    )
+    options = {
+        "data.name": "own",
+        "model.name": "mlp",
+        "training.epochs": 1,
+        "training.batch_size": 16,
+        "training.limit_batches": 2,
+        "logging.directory": str(tmp_path / "runs"),
+        "logging.name": "limited",
+    }
+    fitted = trainer.fit(trainer.Config().with_changes(options))
+    assert fitted.run is not None
+    assert fitted.summary["test_images"] == 32
+    classes = json.loads((fitted.run.path / "classes.json").read_text())
+    assert [row["support"] for row in classes.values()] == [16, 16]
+    # Labels and predictions belong together: recall by class adds up to the accuracy.
+    accuracy = fitted.summary["test"]["accuracy"]
+    assert np.mean([row["recall"] for row in classes.values()]) == pytest.approx(accuracy)
+    for split in ("test", "validation"):
+        scores = trainer.evaluate(str(fitted.run.path), split=split)
+        assert scores["images"] == 32
+        assert scores["loss"] == pytest.approx(fitted.summary[split]["loss"], abs=1e-6)

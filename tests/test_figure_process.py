@@ -8,15 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainer.data import DataSpec
 from trainer.figure_process import FigureProcess
 
 PICTURES = np.zeros((2, 6, 5, 1), np.uint8)
+LABELS = np.array([0, 1])
+SPEC = DataSpec(
+    name="any",
+    version="1",
+    image_shape=(6, 5, 1),
+    class_names=("one", "two"),
+    train=1,
+    validation=1,
+    test=1,
+    fingerprint="",
+    origin="",
+)
 
 
 def test_another_process_draws_in_the_order_asked() -> None:
     with FigureProcess() as draw:
-        first = draw.call("png_of_pictures", PICTURES, ["one", "two"])
-        second = draw.call("png_of_pictures", PICTURES[:1], ["one"])
+        first = draw.call("png_of_samples", PICTURES, LABELS, SPEC)
+        second = draw.call("png_of_samples", PICTURES[:1], LABELS[:1], SPEC)
         assert second.result().startswith(b"\x89PNG")
         assert first.done()
         assert first.result() != second.result()
@@ -24,17 +37,17 @@ def test_another_process_draws_in_the_order_asked() -> None:
 
 def test_what_fails_there_is_raised_here_and_the_next_is_drawn() -> None:
     with FigureProcess() as draw:
-        failing = draw.call("png_of_pictures", PICTURES, ["one title for two pictures"])
-        with pytest.raises(RuntimeError, match=r"(?s)png_of_pictures failed .*ValueError: zip"):
+        failing = draw.call("png_of_samples", PICTURES, LABELS[:1], SPEC)
+        with pytest.raises(RuntimeError, match=r"(?s)png_of_samples failed .*ValueError: zip"):
             failing.result()
-        assert draw.call("png_of_pictures", PICTURES, ["one", "two"]).result()
+        assert draw.call("png_of_samples", PICTURES, LABELS, SPEC).result()
 
 
 def test_a_process_that_was_killed_is_named() -> None:
     with FigureProcess() as draw:
         draw._process.kill()
-        with pytest.raises(RuntimeError, match="that draws ended with -9 during png_of_pictures"):
-            draw.call("png_of_pictures", PICTURES, ["one", "two"]).result()
+        with pytest.raises(RuntimeError, match="that draws ended with -9 during png_of_samples"):
+            draw.call("png_of_samples", PICTURES, LABELS, SPEC).result()
 
 
 def test_it_ends_with_the_process_that_trains_however_that_ends(tmp_path: Path) -> None:

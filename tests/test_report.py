@@ -1,4 +1,5 @@
 import io
+import itertools
 import shlex
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -126,9 +128,42 @@ def test_many_classes_are_coloured_without_numbers() -> None:
     assert len(cells(figures.confusion_figure(LABELS, GUESSES, of_classes(*names[:30])))) == 900
 
 
-def test_class_names_are_no_formulas() -> None:
-    assert drawn(figures.confusion_figure(LABELS, GUESSES, of_classes("$^$", "b", "c", "d")))
-    assert drawn(figures.picture_grid(np.zeros((1, 6, 5, 1), np.uint8), ["$^$"]))
+ANY_NAMES = ("$^$", "猫", "_", "a|b\\|c", "*x* `y` <b> [red](z) &amp; #1 ~~no~~ $a$", "n" * 999)
+
+
+def test_figures_show_any_class_name() -> None:
+    # A warning is an error here: matplotlib warns of characters that its font lacks.
+    spec = of_classes(*ANY_NAMES)
+    figure = figures.confusion_figure(LABELS, GUESSES, spec)
+    assert drawn(figure)
+    ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert ticks[:4] == ["$^$", "#1", "_", "a|b\\|c"]
+    assert ticks[4:] == ["*x* `y` <b> [red](z)… #4", f"{'n' * 20}… #5"]
+    width = figure.axes[0].get_window_extent().width / figure.get_window_extent().width
+    assert width > 0.5  # the names leave room for the matrix
+    images, labels = np.zeros((6, 6, 5, 1), np.uint8), np.arange(6)
+    assert figures.png_of_samples(images, labels, spec)
+    assert figures.png_of_mistakes(images, labels, labels[::-1], np.full(6, 0.5), spec)
+
+
+def test_cut_names_stay_different() -> None:
+    names = figures.drawn_names(of_classes(*[f"{'same ' * 9}{i}" for i in range(200)]), 14)
+    assert len(set(names)) == 200
+    assert max(map(len, names)) == 14
+
+
+def test_the_model_card_shows_any_class_name() -> None:
+    table = figures.class_table(LABELS, GUESSES, of_classes(*ANY_NAMES))
+    card = report.model_card("a", summary(), table, Config())
+    tokens = MarkdownIt().enable(["table", "strikethrough"]).parse(card)
+    cells = [
+        "".join(part.content for part in following.children or [])
+        for token, following in itertools.pairwise(tokens)
+        if token.type == "td_open"
+    ]
+    assert cells[::5] == list(ANY_NAMES)
+    kinds = {part.type for token in tokens if token.level == 5 for part in token.children or []}
+    assert kinds <= {"text", "text_special"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import filelock
 import numpy as np
@@ -71,6 +71,90 @@ class TinyStripes(TinyPictures):
             image = np.zeros((16, 16, 1), np.uint8)
             image[:, ::2] = 240
             yield i, {"image": image if i % 2 == 0 else image.transpose(1, 0, 2), "label": i % 2}
+
+
+class TinyDeep(TinyPictures):
+    """Grey pictures of 16 bits, of one shade each: black, white, and what lies between."""
+
+    SHADES = (0, 128, 129, 257, 1000, 4095, 32767, 32768, 65278, 65406, 65407, 65535)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(6, 6, 1), dtype=np.uint16),
+            "label": tfds.features.ClassLabel(names=["dark", "bright"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _generate_examples(self) -> Iterator[Any]:
+        for shade in self.SHADES:
+            image = np.full((6, 6, 1), shade, np.uint16)
+            yield shade, {"image": image, "label": int(shade >= 32768)}
+
+
+class TinyFloats(TinyPictures):
+    """Pictures of real numbers."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(4, 4, 1), dtype=np.float32),
+            "label": tfds.features.ClassLabel(names=["a", "b"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+
+class TinyFilms(TinyPictures):
+    """Animations."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, 4, 4, 3)),
+            "label": tfds.features.ClassLabel(names=["a", "b"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+
+class TinyUnnamed(TinyStripes):
+    """A set whose class names hold what cannot be printed."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(16, 16, 1)),
+            "label": tfds.features.ClassLabel(names=["upright\u2028", "lying"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+
+class TinyCompetition(TinyStripes):
+    """Stripes with a test split whose labels are secret."""
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:  # noqa: ARG002
+        secret = ((i, example | {"label": -1}) for i, example in self._generate_examples())
+        return {"train": self._generate_examples(), "test": secret}
+
+
+class TinyUninstalled(TinyStripes, skip_registration=True):
+    """A set whose class is not in the catalog where its files are read."""
+
+    BUILDER_CONFIGS: ClassVar[list[Any]] = [
+        tfds.core.BuilderConfig(name="wide", version="1.2.3"),
+        tfds.core.BuilderConfig(name="narrow", version="1.2.3"),
+    ]
 
 
 class TinySentences(TinyPictures):
@@ -169,6 +253,36 @@ def test_a_set_of_tfds_is_decoded_resized_and_held_out(
 
 
 @pytest.mark.usefixtures("closed_network")
+def test_a_test_split_without_labels_is_not_decoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_by_tfds("tiny_competition", tmp_path / "tensorflow_datasets")
+    config = DataConfig(name="tiny_competition", directory=str(tmp_path))
+    dataset = load(config)
+    check_contract(dataset, load(config))
+    assert [len(dataset.split(name)) for name in SPLITS] == [16, 2, 2]
+    warnings = [
+        r.getMessage()
+        for r in caplog.records
+        if r.levelname == "WARNING" and r.name.startswith("trainer")
+    ]
+    assert warnings == [
+        "The test split of tiny_competition has no labels and cannot be scored: test images are "
+        "held out of train."
+    ]
+    assert "its test split has no labels" in dataset.spec.origin
+    names = {path.name for path in (tmp_path / "tiny_competition").iterdir()}
+    assert names == {"prepared.json", "train_images.npy", "train_labels.npy"}
+
+
+@pytest.mark.usefixtures("closed_network")
+def test_class_names_are_checked_before_anything_is_prepared(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'tiny_unnamed', class 0: .* character U\+2028"):
+        load(DataConfig(name="tiny_unnamed", directory=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("closed_network")
 def test_resizing_averages_and_no_size_leaves_images_as_they_are(tmp_path: Path) -> None:
     prepare_by_tfds("tiny_stripes", tmp_path / "tensorflow_datasets")
     config = DataConfig(name="tiny_stripes", directory=str(tmp_path))
@@ -182,6 +296,37 @@ def test_resizing_averages_and_no_size_leaves_images_as_they_are(tmp_path: Path)
     assert abs(small.astype(float) - 120).max() < 30
 
 
+@pytest.mark.usefixtures("closed_network")
+@pytest.mark.parametrize("image_size", [None, (6, 6), (3, 4)])
+def test_16_bits_become_8_with_and_without_resizing(image_size: Any, tmp_path: Path) -> None:
+    prepare_by_tfds("tiny_deep", tmp_path / "tensorflow_datasets")
+    config = DataConfig(name="tiny_deep", directory=str(tmp_path), image_size=image_size)
+    dataset = load(config)
+    values = []
+    for split in map(dataset.split, SPLITS):
+        for image, label in zip(*split.read(), strict=True):
+            assert image.shape == (*(image_size or (6, 6)), 1)
+            assert image.min() == image.max()  # still of one shade
+            assert label == (image.max() >= 128)
+            values.append(int(image.max()))
+    assert sorted(values) == [0, 0, 1, 1, 4, 16, 127, 128, 254, 254, 255, 255]  # shade / 257
+
+
+@pytest.mark.usefixtures("closed_network")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tiny_floats", "expected images of type uint8 or uint16, received float32"),
+        ("tiny_films", r"expected images \[height, width, channels\], received \[None, 4, 4, 3\]"),
+    ],
+)
+def test_images_that_cannot_be_converted_are_refused(
+    name: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"'{name}': {expected}"):
+        load(DataConfig(name=name, directory=str(tmp_path), image_size=(4, 4)))
+
+
 def test_another_size_is_another_preparation(pictures: DataConfig) -> None:
     other = pictures.model_copy(update={"image_size": (2, 2)})
     assert load(pictures).spec.image_shape == (3, 5, 3)
@@ -189,16 +334,64 @@ def test_another_size_is_another_preparation(pictures: DataConfig) -> None:
     assert load(pictures).spec.fingerprint != load(other).spec.fingerprint
 
 
-def test_a_set_in_the_folder_of_tfds_itself_is_found(
+@pytest.fixture(params=["ours", "theirs"])
+def tfds_folder(
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     closed_network: None,  # noqa: ARG001
-) -> None:
+) -> Path:
+    """Where tensorflow-datasets wrote files: in our folder, or where it keeps data itself."""
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "theirs"))
-    prepare_by_tfds("tiny_pictures", tmp_path / "theirs")
-    directory = str(tmp_path / "ours")
-    spec = load(DataConfig(name="tiny_pictures", directory=directory, image_size=(2, 2))).spec
-    assert (spec.name, spec.train) == ("tiny_pictures", 32)
+    ours = tmp_path / "ours" / "tensorflow_datasets"
+    return ours if request.param == "ours" else tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("version", ["", ":1.2.3"])
+def test_a_prepared_set_is_found_in_either_folder(
+    version: str, tfds_folder: Path, tmp_path: Path
+) -> None:
+    prepare_by_tfds("tiny_pictures", tfds_folder)
+    config = DataConfig(
+        name=f"tiny_pictures{version}", directory=str(tmp_path / "ours"), image_size=(2, 2)
+    )
+    spec = load(config).spec
+    assert (spec.name, spec.version, spec.train) == (f"tiny_pictures{version}", "1.2.3", 32)
+    assert str(tfds_folder) in spec.origin
+
+
+def test_a_prepared_set_needs_no_class_in_the_catalog(tfds_folder: Path, tmp_path: Path) -> None:
+    tfds.disable_progress_bar()
+    for variant in ("wide", "narrow"):
+        TinyUninstalled(data_dir=str(tfds_folder), config=variant).download_and_prepare()
+    before = {path: path.stat().st_mtime_ns for path in tfds_folder.rglob("*")}
+
+    def opened(name: str) -> tuple[str, str, int]:
+        spec = load(DataConfig(name=name, directory=str(tmp_path / "ours"))).spec
+        return spec.version, Path(spec.origin.split(" files in ")[1]).parent.name, spec.train
+
+    for name, variant in {
+        "tiny_uninstalled": "wide",  # the first one is the default
+        "tiny_uninstalled:1.2.3": "wide",
+        "tiny_uninstalled/narrow": "narrow",
+        "tiny_uninstalled/narrow:1.2.3": "narrow",
+    }.items():
+        assert opened(name) == ("1.2.3", variant, 16)
+    # Nothing was written there: the folder may be one that can only be read.
+    assert {path: path.stat().st_mtime_ns for path in tfds_folder.rglob("*")} == before
+    for name in ("tiny_uninstalled:9.9.9", "tiny_uninstalled/tall", "tiny_uninstaled"):
+        with pytest.raises(InputError, match="unknown data set") as refused:
+            opened(name)
+        assert "did you mean 'tiny_uninstalled/" in str(refused.value)
+
+
+def test_a_prepared_version_that_the_catalog_no_longer_has_is_found(
+    tfds_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_by_tfds("tiny_stripes", tfds_folder)
+    monkeypatch.setattr(TinyStripes, "VERSION", tfds.core.Version("2.0.0"))
+    config = DataConfig(name="tiny_stripes", directory=str(tmp_path / "ours"))
+    assert load(config).spec.version == "1.2.3"
 
 
 def test_images_that_differ_in_size_need_one(pictures: DataConfig) -> None:

@@ -20,7 +20,7 @@ from trainer import data as datasets
 from trainer import devices, keras_objects, models
 from trainer.cluster import Cluster
 from trainer.config import Config, KerasObject
-from trainer.data import Dataset, DataSpec
+from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
 from trainer.errors import InputError
 from trainer.run import Run, sha256
@@ -93,11 +93,24 @@ class Setting:
         """Variables that are not the model's own: of augmentation."""
         return [] if self.augmentation is None else self.augmentation.variables
 
+    def scored(self, split: str) -> Split:
+        """Returns the images of a split that are scored: under `limit_batches` a fixed sample."""
+        training, images = self.config.training, self.data.split(split)
+        if training.limit_batches is None:
+            return images
+        count = training.limit_batches * training.batch_size
+        return images.sample(count, self.config.data.split_seed)
+
     def batches(self, split: str, *, shuffled: bool = False) -> Batches:
-        """Returns the batches of a split, in its order or shuffled anew each epoch."""
+        """Returns the batches of a split: all in its order (`scored`), or shuffled anew each epoch.
+
+        Args:
+            split: "train", "validation" or "test".
+            shuffled: `limit_batches` then takes the first batches of each epoch.
+        """
         training = self.config.training
         return make_batches(
-            self.data.split(split),
+            self.data.split(split) if shuffled else self.scored(split),
             self.config.data,
             self.devices,
             batch_size=training.batch_size,
@@ -154,7 +167,7 @@ def assemble(
             tf.config.experimental.enable_op_determinism()
         with devices.dtype_policy(precision), chosen.scope():
             model = compiled_model(config, data.spec)
-            augmentation = make_augmentation(config.data.augmentation, data.spec)
+            augmentation = make_augmentation(config.data.augmentation, data)
         placed = _rehearse(model, data, chosen)
         resolved["training.jit_compile"] = _resolve_jit_compile(config, model, chosen)
         config = config.with_changes(resolved)

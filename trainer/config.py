@@ -188,7 +188,11 @@ class TrainingConfig(Section):
         default=120.0, gt=0, description="Longest wait for the other machines of a cluster"
     )
     limit_batches: int | None = Field(
-        default=None, ge=1, lt=2**31, description="Use only this many batches of each split"
+        default=None,
+        ge=1,
+        lt=2**31,
+        description="Use only this many batches of each split; scored is a fixed sample of all "
+        "classes",
     )
 
     @field_validator("jit_compile", mode="before")

@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
 
 from trainer.data import DataSpec, Images, Labels
+
+# The most characters of a class name beside a matrix and above a picture.
+_TICK_CHARACTERS, _TITLE_CHARACTERS = 24, 14
 
 # Of a picture with its title, in inches.
 _CELL_WIDTH, _CELL_HEIGHT = 1.5, 1.8
@@ -27,8 +31,8 @@ def confusion_figure(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> F
     # More names than this could not be read, and take a minute to draw.
     ticks = np.arange(spec.class_count if spec.class_count <= 100 else 0)
     # Names are text: matplotlib would take what is between two dollars for a formula.
-    rotation = 0 if _short(spec) else 90
-    names = spec.class_names[: len(ticks)]
+    names = drawn_names(spec, _TICK_CHARACTERS)[: len(ticks)]
+    rotation = 0 if max(map(len, names), default=0) <= 3 else 90
     axes.set_xticks(ticks, names, rotation=rotation, parse_math=False)
     axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("taken for")
@@ -47,6 +51,29 @@ def confusion_figure(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> F
                 color="white" if strong else ("black" if row != column else "gray"),
             )
     return figure
+
+
+def drawn_names(spec: DataSpec, characters: int) -> list[str]:
+    """Returns class names as figures show them.
+
+    A name that is too long is cut, and one with characters that the font lacks is left out. Both
+    get their label, for example "tench, Ti… #0" or "#3", so that different classes look different.
+
+    Args:
+        spec: Gives the names.
+        characters: The most characters of a name.
+    """
+    font = get_font(findfont(FontProperties()))
+    names = []
+    for label, name in enumerate(spec.class_names):
+        if not all(font.get_char_index(ord(character)) for character in name):
+            names.append(f"#{label}")
+        elif len(name) > characters:
+            number = f"… #{label}"
+            names.append(name[: characters - len(number)] + number)
+        else:
+            names.append(name)
+    return names
 
 
 def picture_grid(images: Images, titles: list[str]) -> Figure:
@@ -98,15 +125,28 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def png_of_pictures(images: Images, titles: list[str]) -> bytes:
-    """Returns `picture_grid` as a PNG file."""
+def png_of_samples(images: Images, labels: Labels, spec: DataSpec) -> bytes:
+    """Returns images under the names of their classes as a PNG file."""
+    names = drawn_names(spec, _TITLE_CHARACTERS)
+    return as_png(picture_grid(images, [names[label] for label in labels]))
+
+
+def png_of_mistakes(
+    images: Images,
+    labels: Labels,
+    guesses: NDArray[Any],
+    confidences: NDArray[Any],
+    spec: DataSpec,
+) -> bytes:
+    """Returns images under their class, the class they were taken for and its probability."""
+    names = drawn_names(spec, _TITLE_CHARACTERS)
+    titles = [
+        f"{names[label]}, taken for\n{names[guess]} ({confidence:.0%})"
+        for label, guess, confidence in zip(labels, guesses, confidences, strict=True)
+    ]
     return as_png(picture_grid(images, titles))
 
 
 def png_of_confusion(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> bytes:
     """Returns `confusion_figure` as a PNG file."""
     return as_png(confusion_figure(labels, guesses, spec))
-
-
-def _short(spec: DataSpec) -> bool:
-    return max(map(len, spec.class_names)) <= 3

@@ -13,7 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.config import Config
-from trainer.data import Dataset, Labels
+from trainer.data import Dataset, DataSpec, Labels, Split
 from trainer.errors import shell_command
 from trainer.figure_process import FigureProcess
 from trainer.run import Run
@@ -49,8 +49,7 @@ def draw_samples(draw: FigureProcess, config: Config, data: Dataset) -> Future[b
         return None
     positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
     images, labels = data.train.read(positions)
-    titles = [data.spec.class_names[label] for label in labels]
-    return draw.call("png_of_pictures", images, titles)
+    return draw.call("png_of_samples", images, labels, data.spec)
 
 
 def write_samples(run: Run, png: bytes) -> None:
@@ -60,23 +59,34 @@ def write_samples(run: Run, png: bytes) -> None:
 
 
 def draw_results(
-    draw: FigureProcess, config: Config, data: Dataset, probabilities: NDArray[Any]
+    draw: FigureProcess,
+    config: Config,
+    split: Split,
+    spec: DataSpec,
+    probabilities: NDArray[Any],
 ) -> Drawn:
-    """Has drawn what the test images showed."""
-    labels = data.test.labels[data.test.rows[: len(probabilities)]]
+    """Starts drawing the results on the test images.
+
+    Args:
+        draw: Draws in another process.
+        config: Says what is drawn.
+        split: The images that were scored.
+        spec: Gives the class names.
+        probabilities: float [n, classes], in the order of the split.
+    """
+    labels = split.labels[split.rows]
     guesses = probabilities.argmax(axis=1)
-    classes = draw.call("class_table", labels, guesses, data.spec)
+    classes = draw.call("class_table", labels, guesses, spec)
     if not config.logging.tensorboard:
         return Drawn(classes, {})
-    drawn = {"confusion_matrix": draw.call("png_of_confusion", labels, guesses, data.spec)}
+    drawn = {"confusion_matrix": draw.call("png_of_confusion", labels, guesses, spec)}
     wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
     if len(wrong):
-        names = data.spec.class_names
-        titles = [
-            f"{names[labels[i]]}, taken for\n{names[guesses[i]]} ({probabilities[i].max():.0%})"
-            for i in wrong
-        ]
-        drawn["confident_mistakes"] = draw.call("png_of_pictures", data.test.read(wrong)[0], titles)
+        drawn["confident_mistakes"] = draw.call(
+            "png_of_mistakes",
+            split.read(wrong)[0],
+            *(labels[wrong], guesses[wrong], probabilities[wrong].max(axis=1), spec),
+        )
     return Drawn(classes, drawn)
 
 
@@ -147,9 +157,8 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
 def model_card(run: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
     """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
     data = summary["data"]
-    bar = chr(92) + "|"  # what a Markdown table takes for a bar within a cell
     rows = [
-        f"| {name.replace('|', bar)} | {row['precision']:.4f} | {row['recall']:.4f} "
+        f"| {markdown_text(name)} | {row['precision']:.4f} | {row['recall']:.4f} "
         f"| {row['f1-score']:.4f} | {row['support']:.0f} |"
         for name, row in classes.items()
     ]
@@ -193,6 +202,11 @@ def model_card(run: Path, summary: dict[str, Any], classes: dict[str, Any], conf
             "",
         ]
     )
+
+
+def markdown_text(text: str) -> str:
+    """Returns one line of Markdown that shows a text as it is, also within a table."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", text)
 
 
 def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:

@@ -325,8 +325,9 @@ def describe_data(config: DataConfig) -> dict[str, Any]:
     """
     data = datasets.load(config)
     tfds.check(config)
+    classes = data.spec.class_names
     counts = {
-        name: dict(zip(data.spec.class_names, data.split(name).class_counts(), strict=False))
+        name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
         for name in ("train", "validation", "test")
     }
     return data.spec.model_dump(mode="json") | {"class_counts": counts}
@@ -520,7 +521,8 @@ class _Training:
             scores, found = _score(setting, test, collect=True, signals=self._signals)
         probabilities, drawn = cast("NDArray[np.float32]", found), None
         if draw is not None:
-            drawn = report.draw_results(draw, setting.config, setting.data, probabilities)
+            split, spec = setting.scored("test"), setting.data.spec
+            drawn = report.draw_results(draw, setting.config, split, spec, probabilities)
         with self._evaluating():  # while that is drawn
             validation, _ = _score(setting, self._validation, signals=self._signals)
         if drawn is None:

@@ -7,11 +7,13 @@ Modules whose name begins with an underscore are no data sets.
 
 import hashlib
 import importlib
+import logging
 import mmap
 import os
 import pkgutil
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,17 @@ _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Examples = tuple[Images, Labels]
+
+_log = logging.getLogger(__name__)
+
+# The most classes that a message names, and the most characters of a name.
+_SHOWN_CLASSES = 12
+_SHOWN_CHARACTERS = 40
+
+# Unicode categories of control and format characters, surrogates, line and paragraph separators.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# The format characters that words and emoji need: zero-width non-joiner and joiner.
+_JOINERS = "\u200c\u200d"
 
 # Read at once, so that what is read need not be in memory twice.
 _PIECE_BYTES = 2**24
@@ -88,9 +101,33 @@ class Split:
         """Bytes that the images take in memory."""
         return len(self) * int(np.prod(self.images.shape[1:]))
 
-    def class_counts(self) -> list[int]:
-        """Returns how many images each label has, up to the highest label present."""
-        return [int(count) for count in np.bincount(self.labels[self.rows])]
+    def class_counts(self, classes: int) -> list[int]:
+        """Returns the number of images of each of `classes` classes."""
+        return [int(count) for count in np.bincount(self.labels[self.rows], minlength=classes)]
+
+    def sample(self, count: int, seed: int) -> "Split":
+        """Draws images at random, in proportion to their classes and at least one of each.
+
+        Args:
+            count: Number of images. Fewer than there are classes leave classes out.
+            seed: The same seed draws the same images.
+
+        Returns:
+            The images in the order of this split; the split itself if it has no more than `count`.
+        """
+        if count >= len(self):
+            return self
+        order = np.random.RandomState(seed).permutation(len(self))
+        labels = self.labels[self.rows[order]]
+        # The k-th image of a class of n images comes at k / n: the first of every class, then the
+        # others at even distances.
+        sizes = np.bincount(labels)
+        starts = np.cumsum(sizes) - sizes
+        by_class = np.argsort(labels, kind="stable")
+        rank = np.empty(len(self), np.int64)
+        rank[by_class] = np.arange(len(self)) - starts[labels[by_class]]
+        first = np.argsort(rank / sizes[labels], kind="stable")[:count]
+        return Split(self.images, self.labels, self.rows[np.sort(order[first])])
 
     def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> Examples:
         """Returns images and labels at some positions of the split, copied into memory.
@@ -170,10 +207,10 @@ class Source:
     Attributes:
         name: Of the data set.
         version: Of the data set; change it when the data changes.
-        class_names: In the order of the labels 0, 1, ...
+        class_names: In the order of the labels 0, 1, ...; text of one line.
         train: Images (uint8 [n, height, width, channels]) and labels (int [n]).
-        test: The same; None: test images are held out of train.
-        validation: The same; None: validation images are held out of train.
+        test: The same; None, or only negative labels: test images are held out of train.
+        validation: The same; None, or only negative labels: they are held out of train.
         origin: Where the data came from, in words.
         fingerprint: Where it is already known; else it is computed.
     """
@@ -226,9 +263,58 @@ def load(config: DataConfig) -> Dataset:
             f"data set {config.name!r}: expected load() to return a Source, "
             f"received {type(source).__name__}"
         )
+    check_class_names(source.name, source.class_names)
+    source = _without_unlabelled(source)
     for split in ("train", "validation", "test"):
         _check(source, split, getattr(source, split))
-    return _divide(source, config)
+    dataset = _divide(source, config)
+    _warn_of_untrained_classes(dataset)
+    return dataset
+
+
+def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
+    """Refuses class names that cannot be printed, drawn or told apart.
+
+    Args:
+        data_set: Name of the data set, for the message.
+        class_names: In the order of the labels.
+
+    Raises:
+        InputError: A name is not text, has no visible character, has one that cannot be printed
+            (a line break, half of a surrogate pair), or equals another one when both are printed.
+    """
+    labels: dict[str, int] = {}
+    for label, name in enumerate(class_names):
+        if not isinstance(name, str):
+            raise InputError(
+                f"data set {data_set!r}, class {label}: expected a name of type str, "
+                f"received {type(name).__name__}"
+            )
+        where = f"data set {data_set!r}, class {label}: expected a name that can be printed"
+        categories = {c: unicodedata.category(c) for c in name if c not in _JOINERS}
+        unprintable = [c for c, category in categories.items() if category in _UNPRINTABLE]
+        if unprintable:
+            raise InputError(
+                f"{where}, received {name[:_SHOWN_CHARACTERS]!a} with the character "
+                f"U+{ord(unprintable[0]):04X}"
+            )
+        if not any(category[0] in "LNPS" for category in categories.values()):
+            raise InputError(f"{where}, received {name[:_SHOWN_CHARACTERS]!a}")
+        printed = " ".join(unicodedata.normalize("NFC", name).split())
+        if printed in labels:
+            raise InputError(
+                f"data set {data_set!r}: expected classes of different names, received "
+                f"{name[:_SHOWN_CHARACTERS]!a} for the classes {labels[printed]} and {label}"
+            )
+        labels[printed] = label
+
+
+def warn_of_unlabelled(name: str, split: str) -> None:
+    """Warns that a split has no labels and is not used."""
+    _log.warning(
+        "The %s split of %s has no labels and cannot be scored: %s images are held out of train.",
+        *(split, name, split),
+    )
 
 
 def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:
@@ -239,6 +325,31 @@ def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:
         digest.update(np.ascontiguousarray(images).data)
         digest.update(np.ascontiguousarray(labels, dtype="<i4").data)
     return digest.hexdigest()
+
+
+def _without_unlabelled(source: Source) -> Source:
+    """Leaves out a split whose labels are all negative, which means unknown."""
+    left_out: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        examples = getattr(source, split)
+        labels = np.asarray([] if examples is None else examples[1])
+        if labels.size and np.issubdtype(labels.dtype, np.integer) and (labels < 0).all():
+            warn_of_unlabelled(source.name, split)
+            left_out[split] = None
+    return replace(source, **left_out)
+
+
+def _warn_of_untrained_classes(dataset: Dataset) -> None:
+    names = dataset.spec.class_names
+    counts = dataset.train.class_counts(len(names))
+    missing = [name for name, count in zip(names, counts, strict=True) if not count]
+    if missing:
+        shown = ", ".join(map(repr, missing[:_SHOWN_CLASSES]))
+        _log.warning(
+            "%d of %d classes of %s have no training images and cannot be learned: %s%s",
+            *(len(missing), len(names), dataset.spec.name, shown),
+            ", …" if len(missing) > _SHOWN_CLASSES else "",
+        )
 
 
 def _divide(source: Source, config: DataConfig) -> Dataset:
@@ -312,8 +423,6 @@ def _check(source: Source, split: str, examples: tuple[Images, NDArray[Any]] | N
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{where}: expected integer labels, received {labels.dtype}")
-    if len(set(source.class_names)) < len(source.class_names):
-        raise InputError(f"{where}: expected classes of different names: {source.class_names}")
     if labels.min() < 0 or labels.max() >= len(source.class_names):
         raise InputError(
             f"{where}: expected labels from 0 to {len(source.class_names) - 1}, "

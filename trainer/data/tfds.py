@@ -7,6 +7,7 @@ archives in a folder the user names; the network; and, for mnist alone, the samp
 import contextlib
 import http.client
 import io
+import itertools
 import logging
 import os
 import re
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data import Source, mnist_sample, names
+from trainer.data import Source, check_class_names, mnist_sample, names, warn_of_unlabelled
 from trainer.data._prepared import (
     PARTIAL,
     check_sums,
@@ -38,6 +40,12 @@ _log = logging.getLogger(__name__)
 
 # Most sets of tensorflow-datasets, MNIST among them, come from this host.
 DOWNLOADS = "https://storage.googleapis.com/tfds-data"
+
+# The value of white in the image types that can be converted to uint8.
+_WHITE = {np.dtype(kind): np.iinfo(kind).max for kind in (np.uint8, np.uint16)}
+
+# A split without labels has none from its beginning on.
+_PEEKED_LABELS = 256
 
 # A closed network must be known within ten seconds: half for one answer, the rest for a slow
 # look-up of the host's name, which no time-out of urllib covers.
@@ -109,9 +117,10 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
         return True
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    ours, theirs = _builder(config), _builder(config, elsewhere=True)
-    builder = theirs if theirs.is_prepared() and not ours.is_prepared() else ours
+    builder = _builder(config)
     label_key = _check_features(config, builder)[1]
+    class_names = list(builder.info.features[label_key].names)
+    check_class_names(config.name, class_names)
     archives = None
     if not builder.is_prepared():
         archives = _archives(config, builder)
@@ -121,14 +130,18 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> bool:
         if folder.exists() and not overwrite:
             return True  # another process did it while this one waited
         origin = _have_records(config, builder, archives)
+        splits, unlabelled = _splits(config, builder)
+        for split in unlabelled:
+            warn_of_unlabelled(config.name, split)
+            origin += f"; its {split} split has no labels and is not used"
         _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
         write_prepared(
             folder,
             name=config.name,
             version=str(builder.version),
-            class_names=list(builder.info.features[label_key].names),
+            class_names=class_names,
             origin=origin,
-            splits=_splits(config, builder),
+            splits=splits,
         )
     return True
 
@@ -157,43 +170,87 @@ def _alone(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _splits(config: DataConfig, builder: Any) -> dict[str, Any]:
-    """Returns the splits as `write_prepared` takes them; nothing is decoded until it asks."""
+def _splits(config: DataConfig, builder: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the splits as `write_prepared` takes them, and the names of those without labels.
+
+    No image is decoded until `write_prepared` asks for it.
+    """
     available = builder.info.splits
     if "train" not in available:
         raise InputError(f"data set {config.name!r} has no train split, only {sorted(available)}")
-    return {
+    held_out = [split for split in ("validation", "test") if split in available]
+    unlabelled = [split for split in held_out if not _has_labels(config, builder, split)]
+    splits = {
         split: (
             available[split].num_examples,
             _image_shape(config, builder),
             _decode(config, builder, split),
         )
-        for split in ("train", "validation", "test")
-        if split in available
+        for split in ("train", *held_out)
+        if split not in unlabelled
     }
+    return splits, unlabelled
 
 
-def _builder(config: DataConfig, *, elsewhere: bool = False) -> Any:
-    """Returns the builder of a set, or refuses an unknown name with the nearest known one.
+def _has_labels(config: DataConfig, builder: Any, split: str) -> bool:
+    """Returns whether one of the first labels of a split is known: -1 means unknown."""
+    import tensorflow_datasets as tfds
 
-    Args:
-        config: Names the set.
-        elsewhere: Look where tensorflow-datasets itself keeps data (TFDS_DATA_DIR, the home folder)
-            and not in our directory.
+    image_key, label_key = builder.info.supervised_keys
+    with _refusing_damage(config, builder):
+        examples = builder.as_dataset(
+            split=split,
+            shuffle_files=False,
+            decoders={image_key: tfds.decode.SkipDecoding()},
+        )
+        first = tfds.as_numpy(examples.take(_PEEKED_LABELS))
+        return any(example[label_key] >= 0 for example in first)
+
+
+def _builder(config: DataConfig) -> Any:
+    """Returns the builder of a set: of prepared files if there are any, else one that writes them.
+
+    Files are looked for in our directory, then where tensorflow-datasets itself keeps data
+    (TFDS_DATA_DIR or the home folder). They need no builder class in the installed catalog. If no
+    version is named, that of the catalog is preferred to others.
+
+    Raises:
+        InputError: The name, its variant or its version is unknown.
     """
     import tensorflow_datasets as tfds
 
-    directory = None if elsewhere else str(Path(config.directory) / "tensorflow_datasets")
-    try:
-        return tfds.builder(config.name, data_dir=directory)
-    except tfds.core.DatasetNotFoundError:
-        known = [*names(), *tfds.list_builders(with_community_datasets=False)]
-        raise InputError(
-            f"unknown data set {config.name!r}: {nearest(config.name, known)}"
-        ) from None
-    except (ValueError, TypeError, OSError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"data set {config.name!r} cannot be opened: {reason}") from None
+    ours = Path(config.directory) / "tensorflow_datasets"
+    wanted = [config.name] if ":" in config.name else [config.name, f"{config.name}:*.*.*"]
+    found, failures = [], []
+    for name, directory in itertools.product(wanted, (str(ours), None)):
+        try:
+            builder = tfds.builder(name, data_dir=directory)
+        except tfds.core.DatasetNotFoundError:
+            continue
+        except (ValueError, TypeError, OSError, AssertionError) as error:
+            failures.append(" ".join(str(error).split())[:300])
+            continue
+        if builder.is_prepared():
+            return builder
+        found.append(builder)
+    if found:
+        return found[0]
+    if failures:
+        raise InputError(f"data set {config.name!r} cannot be opened: {failures[0]}")
+    known = {
+        *names(),
+        *tfds.list_builders(with_community_datasets=False),
+        *_prepared_names(ours),
+        *_prepared_names(Path(tfds.core.constants.DATA_DIR).expanduser()),
+    }
+    raise InputError(f"unknown data set {config.name!r}: {nearest(config.name, known)}")
+
+
+def _prepared_names(directory: Path) -> Iterator[str]:
+    """Yields the sets in a folder of tensorflow-datasets: "name" or "name/variant"."""
+    for depth in ("*/*", "*/*/*"):
+        for file in directory.glob(f"{depth}/dataset_info.json"):
+            yield str(file.parent.parent.relative_to(directory))
 
 
 def _check_features(config: DataConfig, builder: Any) -> tuple[str, str]:
@@ -212,12 +269,24 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[str, str]:
             f"data set {config.name!r}: expected an image and a class label, "
             f"received {', '.join(features)} (supervised: {keys})"
         )
+    dtype = np.dtype(features[keys[0]].np_dtype)
+    if dtype not in _WHITE:
+        raise InputError(
+            f"data set {config.name!r}: expected images of type uint8 or uint16, received {dtype}, "
+            "which has no fixed value for white (a module of trainer/data can scale them)"
+        )
     _image_shape(config, builder)
     return keys[0], keys[1]
 
 
 def _image_shape(config: DataConfig, builder: Any) -> tuple[int, int, int]:
-    height, width, channels = builder.info.features[builder.info.supervised_keys[0]].shape
+    shape = builder.info.features[builder.info.supervised_keys[0]].shape
+    if len(shape) != 3:
+        raise InputError(
+            f"data set {config.name!r}: expected images [height, width, channels], "
+            f"received {list(shape)}"
+        )
+    height, width, channels = shape
     if config.image_size is not None:
         height, width = config.image_size
     if height is None or width is None:
@@ -348,15 +417,29 @@ def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    def resize(image: Any, label: Any) -> tuple[Any, Any]:
-        small = tf.image.resize(image, config.image_size, antialias=True)
-        return tf.cast(tf.clip_by_value(tf.round(small), 0, 255), tf.uint8), label
+    image_key = builder.info.supervised_keys[0]
+    scale = 255 / _WHITE[np.dtype(builder.info.features[image_key].np_dtype)]
+
+    def convert(image: Any, label: Any) -> tuple[Any, Any]:
+        pixels = tf.cast(image, tf.float32)  # holds every uint16 exactly
+        if config.image_size is not None:
+            pixels = tf.image.resize(pixels, config.image_size, antialias=True)
+        return tf.cast(tf.clip_by_value(tf.round(pixels * scale), 0, 255), tf.uint8), label
+
+    with _refusing_damage(config, builder):
+        dataset = builder.as_dataset(split=split, as_supervised=True, shuffle_files=False)
+        if config.image_size is not None or scale != 1:
+            dataset = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+        yield from tfds.as_numpy(dataset.batch(256).prefetch(tf.data.AUTOTUNE))
+
+
+@contextlib.contextmanager
+def _refusing_damage(config: DataConfig, builder: Any) -> Iterator[None]:
+    """Reports files of tensorflow-datasets that cannot be read in one line."""
+    import tensorflow as tf
 
     try:
-        dataset = builder.as_dataset(split=split, as_supervised=True, shuffle_files=False)
-        if config.image_size is not None:
-            dataset = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
-        yield from tfds.as_numpy(dataset.batch(256).prefetch(tf.data.AUTOTUNE))
+        yield
     except (tf.errors.OpError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -7,6 +7,7 @@ saved_models/<name>/<version>/    as TensorFlow Serving reads it
     README.md                     the model card
 """
 
+import math
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
 from trainer.errors import CheckError, InputError, shell_command
+from trainer.report import markdown_text
 from trainer.run import Run, open_run, sha256
 from trainer.saving import runtimes
 from trainer.saving.formats import FILE_CHANNELS, Format, Probabilities, Source, find_format
@@ -222,13 +224,14 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
     data = datasets.load(config.data)
     if data.spec.fingerprint != spec.fingerprint:
         raise InputError(f"the data is not what {run.name} was trained on: {data.spec.origin}")
-    images, labels = data.test.read(slice(_MOST_TEST_IMAGES))
+    seed = config.data.split_seed  # the data may be sorted by class
+    images, labels = data.test.sample(_MOST_TEST_IMAGES, seed).read()
     model = restore(run, precision="float32")
     expected = _answers(model, images)
     difference = 0.0
     if config.training.precision != "float32":
         difference = float(abs(_answers(restore(run), images) - expected).max())
-    calibration = data.train.read(slice(_CALIBRATION_IMAGES))[0]
+    calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
     try:
         format_.write(Source(model, spec, calibration), folder / format_.file)
     except OSError:
@@ -249,7 +252,7 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
         verified=_verified(format_, folder / format_.file, images, labels, expected),
         sha256=_checksums(folder),
     )
-    kept = slice(_KEPT_IMAGES)
+    kept = slice(None, None, math.ceil(len(images) / _KEPT_IMAGES))
     np.savez(
         folder / _CHECK, images=images[kept], labels=labels[kept], probabilities=expected[kept]
     )
@@ -297,7 +300,8 @@ def model_card(exported: Exported, version: Path) -> str:
             "",
             f"- Takes `images`: uint8 [batch, {shape}], 0 to 255",
             f"- Gives `probabilities`: float32 [batch, {spec.class_count}], of the classes "
-            f"{', '.join(spec.class_names[:20])}" + (", ..." if spec.class_count > 20 else ""),
+            f"{', '.join(map(markdown_text, spec.class_names[:20]))}"
+            + (", ..." if spec.class_count > 20 else ""),
             f"- Trained on {spec.name} {spec.version}: {spec.train:,} images",
             f"- Verified on {verified.images:,} held-out images, in a process without the code it "
             f"was made by: accuracy {verified.accuracy:.4f} (the float32 model: "

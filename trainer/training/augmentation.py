@@ -4,12 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from trainer import keras_objects
 from trainer.config import KerasObject
-from trainer.data import DataSpec
+from trainer.data import Dataset, Images
 from trainer.errors import InputError
+
+# Training images that the layers are tried on.
+_TRIED_IMAGES = 8
+# Smallest share of the contrast, and of the pixels between black and white, that must be left.
+_LEAST_CONTRAST = 0.05
+_LEAST_TONES = 0.1
+_RANGE = "layers get pixels from 0 to 255 and must return that range (the network scales them)"
 
 
 class Augmentation:
@@ -32,7 +41,7 @@ class Augmentation:
         return tf.cast(tf.clip_by_value(tf.round(altered), 0, 255), tf.uint8)
 
 
-def make_augmentation(layers: Sequence[KerasObject], spec: DataSpec) -> Augmentation | None:
+def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentation | None:
     """Makes the function that the loop applies to each batch of training images.
 
     Random layers draw from generators seeded by `keras.utils.set_random_seed`, so that both data
@@ -40,27 +49,122 @@ def make_augmentation(layers: Sequence[KerasObject], spec: DataSpec) -> Augmenta
 
     Args:
         layers: Keras layers by name, in order; they see float32 images from 0 to 255.
-        spec: Gives the image shape, which the layers must keep.
+        data: Its training images are used to try the layers, which must keep the shape.
 
     Returns:
-        What alters the images; None where there are no layers.
+        The function; None if there are no layers.
 
     Raises:
-        InputError: A layer is unknown, refuses its options or changes the shape.
+        InputError: A layer is unknown, refuses its options, changes the shape, has weights that
+            nothing trains, mixes images of different labels, or destroys the images.
     """
     if not layers:
         return None
     made = [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
+    for layer in made:
+        if isinstance(layer, (keras.layers.MixUp, keras.layers.CutMix)):
+            raise _mixing([layer])
+    spec = data.spec
+    images = data.train.read(slice(0, None, max(1, len(data.train) // _TRIED_IMAGES)))[0]
     try:
         chain = keras.Sequential(made)
         # Trying it also makes its random state, which belongs to the strategy's scope.
         shape = chain(tf.zeros((1, *spec.image_shape)), training=True).shape
+        _refuse_weights(chain)
+        if tuple(shape[1:]) != spec.image_shape:
+            raise InputError(
+                f"data.augmentation: expected to keep images of {list(spec.image_shape)}, "
+                f"received {list(shape[1:])}"
+            )
+        _try_on_images(chain, images[:_TRIED_IMAGES])
     except keras_objects.REFUSALS as error:
         raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from None
-    if tuple(shape[1:]) != spec.image_shape:
+    return Augmentation(chain)
+
+
+def _refuse_weights(chain: keras.Sequential) -> None:
+    """Refuses layers with weights: augmentation is neither trained nor adapted to data."""
+    for layer in chain.layers:
+        layer.trainable = True  # a frozen layer has random weights all the same
+        if layer.trainable_weights:
+            raise InputError(
+                f"data.augmentation: {type(layer).__name__} has weights, which nothing trains: "
+                "expected layers without weights (others belong to the network)"
+            )
+        if layer.weights and hasattr(layer, "adapt"):
+            raise InputError(
+                f"data.augmentation: {type(layer).__name__} is not adapted to data and changes "
+                "nothing: expected its statistics as options, or the layer in the network"
+            )
+
+
+def _try_on_images(chain: keras.Sequential, images: Images) -> None:
+    """Refuses layers that destroy images, or that put parts of one image into another.
+
+    The state of the random layers is left as it was.
+
+    Args:
+        chain: The layers, built.
+        images: Some training images, uint8 [n, H, W, C].
+    """
+    state = [keras.ops.convert_to_numpy(variable) for variable in chain.variables]
+
+    def augment(batch: Images) -> NDArray[Any]:
+        result = chain(tf.cast(batch, tf.float32), training=True)
+        for variable, value in zip(chain.variables, state, strict=True):
+            variable.assign(value)
+        return np.asarray(keras.ops.convert_to_numpy(result), np.float64)
+
+    altered = augment(images)
+    _refuse_destruction(chain.layers, images, altered)
+    if not np.array_equal(augment(images), altered):
+        return  # it draws other numbers at each call: nothing can be compared
+    # Black images between two kinds of neighbours: with the same random numbers, a pattern in the
+    # difference comes from the neighbours. (An even difference may come from the batch's range.)
+    images, inverted = images.copy(), 255 - images
+    images[::2] = inverted[::2] = 0
+    difference = (augment(images) - augment(inverted))[::2]
+    if difference.std(axis=(1, 2)).max() > 1:  # grey level: less is rounding
+        raise _mixing(chain.layers)
+
+
+def _refuse_destruction(
+    layers: Sequence[keras.layers.Layer], images: Images, altered: NDArray[Any]
+) -> None:
+    """Refuses altered images that are not finite, nearly constant, or mostly out of range."""
+    where = f"data.augmentation ({_names(layers)})"
+    if not np.isfinite(altered).all():
+        raise InputError(f"{where} returns pixels that are not finite: {_RANGE}")
+    shown = np.rint(altered).clip(0, 255)
+    before, after = _contrast(images), _contrast(shown)
+    if after < _LEAST_CONTRAST * before:
         raise InputError(
-            f"data.augmentation: expected to keep images of {list(spec.image_shape)}, "
-            f"received {list(shape[1:])}"
+            f"{where} returns pixels from {altered.min():.3g} to {altered.max():.3g}, and nearly "
+            f"constant images when they are rounded (standard deviation {after:.2g} of 255; "
+            f"{before:.2g} before): {_RANGE}"
+        )
+    outside = ((altered < -0.5) | (altered > 255.5)).mean()
+    tones, tones_left = (((x > 0) & (x < 255)).mean() for x in (images, shown))
+    if tones_left < _LEAST_TONES * tones < outside:
+        raise InputError(
+            f"{where} returns pixels from {altered.min():.3g} to {altered.max():.3g}, which become "
+            f"black or white ({tones_left:.0%} of the pixels lie in between; {tones:.0%} before): "
+            f"{_RANGE}"
         )
 
-    return Augmentation(chain)
+
+def _contrast(images: NDArray[Any]) -> float:
+    """Returns the standard deviation of the pixels of an image, averaged over images."""
+    return float(images.reshape(len(images), -1).std(axis=1).mean())
+
+
+def _mixing(layers: Sequence[keras.layers.Layer]) -> InputError:
+    return InputError(
+        f"data.augmentation: {_names(layers)} mixes images of the batch, but each image keeps its "
+        "own label: expected layers that alter one image at a time (for soft labels: "
+        "training.loss = 'SmoothedCrossentropy')"
+    )
+
+
+def _names(layers: Sequence[keras.layers.Layer]) -> str:
+    return ", ".join(type(layer).__name__ for layer in layers)

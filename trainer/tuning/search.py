@@ -155,7 +155,7 @@ def _build(config: Config, setting: Setting) -> None:
     chosen = devices.select(config.training.device)
     with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
         compiled_model(config, setting.data.spec)
-        make_augmentation(config.data.augmentation, setting.data.spec)
+        make_augmentation(config.data.augmentation, setting.data)
     make_callbacks(replace(setting, config=config), Path("run"))
     try_optimizer(config.optimizer)
 

@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 import trainer
+from trainer import assembly, workflow
 from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
 from trainer.training import checkpoint
@@ -275,6 +276,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damage(one)
     with pytest.raises(InputError, match=r"every checkpoint of .* is damaged"):
         checkpoint.newest_checkpoint(run)
+
+
+def test_a_directory_that_another_process_makes_first_is_left_to_it(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second `fit`, started in the same second, is faster once."""
+    faster: list[Path] = []
+
+    def make_callbacks(setting: Any, folder: Path) -> Any:
+        if not faster:
+            folder.mkdir(parents=True)
+            faster.append(folder)
+        return assembly.make_callbacks(setting, folder)
+
+    monkeypatch.setattr(workflow, "make_callbacks", make_callbacks)
+    fitted = fit(logging__name="same", training__epochs=1)
+    assert fitted.run.path == Path(f"{faster[0]}-2")
+    assert list(faster[0].iterdir()) == []
+    # A directory that the caller names is not replaced by another.
+    with pytest.raises(InputError, match="exists already and is left as it is"):
+        trainer.fit(fitted.run.config(), run=Run(faster[0]))
 
 
 def test_the_newest_two_are_kept_and_the_best_weights(fit: Fit) -> None:

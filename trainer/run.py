@@ -37,11 +37,15 @@ _CHANGEABLE = ("training.epochs", "training.cluster_timeout_seconds")
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
 
 
+class ExistsError(InputError):
+    """A run directory exists already."""
+
+
 class Run:
     """One run directory."""
 
     def __init__(self, path: Path) -> None:
-        """Names a directory; `name_run` names a new one and `open_run` finds one."""
+        """Names a directory; `new_runs` names new ones and `open_run` finds one."""
         self.path = path
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
@@ -77,7 +81,8 @@ class Run:
             config: The resolved configuration.
 
         Raises:
-            InputError: The directory exists or cannot be written.
+            ExistsError: The directory exists.
+            InputError: The directory cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,7 @@ class Run:
             self.write_text("config.toml", config.to_toml())
         except OSError as error:
             if isinstance(error, FileExistsError) and self.path.exists():
-                raise InputError(
+                raise ExistsError(
                     f"{self.path} exists already and is left as it is: choose another --name"
                 ) from None
             raise InputError(
@@ -216,22 +221,48 @@ class Run:
         write_text(self.path / name, text)
 
 
-def name_run(config: Config, name: str) -> Run:
-    """Names a new run directory by the time of day; `create` makes it.
+def new_runs(config: Config, name: str) -> Iterator[Run]:
+    """Yields new run directories, the first choice first; `create` fails if one is taken meanwhile.
 
     Args:
-        config: Says in which folder.
-        name: What follows the time in the directory's name.
+        config: Names the folder that holds the run directories.
+        name: Follows the time in the name of the directory.
     """
-    return Run(name_directory(config.logging.directory, name))
+    return map(Run, _new_paths(config.logging.directory, name))
 
 
-def name_directory(folder: str, name: str) -> Path:
-    """Returns a path within a folder that begins with the time of day and is not taken."""
+def make_directory(folder: str, name: str) -> Path:
+    """Makes a directory whose name begins with the time of day.
+
+    Processes that start in the same second get different directories: mkdir decides.
+
+    Args:
+        folder: Holds the directory; it is made if it does not exist.
+        name: Follows the time in the name of the directory.
+
+    Returns:
+        The new directory.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    for path in _new_paths(folder, name):
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and path.exists():
+                continue  # another process was faster
+            raise InputError(f"{path} cannot be written: {error}") from None
+        break
+    return path
+
+
+def _new_paths(folder: str, name: str) -> Iterator[Path]:
+    """Yields paths that begin with the time of day and do not exist yet."""
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = Path(folder) / f"{time}-{name}"
     others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(p for p in (path, *itertools.islice(others, 99)) if not p.exists())
+    return (each for each in itertools.chain([path], others) if not each.exists())
 
 
 def _age(name: str) -> tuple[bool, str]:

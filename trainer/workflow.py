@@ -33,7 +33,7 @@ from trainer.data import DataSpec, tfds
 from trainer.errors import CheckError, InputError
 from trainer.figure_process import FigureProcess
 from trainer.kernels import KernelReport
-from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
+from trainer.run import ExistsError, Run, environment, new_runs, open_run, require_writable, sha256
 from trainer.training import callbacks as watching
 from trainer.training.batches import Batches
 from trainer.training.checkpoint import (
@@ -116,14 +116,15 @@ def fit(
         if dry_run:
             return _dry_run(setting, callbacks, clock)
     with _own_folder(setting) as setting:
-        config = setting.config
-        name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
-        run = run or name_run(config, config.logging.name or name)
-        watched_by = [*make_callbacks(setting, run.path), *callbacks]
+        batches = setting.training_batches(clock)
+        # From here on something is written: all that can be wrong beforehand is known by now.
+        run, made = _create_run(setting, run)
         with _watched(cluster):
             kept = setting.devices.tell(str(run.path))
-        training = _Training(setting, run, kept, watched_by, clock, console, score_test=score_test)
-        run.create(config)  # from here on something is written; what was wrong is known by now
+        watched_by = [*made, *callbacks]
+        training = _Training(
+            setting, run, kept, batches, watched_by, clock, console, score_test=score_test
+        )
         with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
             return training.run_to_the_end(draw)
 
@@ -184,12 +185,13 @@ def resume(
                     config.training.epochs,
                 )
         with _own_folder(setting) as setting:
-            own = run if chief else name_run(setting.config, run.name)
+            own = run if chief else next(new_runs(setting.config, run.name))
             watched_by = [*make_callbacks(setting, own.path), *callbacks]
             training = _Training(
                 setting,
                 own,
                 str(run.path),
+                setting.training_batches(clock),
                 watched_by,
                 clock,
                 console,
@@ -367,6 +369,7 @@ class _Training:
         setting: Setting,
         run: Run,
         kept: str,
+        batches: tuple[Batches, Batches],
         callbacks: list[keras.callbacks.Callback],
         clock: Clock,
         console: Console | None,
@@ -380,6 +383,7 @@ class _Training:
             setting: What is trained.
             run: Where this process writes.
             kept: The run that is to be resumed after an interruption: the chief's.
+            batches: Of the training and the validation images.
             callbacks: Of Keras.
             clock: Has the seconds up to now.
             console: Where the progress bar is drawn; None: no bar.
@@ -395,7 +399,7 @@ class _Training:
         self._saved = saved
         self._score_test = score_test
         self.draws = score_test and setting.devices.chief
-        self._train, self._validation = setting.training_batches(clock)
+        self._train, self._validation = batches
         self._times = watching.StepTimes()
         self._samples: Future[bytes] | None = None
         self._kernels: KernelReport | None = None
@@ -572,6 +576,33 @@ class _Training:
         """Returns what the loop took before the interruption: its clock goes on from there."""
         # The last of what a checkpoint watches is the loop's own clock.
         return 0.0 if self._saved is None else sum(self._saved.states[-1].values())
+
+
+def _create_run(setting: Setting, given: Run | None) -> tuple[Run, list[keras.callbacks.Callback]]:
+    """Makes the run directory, and before it the callbacks, whose options can name it.
+
+    Args:
+        setting: What is trained.
+        given: The directory to make; None: the next free one that begins with the time of day.
+
+    Raises:
+        ExistsError: The given directory exists.
+        InputError: It cannot be written, or a callback is refused.
+    """
+    config = setting.config
+    default = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
+    if given is not None:
+        made = make_callbacks(setting, given.path)
+        given.create(config)
+        return given, made
+    for run in new_runs(config, config.logging.name or default):
+        made = make_callbacks(setting, run.path)
+        try:
+            run.create(config)
+        except ExistsError:  # another process was faster: the next name
+            continue
+        break
+    return run, made
 
 
 def _drawing(

@@ -680,15 +680,18 @@ def _load_resumed(
     flags: dict[str, Any],
     given: dict[str, Any],
 ) -> tuple[str, "Config"]:
-    """Returns the path and configuration of a run to resume; refuses what would make it another."""
+    """Returns the path and configuration of a run to resume; refuses changes of what is trained."""
     from trainer.config import parse_override
     from trainer.run import open_run
 
     for option, value in given.items():
         if value:
             raise InputError(f"--resume takes everything from the run: expected no {option}")
-    directory = dict(map(parse_override, changes or ())).get("logging.directory", "runs")
+    changed = dict(map(parse_override, changes or ())) | {k: v for k, v in flags.items() if v}
+    directory = changed.get("logging.directory", "runs")
     run = open_run(reference, directory=str(directory), unfinished=True)
+    if "training.device" in changed and "training.jit_compile" not in changed:
+        flags = flags | {"training.jit_compile": "auto"}  # it was resolved for another device
     return str(run.path), run.continued(_load(run.path / "config.toml", changes, flags))
 
 

@@ -32,8 +32,14 @@ from trainer import devices
 from trainer.config import Config, parse_config
 from trainer.errors import InputError, TrainerError, nearest
 
-# What a resumed run may be told anew: it does not make another training of it.
-_CHANGEABLE = ("training.epochs", "training.cluster_timeout_seconds")
+# What may change on resume besides [logging]: how long to train, and where. The rest defines what
+# is trained. The options of a data module can name a folder, so the fingerprint of the data decides
+# whether it is still the same. XLA computes the same step in another way.
+_CHANGEABLE = {
+    *("training.epochs", "training.device", "training.jit_compile"),
+    *("training.checkpoint_seconds", "training.cluster_timeout_seconds"),
+    *("data.directory", "data.files", "data.options", "data.placement", "data.device_limit_mb"),
+}
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
 
 
@@ -119,14 +125,14 @@ class Run:
             lock.release()
 
     def continued(self, changed: Config) -> Config:
-        """Returns the configuration to resume the run by.
+        """Returns the configuration to resume the run with.
 
         Args:
-            changed: The run's own, with what a person asked to be different.
+            changed: The configuration of the run, with the requested changes.
 
         Raises:
-            InputError: That is more than another number of epochs, or fewer than were trained; how
-                long to wait for other machines may change, too.
+            InputError: The changes are about what is trained, not about where or how long; or they
+                ask for fewer epochs than were trained.
         """
         own = self.config()
         if changed.training.epochs < self.trained_epochs:
@@ -139,23 +145,26 @@ class Run:
             f"{section}.{key} = {value!r} (received {after[section][key]!r})"
             for section, table in before.items()
             for key, value in table.items()
-            if after[section][key] != value and f"{section}.{key}" not in _CHANGEABLE
+            if after[section][key] != value
+            and section != "logging"
+            and f"{section}.{key}" not in _CHANGEABLE
         ]
         if differing:
             raise InputError(
-                f"--resume: {self.name} goes on by its own configuration, {', '.join(differing)}"
+                f"--resume: {self.name} continues with its own {', '.join(differing)}; "
+                f"may change: logging.*, {', '.join(sorted(_CHANGEABLE))}"
             )
         return changed
 
     def reopen(self, config: Config) -> None:
-        """Makes a finished run one that is to be trained for longer; its summary stays beside.
+        """Writes the configuration of a resumed run, and keeps the summary of a finished one.
 
         Args:
-            config: With more epochs.
+            config: The configuration that the training continues with.
         """
         if self.finished:
-            epochs = self.config().training.epochs
-            (self.path / "summary.json").rename(self.path / f"summary-{epochs}-epochs.json")
+            old = self.path / f"summary-{self.trained_epochs}-epochs.json"
+            (self.path / "summary.json").rename(old)
         self.write_text("config.toml", config.to_toml())
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import keras
@@ -144,7 +145,8 @@ def resume(
 
     Args:
         reference: A run directory, its name, or "latest".
-        changed: The run's configuration with more epochs; None: as it is.
+        changed: The run's configuration with more epochs or on other devices, as
+            `Run.continued` allows; None: as it is.
         callbacks: The same as were given to `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
@@ -163,10 +165,15 @@ def resume(
     clock, cluster = Clock(import_seconds), read_cluster()
     run = open_run(reference, directory=directory, unfinished=True)
     config = run.config() if changed is None else run.continued(changed)
-    if run.finished and config.training.epochs <= run.config().training.epochs:
+    asked = run.config().training.epochs
+    if run.finished and config.training.epochs <= asked:
+        trained = run.trained_epochs
+        epochs = f"{trained} epochs"
+        if trained < asked:
+            epochs = f"{trained} of {asked} epochs (a callback stopped it)"
         raise InputError(
-            f"run {run.name} is finished, after {config.training.epochs} epochs: "
-            "train it for longer with --epochs"
+            f"run {run.name} is finished, after {epochs}: "
+            f"train it for longer with --epochs {asked + 1} or more"
         )
     chief = cluster is None or cluster.chief  # the others read the run, and write nothing to it
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
@@ -175,7 +182,7 @@ def resume(
             saved = _checkpoint_that_fits(run, setting)
             position = saved and asdict(saved.position)
             setting.devices.require_alike({"the newest checkpoint": position})
-        longer = config.training.epochs > run.config().training.epochs
+        longer = config.training.epochs > asked
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
             if config.optimizer.schedule is not None:
@@ -229,8 +236,7 @@ def evaluate(
     run = open_run(reference, directory=directory)
     expected = spec_of(run).fingerprint
     setting = assemble(run.config().with_changes({"training.device": device}), Clock())
-    if expected != setting.data.spec.fingerprint:
-        raise InputError(_other_data(run, expected, setting.data.spec))
+    _require_data(run, expected, setting.data.spec)
     load_final_weights(run, setting.model)
     batches = setting.batches(split)
     scores, _ = _score(setting, batches)
@@ -457,6 +463,9 @@ class _Training:
         # The others remember nothing that a resumed training needs, and may not be there then.
         passing = (watching.ProgressBar, watching.Profiler)
         stateful = [each for each in observers if not isinstance(each, passing)]
+        if not setting.config.logging.tensorboard:
+            # In the place of the curves, so that a resumed run may turn TensorBoard on or off.
+            stateful.append(SimpleNamespace())
         checkpoints = Checkpoints(
             self._run,
             watched=[*callbacks, *stateful, setting.loop.seconds],
@@ -658,9 +667,11 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
             raise InputError(
                 f"{run.checkpoints} holds no checkpoint any more: it cannot be resumed"
             )
+        if (run.path / "environment.json").exists():
+            begun_with = run.read_json("environment.json").get("data_fingerprint")
+            _require_data(run, begun_with, setting.data.spec)
         return None
-    if saved.fingerprint != setting.data.spec.fingerprint:
-        raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
+    _require_data(run, saved.fingerprint, setting.data.spec)
     begun, epochs = saved.position.epoch + (saved.position.step > 0), setting.config.training.epochs
     if begun > epochs:
         raise InputError(
@@ -671,11 +682,13 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
     return saved
 
 
-def _other_data(run: Run, expected: str, found: DataSpec) -> str:
-    return (
-        f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
-        f"found {found.fingerprint} ({found.origin})"
-    )
+def _require_data(run: Run, expected: str | None, found: DataSpec) -> None:
+    """Refuses data whose fingerprint is not the expected one."""
+    if found.fingerprint != expected:
+        raise InputError(
+            f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
+            f"found {found.fingerprint} ({found.origin})"
+        )
 
 
 def _summary(

@@ -145,7 +145,11 @@ def assemble(
         data = datasets.load(config.data)
     settings = {f"{s}.{k}": v for s, table in config.model_dump().items() for k, v in table.items()}
     chosen.require_alike(settings | {"the data itself": data.spec.fingerprint})
-    resolved: dict[str, Any] = {"training.precision": precision}
+    resolved: dict[str, Any] = {
+        "data": datasets.resolve(config.data).model_dump(),
+        "model": models.resolve(config.model).model_dump(),
+        "training.precision": precision,
+    }
     if data.spec.name == "mnist_sample":
         resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
     with clock.part("model"):

@@ -56,6 +56,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of a module that is written twice
     write(DATA, NETWORK)
     yield write
+    sys.modules.pop("own_parts", None)
     for package in (data, models):
         sys.modules.pop(f"{package.__name__}.own", None)
         vars(package).pop("own", None)
@@ -97,3 +98,70 @@ def test_a_default_may_change_in_the_code_after_a_run(own_code: Write) -> None:
         trainer.evaluate("latest")
     own_code(DATA, NETWORK)
     assert trainer.evaluate("latest")["loss"] == scores["loss"]
+
+
+PARTS = """
+import keras
+import numpy as np
+
+class Weighted(keras.losses.Loss):
+    def __init__(self):
+        super().__init__()
+        self.weights = np.load("classes.npy")
+
+    def call(self, labels, outputs):
+        loss = keras.losses.sparse_categorical_crossentropy(labels, outputs)
+        return loss * self.weights[0]
+
+class Masked(keras.layers.Layer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.mask = np.load("mask.npy")
+
+    def call(self, images):
+        return images * self.mask
+"""
+
+
+def test_a_file_that_is_gone_is_named_with_the_run(
+    own_code: Write, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start needed four files. Every verb names the one that it misses; no verb needs all."""
+    assert own_code
+    Path("own_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(Path.cwd())
+    np.save("start.npy", np.zeros((16, 3), np.float32))
+    np.save("classes.npy", np.ones(2, np.float32))
+    np.save("mask.npy", np.ones((4, 4, 1), np.float32))
+    np.save("one.npy", np.zeros((4, 4, 1), np.uint8))
+    run = fit(
+        model__options={"start": "start.npy"},
+        training__loss={"name": "own_parts:Weighted"},
+        data__augmentation=[{"name": "own_parts:Masked"}],
+    )
+    sys.modules.pop("own_parts")
+    verbs = {
+        "evaluate": ("evaluate", "latest"),
+        "save": ("save", "latest", "model.keras"),
+        "predict": ("predict", "latest", "one.npy"),
+        "load": ("load", run.path),
+        "export": ("export", "latest"),
+    }
+    Path("mask.npy").unlink()  # of the augmentation: only a training needs it
+    assert command(*verbs["evaluate"])[0] == 0
+    Path("classes.npy").unlink()  # of the loss
+    for verb in ("predict", "load"):
+        assert command(*verbs[verb])[0] == 0
+    for verb in ("evaluate", "save"):
+        said = f"trainer: run {run.name} cannot be restored: loss 'own_parts:Weighted' refuses the"
+        code, _, err = command(*verbs[verb])
+        assert (code, said in err, "classes.npy" in err) == (2, True, True), err
+    Path("start.npy").unlink()  # of the network
+    for arguments in verbs.values():
+        code, _, err = command(*arguments)
+        (line,) = [line for line in err.splitlines() if line.startswith("trainer: ")]
+        assert line.startswith(f"trainer: run {run.name} cannot be restored: model 'own'"), line
+        assert "No such file or directory: 'start.npy'" in line
+        assert (code, "Traceback" in err) == (2, False)
+    assert not Path("saved_models").exists()
+    assert not Path("model.keras").exists()

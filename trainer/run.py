@@ -179,7 +179,8 @@ class Run:
         try:
             yield
         except TrainerError as error:
-            logger.debug("ended: %s", error)
+            # Its cause has the traceback of an error in code of the user.
+            logger.debug("ended: %s", error, exc_info=error.__cause__ is not None)
             raise
         except BaseException:
             logger.debug("ended", exc_info=True)

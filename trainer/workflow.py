@@ -19,19 +19,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from trainer import data as datasets
-from trainer import devices, images, models, report
+from trainer import devices, images, report
 from trainer.assembly import (
     Clock,
     Setting,
     assemble,
-    load_final_weights,
     make_callbacks,
+    require_data,
+    restore,
     spec_of,
 )
 from trainer.cluster import Cluster, read_cluster
 from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
-from trainer.errors import CheckError, InputError
+from trainer.errors import CheckError, InputError, explain_user_code
 from trainer.figure_process import FigureProcess
 from trainer.kernels import KernelReport
 from trainer.run import ExistsError, Run, environment, new_runs, open_run, require_writable, sha256
@@ -234,10 +235,8 @@ def evaluate(
         MissingError: The device is not here.
     """
     run = open_run(reference, directory=directory)
-    expected = spec_of(run).fingerprint
-    setting = assemble(run.config().with_changes({"training.device": device}), Clock())
-    _require_data(run, expected, setting.data.spec)
-    load_final_weights(run, setting.model)
+    config = run.config().with_changes({"training.device": device})
+    setting = assemble(config, Clock(), restored=run)
     batches = setting.batches(split)
     scores, _ = _score(setting, batches)
     return {
@@ -279,11 +278,8 @@ def predict(
     run = open_run(reference, directory=directory)
     spec = spec_of(run)
     pictures = [p for path in paths for p in images.read_pictures(Path(path), spec, invert=invert)]
-    config = run.config()
     chosen = devices.select(device)
-    with devices.dtype_policy(config.training.precision), chosen.scope():
-        model = models.build(config.model, spec)
-    load_final_weights(run, model)
+    model = restore(run, chosen)
     pixels = np.stack([picture.pixels for picture in pictures])
     with tf.device(chosen.names[0]):
         batches = [
@@ -486,7 +482,8 @@ class _Training:
                 start=None if self._saved is None else self._saved.position,
             )
         except SystemExit as end:  # signals are noted: this is not ours
-            raise RuntimeError(f"a callback ended the program with {end.code!r}") from end
+            reason = explain_user_code(end) or repr(end)
+            raise InputError(f"a callback ended the program: {reason}") from end
         finally:
             for watch in observers:
                 if hasattr(watch, "close"):
@@ -669,9 +666,9 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
             )
         if (run.path / "environment.json").exists():
             begun_with = run.read_json("environment.json").get("data_fingerprint")
-            _require_data(run, begun_with, setting.data.spec)
+            require_data(run, begun_with, setting.data.spec)
         return None
-    _require_data(run, saved.fingerprint, setting.data.spec)
+    require_data(run, saved.fingerprint, setting.data.spec)
     begun, epochs = saved.position.epoch + (saved.position.step > 0), setting.config.training.epochs
     if begun > epochs:
         raise InputError(
@@ -680,15 +677,6 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
         )
     require_fit(run, saved, setting.model, setting.random_state)
     return saved
-
-
-def _require_data(run: Run, expected: str | None, found: DataSpec) -> None:
-    """Refuses data whose fingerprint is not the expected one."""
-    if found.fingerprint != expected:
-        raise InputError(
-            f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
-            f"found {found.fingerprint} ({found.origin})"
-        )
 
 
 def _summary(

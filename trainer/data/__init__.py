@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError
+from trainer.errors import InputError, explain_user_code
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
@@ -215,7 +215,8 @@ def load(config: DataConfig) -> Dataset:
     try:
         source = call_with_options(function, config, options=config.arguments, where="data.options")
     except (OSError, MemoryError) as error:
-        raise InputError(f"data set {config.name!r} cannot be read: {error}") from None
+        reason = explain_user_code(error) or str(error)
+        raise InputError(f"data set {config.name!r} cannot be read: {reason}") from error
     if not isinstance(source, Source):
         raise InputError(
             f"data set {config.name!r}: expected load() to return a Source, "

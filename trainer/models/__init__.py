@@ -73,7 +73,7 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         raise InputError(
             f"model {config.name!r} does not fit into memory: lower its options"
         ) from None
-    except (TypeError, ValueError, NotImplementedError, IndexError, tf.errors.OpError) as error:
+    except keras_objects.REFUSALS as error:
         reason = keras_objects.explain(error)
         raise InputError(f"model {config.name!r} cannot be built: {reason}") from error
     if not isinstance(model, keras.Model) or not model.built:

@@ -56,7 +56,7 @@ def make_augmentation(layers: Sequence[KerasObject], spec: DataSpec) -> Augmenta
         # Trying it also makes its random state, which belongs to the strategy's scope.
         shape = chain(tf.zeros((1, *spec.image_shape)), training=True).shape
     except keras_objects.REFUSALS as error:
-        raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from None
+        raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from error
     if tuple(shape[1:]) != spec.image_shape:
         raise InputError(
             f"data.augmentation: expected to keep images of {list(spec.image_shape)}, "

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from trainer.config import (
     Config,
     KerasObject,
+    ModelConfig,
     Section,
     call_with_options,
     config_schema,
@@ -619,6 +620,47 @@ def test_options_are_checked_against_a_signature() -> None:
     assert refused(call, names=["inner"]).startswith("inner: training.epochs")
     with pytest.raises(ValidationError, match="epochs"):
         call(names=["validation"])
+
+
+FLATTEN = KerasObject(name="Flatten")
+
+
+def with_defaults(
+    spec: str,
+    count: int = 3,
+    *,
+    rate: Annotated[float, Field(gt=0)] = 1,
+    sides: Annotated[tuple[int, ...], Field(strict=False)] = (1, 2),
+    untyped=(3, "a"),
+    layers: "Annotated[tuple[KerasObject, ...], Field(strict=False)]" = (FLATTEN,),
+    nothing: int | None = None,
+    not_allowed: int = None,  # noqa: RUF013
+    folder: Path = Path("x"),
+    untyped_folder=Path("x"),
+    infinite: float = math.inf,
+    function: Callable[[Any], Any] = str,
+    holes: Any = (None, 1),
+) -> dict[str, Any]:
+    return {k: v for k, v in locals().items() if k != "spec"}
+
+
+def test_the_defaults_of_a_function_are_recorded_as_options() -> None:
+    """Those that TOML can hold and that the function takes back from there."""
+    given = ModelConfig(name="own", options={"count": 4})
+    resolved = given.resolved(with_defaults)
+    assert resolved.options == {
+        "count": 4,
+        "rate": 1.0,
+        "sides": [1, 2],
+        "untyped": [3, "a"],
+        "layers": [{"name": "Flatten", "options": {}}],
+    }
+    assert resolved.unset_options == ["nothing"]
+    read = parse_config(tomllib.loads(Config(model=resolved).to_toml()), origin="x").model
+    assert read == resolved
+    assert read.resolved(with_defaults) == resolved
+    again = call_with_options(with_defaults, "a", options=read.arguments, where="x")
+    assert again == with_defaults("a", 4) | {"untyped": [3, "a"]}
 
 
 def test_another_name_leaves_the_options_of_the_former_behind(tmp_path: Path) -> None:

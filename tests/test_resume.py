@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 import trainer
+from trainer import assembly, workflow
 from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
 from trainer.training import checkpoint
@@ -62,11 +63,17 @@ class Bomb(keras.callbacks.Callback):
         self.step, self.validation = step, validation
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        if self.step is not None and int(self.model.optimizer.iterations) >= self.step:
+        if (
+            self.step is not None
+            and int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) >= self.step
+        ):
             raise Killed
 
     def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
-        if self.validation == int(self.model.optimizer.iterations) // STEPS:
+        if (
+            self.validation
+            == int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) // STEPS
+        ):
             raise Killed
 
 
@@ -277,6 +284,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         checkpoint.newest_checkpoint(run)
 
 
+def test_a_directory_that_another_process_makes_first_is_left_to_it(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second `fit`, started in the same second, is faster once."""
+    faster: list[Path] = []
+
+    def make_callbacks(setting: Any, folder: Path) -> Any:
+        if not faster:
+            folder.mkdir(parents=True)
+            faster.append(folder)
+        return assembly.make_callbacks(setting, folder)
+
+    monkeypatch.setattr(workflow, "make_callbacks", make_callbacks)
+    fitted = fit(logging__name="same", training__epochs=1)
+    assert fitted.run.path == Path(f"{faster[0]}-2")
+    assert list(faster[0].iterdir()) == []
+    # A directory that the caller names is not replaced by another.
+    with pytest.raises(InputError, match="exists already and is left as it is"):
+        trainer.fit(fitted.run.config(), run=Run(faster[0]))
+
+
 def test_the_newest_two_are_kept_and_the_best_weights(fit: Fit) -> None:
     run = fit().run
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [
@@ -350,27 +378,87 @@ def test_a_training_that_stopped_early_can_be_trained_for_longer(fit: Fit) -> No
     stops = [{"name": "EarlyStopping", "options": {"patience": 1, "min_delta": 9.0}}]
     run = fit(training__callbacks=stops).run
     assert run.read_json("summary.json")["epochs"] == 2
+    said = r"finished, after 2 of 3 epochs \(a callback stopped it\): .* --epochs 4 or more"
+    with pytest.raises(InputError, match=said):
+        trainer.resume("latest")
     longer = run.config().with_changes({"training.epochs": 4})
     assert trainer.resume("latest", changed=longer).summary["epochs"] == 3
+    assert run.read_json("summary-2-epochs.json")["epochs"] == 2
 
 
-def test_only_the_number_of_epochs_may_change(fit: Fit) -> None:
+def test_what_is_trained_may_not_change(fit: Fit) -> None:
     with pytest.raises(Killed):
         fit(Bomb(step=2 * STEPS))
     own = newest().config()
     for changes, said in [
         ({"training.epochs": 1}, "has trained 2 epochs: expected as many or more, received 1"),
-        ({"training.seed": 1}, r"its own configuration, training.seed = 0 \(received 1\)"),
-        ({"training.device": "cpu"}, r"training.device = 'auto' \(received 'cpu'\)"),
-        ({"model.name": "mlp", "logging.name": "x"}, "model.name = .*, logging.name = "),
+        ({"training.seed": 1}, r"its own training.seed = 0 \(received 1\); may change: .*device"),
+        ({"training.precision": "auto"}, "training.precision = 'float32'"),
+        ({"training.batch_size": 8}, "training.batch_size = 16"),
+        ({"data.split_seed": 8}, "data.split_seed = 0"),
+        ({"data.options": SETTINGS["data.options"] | {"seed": 1}}, "the data is not what"),
+        ({"model.name": "mlp", "logging.name": "x"}, "model.name = 'layers' .received 'mlp'.; may"),
     ]:
         with pytest.raises(InputError, match=said):
-            trainer.resume("latest", changed=own.with_changes(changes))
+            trainer.resume("latest", changed=own.with_changes(changes), callbacks=[Bomb()])
 
 
-def test_other_data_is_refused(fit: Fit) -> None:
+def test_where_it_is_trained_may_change(fit: Fit, undisturbed: dict[str, Any]) -> None:
+    """Begun on two devices with TensorBoard, resumed on one of them, without it; and back."""
     with pytest.raises(Killed):
-        fit(Bomb(step=STEPS))
+        fit(
+            Bomb(step=STEPS + 4),
+            training__device="all",
+            logging__tensorboard=True,
+            data__directory="here",
+        )
+    run = newest()
+    changes: dict[str, Any] = {
+        "training.device": "cpu",
+        "training.checkpoint_seconds": 1e9,
+        "data.directory": "there",
+        "data.files": "archives",
+        "data.placement": "stream",
+        "logging.tensorboard": False,
+    }
+    changed = run.config().with_changes(changes)
+    with pytest.raises(Killed):
+        trainer.resume("latest", changed=changed, callbacks=[Bomb(step=2 * STEPS + 4)])
+    assert run.config() == changed
+    back = changed.with_changes({"training.device": "all", "logging.tensorboard": True})
+    resumed = trainer.resume("latest", changed=back, callbacks=[Bomb()])
+    assert resumed.summary["devices"] == ["CPU:0", "CPU:1"]
+    found = contents(run)
+    assert len(found["metrics"]) == len(undisturbed["metrics"])
+    for line, expected in zip(found["metrics"], undisturbed["metrics"], strict=True):
+        assert line["step"] == expected["step"]
+
+
+def test_a_run_of_a_gpu_is_resumed_without_one(
+    killed: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    run = Run(shutil.copytree(killed, tmp_path / "runs" / killed.name))
+    path = run.path / "config.toml"
+    text = path.read_text()
+    for old, new in (('device = "auto"', 'device = "gpu"'), ("compile = false", "compile = true")):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    with contextlib.chdir(tmp_path):
+        code, _, err = command("fit", "--resume", "latest")
+        assert code == 3
+        assert "use --device cpu" in err
+        code, _, err = command("fit", "--resume", "latest", "--device", "cpu")
+        # The callback that killed it is missing here: devices and configuration were accepted.
+        assert (code, "another number of callbacks" in err) == (2, True)
+    assert run.config().training.device == "cpu"
+    assert run.config().training.jit_compile is False
+
+
+@pytest.mark.parametrize("step", [0, STEPS])  # without a checkpoint, and with one
+def test_other_data_is_refused(fit: Fit, step: int) -> None:
+    with pytest.raises(Killed):
+        fit(Bomb(step=step))
     config = newest().path / "config.toml"
     config.write_text(config.read_text().replace("examples = 200", "examples = 201"))
     with pytest.raises(InputError, match=r"the data is not what .* was trained on"):

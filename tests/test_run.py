@@ -4,7 +4,9 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from trainer.errors import InputError
 from trainer.run import (
     Run,
     environment,
-    name_run,
+    make_directory,
+    new_runs,
     open_run,
     require_writable,
     write_whole,
@@ -61,7 +64,7 @@ def create(monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> Create:
                 return moment.astimezone(tz or timezone(timedelta(hours=5)))
 
         monkeypatch.setattr(run_module, "datetime", Frozen)
-        run = name_run(config, name)
+        run = next(new_runs(config, name))
         run.create(config)
         if finished:
             run.write_json("summary.json", {"accuracy": 0.5})
@@ -88,7 +91,7 @@ def test_a_new_run_has_its_layout(create: Create) -> None:
 
 def test_the_time_of_a_run_is_now(in_tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
-    run = name_run(CONFIG, "x")
+    run = next(new_runs(CONFIG, "x"))
     run.create(CONFIG)
     time = datetime.strptime(run.name, "%Y%m%dT%H%M%SZ-x").replace(tzinfo=UTC)
     assert before <= time <= datetime.now(UTC)
@@ -110,6 +113,25 @@ def test_an_existing_run_is_left_as_it_is(create: Create) -> None:
     run.path.write_text("a file")
     assert "exists already" in refused(run.create, CONFIG)
     assert run.path.read_text() == "a file"
+
+
+def test_processes_that_start_in_the_same_second_get_directories_of_their_own(
+    in_tmp_path: Path,
+) -> None:
+    together = threading.Barrier(8)
+
+    def make(_: int) -> Path:
+        together.wait()
+        return make_directory("runs", "x")
+
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(make, range(8)))
+    assert len(set(made)) == 8
+    assert sorted(made) == sorted(Path("runs").iterdir())
+    (in_tmp_path / "file").write_text("kept")
+    assert "cannot be written" in refused(make_directory, "file", "x")
+    Path("nowhere").symlink_to("there-is-nothing")
+    assert "cannot be written" in refused(make_directory, "nowhere", "x")
 
 
 @pytest.mark.parametrize("directory", ["file/runs", "file/more/runs"])

@@ -300,7 +300,7 @@ def test_an_export_that_cannot_begin_changes_nothing(
     for arguments, said in [
         (("--format", "onxx"), "unknown format 'onxx': did you mean 'onnx'?"),
         (("--name", "../x"), "--name: expected letters"),
-        (("--directory", tmp_path / "file"), "cannot be written"),
+        (("--directory", tmp_path / "file"), "file is a file, not a folder"),
         (("--runs", tmp_path), None),
     ]:
         target = () if "--directory" in arguments else ("--directory", tmp_path / "out")

@@ -6,7 +6,7 @@ What does not fit together is found out here, before anything is written and tra
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ def assemble(
     chosen: Devices | None = None,
     *,
     cluster: Cluster | None = None,
+    restored: Run | None = None,
 ) -> Setting:
     """Chooses devices, loads data, builds and compiles the network; resolves what was left open.
 
@@ -138,6 +139,7 @@ def assemble(
         clock: Takes the seconds of each part.
         chosen: Devices that take the place of the configuration's.
         cluster: The workers to train with, each by the same configuration on the same data.
+        restored: A finished run whose network takes the place of a new one, to be evaluated.
 
     Raises:
         InputError: Something in the configuration does not fit the rest.
@@ -156,9 +158,15 @@ def assemble(
     try_optimizer(config.optimizer)
     with clock.part("data"):
         data = datasets.load(config.data)
+    if restored is not None:
+        require_data(restored, spec_of(restored).fingerprint, data.spec)
     settings = {f"{s}.{k}": v for s, table in config.model_dump().items() for k, v in table.items()}
     chosen.require_alike(settings | {"the data itself": data.spec.fingerprint})
-    resolved: dict[str, Any] = {"training.precision": precision}
+    resolved: dict[str, Any] = {
+        "data": datasets.resolve(config.data).model_dump(),
+        "model": models.resolve(config.model).model_dump(),
+        "training.precision": precision,
+    }
     if data.spec.name == "mnist_sample":
         resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
     with clock.part("model"):
@@ -166,8 +174,11 @@ def assemble(
         if config.training.deterministic:
             tf.config.experimental.enable_op_determinism()
         with devices.dtype_policy(precision), chosen.scope():
-            model = compiled_model(config, data.spec)
-            augmentation = make_augmentation(config.data.augmentation, data)
+            if restored is None:
+                model = compiled_model(config, data.spec)
+                augmentation = make_augmentation(config.data.augmentation, data)
+            else:
+                model, augmentation = restore(restored, chosen, compiled=True), None
         placed = _rehearse(model, data, chosen)
         resolved["training.jit_compile"] = _resolve_jit_compile(config, model, chosen)
         config = config.with_changes(resolved)
@@ -216,7 +227,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
         raise InputError(
             "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
             f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
-        ) from None
+        ) from error
     sums = outputs[0].numpy().sum(axis=1)
     if not np.allclose(sums, 1, atol=0.01):
         raise InputError(
@@ -290,25 +301,60 @@ def _normalize_by_the_whole_batch(model: keras.Model) -> None:
             layer.synchronized = True
 
 
-def restore(run: Run, *, precision: str | None = None) -> keras.Model:
-    """Builds the compiled network of a finished run, with its weights and its optimizer's state.
+def restore(
+    run: Run,
+    chosen: Devices | None = None,
+    *,
+    precision: str | None = None,
+    compiled: bool = False,
+) -> keras.Model:
+    """Builds the network of a finished run with its weights.
+
+    Only its module of `trainer/models` is called: what else the training needed may be gone.
 
     Args:
         run: A finished run.
+        chosen: Devices that hold the network; None: the default device.
         precision: Of the network; None: as it was trained.
+        compiled: Also restore loss, metrics and the optimizer with its state.
 
     Raises:
-        InputError: The run is damaged.
+        InputError: The run is damaged, or something that its network is built from is missing.
     """
-    config = run.config()
-    with devices.dtype_policy(precision or config.training.precision):
-        model = compiled_model(config, spec_of(run))
-        model.optimizer.build(model.trainable_variables)
-    load_final_weights(run, model)
+    config, spec = run.config(), spec_of(run)
+    policy = devices.dtype_policy(precision or config.training.precision)
+    try:
+        with policy, nullcontext() if chosen is None else chosen.scope():
+            if compiled:
+                model = compiled_model(config, spec)
+                model.optimizer.build(model.trainable_variables)
+            else:
+                model = models.build(config.model, spec)
+    except InputError as error:
+        raise InputError(f"run {run.name} cannot be restored: {error}") from error
+    _load_final_weights(run, model)
     return model
 
 
-def load_final_weights(run: Run, model: keras.Model) -> None:
+def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
+    """Refuses data that a run was not trained on.
+
+    Args:
+        run: For the message.
+        expected: Fingerprint of the data that the run was trained on.
+        found: The data.
+
+    Raises:
+        InputError: The fingerprints differ.
+    """
+    if found.fingerprint != expected:
+        raise InputError(
+            f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
+            f"found {found.fingerprint} ({found.origin})"
+        )
+
+
+def _load_final_weights(run: Run, model: keras.Model) -> None:
     """Reads the weights of a finished run, if they are what was written.
 
     Raises:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
@@ -24,7 +25,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from trainer.errors import CheckError, InputError, TrainerError, shell_command
+from trainer.errors import (
+    CheckError,
+    InputError,
+    TrainerError,
+    explain_user_code,
+    shell_command,
+)
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -88,6 +95,8 @@ _SHOWN_SECONDS = {
     "reports": ("callbacks", "report"),
     "total": ("total",),
 }
+# A disk that is full, a file that may not grow, and a reader that is gone.
+_NOTHING_MORE_IS_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
 # Rows of a search's table: the best; results.json has all.
 _SHOWN_TRIALS = 10
 
@@ -647,18 +656,16 @@ def main() -> NoReturn:
         sys.exit(InputError.exit_code)
     try:
         app()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE):
-            raise
-        with suppress(OSError):  # which may be the very place that takes no more
-            typer.echo(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
-        os._exit(InputError.exit_code)  # without a last try to write what could not be written
     except Exception as error:
-        from trainer.devices import memory_error
-
-        explained = error if isinstance(error, TrainerError) else memory_error(error)
+        if isinstance(error, OSError) and error.errno in _NOTHING_MORE_IS_WRITTEN:
+            with suppress(OSError):  # which may be the very place that takes no more
+                typer.echo(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
+            os._exit(InputError.exit_code)  # without a last try to write what could not be written
+        explained = _explained(error)
         if explained is None:
             raise
+        if os.environ.get("TRAINER_TRACEBACK") == "1":
+            traceback.print_exception(error)
         typer.echo(f"trainer: {explained}", err=True)
         sys.exit(explained.exit_code)
     except SystemExit as end:
@@ -668,6 +675,18 @@ def main() -> NoReturn:
             typer.echo("trainer: stopped by SIGTERM", err=True)
         raise
     sys.exit(0)
+
+
+def _explained(error: Exception) -> TrainerError | None:
+    """Returns an error that a person can mend; None: it is a defect of this package."""
+    from trainer.devices import memory_error
+
+    if isinstance(error, TrainerError):
+        return error
+    found = memory_error(error)
+    if found is None and (reason := explain_user_code(error)) is not None:
+        return InputError(f"{reason}; TRAINER_TRACEBACK=1 prints the traceback")
+    return found
 
 
 def _load(path: Path, changes: list[str] | None, flags: dict[str, Any] | None = None) -> "Config":
@@ -684,15 +703,18 @@ def _load_resumed(
     flags: dict[str, Any],
     given: dict[str, Any],
 ) -> tuple[str, "Config"]:
-    """Returns the path and configuration of a run to resume; refuses what would make it another."""
+    """Returns the path and configuration of a run to resume; refuses changes of what is trained."""
     from trainer.config import parse_override
     from trainer.run import open_run
 
     for option, value in given.items():
         if value:
             raise InputError(f"--resume takes everything from the run: expected no {option}")
-    directory = dict(map(parse_override, changes or ())).get("logging.directory", "runs")
+    changed = dict(map(parse_override, changes or ())) | {k: v for k, v in flags.items() if v}
+    directory = changed.get("logging.directory", "runs")
     run = open_run(reference, directory=str(directory), unfinished=True)
+    if "training.device" in changed and "training.jit_compile" not in changed:
+        flags = flags | {"training.jit_compile": "auto"}  # it was resolved for another device
     return str(run.path), run.continued(_load(run.path / "config.toml", changes, flags))
 
 

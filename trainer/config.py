@@ -4,6 +4,7 @@ A configuration is read from a TOML file, changed by `--set section.key=value`, 
 Every key that a file leaves out has the default written here.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -12,27 +13,39 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PydanticUserError,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
     validate_call,
 )
+from pydantic_core import PydanticSerializationError
 
 from trainer.errors import InputError, nearest
 
 _MOST_STEPS = 10_000  # of a range with a step: more is a range without
+# How options are checked against the signature of a function.
+_OPTION_RULES = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+# TOML has no tuples, and a whole number can stand for a float.
+_SAME_KIND: dict[type, tuple[type, ...]] = {tuple: (tuple, list), int: (int, float)}
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:\d+)?|all)$"
 _Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
 # TOML has no tuples: an array is taken for one, its items checked strictly all the same.
 ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
 # A path: not empty, and without the byte that ends one.
 _Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+
+
+class _NotTomlError(Exception):
+    """A value is not what a TOML file can hold."""
 
 
 class Section(BaseModel):
@@ -53,7 +66,41 @@ class KerasObject(Section):
         return {"name": value} if isinstance(value, str) else value
 
 
-class DataConfig(Section):
+class ModuleSection(Section):
+    """A section that names a module of a folder and the options of its function."""
+
+    name: str
+    options: dict[str, Any] = {}
+    unset_options: list[str] = Field(
+        default=[], description="Options whose value is None, which TOML cannot write"
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of the function."""
+        return self.options | dict.fromkeys(self.unset_options)
+
+    def resolved(self, function: Callable[..., Any]) -> Self:
+        """Returns a copy that also has the defaults of the function as options.
+
+        A default that a TOML file cannot hold, or that the function would not take from one, is
+        left out.
+
+        Args:
+            function: Called with one positional argument and the options.
+        """
+        arguments = self.arguments
+        parameters = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
+        for parameter in parameters:
+            if parameter.name not in arguments and parameter.default is not parameter.empty:
+                with contextlib.suppress(_NotTomlError):
+                    arguments[parameter.name] = _default_option(parameter)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        unset = [name for name in arguments if name not in given]
+        return self.model_copy(update={"options": given, "unset_options": unset})
+
+
+class DataConfig(ModuleSection):
     """Which images, from where, and how they reach the device."""
 
     name: str = Field(
@@ -100,7 +147,7 @@ class DataConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ModelConfig(ModuleSection):
     """Which network."""
 
     name: str = Field(default="cnn", description="A module of trainer/models")
@@ -461,6 +508,7 @@ def _forget_options(tree: dict[str, Any], key: str, value: Any) -> None:
     table = tree.get(section)
     if last == "name" and isinstance(table, dict) and value != table.get("name"):
         table.pop("options", None)
+        table.pop("unset_options", None)
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str) -> Config:
@@ -518,8 +566,7 @@ def call_with_options(
     Raises:
         InputError: An option is unknown, has the wrong type or is out of range.
     """
-    rules = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-    checked = validate_call(config=rules)(function)
+    checked = validate_call(config=_OPTION_RULES)(function)
     try:
         return checked(*arguments, **options)
     except ValidationError as error:
@@ -536,6 +583,29 @@ def call_with_options(
             hint = nearest(name, known) if known else "it takes none"
             raise InputError(f"{where}: unknown option {name!r}: {hint}") from None
         raise InputError(f"{where}: {_explain(error)}") from None
+
+
+def _default_option(parameter: inspect.Parameter) -> Any:
+    """Returns the default of a parameter as the value of an option, as TOML gives it.
+
+    Raises:
+        _NotTomlError: TOML cannot hold it, or the parameter would not take it from there.
+    """
+    hint = Any if parameter.annotation is parameter.empty else parameter.annotation
+    try:
+        # In a tuple, because pydantic takes no rules for a type that has its own.
+        one: Any = GenericAlias(tuple, (hint,))
+        adapter = TypeAdapter(one, config=_OPTION_RULES)
+        (plain,) = adapter.dump_python((parameter.default,), mode="json", warnings="error")
+        read = None if plain is None else tomllib.loads(f"value = {_toml(plain)}")["value"]
+        (taken,) = adapter.validate_python((read,))
+        again = adapter.dump_python((taken,), mode="json", warnings="error")
+    except (PydanticUserError, PydanticSerializationError, ValueError) as error:
+        raise _NotTomlError from error
+    kind = type(parameter.default)
+    if again != [plain] or not isinstance(taken, _SAME_KIND.get(kind, kind)):
+        raise _NotTomlError
+    return read
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

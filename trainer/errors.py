@@ -1,15 +1,33 @@
 """The errors a person can cause or mend, each with the exit code that the command ends with.
 
-Everything else that goes wrong is a defect: it keeps its traceback and ends with exit code 1.
+An error in code of the user is one of them. Everything else that goes wrong is a defect: it keeps
+its traceback and ends with exit code 1.
 """
 
 import difflib
 import importlib.util
+import itertools
 import re
 import shlex
 import signal
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
+# Users add modules of their own to these folders of the package; these are not theirs.
+_OUR_MODULES = {
+    "data": ("__init__", "_prepared", "mnist_sample", "synthetic", "tfds"),
+    "models": ("__init__", "cnn", "layers", "mlp"),
+}
+# A line of a traceback, as TensorFlow writes it into the messages of its errors.
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
+_DEFINITIONS = re.compile(
+    r'Graph execution error:\s+(Detected at node [^\n]+\s+(File "[^\n]+\s+)*)+', re.DOTALL
+)
+_Frame = tuple[str, int, str]  # file, line, function
 
 
 class TrainerError(Exception):
@@ -52,6 +70,82 @@ class StoppedError(TrainerError):
         cause = "control-C" if number == signal.SIGINT else signal.Signals(number).name
         super().__init__(f"stopped by {cause}; {advice}")
         self.exit_code = 128 + number
+
+
+def explain_user_code(error: BaseException) -> str | None:
+    """Returns one line for an error that was raised in code of the user.
+
+    Code of the user is every file that belongs neither to this package, nor to the standard
+    library, nor to an installed package; and the modules that users add to `trainer/data` and
+    `trainer/models`.
+
+    Args:
+        error: Raised below a function of this package.
+
+    Returns:
+        Its type and message, and the innermost line of the user's code; None if none was involved.
+    """
+    frames = [frame for frame in _frames(error) if _is_users(frame[0])]
+    if not frames:
+        return None
+    file, line, function = frames[-1]
+    path = Path(file)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    name = type(error).__name__
+    return f"{name}: {_reason(error).removeprefix(f'{name}: ')} ({path}:{line}, in {function})"
+
+
+def _frames(error: BaseException) -> list[_Frame]:
+    """Returns the calls that led from this package to an error, the innermost last."""
+    found = [
+        (summary.filename, summary.lineno or 0, summary.name)
+        for summary in traceback.extract_tb(error.__traceback__)
+    ]
+    frames = _below_package(found)
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        frames.append((error.filename, error.lineno or 0, "<module>"))
+    message = str(error)
+    written = [(match[1], int(match[2]), match[3]) for match in _FRAME.finditer(message)]
+    if "in user code:" in message:  # AutoGraph lists only what it has converted
+        frames += written
+    elif "OpError" in {kind.__name__ for kind in type(error).__mro__}:
+        frames += _below_package(written)  # where the operation that failed was defined
+    return frames
+
+
+def _below_package(frames: list[_Frame]) -> list[_Frame]:
+    """Leaves out the calls before the first one of this package: a script that calls it."""
+    return list(itertools.dropwhile(lambda frame: not _in_package(frame[0]), frames))
+
+
+def _in_package(file: str) -> bool:
+    return Path(file).resolve().is_relative_to(_PACKAGE)
+
+
+def _is_users(file: str) -> bool:
+    path = Path(file).resolve()
+    if path.is_relative_to(_PACKAGE):
+        folder = path.parent.relative_to(_PACKAGE).as_posix()
+        return folder in _OUR_MODULES and path.stem not in _OUR_MODULES[folder]
+    generated = file.startswith("<") or path.name.startswith("__autograph_generated_file")
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not (generated or installed or path.is_relative_to(_STANDARD_LIBRARY))
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the message that the user wrote, without what Keras and TensorFlow put around it."""
+    text = str(error)
+    # Keras: "Exception encountered when calling L.call(). <bold>the message</bold> Arguments ...".
+    within = re.search(r"\x1b\[1m(.*)\x1b\[0m", text, re.DOTALL)
+    if within and text.startswith("Exception encountered when calling"):
+        text = within[1]
+    text = text.rpartition("Error encountered:\n\n")[2]
+    if "in user code:" in text:
+        text = text.rstrip().rpartition("\n\n")[2]
+    text = _DEFINITIONS.sub("", text)
+    text = re.split(r"\nTraceback \(most recent call last\):|\n\t \[\[", text, maxsplit=1)[0]
+    return " ".join(text.split())[:1000]
 
 
 def require_packages(what: str, packages: Iterable[str], *, extra: str) -> None:

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config import KerasObject
-from trainer.errors import InputError, MissingError, nearest
+from trainer.errors import InputError, MissingError, explain_user_code, nearest
 
 # What Keras and TensorFlow raise for options they cannot work with, early or late.
 REFUSALS = (
@@ -94,7 +94,7 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
     except REFUSALS as error:
         reason = explain(error)
         shown = ", ".join(f"{key!r}: {_shown(value)}" for key, value in options.items())
-        raise InputError(f"{what} refuses the options {{{shown}}}: {reason}") from None
+        raise InputError(f"{what} refuses the options {{{shown}}}: {reason}") from error
 
 
 def _shown(value: Any) -> str:
@@ -104,7 +104,13 @@ def _shown(value: Any) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Returns the reason of an error of Keras or TensorFlow, short and without internal names."""
+    """Returns the reason of an error, short and without internal names.
+
+    If it was raised in code of the user, the reason names its type, file and line.
+    """
+    in_user_code = explain_user_code(error)
+    if in_user_code is not None:
+        return in_user_code
     reason = re.sub(r"\{\{.*?\}\} ?", "", " ".join(str(error).split()))
     reason = re.sub(r"^Graph execution error: .*<stack traces unavailable> ", "", reason)
     reason = re.sub(r"( \[\[.*?\]\])? \[Op:\w+\]$", "", reason)

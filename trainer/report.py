@@ -136,7 +136,12 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
     """Writes the run's line in TensorBoard's HParams page."""
     from tensorboard.plugins.hparams import api, api_pb2, summary
 
-    shown: Any = {"data": {"name"}, "model": True, "optimizer": True, "training": _HPARAMS}
+    shown: Any = {
+        "data": {"name"},
+        "model": {"name", "options"},
+        "optimizer": True,
+        "training": _HPARAMS,
+    }
     values = {
         f"{section}.{key}": value
         for section, table in config.model_dump(include=shown).items()

@@ -32,16 +32,26 @@ from trainer import devices
 from trainer.config import Config, parse_config
 from trainer.errors import InputError, TrainerError, nearest, shell_command
 
-# What a resumed run may be told anew: it does not make another training of it.
-_CHANGEABLE = ("training.epochs", "training.cluster_timeout_seconds")
+# What may change on resume besides [logging]: how long to train, and where. The rest defines what
+# is trained. The options of a data module can name a folder, so the fingerprint of the data decides
+# whether it is still the same. XLA computes the same step in another way.
+_CHANGEABLE = {
+    *("training.epochs", "training.device", "training.jit_compile"),
+    *("training.checkpoint_seconds", "training.cluster_timeout_seconds"),
+    *("data.directory", "data.files", "data.options", "data.placement", "data.device_limit_mb"),
+}
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
+
+
+class ExistsError(InputError):
+    """A run directory exists already."""
 
 
 class Run:
     """One run directory."""
 
     def __init__(self, path: Path) -> None:
-        """Names a directory; `name_run` names a new one and `open_run` finds one."""
+        """Names a directory; `new_runs` names new ones and `open_run` finds one."""
         self.path = path
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
@@ -77,7 +87,8 @@ class Run:
             config: The resolved configuration.
 
         Raises:
-            InputError: The directory exists or cannot be written.
+            ExistsError: The directory exists.
+            InputError: The directory cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +97,7 @@ class Run:
             self.write_text("config.toml", config.to_toml())
         except OSError as error:
             if isinstance(error, FileExistsError) and self.path.exists():
-                raise InputError(
+                raise ExistsError(
                     f"{self.path} exists already and is left as it is: choose another --name"
                 ) from None
             raise InputError(
@@ -114,14 +125,14 @@ class Run:
             lock.release()
 
     def continued(self, changed: Config) -> Config:
-        """Returns the configuration to resume the run by.
+        """Returns the configuration to resume the run with.
 
         Args:
-            changed: The run's own, with what a person asked to be different.
+            changed: The configuration of the run, with the requested changes.
 
         Raises:
-            InputError: That is more than another number of epochs, or fewer than were trained; how
-                long to wait for other machines may change, too.
+            InputError: The changes are about what is trained, not about where or how long; or they
+                ask for fewer epochs than were trained.
         """
         own = self.config()
         if changed.training.epochs < self.trained_epochs:
@@ -134,23 +145,26 @@ class Run:
             f"{section}.{key} = {value!r} (received {after[section][key]!r})"
             for section, table in before.items()
             for key, value in table.items()
-            if after[section][key] != value and f"{section}.{key}" not in _CHANGEABLE
+            if after[section][key] != value
+            and section != "logging"
+            and f"{section}.{key}" not in _CHANGEABLE
         ]
         if differing:
             raise InputError(
-                f"--resume: {self.name} goes on by its own configuration, {', '.join(differing)}"
+                f"--resume: {self.name} continues with its own {', '.join(differing)}; "
+                f"may change: logging.*, {', '.join(sorted(_CHANGEABLE))}"
             )
         return changed
 
     def reopen(self, config: Config) -> None:
-        """Makes a finished run one that is to be trained for longer; its summary stays beside.
+        """Writes the configuration of a resumed run, and keeps the summary of a finished one.
 
         Args:
-            config: With more epochs.
+            config: The configuration that the training continues with.
         """
         if self.finished:
-            epochs = self.config().training.epochs
-            (self.path / "summary.json").rename(self.path / f"summary-{epochs}-epochs.json")
+            old = self.path / f"summary-{self.trained_epochs}-epochs.json"
+            (self.path / "summary.json").rename(old)
         self.write_text("config.toml", config.to_toml())
 
     @contextlib.contextmanager
@@ -165,7 +179,8 @@ class Run:
         try:
             yield
         except TrainerError as error:
-            logger.debug("ended: %s", error)
+            # Its cause has the traceback of an error in code of the user.
+            logger.debug("ended: %s", error, exc_info=error.__cause__ is not None)
             raise
         except BaseException:
             logger.debug("ended", exc_info=True)
@@ -216,22 +231,48 @@ class Run:
         write_text(self.path / name, text)
 
 
-def name_run(config: Config, name: str) -> Run:
-    """Names a new run directory by the time of day; `create` makes it.
+def new_runs(config: Config, name: str) -> Iterator[Run]:
+    """Yields new run directories, the first choice first; `create` fails if one is taken meanwhile.
 
     Args:
-        config: Says in which folder.
-        name: What follows the time in the directory's name.
+        config: Names the folder that holds the run directories.
+        name: Follows the time in the name of the directory.
     """
-    return Run(name_directory(config.logging.directory, name))
+    return map(Run, _new_paths(config.logging.directory, name))
 
 
-def name_directory(folder: str, name: str) -> Path:
-    """Returns a path within a folder that begins with the time of day and is not taken."""
+def make_directory(folder: str, name: str) -> Path:
+    """Makes a directory whose name begins with the time of day.
+
+    Processes that start in the same second get different directories: mkdir decides.
+
+    Args:
+        folder: Holds the directory; it is made if it does not exist.
+        name: Follows the time in the name of the directory.
+
+    Returns:
+        The new directory.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    for path in _new_paths(folder, name):
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and path.exists():
+                continue  # another process was faster
+            raise InputError(f"{path} cannot be written: {error}") from None
+        break
+    return path
+
+
+def _new_paths(folder: str, name: str) -> Iterator[Path]:
+    """Yields paths that begin with the time of day and do not exist yet."""
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = Path(folder) / f"{time}-{name}"
     others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(p for p in (path, *itertools.islice(others, 99)) if not p.exists())
+    return (each for each in itertools.chain([path], others) if not each.exists())
 
 
 def _age(name: str) -> tuple[bool, str]:

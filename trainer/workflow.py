@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import keras
@@ -18,22 +19,23 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from trainer import data as datasets
-from trainer import devices, images, models, report
+from trainer import devices, images, report
 from trainer.assembly import (
     Clock,
     Setting,
     assemble,
-    load_final_weights,
     make_callbacks,
+    require_data,
+    restore,
     spec_of,
 )
 from trainer.cluster import Cluster, read_cluster
 from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
-from trainer.errors import CheckError, InputError, shell_command
+from trainer.errors import CheckError, InputError, explain_user_code, shell_command
 from trainer.figure_process import FigureProcess
 from trainer.kernels import KernelReport
-from trainer.run import Run, environment, name_run, open_run, require_writable, sha256
+from trainer.run import ExistsError, Run, environment, new_runs, open_run, require_writable, sha256
 from trainer.training import callbacks as watching
 from trainer.training.averaging import AveragedWeights, averages_weights
 from trainer.training.batches import Batches
@@ -117,14 +119,14 @@ def fit(
         if dry_run:
             return _dry_run(setting, callbacks, clock)
     with _own_folder(setting) as setting:
-        config = setting.config
-        name = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
-        run = run or name_run(config, config.logging.name or name)
-        watched_by = make_callbacks(setting, run.path, callbacks)
+        batches = setting.training_batches(clock)
+        # From here on something is written: all that can be wrong beforehand is known by now.
+        run, watched_by = _create_run(setting, run, callbacks)
         with _watched(cluster):
             kept = setting.devices.tell(str(run.path))
-        training = _Training(setting, run, kept, watched_by, clock, console, score_test=score_test)
-        run.create(config)  # from here on something is written; what was wrong is known by now
+        training = _Training(
+            setting, run, kept, batches, watched_by, clock, console, score_test=score_test
+        )
         with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
             return training.run_to_the_end(draw)
 
@@ -144,7 +146,8 @@ def resume(
 
     Args:
         reference: A run directory, its name, or "latest".
-        changed: The run's configuration with more epochs; None: as it is.
+        changed: The run's configuration with more epochs or on other devices, as
+            `Run.continued` allows; None: as it is.
         callbacks: The same as were given to `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
@@ -163,10 +166,15 @@ def resume(
     clock, cluster = Clock(import_seconds), read_cluster()
     run = open_run(reference, directory=directory, unfinished=True)
     config = run.config() if changed is None else run.continued(changed)
-    if run.finished and config.training.epochs <= run.config().training.epochs:
+    asked = run.config().training.epochs
+    if run.finished and config.training.epochs <= asked:
+        trained = run.trained_epochs
+        epochs = f"{trained} epochs"
+        if trained < asked:
+            epochs = f"{trained} of {asked} epochs (a callback stopped it)"
         raise InputError(
-            f"run {run.name} is finished, after {config.training.epochs} epochs: "
-            "train it for longer with --epochs"
+            f"run {run.name} is finished, after {epochs}: "
+            f"train it for longer with --epochs {asked + 1} or more"
         )
     chief = cluster is None or cluster.chief  # the others read the run, and write nothing to it
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
@@ -175,7 +183,7 @@ def resume(
             saved = _checkpoint_that_fits(run, setting)
             position = saved and asdict(saved.position)
             setting.devices.require_alike({"the newest checkpoint": position})
-        longer = config.training.epochs > run.config().training.epochs
+        longer = config.training.epochs > asked
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
             if config.optimizer.schedule is not None:
@@ -185,12 +193,13 @@ def resume(
                     config.training.epochs,
                 )
         with _own_folder(setting) as setting:
-            own = run if chief else name_run(setting.config, run.name)
+            own = run if chief else next(new_runs(setting.config, run.name))
             watched_by = make_callbacks(setting, own.path, callbacks)
             training = _Training(
                 setting,
                 own,
                 str(run.path),
+                setting.training_batches(clock),
                 watched_by,
                 clock,
                 console,
@@ -226,11 +235,8 @@ def evaluate(
         MissingError: The device is not here.
     """
     run = open_run(reference, directory=directory)
-    expected = spec_of(run).fingerprint
-    setting = assemble(run.config().with_changes({"training.device": device}), Clock())
-    if expected != setting.data.spec.fingerprint:
-        raise InputError(_other_data(run, expected, setting.data.spec))
-    load_final_weights(run, setting.model)
+    config = run.config().with_changes({"training.device": device})
+    setting = assemble(config, Clock(), restored=run)
     batches = setting.batches(split)
     scores, _ = _score(setting, batches)
     return {
@@ -272,11 +278,8 @@ def predict(
     run = open_run(reference, directory=directory)
     spec = spec_of(run)
     pictures = [p for path in paths for p in images.read_pictures(Path(path), spec, invert=invert)]
-    config = run.config()
     chosen = devices.select(device)
-    with devices.dtype_policy(config.training.precision), chosen.scope():
-        model = models.build(config.model, spec)
-    load_final_weights(run, model)
+    model = restore(run, chosen)
     pixels = np.stack([picture.pixels for picture in pictures])
     with tf.device(chosen.names[0]):
         batches = [
@@ -369,6 +372,7 @@ class _Training:
         setting: Setting,
         run: Run,
         kept: str,
+        batches: tuple[Batches, Batches],
         callbacks: list[keras.callbacks.Callback],
         clock: Clock,
         console: Console | None,
@@ -382,6 +386,7 @@ class _Training:
             setting: What is trained.
             run: Where this process writes.
             kept: The run that is to be resumed after an interruption: the chief's.
+            batches: Of the training and the validation images.
             callbacks: Of Keras.
             clock: Has the seconds up to now.
             console: Where the progress bar is drawn; None: no bar.
@@ -397,7 +402,7 @@ class _Training:
         self._saved = saved
         self._score_test = score_test
         self.draws = score_test and setting.devices.chief
-        self._train, self._validation = setting.training_batches(clock)
+        self._train, self._validation = batches
         self._times = watching.StepTimes()
         self._samples: Future[bytes] | None = None
         self._kernels: KernelReport | None = None
@@ -457,6 +462,9 @@ class _Training:
         # The others remember nothing that a resumed training needs, and may not be there then.
         passing = (watching.ProgressBar, watching.Profiler)
         stateful = [each for each in observers if not isinstance(each, passing)]
+        if not setting.config.logging.tensorboard:
+            # In the place of the curves, so that a resumed run may turn TensorBoard on or off.
+            stateful.append(SimpleNamespace())
         checkpoints = Checkpoints(
             self._run,
             watched=[history, *averaging, *self._callbacks, *stateful, setting.loop.seconds],
@@ -478,7 +486,8 @@ class _Training:
                 start=None if self._saved is None else self._saved.position,
             )
         except SystemExit as end:  # signals are noted: this is not ours
-            raise RuntimeError(f"a callback ended the program with {end.code!r}") from end
+            reason = explain_user_code(end) or repr(end)
+            raise InputError(f"a callback ended the program: {reason}") from end
         finally:
             for watch in observers:
                 if hasattr(watch, "close"):
@@ -580,6 +589,35 @@ class _Training:
         return 0.0 if self._saved is None else sum(self._saved.states[-1].values())
 
 
+def _create_run(
+    setting: Setting, given: Run | None, callbacks: Sequence[keras.callbacks.Callback]
+) -> tuple[Run, list[keras.callbacks.Callback]]:
+    """Makes the run directory, and before it the callbacks, whose options can name it.
+
+    Args:
+        setting: What is trained.
+        given: The directory to make; None: the next free one that begins with the time of day.
+        callbacks: Those that follow the configuration's.
+
+    Raises:
+        ExistsError: The given directory exists.
+        InputError: It cannot be written, or a callback is refused.
+    """
+    config = setting.config
+    default = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
+    free = new_runs(config, config.logging.name or default)
+    for run in [given] if given is not None else free:
+        made = make_callbacks(setting, run.path, callbacks)
+        try:
+            run.create(config)
+        except ExistsError:
+            if given is not None:
+                raise
+            continue  # another process was faster: the next name
+        break
+    return run, made
+
+
 def _drawing(
     draw: FigureProcess | None, needed: bool
 ) -> AbstractContextManager[FigureProcess | None]:
@@ -633,9 +671,11 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
             raise InputError(
                 f"{run.checkpoints} holds no checkpoint any more: it cannot be resumed"
             )
+        if (run.path / "environment.json").exists():
+            begun_with = run.read_json("environment.json").get("data_fingerprint")
+            require_data(run, begun_with, setting.data.spec)
         return None
-    if saved.fingerprint != setting.data.spec.fingerprint:
-        raise InputError(_other_data(run, saved.fingerprint, setting.data.spec))
+    require_data(run, saved.fingerprint, setting.data.spec)
     begun, epochs = saved.position.epoch + (saved.position.step > 0), setting.config.training.epochs
     if begun > epochs:
         raise InputError(
@@ -644,13 +684,6 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
         )
     require_fit(run, saved, setting.model, setting.random_state)
     return saved
-
-
-def _other_data(run: Run, expected: str, found: DataSpec) -> str:
-    return (
-        f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
-        f"found {found.fingerprint} ({found.origin})"
-    )
 
 
 def _summary(

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from trainer import devices as places
 from trainer.errors import InputError
-from trainer.run import name_directory, write_text
+from trainer.run import make_directory, write_text
 
 _PLOT_WIDTH = 64
 
@@ -91,9 +91,8 @@ class Result:
         Raises:
             InputError: It cannot be written.
         """
-        path = name_directory(runs, f"benchmark-{self.name}")
+        path = make_directory(runs, f"benchmark-{self.name}")
         try:
-            path.mkdir(parents=True)
             write_text(path / f"{self.name}.json", self.json())
             write_text(path / f"{self.name}.csv", self._csv())
             for name, figure in self.figures.items():

@@ -12,18 +12,18 @@ import mmap
 import os
 import pkgutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError
+from trainer.errors import InputError, explain_user_code
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
@@ -243,21 +243,17 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         InputError: The set is unknown, damaged, or not to be had here.
     """
-    own = config.name in names()
-    if own and config.image_size is not None:
+    if config.name in names() and config.image_size is not None:
         raise InputError(
             f"data.image_size is for sets of tensorflow-datasets; {config.name!r} is a module of "
             "trainer/data: its images are as large as its options say"
         )
-    module = importlib.import_module(f"{__name__}.{config.name if own else 'tfds'}")
-    if not callable(getattr(module, "load", None)):
-        raise InputError(f"{module.__file__}: expected a function load(config, **options)")
+    function = _find(config)
     try:
-        source = call_with_options(
-            module.load, config, options=config.options, where="data.options"
-        )
+        source = call_with_options(function, config, options=config.arguments, where="data.options")
     except (OSError, MemoryError) as error:
-        raise InputError(f"data set {config.name!r} cannot be read: {error}") from None
+        reason = explain_user_code(error) or str(error)
+        raise InputError(f"data set {config.name!r} cannot be read: {reason}") from error
     if not isinstance(source, Source):
         raise InputError(
             f"data set {config.name!r}: expected load() to return a Source, "
@@ -315,6 +311,25 @@ def warn_of_unlabelled(name: str, split: str) -> None:
         "The %s split of %s has no labels and cannot be scored: %s images are held out of train.",
         *(split, name, split),
     )
+
+
+def resolve(config: DataConfig) -> DataConfig:
+    """Returns a configuration that records the default options of its data set, too.
+
+    Raises:
+        InputError: The module has no function `load`.
+    """
+    return config.resolved(_find(config))
+
+
+def _find(config: DataConfig) -> Callable[..., Any]:
+    """Returns the function that loads the data set which a configuration names."""
+    name = config.name if config.name in names() else "tfds"
+    module = importlib.import_module(f"{__name__}.{name}")
+    function = getattr(module, "load", None)
+    if not callable(function):
+        raise InputError(f"{module.__file__}: expected a function load(config, **options)")
+    return cast("Callable[..., Any]", function)
 
 
 def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:

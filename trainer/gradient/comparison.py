@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trainer.errors import InputError, nearest
 from trainer.gradient.differences import element_names
 from trainer.gradient.expression import Expression, evaluate, largest_part, parse, parse_values
-from trainer.run import name_directory, write_text
+from trainer.run import make_directory, write_text
 
 DEFAULT_EXPRESSION, DEFAULT_AT, DEFAULT_WRT = "a*w**2 + b*w + c", "a=1,b=2,c=3,w=4", "w"
 MOST_ORDER = 4
@@ -152,11 +152,10 @@ class Result:
         Raises:
             InputError: It cannot be written.
         """
-        path = name_directory(runs, "gradient")
+        path = make_directory(runs, "gradient")
         text = json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
         figure = self._figure()
         try:
-            path.mkdir(parents=True)
             write_text(path / "gradient.json", text + "\n")
             if figure is not None:
                 figure.savefig(path / "function.png", dpi=150)

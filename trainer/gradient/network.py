@@ -22,7 +22,7 @@ from trainer import devices
 from trainer.assembly import compiled_model
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
-from trainer.run import name_directory, write_text
+from trainer.run import make_directory, write_text
 
 TOLERANCE = 1e-5
 IMAGES = 8
@@ -155,10 +155,9 @@ class Result:
         Raises:
             InputError: It cannot be written.
         """
-        path = name_directory(runs, "gradient")
+        path = make_directory(runs, "gradient")
         text = json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
         try:
-            path.mkdir(parents=True)
             write_text(path / "gradient.json", text + "\n")
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from None

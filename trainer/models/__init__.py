@@ -43,6 +43,15 @@ def find(config: ModelConfig) -> Callable[..., Any]:
     return cast("Callable[..., Any]", function)
 
 
+def resolve(config: ModelConfig) -> ModelConfig:
+    """Returns a configuration that records the default options of its network, too.
+
+    Raises:
+        InputError: As `find`.
+    """
+    return config.resolved(find(config))
+
+
 def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     """Builds the network that a configuration names, for the images of a data set.
 
@@ -59,12 +68,12 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     """
     function = find(config)
     try:
-        model = call_with_options(function, spec, options=config.options, where="model.options")
+        model = call_with_options(function, spec, options=config.arguments, where="model.options")
     except (tf.errors.ResourceExhaustedError, MemoryError):
         raise InputError(
             f"model {config.name!r} does not fit into memory: lower its options"
         ) from None
-    except (TypeError, ValueError, NotImplementedError, IndexError, tf.errors.OpError) as error:
+    except keras_objects.REFUSALS as error:
         reason = keras_objects.explain(error)
         raise InputError(f"model {config.name!r} cannot be built: {reason}") from error
     if not isinstance(model, keras.Model) or not model.built:

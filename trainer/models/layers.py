@@ -44,12 +44,12 @@ def build(
         layer = keras_objects.make("layer", described)
         try:
             x = layer(x)
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except keras_objects.REFUSALS as error:
+            reason = keras_objects.explain(error)
             raise InputError(
                 f"model.options.layers.{i}: {described.name} does not fit its input "
                 f"{list(x.shape)}: {reason}"
-            ) from None
+            ) from error
     if len(x.shape) != 2:
         x = keras.layers.Flatten()(x)
     return keras.Model(images, class_probabilities(x, spec), name="layers")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -27,12 +28,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import data as datasets
 from trainer import keras_objects
-from trainer.assembly import restore, spec_of
+from trainer.assembly import require_data, restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
 from trainer.errors import CheckError, InputError, shell_command
 from trainer.report import markdown_text
-from trainer.run import Run, open_run, sha256
+from trainer.run import Run, open_run, require_writable, sha256
 from trainer.saving import runtimes
 from trainer.saving.formats import FILE_CHANNELS, Format, Probabilities, Source, find_format
 from trainer.saving.safety import check_saved_model
@@ -126,6 +127,8 @@ def export(
     name = name or re.sub(r"[^\w.-]+", "-", f"{spec_of(run).name}-{run.config().model.name}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise InputError(f"--name: expected letters, digits, '.', '_' and '-', received {name!r}")
+    require_writable(directory, "--directory")
+    restored = _restore(run)
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +136,7 @@ def export(
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror})") from None
     try:
-        exported = _make(run, format_, beside)
+        exported = _make(restored, format_, beside)
         beside.chmod(0o755)
         return _publish(beside, folder, exported), exported
     except OSError as error:
@@ -218,12 +221,34 @@ def check_sums(folder: Path, exported: Exported) -> None:
             )
 
 
-def _make(run: Run, format_: Format, folder: Path) -> Exported:
-    """Writes the artefact and everything beside it into a folder nobody knows of yet."""
+@dataclass(frozen=True)
+class _Restored:
+    """A run's model in float32, and what an artefact of it is compared with.
+
+    Attributes:
+        run: The run.
+        config: Of the run.
+        source: What a format writes.
+        images: Test images, uint8 [n, height, width, channels].
+        labels: int32 [n].
+        expected: Probabilities of the images, float32 [n, classes].
+        difference: Largest difference of a probability to the precision of the training.
+    """
+
+    run: Run
+    config: Config
+    source: Source
+    images: Images
+    labels: Labels
+    expected: Probabilities
+    difference: float
+
+
+def _restore(run: Run) -> _Restored:
+    """Reads everything that an export needs; nothing is written."""
     config, spec = run.config(), spec_of(run)
     data = datasets.load(config.data)
-    if data.spec.fingerprint != spec.fingerprint:
-        raise InputError(f"the data is not what {run.name} was trained on: {data.spec.origin}")
+    require_data(run, spec.fingerprint, data.spec)
     seed = config.data.split_seed  # the data may be sorted by class
     images, labels = data.test.sample(_MOST_TEST_IMAGES, seed).read()
     model = restore(run, precision="float32")
@@ -232,8 +257,16 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
     if config.training.precision != "float32":
         difference = float(abs(_answers(restore(run), images) - expected).max())
     calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
+    source = Source(model, spec, calibration)
+    return _Restored(run, config, source, images, labels, expected, difference)
+
+
+def _make(restored: _Restored, format_: Format, folder: Path) -> Exported:
+    """Writes the artefact and everything beside it into a folder nobody knows of yet."""
+    run, config = restored.run, restored.config
+    images, labels, expected = restored.images, restored.labels, restored.expected
     try:
-        format_.write(Source(model, spec, calibration), folder / format_.file)
+        format_.write(restored.source, folder / format_.file)
     except OSError:
         raise
     except Exception as error:
@@ -245,10 +278,10 @@ def _make(run: Run, format_: Format, folder: Path) -> Exported:
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         run=run.name,
         config=config,
-        spec=spec,
-        parameters=model.count_params(),
+        spec=restored.source.spec,
+        parameters=restored.source.model.count_params(),
         precision=config.training.precision,
-        precision_difference=difference,
+        precision_difference=restored.difference,
         verified=_verified(format_, folder / format_.file, images, labels, expected),
         sha256=_checksums(folder),
     )

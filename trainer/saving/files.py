@@ -71,7 +71,7 @@ def save(
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     run = open_run(reference, directory=runs)
-    model = restore(run)
+    model = restore(run, compiled=True)
     origin = Origin.of(run).model_dump_json()
     if len(origin) > _MOST_BYTES:
         raise InputError(

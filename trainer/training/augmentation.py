@@ -78,7 +78,7 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
             )
         _try_on_images(chain, images[:_TRIED_IMAGES])
     except keras_objects.REFUSALS as error:
-        raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from None
+        raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from error
     return Augmentation(chain)
 
 

@@ -57,7 +57,7 @@ def try_optimizer(config: OptimizerConfig) -> None:
         optimizer.apply([keras.ops.ones_like(variable)], [variable])
     except keras_objects.REFUSALS as error:
         reason = keras_objects.explain(error)
-        raise InputError(f"optimizer {config.name!r} cannot take a step: {reason}") from None
+        raise InputError(f"optimizer {config.name!r} cannot take a step: {reason}") from error
 
 
 def _schedule(

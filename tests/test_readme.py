@@ -179,13 +179,20 @@ OWN_MODULES = {
 }
 
 
+def copy_repository(folder: Path) -> None:
+    """Copies every file that git tracks."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository: no list of its files")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0")[:-1]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
 @pytest.mark.slow
 def test_modules_of_a_reader_pass_the_contract_tests(tmp_path: Path) -> None:
     """The README's modules, and others, in a copy of the repository."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
-    for name in listed.stdout.decode().split("\0")[:-1]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    copy_repository(tmp_path)
     for block in _blocks("python"):
         if path := re.match(r"# (trainer/\w+/\w+\.py)\n", block):
             (tmp_path / path[1]).write_text(block)

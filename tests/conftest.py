@@ -17,9 +17,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TFDS_DATA_DIR"] = str(Path(__file__).parent / "there-is-no-such-folder")
 
+pytest_plugins = ["worker_groups"]
 pytest.register_assert_rewrite("data_contract")
 
-_SHARE_EXPORTS = ("tests/test_benchmark.py", "tests/test_saving.py", "tests/test_serving.py")
 _LAYERS = [
     {"name": "Conv2D", "options": {"filters": 4, "kernel_size": 3, "activation": "relu"}},
     {"name": "Flatten"},
@@ -38,24 +38,6 @@ _TRAINED: dict[str, Any] = {
 }
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keeps the tests that share what takes long to make in one process: exports, a cluster's run.
-
-    xdist's own groups have no effect under pytest 9 (xdist 3.8 sets a name that pytest reads no
-    more).
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(_SHARE_EXPORTS):
-                return "exported"
-            return "cluster" if nodeid.startswith("tests/test_cluster.py") else nodeid
-
-    return Scheduling(config, log)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Splits the CPU into two logical devices, which only works before TensorFlow is used."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
@@ -68,14 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_drawing_process() -> Iterator[None]:
+def one_drawing_process() -> Iterator[Any]:
     """Lets one process draw for all trainings of a test process: each start takes a second."""
     from trainer import figure_process, workflow
 
     with figure_process.FigureProcess() as shared, pytest.MonkeyPatch.context() as patch:
         for module in (figure_process, workflow):
             patch.setattr(module, "FigureProcess", lambda: contextlib.nullcontext(shared))
-        yield
+        yield shared
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
+from trainer import fit, load_config
 from trainer.cluster import Cluster, read_cluster
 from trainer.errors import InputError, MissingError
 
@@ -263,12 +264,11 @@ def test_a_worker_that_hangs_is_named_by_its_job_and_its_number_there() -> None:
 # ---------------------------------------------------------------- training together
 
 
-def start(workers: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Starts `trainer fit` as workers of a local cluster, or alone."""
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts `trainer fit` as two workers of a local cluster."""
     (folder / "empty.toml").touch()
-    cluster = [str(LOCAL_CLUSTER), str(workers), "--"]
     return subprocess.Popen(
-        [sys.executable, *(cluster if workers > 1 else ["-m", "trainer"]), "fit", *arguments],
+        [sys.executable, str(LOCAL_CLUSTER), "2", "--", "fit", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -288,15 +288,17 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same training alone and by two workers."""
-    runs = {}
-    for workers in (1, 2):
-        folder = tmp_path_factory.mktemp(f"workers-{workers}")
-        code, out, err = ended(start(workers, folder, "empty.toml", *changes(SETTINGS)))
-        assert code == 0, err
-        assert out.count("test accuracy") == 1  # the chief alone tells
-        (runs[workers],) = (folder / "runs").iterdir()
-    return runs
+    """The same training alone, in this process, and by two workers."""
+    folder = tmp_path_factory.mktemp("workers")
+    code, out, err = ended(start(folder, "empty.toml", *changes(SETTINGS)))
+    assert code == 0, err
+    assert out.count("test accuracy") == 1  # the chief alone tells
+    (together,) = (folder / "runs").iterdir()
+    settings = SETTINGS | {"logging.directory": folder / "alone"}
+    config = load_config(
+        folder / "empty.toml", [f"{key}={value}" for key, value in settings.items()]
+    )
+    return {1: fit(config).run.path, 2: together}
 
 
 def curve(run: Path, tag: str) -> np.ndarray[Any, Any]:
@@ -370,7 +372,7 @@ def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
     trained: dict[int, Path], tmp_path: Path
 ) -> None:
     slow = {"training.checkpoint_seconds": 0, "training.steps_per_call": 1}
-    process = start(2, tmp_path, "empty.toml", *changes(SETTINGS | slow))
+    process = start(tmp_path, "empty.toml", *changes(SETTINGS | slow))
     while not list(tmp_path.glob("runs/*/checkpoints/step-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -384,7 +386,7 @@ def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
     ), err
     assert not list(tmp_path.glob("runs/*/summary.json"))
 
-    process = start(2, tmp_path, "--resume", "trained")
+    process = start(tmp_path, "--resume", "trained")
     # A signal that one of them gets stops all of them, with their state saved.
     while "resumed" not in process.stderr.readline():
         assert process.poll() is None
@@ -398,7 +400,7 @@ def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
             f"`trainer fit --resume runs/{run.name}` on every worker" in err
         )
 
-    code, _, err = ended(start(2, tmp_path, "--resume", "trained"))
+    code, _, err = ended(start(tmp_path, "--resume", "trained"))
     assert code == 0, err
     expected, found = weights(trained[2]), weights(run)
     for name in expected:

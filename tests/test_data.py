@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_contract import SPLITS, check_contract, check_disjoint
+from samples import data_options, load_sample
 
 import trainer
 import trainer.data
@@ -29,7 +30,7 @@ def loaded() -> Callable[[str], tuple[Dataset, Dataset]]:
 
     def get(name: str) -> tuple[Dataset, Dataset]:
         if name not in known:
-            known[name] = (load(DataConfig(name=name)), load(DataConfig(name=name)))
+            known[name] = (load_sample(name), load_sample(name))
         return known[name]
 
     return get
@@ -46,7 +47,7 @@ def test_every_module_keeps_the_contract(name: str, loaded: Loaded) -> None:
 @pytest.mark.parametrize("name", names())
 def test_every_module_refuses_an_option_it_does_not_know(name: str) -> None:
     with pytest.raises(InputError, match=r"data\.options.*: unknown option 'no_such': \S"):
-        load(DataConfig(name=name, options={"no_such": 1}))
+        load(DataConfig(name=name, options=data_options(name) | {"no_such": 1}))
 
 
 def test_tfds_is_no_data_set_of_its_own() -> None:

@@ -26,21 +26,23 @@ SPEC = DataSpec(
 )
 
 
-def test_another_process_draws_in_the_order_asked() -> None:
-    with FigureProcess() as draw:
-        first = draw.call("png_of_samples", PICTURES, LABELS, SPEC)
-        second = draw.call("png_of_samples", PICTURES[:1], LABELS[:1], SPEC)
-        assert second.result().startswith(b"\x89PNG")
-        assert first.done()
-        assert first.result() != second.result()
+def test_another_process_draws_in_the_order_asked(one_drawing_process: FigureProcess) -> None:
+    draw = one_drawing_process
+    first = draw.call("png_of_samples", PICTURES, LABELS, SPEC)
+    second = draw.call("png_of_samples", PICTURES[:1], LABELS[:1], SPEC)
+    assert second.result().startswith(b"\x89PNG")
+    assert first.done()
+    assert first.result() != second.result()
 
 
-def test_what_fails_there_is_raised_here_and_the_next_is_drawn() -> None:
-    with FigureProcess() as draw:
-        failing = draw.call("png_of_samples", PICTURES, LABELS[:1], SPEC)
-        with pytest.raises(RuntimeError, match=r"(?s)png_of_samples failed .*ValueError: zip"):
-            failing.result()
-        assert draw.call("png_of_samples", PICTURES, LABELS, SPEC).result()
+def test_what_fails_there_is_raised_here_and_the_next_is_drawn(
+    one_drawing_process: FigureProcess,
+) -> None:
+    draw = one_drawing_process
+    failing = draw.call("png_of_samples", PICTURES, LABELS[:1], SPEC)
+    with pytest.raises(RuntimeError, match=r"(?s)png_of_samples failed .*ValueError: zip"):
+        failing.result()
+    assert draw.call("png_of_samples", PICTURES, LABELS, SPEC).result()
 
 
 def test_a_process_that_was_killed_is_named() -> None:

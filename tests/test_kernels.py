@@ -261,30 +261,36 @@ def own_layers(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return in_tmp_path
 
 
-def doctor_says(folder: Path, config: Config) -> dict[str, dict[str, str]]:
-    (folder / "own.toml").write_text(config.to_toml())
-    command = [sys.executable, "-m", "trainer", "doctor", "own.toml", "--json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return {finding["subject"]: finding for finding in json.loads(done.stdout)}
-
-
-def test_doctor_names_the_layer_and_the_operation_without_a_gpu_kernel(own_layers: Path) -> None:
-    findings = doctor_says(own_layers, own_config("Shift", "Outside", loss="host_layers:rounded"))
-    kernel = findings["GPU kernels"]
-    assert kernel["status"] == "note"
-    assert "3 of the " in kernel["value"]
-    assert "GatherV2 in loss (" in kernel["value"]
-    assert "RandomShuffle in layer 'shift'" in kernel["value"]
-    assert "PyFunc in layer 'outside'" in kernel["value"]
-    assert findings["XLA"]["status"] == "problem"
-    assert findings["XLA"]["value"] == "cannot compile PyFunc in layer 'outside' (any type)"
-    assert "training.jit_compile=false" in findings["XLA"]["remedy"]
-
-
 def step_findings(config: Config) -> list[doctor.Finding]:
     """Asks in this process, which spares an import of TensorFlow."""
     facts = doctor.step_facts(config.model_dump_json())
     return [doctor.Finding(**finding) for finding in facts["findings"]]
+
+
+def findings_of_the_command(config: Config) -> list[doctor.Finding]:
+    Path("own.toml").write_text(config.to_toml())
+    command = [sys.executable, "-m", "trainer", "doctor", "own.toml", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    findings = [doctor.Finding(**finding) for finding in json.loads(done.stdout)]
+    return [finding for finding in findings if finding.subject in ("GPU kernels", "XLA")]
+
+
+@pytest.mark.usefixtures("own_layers")
+@pytest.mark.parametrize(
+    "find", [step_findings, pytest.param(findings_of_the_command, marks=pytest.mark.slow)]
+)
+def test_doctor_names_the_layer_and_the_operation_without_a_gpu_kernel(
+    find: Callable[[Config], list[doctor.Finding]],
+) -> None:
+    kernel, xla = find(own_config("Shift", "Outside", loss="host_layers:rounded"))
+    assert (kernel.subject, kernel.status) == ("GPU kernels", "note")
+    assert "3 of the " in kernel.value
+    assert "GatherV2 in loss (" in kernel.value
+    assert "RandomShuffle in layer 'shift'" in kernel.value
+    assert "PyFunc in layer 'outside'" in kernel.value
+    assert (xla.subject, xla.status) == ("XLA", "problem")
+    assert xla.value == "cannot compile PyFunc in layer 'outside' (any type)"
+    assert "training.jit_compile=false" in xla.remedy
 
 
 def test_doctor_reports_that_every_operation_has_a_kernel() -> None:
@@ -341,10 +347,17 @@ def losses(loop_setting: Setting) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "placement"), [("mnist", "device"), ("mnist_mlp", "stream"), ("mnist_tiny", "device")]
+    ("name", "placement"),
+    [
+        ("mnist", "device"),
+        ("mnist_mlp", "stream"),
+        pytest.param("mnist_tiny", "device", marks=pytest.mark.slow),
+    ],
 )
 def test_xla_compiles_every_network_loss_and_batch(name: str, placement: str) -> None:
-    """144 images in batches of 40: the last one has 24. mnist_tiny augments its images."""
+    """144 images in batches of 40: the last one has 24. All but mnist augment their images."""
+    augmentation = load_config(CONFIGS[0].with_name("mnist_tiny.toml")).data.augmentation
+    assert augmentation
     found = []
     for compiled in (False, True):
         changes = {
@@ -356,6 +369,7 @@ def test_xla_compiles_every_network_loss_and_batch(name: str, placement: str) ->
         }
         if name == "mnist_mlp":  # XLA draws other random numbers for the same seed
             changes["model.options"] = {"dropout": 0.0}
+            changes["data.augmentation"] = [layer.model_dump() for layer in augmentation]
         path = CONFIGS[0].with_name(f"{name}.toml")
         setting = prepared(path, placement, "float32", "one", **changes)
         assert setting.config.training.jit_compile is compiled

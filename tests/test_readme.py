@@ -3,6 +3,7 @@
 import functools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +136,109 @@ def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
         summary = trainer.fit(config, dry_run=True).summary
         assert summary["test"]["loss"] > 0, path
         assert summary["parameters"] < 10_000 or path.stem != "mnist_tiny"
+
+
+ROWS = """
+SAMPLE_OPTIONS = {"rows": 30}
+
+def load(config, *, rows: int):
+    import numpy as np
+    from trainer.data import Source
+    images = np.arange(rows * 4, dtype=np.uint8).reshape(rows, 2, 2, 1)
+    return Source("rows", "1", ["even", "odd"], (images, np.arange(rows) % 2))
+"""
+WITHOUT_SAMPLES = """
+def load(config, *, folder: str): ...
+def build(spec, *, units: int): ...
+"""
+LARGE = """
+import keras
+from keras import layers
+from trainer.models import class_probabilities, image_input
+
+SAMPLE_OPTIONS = {"units": 3}
+SAMPLE_IMAGE_SHAPE = (40, 40, 3)
+
+def build(spec, *, units: int):
+    images, x = image_input(spec)
+    if spec.image_shape != (40, 40, 3):
+        raise ValueError("expected large images")
+    x = layers.AveragePooling2D(8)(x)
+    x = layers.Dense(units)(layers.Flatten()(x))
+    return keras.Model(images, class_probabilities(x, spec))
+"""
+BY_NAME = 'CONTRACT_TESTS_SKIPPED = "needs a scanner"\n'
+OWN_MODULES = {
+    "data/rows.py": ROWS,
+    "data/required.py": WITHOUT_SAMPLES,
+    "data/scanner.py": BY_NAME,
+    "models/large.py": LARGE,
+    "models/large_only.py": LARGE.replace("SAMPLE_IMAGE_SHAPE", "_SHAPE"),
+    "models/required.py": WITHOUT_SAMPLES,
+    "models/scanner.py": BY_NAME,
+}
+
+
+def copy_repository(folder: Path) -> None:
+    """Copies every file that git tracks."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository: no list of its files")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0")[:-1]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
+@pytest.mark.slow
+def test_modules_of_a_reader_pass_the_contract_tests(tmp_path: Path) -> None:
+    """The README's modules, and others, in a copy of the repository."""
+    copy_repository(tmp_path)
+    for block in _blocks("python"):
+        if path := re.match(r"# (trainer/\w+/\w+\.py)\n", block):
+            (tmp_path / path[1]).write_text(block)
+    for name, text in OWN_MODULES.items():
+        (tmp_path / "trainer" / name).write_text(text)
+
+    def run(*arguments: str) -> str:
+        end = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n0", "-v", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert end.returncode == 0, end.stdout
+        return end.stdout
+
+    output = run("tests/test_data.py", "tests/test_models.py", "tests/test_gradient.py")
+    for passed in (
+        "keeps_the_contract[rows]",
+        "refuses_an_option_it_does_not_know[my_pictures]",
+        "raw_images_in_probabilities_out[my_network-28x28x1-10-float32]",
+        "raw_images_in_probabilities_out[large-8x9x3-4-float32]",
+        "equal_seeds_make_equal_networks[large]",
+        "gradients_of_every_network_are_right[my_network]",
+        "gradients_of_every_network_are_right[large]",
+    ):
+        assert re.search(rf"{re.escape(passed)} PASSED", output), passed
+    for skipped, reason in (
+        ("keeps_the_contract[my_pictures]", "No such file or directory: 'pictures'"),
+        ("keeps_the_contract[required]", "SAMPLE_OPTIONS is missing"),
+        ("refuses_an_option_it_does_not_know[scanner]", "needs a scanner"),
+        ("equal_seeds_make_equal_networks[required]", "SAMPLE_OPTIONS is missing"),
+        ("equal_seeds_make_equal_networks[large_only]", "SAMPLE_IMAGE_SHAPE is missing"),
+        ("gradients_of_every_network_are_right[scanner]", "needs a scanner"),
+    ):
+        assert re.search(rf"{re.escape(skipped)} SKIPPED", output), skipped
+        assert reason in " ".join(output.split())
+
+    random = np.random.RandomState(0)
+    for label in ("cats", "dogs"):
+        folder = tmp_path / "pictures" / label
+        folder.mkdir(parents=True)
+        for i in range(20):
+            pixels = random.randint(0, 255, (30, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    assert "keeps_the_contract[my_pictures] PASSED" in run("tests/test_data.py", "-k=my_pictures")
 
 
 @pytest.mark.usefixtures("clone")

@@ -96,6 +96,7 @@ def _require_whole(trials: int = 3) -> None:
         assert [json.loads(line)["epoch"] for line in metrics] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
     search: Config, command: Callable[..., Any]
 ) -> None:
@@ -200,6 +201,23 @@ def test_a_worker_that_is_silent_is_missed(search: Config, here: bool) -> None:
     ):
         cluster._require_alive(folder, servicer, processes)
     assert killed == ["far"] * here
+    assert search.logging.name == folder.name
+
+
+def test_a_worker_that_was_killed_is_missed(search: Config) -> None:
+    folder = SearchFolder("runs", "s")
+    oracle = SimpleNamespace(
+        tuner_ids={"near"}, ongoing_trials={"near": SimpleNamespace(trial_id="7")}
+    )
+    servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": time.monotonic()})
+    with subprocess.Popen(["sleep", "60"]) as process:
+        cluster._require_alive(folder, servicer, {"near": process})
+        process.kill()
+        process.wait()
+        with pytest.raises(
+            MissingError, match=r"^near was killed by SIGKILL during trial 7; .* to another$"
+        ):
+            cluster._require_alive(folder, servicer, {"near": process})
     assert search.logging.name == folder.name
 
 

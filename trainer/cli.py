@@ -394,7 +394,11 @@ def tensorboard(
     from tensorboard import program
 
     board = program.TensorBoard()
-    board.configure(logdir=runs, host="localhost", port=port, reload_interval=5)
+    # A run's folder has several event files at once. Without its data server, which pip does not
+    # install everywhere, TensorBoard otherwise reads the newest one only, and the curves stop.
+    board.configure(
+        logdir=runs, host="localhost", port=port, reload_interval=5, reload_multifile=True
+    )
     with _without_chatter():
         code = board.main()
     raise typer.Exit(code)

@@ -598,6 +598,18 @@ def no_options(path: str) -> str:
     return path
 
 
+def required(path: str, *, folder: str, count: int = 1) -> tuple[str, str, int]:
+    return path, folder, count
+
+
+def required_too(path: str, folder: str) -> tuple[str, str]:
+    return path, folder
+
+
+def no_arguments() -> None:
+    pass
+
+
 def test_options_are_checked_against_a_signature() -> None:
     def call(function: Callable[..., Any] = sample, **options: Any) -> Any:
         return call_with_options(function, "a", options=options, where="some.options")
@@ -608,6 +620,26 @@ def test_options_are_checked_against_a_signature() -> None:
         "some.options: unknown option 'cuont': did you mean 'count'? available: count, names, scale"
     )
     assert refused(call, no_options, x=1) == "some.options: unknown option 'x': it takes none"
+    assert (
+        refused(call, no_options, path="b") == "some.options: unknown option 'path': it takes none"
+    )
+    for function, options, takes in [
+        (required, {}, "folder, count"),
+        (required, {"count": 2}, "folder, count"),
+        (required_too, {}, "folder"),
+    ]:
+        assert refused(call, function, **options) == (
+            "some.options: missing a required argument: 'folder'; "
+            f"{function.__name__}() takes the options {takes}"
+        )
+    assert call(required, folder="b") == ("a", "b", 1)
+    assert call(required_too, folder="b") == ("a", "b")
+    assert refused(call, required_too, fodler="b") == (
+        "some.options: unknown option 'fodler': did you mean 'folder'? available: folder"
+    )
+    assert refused(call, no_arguments) == (
+        "some.options: too many positional arguments; no_arguments() takes no options"
+    )
     for options, said in [
         ({"count": 0}, "count: expected greater than or equal to 1, received 0"),
         ({"count": True}, "count: expected a valid integer, received True"),

@@ -175,6 +175,26 @@ def test_tensors() -> None:
     assert derivatives("x@A@x", at, "x", order=2) == [[2, 5], [5, 8]]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "slope"),
+    [
+        (["-log(p)", "--at", "p=0.5"], -2.0),
+        (["--at", "p=0.5", "-p**2"], -1.0),
+        (["--at=p=-1", "-p", "--order=1"], -1.0),
+        (["--(p*p)", "--at", "p=3"], 6.0),
+        (["--at", "p=3", "--", "--p"], 1.0),
+        (["-.5*p", "--at", "p=3"], -0.5),
+    ],
+)
+@pytest.mark.usefixtures("in_tmp_path")
+def test_an_expression_may_begin_with_a_minus(
+    command: Callable[..., Any], arguments: list[str], slope: float
+) -> None:
+    code, out, err = command("gradient", "--json", *arguments)
+    assert code == 0, err
+    assert json.loads(out)["methods"]["tf.GradientTape"]["derivative"] == slope
+
+
 def test_independence_is_said_and_never_none(
     command: Callable[..., Any], in_tmp_path: Path
 ) -> None:
@@ -316,6 +336,9 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
         (["w", "--at", "lambda=1,w=1"], "lambda is a word of the language"),
         (["w", "--at", f"w={[1] * 65}"], "65 elements: expected at most 64"),
         (["w", "--at", "w=1", "--order", "5"], "expected 1 to 4, received 5"),
+        (["w", "--at", "w=1", "--wtr", "w"], "no option --wtr: did you mean '--wrt'?"),
+        (["-w", "--ta=w=1"], "no option --ta: did you mean '--at'?"),
+        (["-w", "--at", "v=1"], "column 2: the name 'w' has no value"),
         (["w", "--at", "w=[1,2]", "--order", "3"], "expected 1 to 2 (more for one scalar"),
         (["w", "--model", "x.toml"], "--model takes the network's own loss"),
         (["--model", "x.toml"], "x.toml"),

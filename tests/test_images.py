@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 import zlib
@@ -218,6 +219,28 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
         read_pictures(tmp_path / "a.png", of_shape(1))
 
 
+def test_the_first_view_of_a_phone_picture_is_read(read: Read) -> None:
+    views = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue")]
+    content = encoded(views[0], "MPO", save_all=True, append_images=views[1:])
+    picture = read(content, "IMG_1.JPG", 3)
+    assert abs(picture.pixels.astype(int) - [255, 0, 0]).max() < 10
+    # A damaged list of views makes it an ordinary JPEG, without a warning.
+    at = content.index(b"MPF\x00")
+    damaged = content[: at + 4] + bytes(8) + content[at + 12 :]
+    np.testing.assert_array_equal(read(damaged, "IMG_2.JPG", 3).pixels, picture.pixels)
+
+
+def test_damaged_exif_is_refused_or_ignored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    content = encoded(COLOUR, "JPEG", exif=exif)
+    for at in range(20, 80):
+        for byte in (0, 3, 7, 255):
+            (tmp_path / "a.jpg").write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
+            with contextlib.suppress(InputError):
+                read_pictures(tmp_path / "a.jpg", of_shape(3))
+
+
 def test_other_sizes_are_resized_and_said(read: Read) -> None:
     wide = np.zeros((24, 40), dtype=np.uint8)
     wide[:, :16] = 240
@@ -311,7 +334,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("none.png", "none.npy"):
         assert "there is no such file" in refusal(tmp_path / name)
         (tmp_path / name).mkdir()
-        assert "there is no such file" in refusal(tmp_path / name)
+        assert f"received {tmp_path / name}: it is a folder" in refusal(tmp_path / name)
+    assert "it is no regular file" in refusal(Path("/dev/null"))
+    assert "Not a directory" in refusal(Path("/dev/null/a.png"))
 
 
 def test_two_channels_come_as_an_array_only(tmp_path: Path) -> None:

@@ -587,7 +587,7 @@ def test_the_hparams_page_of_a_search_has_its_domains(search: Callable[..., Conf
     assert (rate.min_value, rate.max_value) == (0.001, 0.1)
     batch = domains["training.batch_size"].domain_interval
     assert (batch.min_value, batch.max_value) == (16, 32)
-    units = domains["model.options.units"].domain_discrete
+    units = domains["model.options.units (text)"].domain_discrete
     assert sorted(units) == ["[16, 8]", "[8]"]  # TensorBoard orders them
     momentum = domains["optimizer.options.momentum"].domain_discrete
     assert sorted(momentum) == [0.0, 0.3, 0.6, 0.9]

@@ -1,13 +1,15 @@
 """The command line: parse, call, print. Heavy imports wait until a verb needs them."""
 
 import errno
+import io
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -19,10 +21,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
+import typer.core
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from trainer.errors import (
@@ -30,6 +33,7 @@ from trainer.errors import (
     InputError,
     TrainerError,
     explain_user_code,
+    nearest,
     shell_command,
 )
 
@@ -97,6 +101,8 @@ _SHOWN_SECONDS = {
 }
 # A disk that is full, a file that may not grow, and a reader that is gone.
 _NOTHING_MORE_IS_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
+# A table that is no terminal's is as wide as its cells; rich wants a number all the same.
+_PIPE_WIDTH = 1_000_000
 # Rows of a search's table: the best; results.json has all.
 _SHOWN_TRIALS = 10
 
@@ -163,7 +169,7 @@ def fit(
         _print_json(fitted.summary)
     elif fitted.run is None:
         scores = _scores(fitted.summary)
-        typer.echo(f"dry run: a batch of train, validation and test each went through; {scores}")
+        _print(f"dry run: a batch of train, validation and test each went through; {scores}")
     else:
         _print_result(fitted.summary, tensorboard=loaded.logging.tensorboard)
 
@@ -254,21 +260,26 @@ def predict(
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
-    """Name the class of image files."""
+    """Name the class of image files; one that cannot be read is reported, and the rest named."""
     device = "auto" if device is None else device
     _require(device, run, runs)
     _start_logging()
+    failures: list[InputError] = []
     with _stdout_for_the_result():
-        results = _workflow().predict(run, images, invert=invert, device=device, directory=runs)
+        options = {"invert": invert, "device": device, "directory": runs}
+        results = _workflow().predict(run, images, **options, on_error=failures.append)
     if json_:
         _print_json(results)
-        return
-    table = Table("image", "class", "probability", "converted")
-    for result in results:
-        probability = f"{result['probability']:.4f}"
-        cells = (result["image"], result["class"], probability, result["converted"])
-        table.add_row(*map(Text, cells))
-    Console().print(table)
+    elif results:
+        rows = [
+            (each["image"], each["class"], f"{each['probability']:.4f}", each["converted"])
+            for each in results
+        ]
+        _print_rows(rows, titles=("image", "class", "probability", "converted"))
+    for failure in failures:
+        _print(f"trainer: {failure}", err=True)
+    if failures:
+        raise typer.Exit(InputError.exit_code)
 
 
 @app.command()
@@ -393,7 +404,11 @@ def tensorboard(
     from tensorboard import program
 
     board = program.TensorBoard()
-    board.configure(logdir=runs, host="localhost", port=port, reload_interval=5)
+    # A run's folder has several event files at once. Without its data server, which pip does not
+    # install everywhere, TensorBoard otherwise reads the newest one only, and the curves stop.
+    board.configure(
+        logdir=runs, host="localhost", port=port, reload_interval=5, reload_multifile=True
+    )
     with _without_chatter():
         code = board.main()
     raise typer.Exit(code)
@@ -419,14 +434,14 @@ def doctor(
         _print_json([asdict(finding) for finding in findings])
         return
     styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for finding in findings:
-        table.add_row(
+    _print_rows(
+        (
             Text(finding.status, styles[finding.status]),
             Text(finding.subject, "bold"),
-            Text(finding.value + (f"\n-> {finding.remedy}" if finding.remedy else "")),
+            finding.value + (f"\n-> {finding.remedy}" if finding.remedy else ""),
         )
-    Console().print(table)
+        for finding in findings
+    )
 
 
 @benchmark_app.command("matmul")
@@ -468,7 +483,21 @@ def benchmark_matmul(
     _keep_measured(result, runs, json_, before, tolerance)
 
 
-@app.command()
+class _ExpressionCommand(typer.core.TyperCommand):
+    """A command whose argument may begin with a minus: only `--word` is an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuses unknown options; click takes them for arguments by `ignore_unknown_options`."""
+        known = [name for option in self.get_params(ctx) for name in option.opts]
+        for arg in args[: args.index("--")] if "--" in args else args:
+            name = arg.partition("=")[0]
+            if re.fullmatch("--[A-Za-z-]+", name) and name not in known:
+                options = [name for name in known if name.startswith("--")]
+                raise InputError(f"there is no option {name}: {nearest(name, options)}")
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_ExpressionCommand, context_settings={"ignore_unknown_options": True})
 def gradient(
     expression: Annotated[
         str | None,
@@ -630,7 +659,7 @@ def config_show(
     if json_:
         _print_json(loaded.model_dump(mode="json"))
     else:
-        typer.echo(loaded.to_toml(), nl=False)
+        _print(loaded.to_toml(), end="")
 
 
 @config_app.command("schema")
@@ -647,32 +676,33 @@ def main() -> NoReturn:
     def stop(*_: object) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)  # an exception: files are closed, the terminal given back
 
+    _escape_unencodable()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.path.append(str(Path.cwd()))  # where "my_module:MyLayer" is looked for
     except FileNotFoundError:
-        typer.echo("trainer: the folder you are in has been removed", err=True)
+        _print("trainer: the folder you are in has been removed", err=True)
         sys.exit(InputError.exit_code)
     try:
         app()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NOTHING_MORE_IS_WRITTEN:
             with suppress(OSError):  # which may be the very place that takes no more
-                typer.echo(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
+                _print(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
             os._exit(InputError.exit_code)  # without a last try to write what could not be written
         explained = _explained(error)
         if explained is None:
             raise
         if os.environ.get("TRAINER_TRACEBACK") == "1":
             traceback.print_exception(error)
-        typer.echo(f"trainer: {explained}", err=True)
+        _print(f"trainer: {explained}", err=True)
         sys.exit(explained.exit_code)
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of control-C, without a word
-            typer.echo("trainer: stopped by control-C", err=True)
+            _print("trainer: stopped by control-C", err=True)
         elif end.code == 128 + signal.SIGTERM:
-            typer.echo("trainer: stopped by SIGTERM", err=True)
+            _print("trainer: stopped by SIGTERM", err=True)
         raise
     sys.exit(0)
 
@@ -687,6 +717,13 @@ def _explained(error: Exception) -> TrainerError | None:
     if found is None and (reason := explain_user_code(error)) is not None:
         return InputError(f"{reason}; TRAINER_TRACEBACK=1 prints the traceback")
     return found
+
+
+def _escape_unencodable() -> None:
+    r"""Makes stdout and stderr print a character that their encoding lacks as `\u2026`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _load(path: Path, changes: list[str] | None, flags: dict[str, Any] | None = None) -> "Config":
@@ -835,9 +872,14 @@ def _start_logging() -> Console:
     return console
 
 
+def _print(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Prints a line at once; unlike typer's echo, never in another encoding than the stream's."""
+    print(text, end=end, file=sys.stderr if err else sys.stdout, flush=True)
+
+
 def _print_json(content: Any) -> None:
     # ASCII reads the same under every locale.
-    typer.echo(json.dumps(content, indent=2, allow_nan=False))
+    _print(json.dumps(content, indent=2, allow_nan=False))
 
 
 def _print_result(summary: dict[str, Any], *, tensorboard: bool) -> None:
@@ -847,8 +889,8 @@ def _print_result(summary: dict[str, Any], *, tensorboard: bool) -> None:
         for title, parts in _SHOWN_SECONDS.items()
     )
     step = summary["step_ms"]
-    typer.echo(f"{summary['data']['name']}: {_scores(summary)}")
-    typer.echo(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
+    _print(f"{summary['data']['name']}: {_scores(summary)}")
+    _print(f"seconds: {times}" + (f"; {step:.2f} ms a step" if step else ""))
     _print_kept(Path(summary["run"]), tensorboard=tensorboard)
 
 
@@ -860,34 +902,32 @@ def _print_search(result: dict[str, Any]) -> None:
 
     keys = list(dict.fromkeys(key for trial in result["trials"] for key in trial["values"]))
     names = short_names(keys)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("trial", result["objective"], *names.values(), "epochs", "s"):
-        table.add_column(title, overflow="fold")
+    rows = []
     for trial in best:
         values = [_shown_value(trial["values"].get(key, "")) for key in keys]
         cells = [trial["trial"], f"{trial['score']:.5g}", *values]
         cells += [f"{trial['trained_epochs']}/{trial['epochs']}", f"{trial['seconds']:.1f}"]
-        table.add_row(*map(Text, cells))
-    Console().print(table)
+        rows.append(cells)
+    _print_rows(rows, titles=("trial", result["objective"], *names.values(), "epochs", "s"))
     failed = sum(trial["status"] == "failed" for trial in result["trials"])
     pruned = sum(trial["status"] == "pruned" for trial in result["trials"])
     count = len(result["trials"])
-    typer.echo(f"{count} trials, {pruned} pruned, {failed} failed; {result['seconds']:.0f} s")
+    _print(f"{count} trials, {pruned} pruned, {failed} failed; {result['seconds']:.0f} s")
     importance = result["importance"] or {}
     shares = ", ".join(f"{names.get(key, key)} {share:.0%}" for key, share in importance.items())
-    typer.echo(f"importance: {shares}{' ' if shares else ''}({result['importance_note']})")
+    _print(f"importance: {shares}{' ' if shares else ''}({result['importance_note']})")
     if "refit" in result:
         refit = result["refit"]
-        typer.echo(f"refit on train and validation: {_scores(refit)}; kept in {refit['run']}")
+        _print(f"refit on train and validation: {_scores(refit)}; kept in {refit['run']}")
     search = Path(result["search"])
-    typer.echo(f"the best: `{shell_command('fit', search / 'best.toml')}`; see all with")
-    typer.echo(f"`{_tensorboard_command(search)}`")
+    _print(f"the best: `{shell_command('fit', search / 'best.toml')}`; see all with")
+    _print(f"`{_tensorboard_command(search)}`")
 
 
 def _print_kept(run: Path, *, tensorboard: bool) -> None:
     """Prints where a result is, and the command that shows it."""
     seen = f"; see it with `{_tensorboard_command(run.parent)}`" if tensorboard else ""
-    typer.echo(f"kept in {run}{seen}")
+    _print(f"kept in {run}{seen}")
 
 
 def _tensorboard_command(runs: Path) -> str:
@@ -912,13 +952,32 @@ def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_table(rows: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 1))
+    shown = []
     for key, value in rows.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
         if isinstance(value, list):
-            shown = ", ".join(map(str, value))
-        table.add_row(Text(key, "bold"), Text(shown))
-    Console().print(table)
+            text = ", ".join(map(str, value))
+        shown.append((Text(key, "bold"), text))
+    _print_rows(shown)
+
+
+def _print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] = ()) -> None:
+    """Prints a table on stdout. No cell is shortened: a terminal folds it, a pipe has no width.
+
+    Args:
+        rows: The cells; a string is printed as it is, without rich's markup.
+        titles: Of the columns; none: a table without a head.
+    """
+    style: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 1)}
+    if titles:
+        style = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    table = Table(*(Column(Text(title)) for title in titles), **style)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    for column in table.columns:
+        column.overflow = "fold"
+    size: dict[str, Any] = {} if sys.stdout.isatty() else {"width": _PIPE_WIDTH, "height": 1}
+    Console(**size).print(table)
 
 
 def _start_benchmark(
@@ -956,7 +1015,7 @@ def _keep_measured(
         from trainer.benchmark.compare import compare
 
         for line in compare(before, result.document(), tolerance=tolerance):
-            typer.echo(line, err=True)
+            _print(line, err=True)
 
 
 def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:
@@ -964,15 +1023,10 @@ def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:
         _print_json(result.document() | {"run": str(folder)})
         return
     rows = result.table()
-    table = Table(box=SIMPLE_HEAD)
-    for title in rows[0]:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row.values()))
-    typer.echo(result.title)
-    Console().print(table)
+    _print(result.title)
+    _print_rows((row.values() for row in rows), titles=rows[0])
     for line in result.lines:
-        typer.echo(line)
+        _print(line)
     _print_kept(folder, tensorboard=(folder / "tensorboard").is_dir())
 
 
@@ -991,20 +1045,17 @@ def _require_new_file(path: Path | None) -> None:
 
 def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
     if json_ == Path("-"):
-        typer.echo(result.json(), nl=False)
+        _print(result.json(), end="")
         return
     if json_ is not None:
         from trainer.run import write_text
 
         write_text(json_, result.json())
-    table = Table(title=Text(result.subject), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in result.table[0] if result.table else ():
-        table.add_column(title, no_wrap=True)
-    for row in result.table:
-        table.add_row(*map(Text, row.values()))
-    Console().print(table)
+    _print(result.subject)
+    titles = result.table[0] if result.table else ()
+    _print_rows((row.values() for row in result.table), titles=titles)
     for plot in result.plots:
-        typer.echo(plot)
+        _print(plot)
     for line in (*result.notes, *(f"left out: {k}: {why}" for k, why in result.skipped.items())):
-        typer.echo(line)
+        _print(line)
     _print_kept(folder, tensorboard=True)

@@ -564,24 +564,15 @@ def call_with_options(
         where: The table's name, for the message.
 
     Raises:
-        InputError: An option is unknown, has the wrong type or is out of range.
+        InputError: An option is unknown, missing, of the wrong type or out of range.
     """
+    _check_names(function, arguments, options, where)
     checked = validate_call(config=_OPTION_RULES)(function)
     try:
         return checked(*arguments, **options)
     except ValidationError as error:
         if error.title != getattr(function, "__name__", None):
             raise  # not about this call: a fault inside the function
-        fault = error.errors()[0]
-        if fault["type"] == "unexpected_keyword_argument":
-            name = str(fault["loc"][0])
-            known = [
-                p.name
-                for p in inspect.signature(function).parameters.values()
-                if p.kind is p.KEYWORD_ONLY
-            ]
-            hint = nearest(name, known) if known else "it takes none"
-            raise InputError(f"{where}: unknown option {name!r}: {hint}") from None
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
@@ -606,6 +597,28 @@ def _default_option(parameter: inspect.Parameter) -> Any:
     if again != [plain] or not isinstance(taken, _SAME_KIND.get(kind, kind)):
         raise _NotTomlError
     return read
+
+
+def _check_names(
+    function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any], where: str
+) -> None:
+    """Refuses options that are unknown or missing."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        known = [
+            p.name
+            for p in list(signature.parameters.values())[len(arguments) :]
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            hint = nearest(unknown[0], known) if known else "it takes none"
+            raise InputError(f"{where}: unknown option {unknown[0]!r}: {hint}") from None
+        name = getattr(function, "__name__", repr(function))
+        takes = f"takes the options {', '.join(known)}" if known else "takes no options"
+        raise InputError(f"{where}: {error}; {name}() {takes}") from None
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

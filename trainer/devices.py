@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.cluster import Cluster
 from trainer.config import DEVICE_PATTERN
-from trainer.errors import CheckError, InputError, MissingError
+from trainer.errors import CheckError, InputError, MissingError, install_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 _GPU_REMEDY = (
-    "install the GPU's driver and `pip install -e '.[gpu]'` (tensorflow[and-cuda]), "
+    f"install the GPU's driver and `{install_command('gpu')}` (tensorflow[and-cuda]), "
     "then see `trainer doctor`; or use --device cpu"
 )
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from trainer import devices
 from trainer.config import Config, DataConfig, parse_config
-from trainer.errors import InputError, TrainerError
+from trainer.errors import InputError, TrainerError, install_command
 
 _TENSORFLOW_SECONDS = 120.0
 _LOW_BYTES = 1e9
@@ -58,8 +58,8 @@ _CUDA_LIBRARIES = (
 _DRIVER_LIBRARY = "libcuda.so.1"
 
 _DRIVER_REMEDY = "install the GPU's driver (a container: start it with the GPU, `--gpus all`)"
-_LIBRARIES_REMEDY = "`pip install -e '.[gpu]'` (tensorflow[and-cuda])"
-_INSTALL_REMEDY = "`pip install -e .` in the checkout"
+_LIBRARIES_REMEDY = f"`{install_command('gpu')}` (tensorflow[and-cuda])"
+_INSTALL_REMEDY = f"`{install_command()}`"
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,10 @@ def _ask_tensorflow() -> dict[str, Any] | Finding:
     answer = _ask("tensorflow_facts")
     if isinstance(answer, dict):
         return answer
-    remedy = "`pip install --force-reinstall -e .`; all of it: `python -c 'import tensorflow'`"
+    remedy = (
+        f"`{install_command(options='--force-reinstall')}`; "
+        "the whole message: `python -c 'import tensorflow'`"
+    )
     return Finding("TensorFlow", "problem", f"cannot be used: {answer}", remedy)
 
 

@@ -161,7 +161,29 @@ def require_packages(what: str, packages: Iterable[str], *, extra: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingError(f"{what} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
+        raise MissingError(f"{what} needs {', '.join(missing)}: {install_command(extra)}")
+
+
+def install_command(extra: str = "", *, options: str = "") -> str:
+    """Returns the command that installs this package the way it is installed.
+
+    Args:
+        extra: Optional dependencies to install with it.
+        options: Of `pip install`.
+
+    Returns:
+        For example `pip install -e '.[gpu]'` for a package that is imported from a checkout, where
+        the command is to be run, and `pip install 'trainer[gpu]'` for an installed wheel.
+    """
+    checkout = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+    name = "." if checkout else "trainer"
+    words = [
+        "pip install",
+        options,
+        "-e" if checkout else "",
+        f"'{name}[{extra}]'" if extra else name,
+    ]
+    return " ".join(filter(None, words))
 
 
 def shell_command(*words: str | Path) -> str:

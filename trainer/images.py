@@ -1,5 +1,7 @@
 """Image files for a trained network: read, and converted to the shape it was trained on."""
 
+import stat
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from trainer.errors import InputError
 
 # A file that claims more pixels than this is refused before its pixels are unpacked.
 _MOST_PIXELS = 50_000_000
+# What Pillow raises for damaged files; struct.error for damaged EXIF.
+_DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,19 @@ def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[P
         One picture; several for a .npy file that holds several.
 
     Raises:
-        InputError: The file is missing, is no image, or does not fit.
+        InputError: The file is missing, is a folder, is no image, or does not fit.
     """
     try:
-        found = path.is_file()
-    except OSError as error:  # a name too long for the file system
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(
+            f"expected an image file, received {path}: there is no such file"
+        ) from None
+    except (OSError, ValueError) as error:  # a name that the file system does not take
         raise InputError(f"expected an image file, received {error}") from None
-    if not found:
-        raise InputError(f"expected an image file, received {path}: there is no such file")
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise InputError(f"expected an image file, received {path}: it is {kind}")
     if path.suffix.lower() == ".npy":
         arrays = _read_array(path, spec)
         pictures = [
@@ -98,14 +107,15 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
         raise InputError(f"{path}: images of {channels} channels can be given as .npy arrays only")
     try:
         with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
             Image.open(path, formats=("PNG", "JPEG")) as image,
         ):
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(
                     f"{path}: {image.width}x{image.height} pixels; at most {_MOST_PIXELS} are read"
                 )
-            if getattr(image, "n_frames", 1) > 1:
+            # A phone's JPEG (MPO) may hold more views or a preview: the first is the photograph.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise InputError(f"{path} is an animation: expected one image")
             image.load()
             image = ImageOps.exif_transpose(image)  # a photograph stands as it was taken
@@ -117,7 +127,7 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
         raise InputError(
             f"{path} is no image: expected PNG, JPEG or .npy, received {path.stat().st_size} bytes"
         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _DAMAGED_IMAGE as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)

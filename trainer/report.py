@@ -148,11 +148,14 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
         for key, value in _hyperparameters(table).items()
     }
     with tf.summary.create_file_writer(str(run.tensorboard)).as_default(step=0):
+        # TensorBoard takes its columns from one run: every run names every key. A key without a
+        # value has no cell, because TensorBoard cannot sort a column of numbers and words.
         api.hparams_config(
             hparams=[api.HParam(name) for name in values],
             metrics=[api.Metric(f"test/{name}", display_name=f"test {name}") for name in scores],
         )
-        api.hparams(values, trial_id=run.name)
+        cells = {name: value for name, value in values.items() if value is not None}
+        api.hparams(cells, trial_id=run.name)
         for name, value in scores.items():
             tf.summary.scalar(f"test/{name}", value)
         end = summary.session_end_pb(api_pb2.STATUS_SUCCESS)
@@ -215,9 +218,8 @@ def markdown_text(text: str) -> str:
 
 
 def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:
-    """Returns what HParams can show: numbers, words and truth values; the rest as JSON."""
-    # Every key of every run: TensorBoard takes its columns from one run and shows them for all.
-    plain = (bool, int, float, str)
+    """Returns what HParams can show: numbers, words and truth values; the rest as JSON or None."""
+    plain = (bool, int, float, str, type(None))
     return {key: v if isinstance(v, plain) else json.dumps(v) for key, v in table.items()}
 
 

@@ -170,7 +170,7 @@ class Run:
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Also writes what the package logs to log.txt, and what ends the run before its time."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("trainer")
         logger.addHandler(handler)

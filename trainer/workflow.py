@@ -3,7 +3,7 @@
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -257,6 +257,7 @@ def predict(
     invert: bool = False,
     device: str = "auto",
     directory: str = "runs",
+    on_error: Callable[[InputError], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Names the class of image files.
 
@@ -266,18 +267,29 @@ def predict(
         invert: Exchange dark and bright first.
         device: As `trainer.devices.select` takes it.
         directory: Folder that holds the run directories.
+        on_error: Called with the error of each file that cannot be read, which is then left out;
+            None: the first such error is raised.
 
     Returns:
         For each image its file, class name, label, probability, the probability of every class, and
         what was converted.
 
     Raises:
-        InputError: There is no such run, or a file is no image that fits.
+        InputError: There is no such run, or, without `on_error`, a file is no image that fits.
         MissingError: The device is not here.
     """
     run = open_run(reference, directory=directory)
     spec = spec_of(run)
-    pictures = [p for path in paths for p in images.read_pictures(Path(path), spec, invert=invert)]
+    pictures: list[images.Picture] = []
+    for path in paths:
+        try:
+            pictures += images.read_pictures(Path(path), spec, invert=invert)
+        except InputError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+    if not pictures:
+        return []
     chosen = devices.select(device)
     model = restore(run, chosen)
     pixels = np.stack([picture.pixels for picture in pictures])

@@ -26,7 +26,9 @@ def write_domains(folder: SearchFolder, config: Config, metrics: Sequence[str]) 
     """
     if any(folder.tensorboard.glob("*.tfevents.*")):
         return
-    parameters = [api.HParam(key, _domain(config, key)) for key in config.tuning.space]
+    parameters = [
+        api.HParam(_name(config, key), _domain(config, key)) for key in config.tuning.space
+    ]
     if config.tuning.algorithm == "hyperband":
         parameters.append(api.HParam(_EPOCHS, api.IntInterval(1, config.training.epochs)))
     ordered = sorted(metrics, key=lambda name: name != config.tuning.objective)
@@ -47,7 +49,7 @@ def write_session(folder: SearchFolder, config: Config, record: Record, begin: f
     path = folder.tensorboard / record.trial
     if path.exists():
         shutil.rmtree(path)
-    shown = {key: _shown(config, key, value) for key, value in record.values.items()}
+    shown = {_name(config, key): _shown(config, key, value) for key, value in record.values.items()}
     if config.tuning.algorithm == "hyperband":
         shown[_EPOCHS] = record.epochs
     failed = record.status == "failed"
@@ -76,9 +78,21 @@ def _domain(config: Config, key: str) -> Any:
 
 
 def _shown(config: Config, key: str, value: Any) -> Any:
-    """Returns a value as the page takes it: of one type for all choices, else as text."""
+    """Returns a value as the page takes it: a number if all choices are numbers, else text."""
+    if _is_number(config, key):
+        return float(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _name(config: Config, key: str) -> str:
+    """Returns the column of a key. An option may be a number in one search and text in another.
+
+    The page shows all searches together, and TensorBoard cannot sort numbers with text.
+    """
+    text = ".options." in key and not _is_number(config, key)
+    return f"{key} (text)" if text else key
+
+
+def _is_number(config: Config, key: str) -> bool:
     values = values_of(config.tuning.space[key])
-    types = {type(each) for each in values or ()}
-    if values is None or types in ({bool}, {str}, {int}, {float}):
-        return value
-    return float(value) if types == {int, float} else json.dumps(value)
+    return values is None or all(type(value) in (int, float) for value in values)

@@ -36,7 +36,7 @@ _MOST_STEPS = 10_000  # of a range with a step: more is a range without
 _OPTION_RULES = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 # TOML has no tuples, and a whole number can stand for a float.
 _SAME_KIND: dict[type, tuple[type, ...]] = {tuple: (tuple, list), int: (int, float)}
-DEVICE_PATTERN = r"^(auto|cpu|gpu(:\d+)?|all)$"
+DEVICE_PATTERN = r"^(auto|cpu|gpu(:[0-9]{1,3})?|all)$"
 _Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
 # TOML has no tuples: an array is taken for one, its items checked strictly all the same.
 ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
@@ -645,6 +645,8 @@ def _explain(error: ValidationError) -> str:
         return f"{key} is missing"
     if fault["type"] == "string_pattern_mismatch":
         expected = f"text that matches {fault['ctx']['pattern']}"
+        if fault["ctx"]["pattern"] == DEVICE_PATTERN:
+            expected = "auto, cpu, gpu, gpu:N or all"
     else:
         expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
         expected = expected.replace(

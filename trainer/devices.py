@@ -34,7 +34,7 @@ _GPU_REMEDY = (
 )
 
 # What CUDA and its libraries write when another process, or this one, holds the GPU's memory.
-_OUT_OF_MEMORY = re.compile(r"out.of.memory|ALLOC_FAILED|failed to allocate|OOM", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"\bout.of.memory\b|_ALLOC_FAILED\b|failed to allocate", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -376,16 +376,18 @@ def memory_error(error: BaseException) -> MissingError | None:
     """
     # By name: this must not import TensorFlow for the errors of other libraries.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    exhausted = "ResourceExhaustedError" in kinds or _OUT_OF_MEMORY.search(str(error))
-    return MissingError(_exhausted(str(error))) if "OpError" in kinds and exhausted else None
+    internal = kinds & {"InternalError", "UnknownError"} and _OUT_OF_MEMORY.search(str(error))
+    if "ResourceExhaustedError" in kinds or internal:
+        return MissingError(_exhausted(str(error)))
+    return None
 
 
 def _exhausted(message: str) -> str:
     found = re.search(r"\b([CG]PU:\d+)", message)
-    name = found[1] if found else "GPU:0"
+    where = f"{found[1]} has no memory left ({memory_state(found[1])})" if found else "no memory"
     return (
-        f"{name} has no memory left ({memory_state(name)}): end the processes that hold it "
-        "(`nvidia-smi` lists those of a GPU), or lower training.batch_size"
+        f"{where}: end the processes that hold it (`nvidia-smi` lists those of a GPU), or lower "
+        "training.batch_size"
     )
 
 
@@ -413,9 +415,10 @@ def free_bytes(name: str) -> int | None:
     command = ["nvidia-smi", f"--id={identifier}", *query]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return int(run.stdout) * 2**20  # nvidia-smi counts in MiB
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
+    answer = run.stdout.strip()
+    return int(answer) * 2**20 if re.fullmatch("[0-9]{1,9}", answer) else None  # in MiB
 
 
 def choose_precision(precision: str, devices: Devices) -> str:

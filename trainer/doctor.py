@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -231,29 +232,36 @@ def _ask(function: str, *arguments: str, **variables: str) -> dict[str, Any] | s
     Returns:
         What it returned, or in words why it returned nothing.
     """
-    code = (
-        "import json, sys; from trainer import doctor; "
-        f"answer = doctor.{function}(*sys.argv[1:]); sys.stdout.write('\\n' + json.dumps(answer))"
-    )
+    code = "import sys; from trainer import doctor; doctor.answer(*sys.argv[1:])"
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    try:
-        run = subprocess.run(
-            [sys.executable, "-P", "-c", code, *arguments],
-            env=os.environ | {"PYTHONPATH": path} | variables,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_TENSORFLOW_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"no answer within {error.timeout:.0f} s"
-    if run.returncode == 0:
-        facts: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-        return facts
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        try:
+            run = subprocess.run(
+                [sys.executable, "-P", "-c", code, str(answer), function, *arguments],
+                env=os.environ | {"PYTHONPATH": path} | variables,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=_TENSORFLOW_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            return f"no answer within {error.timeout:.0f} s"
+        if answer.exists():
+            facts: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            return facts
     if run.returncode < 0:
         return f"it ends the process: {signal.strsignal(-run.returncode)}"
-    return run.stderr.strip().rpartition("\n")[2] or f"exit status {run.returncode}"
+    last_line = run.stderr.strip().rpartition("\n")[2]
+    named = re.match(r"[\w.]*(Error|Exception|Interrupt)\b", last_line)
+    return last_line if named else f"the process ended with exit status {run.returncode}"
+
+
+def answer(path: str, function: str, *arguments: str) -> None:
+    """Writes the result of a function of this module into a file, as JSON."""
+    content = json.dumps(globals()[function](*arguments))
+    Path(path).write_text(content, encoding="utf-8")
 
 
 def _ask_step(config: Config) -> list[Finding]:
@@ -267,8 +275,8 @@ def _ask_step(config: Config) -> list[Finding]:
 def step_facts(config: str) -> dict[str, Any]:
     """Builds the training step of a configuration as for one GPU, and looks up its kernels.
 
-    No GPU is needed. Data that is not prepared is not fetched; mnist is replaced by its sample,
-    whose images have the same shape.
+    No GPU is needed. Data that is not prepared is not fetched; mnist is replaced by made-up images
+    of the same shape.
 
     Args:
         config: As JSON.
@@ -280,21 +288,24 @@ def step_facts(config: str) -> dict[str, Any]:
 
     import tensorflow as tf
 
+    from trainer.keras_objects import explain
+
     wanted = parse_config(json.loads(config), origin="the configuration")
     if not tf.sysconfig.get_build_info()["is_cuda_build"]:
         found = [Finding("GPU kernels", "note", "not checked: TensorFlow was built without CUDA")]
     else:
         try:
             found = [_kernels(wanted), *_xla(wanted)]
-        except TrainerError as error:
-            found = [Finding("GPU kernels", "note", f"not checked: {error}")]
+        except Exception as error:  # whatever the user's own objects raise
+            reason = str(error) if isinstance(error, TrainerError) else explain(error)
+            found = [Finding("GPU kernels", "note", f"not checked: {reason}")]
     return {"findings": [asdict(each) for each in found]}
 
 
 def _kernels(config: Config) -> Finding:
     """Looks up the kernels of the step when XLA does not compile it."""
-    loop, _ = _traced_for_a_gpu(config, jit_compile=False)
-    report = loop.check_kernels("GPU")
+    setting = _traced_for_a_gpu(config, jit_compile=False)
+    report = setting.loop.check_kernels("GPU")
     if not report.host:
         return Finding("GPU kernels", "ok", str(report))
     remedy = "write these parts with operations that have a kernel (docs/gpu.md): less is copied"
@@ -302,39 +313,60 @@ def _kernels(config: Config) -> Finding:
 
 
 def _xla(config: Config) -> list[Finding]:
-    """Reports whether XLA, which one GPU uses by default, has kernels for the step."""
-    if config.training.jit_compile is False:
+    """Reports whether one GPU uses XLA, and whether XLA has kernels for the step."""
+    from trainer.keras_objects import nested_layers
+
+    training = config.training
+    if training.jit_compile is False:
         return []
-    loop, model = _traced_for_a_gpu(config, jit_compile=True)
-    refusing = [layer.name for layer in model.layers if not layer.supports_jit]
-    if config.training.jit_compile == "auto" and refusing:
-        value = f"off on a GPU: Keras does not compile {', '.join(refusing)}"
-        return [Finding("XLA", "ok", value)]
-    missing = loop.check_xla_kernels()
+    setting = _traced_for_a_gpu(config, jit_compile=True)
+    layers = nested_layers(setting.model.layers)
+    refusing = [layer.name for layer in layers if not layer.supports_jit]
+    if training.jit_compile == "auto" and (refusing or training.deterministic):
+        why = f"Keras does not compile {', '.join(refusing) or 'deterministic operations'}"
+        return [Finding("XLA", "ok", f"off on a GPU: {why}")]
+    missing = setting.loop.check_xla_kernels()
     if not missing:
-        return [Finding("XLA", "ok", "compiles the training step on a GPU")]
+        return [Finding("XLA", "ok", "every operation of the training step has an XLA kernel")]
     value = f"cannot compile {'; '.join(map(str, missing))}"
     return [Finding("XLA", "problem", value, "`--set training.jit_compile=false`")]
 
 
 def _traced_for_a_gpu(config: Config, *, jit_compile: bool) -> Any:
-    """Returns the loop, its step traced, and the model, as one GPU would have them."""
+    """Assembles a training as one GPU would have it, and traces its step."""
     import keras
 
     from trainer.assembly import Clock, assemble
-    from trainer.data import names, tfds
 
     keras.utils.clear_session()  # layers are named as in a process of their own
     changes: dict[str, Any] = {"training.device": "cpu", "training.jit_compile": jit_compile}
     if config.training.precision == "auto":
         changes["training.precision"] = "mixed_bfloat16"  # on GPUs from compute capability 8.0
-    if config.data.name not in names() and not tfds.prepared_folder(config.data).exists():
-        if config.data.name != "mnist":
-            raise InputError(f"{config.data.name} is not prepared")
-        changes["data.name"] = "mnist_sample"
-    setting = assemble(config.with_changes(changes), Clock())
+    setting = assemble(config.with_changes(changes | _stand_in(config)), Clock())
     setting.loop.trace(setting.batches("train", shuffled=True))
-    return setting.loop, setting.model
+    return setting
+
+
+def _stand_in(config: Config) -> dict[str, Any]:
+    """Returns changes that replace mnist by made-up images of its shape if it is not prepared.
+
+    Raises:
+        InputError: Another set is not prepared: its shape is not known.
+    """
+    from trainer import data
+    from trainer.data import tfds
+
+    wanted = config.data
+    if wanted.name in data.names() or tfds.prepared_folder(wanted).exists():
+        return {}
+    if re.split("[/:]", wanted.name)[0] != "mnist":
+        raise InputError(f"{wanted.name} is not prepared: `trainer data prepare`")
+    spec = data.load(DataConfig(name="mnist_sample")).spec
+    height, width = wanted.image_size or spec.image_shape[:2]
+    options = {"height": height, "width": width, "channels": spec.image_shape[2]}
+    options |= {"classes": spec.class_count, "examples": 4 * config.training.batch_size}
+    replaced = {"data.options": options, "data.unset_options": [], "data.image_size": None}
+    return {"data.name": "synthetic"} | replaced
 
 
 def tensorflow_facts() -> dict[str, Any]:

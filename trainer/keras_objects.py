@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -101,6 +102,21 @@ def _shown(value: Any) -> str:
     """Returns an option as a person wrote it; of an object of Keras's, its class."""
     plain = isinstance(value, (str, int, float, list, tuple, dict, type(None)))
     return repr(value) if plain else type(value).__name__
+
+
+def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:
+    """Returns layers and those that are attributes of them, at any depth."""
+    found: dict[int, keras.layers.Layer] = {}
+    waiting = list(layers)
+    while waiting:
+        layer = waiting.pop()
+        if id(layer) in found:
+            continue
+        found[id(layer)] = layer
+        for value in vars(layer).values():
+            parts = value if isinstance(value, list | tuple) else [value]
+            waiting += [part for part in parts if isinstance(part, keras.layers.Layer)]
+    return list(found.values())
 
 
 def explain(error: Exception) -> str:

@@ -16,9 +16,12 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import kernels as registry
 
-# A kernel that is registered for this type serves every device.
+# A kernel that is registered for this type serves every device. XLA is none.
 _ANY_DEVICE = "DEFAULT"
-# Scopes that TensorFlow and Keras add to those of our step: a name is shown without them.
+_XLA_GPU = "XLA_GPU_JIT"
+# They have a GPU kernel, which calls Python on the host.
+_PYTHON_CALLS = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
+# Scopes that TensorFlow adds to those of our step: the part of a step is shown without them.
 _ADDED_SCOPES = re.compile(r"while|body|cond|branch|gradient_tape|replica|then|else|StatefulPart.*")
 
 
@@ -106,7 +109,7 @@ def check_xla(graph: tf.Graph, layers: Collection[str] = ()) -> tuple[HostOperat
     """
     tf.function(lambda: tf.zeros(()), jit_compile=True)()  # XLA lists its kernels at its first use
     _registered.cache_clear()
-    missing = check_kernels(graph, "XLA_GPU_JIT", layers=layers).host
+    missing = check_kernels(graph, _XLA_GPU, layers=layers).host
     return tuple(each for each in missing if each.operation != "Placeholder")  # the arguments
 
 
@@ -118,7 +121,7 @@ def layer_of(name: str, layers: Collection[str]) -> str | None:
         layers: Names of layers. Keras makes a scope unique by a number: "dense" may become
             "dense_1".
     """
-    for scope in reversed(_scopes(name)):
+    for scope in reversed(name.split("/")[:-1]):
         for candidate in (scope, re.sub(r"_\d+$", "", scope)):
             if candidate in layers:
                 return candidate
@@ -137,7 +140,8 @@ def xla_refusal(error: Exception, layers: Collection[str]) -> str | None:
         return None
     operation = re.search(r"No registered '(\w+)'|with op (\w+)", text)
     named = (operation[1] or operation[2]) if operation else found[1].rpartition("/")[2]
-    return f"{named} in {_part(found[1], layers)}"
+    constant = " (a shape depends on values)" if "compile-time constant" in text else ""
+    return f"{named} in {_part(found[1], layers)}{constant}"
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
@@ -166,12 +170,14 @@ def _called(node: Any) -> set[str]:
 def _is_on_host(node: Any, device_type: str, traced_on: Collection[str]) -> bool:
     """Returns whether the graph itself places a node on the CPU of another device."""
     name = node.device.rpartition("/device:")[2]
-    return device_type != "CPU" and name.startswith("CPU") and name not in traced_on
+    pinned = name.startswith("CPU") and name not in traced_on
+    return device_type == "GPU" and (pinned or node.op in _PYTHON_CALLS)
 
 
 def _has_kernel(node: Any, device_type: str) -> bool:
+    types = (device_type,) if device_type == _XLA_GPU else (device_type, _ANY_DEVICE)
     return any(
-        kernel.device_type in (device_type, _ANY_DEVICE)
+        kernel.device_type in types
         and kernel.label == node.attr["_kernel"].s.decode()
         and all(_allows(constraint, node) for constraint in kernel.constraint)
         for kernel in _registered(node.op)
@@ -184,10 +190,14 @@ def _registered(operation: str) -> list[Any]:
 
 
 def _allows(constraint: Any, node: Any) -> bool:
-    """Returns whether a kernel's constraint on a type attribute holds for a node."""
-    value = node.attr[constraint.name]
-    types = value.list.type if value.HasField("list") else [value.type]
-    return set(types) <= set(constraint.allowed_values.list.type)
+    """Returns whether a kernel's constraint on an attribute holds for a node."""
+    value, allowed = node.attr[constraint.name], constraint.allowed_values.list
+    values = value.list if value.HasField("list") else None
+    return all(
+        set(getattr(values, kind) if values else [getattr(value, kind)]) <= set(listed)
+        for kind in ("type", "s", "i", "b")
+        if (listed := getattr(allowed, kind))
+    )
 
 
 def _types(node: Any) -> str:

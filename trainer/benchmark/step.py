@@ -23,6 +23,7 @@ from trainer.benchmark.timing import Measurement, Timing, take_turns
 from trainer.config import Config
 from trainer.data import DataSpec
 from trainer.errors import CheckError, InputError, nearest
+from trainer.kernels import xla_refusal
 from trainer.training.batches import Batches
 
 _logger = logging.getLogger(__name__)
@@ -141,6 +142,11 @@ def measure(config: Config, cases: list[Case], effort: Effort) -> Found:
             measured.append(_prepare(setting, case, effort))
         except tf.errors.ResourceExhaustedError:
             skipped[case.key] = f"no memory on {case.device}"
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            refused = xla_refusal(error, setting.loop.layer_names) if case.jit_compile else None
+            if refused is None:
+                raise
+            skipped[case.key] = f"XLA cannot compile {refused}"
     if not measured:
         raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
     _logger.info("measuring: %d blocks of each, in turns", effort.blocks)

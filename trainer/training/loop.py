@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trainer import kernels
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
+from trainer.keras_objects import nested_layers
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
 from trainer.training.step import compute_loss, overrides, test_step, train_step
@@ -313,13 +314,13 @@ class Loop:
         return kernels.check_kernels(
             self._traced.graph,
             device_type or self.devices.type,
-            layers=self._layers,
+            layers=self.layer_names,
             traced_on=self.devices.names if self.devices.replicas > 1 else (),
         )
 
     def check_xla_kernels(self) -> tuple[kernels.HostOperation, ...]:
         """Returns the operations of the traced training step that XLA has no GPU kernel for."""
-        return kernels.check_xla(self.step_graph, self._layers)
+        return kernels.check_xla(self.step_graph, self.layer_names)
 
     def repeat(self, train: Batches, steps: int) -> Iterator[Window]:
         """Trains without end, and without validation and callbacks: what a benchmark measures.
@@ -637,7 +638,7 @@ class Loop:
             with self.devices.scope():
                 return call(state, tf.constant(first), tf.constant(count))
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            refused = kernels.xla_refusal(error, self._layers) if self._jit_compile else None
+            refused = kernels.xla_refusal(error, self.layer_names) if self._jit_compile else None
             if refused is None:
                 raise
             raise InputError(
@@ -645,10 +646,10 @@ class Loop:
             ) from error
 
     @property
-    def _layers(self) -> list[str]:
+    def layer_names(self) -> list[str]:
         """Names of the layers that operations of a graph may belong to."""
         own = [] if self._augment is None else getattr(self._augment, "layers", [])
-        return [layer.name for layer in [*self.model.layers, *own]]
+        return [layer.name for layer in nested_layers([*self.model.layers, *own])]
 
     def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function and adds its seconds to one part of `seconds`."""

@@ -663,6 +663,7 @@ def with_defaults(
     *,
     rate: Annotated[float, Field(gt=0)] = 1,
     sides: Annotated[tuple[int, ...], Field(strict=False)] = (1, 2),
+    strict: tuple[int, ...] | None = (3,),
     untyped=(3, "a"),
     layers: "Annotated[tuple[KerasObject, ...], Field(strict=False)]" = (FLATTEN,),
     nothing: int | None = None,
@@ -684,6 +685,7 @@ def test_the_defaults_of_a_function_are_recorded_as_options() -> None:
         "count": 4,
         "rate": 1.0,
         "sides": [1, 2],
+        "strict": [3],
         "untyped": [3, "a"],
         "layers": [{"name": "Flatten", "options": {}}],
     }

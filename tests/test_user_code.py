@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer import workflow
+from trainer import errors, workflow
 
 PARTS = """
 import keras
@@ -212,3 +212,11 @@ def test_a_defect_of_this_package_keeps_its_traceback(
     monkeypatch.setattr(workflow, "_score", None)
     with pytest.raises(TypeError, match="not callable"):
         fit()
+
+
+def test_every_module_that_is_ours_is_there() -> None:
+    package = Path(errors.__file__).parent
+    for folder, names in errors._OUR_MODULES.items():
+        assert {f"{name}.py" for name in names} <= {
+            path.name for path in (package / folder).iterdir()
+        }

@@ -13,8 +13,8 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import GenericAlias
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from types import GenericAlias, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -568,12 +568,28 @@ def call_with_options(
     """
     _check_names(function, arguments, options, where)
     checked = validate_call(config=_OPTION_RULES)(function)
+    parameters = inspect.signature(function, eval_str=True).parameters
+    given = {
+        name: _for_hint(value, parameters[name].annotation) if name in parameters else value
+        for name, value in options.items()
+    }
     try:
-        return checked(*arguments, **options)
+        return checked(*arguments, **given)
     except ValidationError as error:
         if error.title != getattr(function, "__name__", None):
             raise  # not about this call: a fault inside the function
         raise InputError(f"{where}: {_explain(error)}") from None
+
+
+def _for_hint(value: Any, hint: Any) -> Any:
+    """Returns an array of TOML as a tuple if that is what a parameter takes."""
+    return tuple(value) if isinstance(value, list) and _is_tuple(hint) else value
+
+
+def _is_tuple(hint: Any) -> bool:
+    if get_origin(hint) in (Annotated, Union, UnionType):
+        return any(map(_is_tuple, get_args(hint)))
+    return tuple in (hint, get_origin(hint))
 
 
 def _default_option(parameter: inspect.Parameter) -> Any:
@@ -589,7 +605,7 @@ def _default_option(parameter: inspect.Parameter) -> Any:
         adapter = TypeAdapter(one, config=_OPTION_RULES)
         (plain,) = adapter.dump_python((parameter.default,), mode="json", warnings="error")
         read = None if plain is None else tomllib.loads(f"value = {_toml(plain)}")["value"]
-        (taken,) = adapter.validate_python((read,))
+        (taken,) = adapter.validate_python((_for_hint(read, hint),))
         again = adapter.dump_python((taken,), mode="json", warnings="error")
     except (PydanticUserError, PydanticSerializationError, ValueError) as error:
         raise _NotTomlError from error

@@ -249,6 +249,55 @@ def test_points_that_only_look_bad_are_taken(text: str, at: str) -> None:
     assert derive(text, at=at).passed
 
 
+@pytest.mark.parametrize(
+    ("text", "at", "order", "exact"),
+    [
+        ("log(1-p)", "p=0.9999999", 1, -1 / (1 - 0.9999999)),
+        ("log(1-p)", "p=0.9999999", 2, -1 / (1 - 0.9999999) ** 2),
+        ("log(1-p)", "p=0.999999999999", 1, -1 / (1 - 0.999999999999)),
+        ("sqrt(x)", "x=1e-12", 1, 0.5e6),
+        ("1 + sqrt(x)", "x=1e-12", 1, 0.5e6),
+        ("1/x", "x=1e-9", 1, -1e18),
+        ("1/x", "x=1e-9", 4, 24e45),
+        ("1/(1-x)", "x=0.99999", 1, 1 / (1 - 0.99999) ** 2),
+        ("log(p)", "p=1e-300", 1, 1e300),
+        ("w*log(w)", "w=1e-20", 1, math.log(1e-20) + 1),
+        ("tan(x)", "x=1.57079632", 1, 1 / math.cos(1.57079632) ** 2),
+        ("abs(1-w)", "w=0.9999999", 1, -1),
+        ("sin(1/w)", "w=1e-6", 1, -math.cos(1e6) * 1e12),
+        ("log(w + 1e-30)", "w=0", 1, 1e30),
+        ("log(x)", "x=[1e-9,1,1e9]", 1, np.diag([1e9, 1, 1e-9])),
+        ("log(1-x-y)", "x=0.5,y=0.4999999", 1, [-1 / (0.5 - 0.4999999)] * 2),
+        (
+            "sqrt(x)*log(1-y)",
+            "x=1e-10,y=0.99999999",
+            1,
+            [0.5e5 * math.log(1 - 0.99999999), -1e-5 / (1 - 0.99999999)],
+        ),
+    ],
+)
+def test_the_step_stops_before_a_near_singularity(
+    text: str, at: str, order: int, exact: Any
+) -> None:
+    """The differences by themselves are right, where a singularity is a small step away."""
+    expression = parse(text, parse_values(at))
+    found = differences.derive(expression, list(expression.at), order)
+    np.testing.assert_allclose(found.derivative.squeeze(), exact, rtol=1e-6, atol=1e-9)
+    assert derive(text, at=at, wrt=",".join(expression.at), order=order).passed
+
+
+def test_points_are_printed_with_all_their_digits(
+    command: Callable[..., Any], in_tmp_path: Path
+) -> None:
+    code, out, _ = command("gradient", "log(1-p)", "--at", "p=0.9999999999999")
+    assert (code, out.splitlines()[0]) == (0, "log(1-p) at p = 0.9999999999999")
+    result = derive("sum(x)", at="x=[0.9999999999,1e-9]")
+    assert result.title == "sum(x) at x = [9.999999999e-01, 1.000000000e-09]"
+    with pytest.raises(InputError, match=r"not differentiable at w = 0\.9999999999, or within"):
+        derive("abs(w - 0.9999999999)", at="w=0.9999999999")
+    assert list(in_tmp_path.iterdir())
+
+
 HOSTILE = [
     "__import__('os').system('touch pwned')",
     "w.__class__.__mro__",

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from trainer.errors import InputError, nearest
-from trainer.gradient.differences import element_names
+from trainer.gradient.differences import element_names, number_text
 from trainer.gradient.expression import Expression, evaluate, largest_part, parse, parse_values
 from trainer.run import make_directory, write_text
 
@@ -290,7 +290,9 @@ def tangent_figure(expression: Expression, name: str, x: float, y: float, slope:
     axes.set_ylim(min(low, y) - room, max(high, y) + room)
     axes.axline((x, y), slope=slope, color="tab:orange", label=f"tangent, slope {slope:.6g}")
     axes.plot([x], [y], "o", color="black")
-    axes.annotate(f"({x:.6g}, {y:.6g})", (x, y), xytext=(8, -14), textcoords="offset points")
+    axes.annotate(
+        f"({number_text(x)}, {y:.6g})", (x, y), xytext=(8, -14), textcoords="offset points"
+    )
     axes.set_xlabel(name, parse_math=False)
     axes.set_title(_shortened(_point(expression, without=name)), fontsize=9, parse_math=False)
     for text in axes.legend().get_texts():
@@ -403,7 +405,14 @@ def _spread(found: Array, floor: Array | float) -> float:
 def _point(expression: Expression, without: str = "") -> str:
     """Writes the value of each name but one."""
     others = [(name, array) for name, array in expression.at.items() if name != without]
-    return ", ".join(f"{name} = {_shown(array)}" for name, array in others)
+    return ", ".join(f"{name} = {_exact(array)}" for name, array in others)
+
+
+def _exact(array: Array) -> str:
+    """Writes numbers with all their digits: 0.9999999 is not 1."""
+    if array.shape == ():
+        return number_text(float(array))
+    return np.array2string(array, floatmode="unique", separator=", ", threshold=36, edgeitems=2)
 
 
 def _shown(array: Array) -> str:

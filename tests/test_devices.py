@@ -291,6 +291,9 @@ def test_free_memory_of_a_gpu_is_that_of_nvidia_smi(
         devices.free_bytes("GPU:1")
     asked = log.read_text().splitlines()
     assert asked == ["--id=1", "--id=1", "--id=5", "--id=GPU-bb"]
+    for answer in ("-5", "1_0", "N/A", "", "12345678901", "1 2"):
+        fake_nvidia_smi(tmp_path, monkeypatch, f"echo '{answer}'")
+        assert devices.free_bytes("GPU:1") is None
     fake_nvidia_smi(tmp_path, monkeypatch, "echo failed; exit 9")
     assert devices.free_bytes("GPU:1") is None
     assert devices.memory_state("GPU:1") == "its free memory is not known"
@@ -341,6 +344,8 @@ def test_other_errors_of_tensorflow_are_not_about_memory() -> None:
     for error in (
         tf.errors.InternalError(None, None, "libdevice not found"),
         tf.errors.InvalidArgumentError(None, None, "shapes"),
+        tf.errors.InvalidArgumentError(None, None, "random_zoom: out of memory"),
+        tf.errors.InternalError(None, None, "node random_zoom/bloom failed"),
         ValueError("out of memory"),
     ):
         assert devices.memory_error(error) is None

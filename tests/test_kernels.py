@@ -18,6 +18,7 @@ from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import step
 from trainer.config import Config, load_config
 from trainer.errors import InputError
+from trainer.keras_objects import nested_layers
 from trainer.kernels import check_kernels
 from trainer.training.callbacks import TensorBoardCurves
 
@@ -211,6 +212,55 @@ def test_a_missing_kernel_is_named_with_its_layer() -> None:
 def shuffled(x: Any) -> Any:
     order = tf.random.shuffle(tf.range(3)) + tf.random.shuffle(tf.range(3))
     return x + tf.cast(order[0], x.dtype)
+
+
+def test_constraints_that_are_no_types_hold_too() -> None:
+    x = tf.random.normal((3, 4))
+    assert found(lambda: tf.gather_nd(x, [[0], [2]])) == []  # by the word for bad indices
+    assert found(lambda: tf.math.approx_max_k(x, 2)) == []  # by numbers and truth values
+
+
+def test_python_runs_on_the_host_and_xla_has_no_default_kernels() -> None:
+    def call() -> Any:
+        return tf.py_function(lambda: 1.0, [], tf.float32)
+
+    assert [each.partition(" ")[0] for each in found(call)] == ["EagerPyFunc"]
+    assert [each.operation for each in kernels.check_xla(graph_of(call))] == ["EagerPyFunc"]
+
+
+def test_xla_compiles_what_is_placed_on_the_cpu() -> None:
+    def pinned() -> Any:
+        with tf.device("CPU:0"):
+            return tf.sin(tf.random.uniform((3,)))
+
+    assert kernels.check_xla(graph_of(pinned)) == ()
+
+
+class Shuffles(keras.layers.Layer):
+    def call(self, x: Any) -> Any:
+        return x + tf.cast(tf.random.shuffle(tf.range(3))[0], x.dtype)
+
+
+class Holds(keras.layers.Layer):
+    """Holds a layer as an attribute, and one in a list."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.inner, self.more = Shuffles(name="inner"), [Shuffles(name="listed")]
+
+    def call(self, x: Any) -> Any:
+        return self.more[0](self.inner(x))
+
+
+@pytest.mark.parametrize("name", ["branch", "body", "while", "replica_1", "own"])
+def test_layers_are_named_whatever_their_names_are_and_inner_ones_too(name: str) -> None:
+    outer = [Holds(name="outer"), Shuffles(name=name)]
+    names = [layer.name for layer in nested_layers(outer)]
+    report = check_kernels(
+        graph_of(lambda: outer[1](outer[0](tf.zeros((3, 2))))), "GPU", layers=names
+    )
+    parts = {each.part for each in report.host}
+    assert parts == {"layer 'inner'", "layer 'listed'", f"layer {name!r}"}
 
 
 OWN_LAYERS = """

@@ -360,13 +360,17 @@ def _stand_in(config: Config) -> dict[str, Any]:
     if wanted.name in data.names() or tfds.prepared_folder(wanted).exists():
         return {}
     if re.split("[/:]", wanted.name)[0] != "mnist":
-        raise InputError(f"{wanted.name} is not prepared: `trainer data prepare`")
+        raise InputError(f"{wanted.name} is not prepared")
     spec = data.load(DataConfig(name="mnist_sample")).spec
     height, width = wanted.image_size or spec.image_shape[:2]
     options = {"height": height, "width": width, "channels": spec.image_shape[2]}
     options |= {"classes": spec.class_count, "examples": 4 * config.training.batch_size}
-    replaced = {"data.options": options, "data.unset_options": [], "data.image_size": None}
-    return {"data.name": "synthetic"} | replaced
+    return {
+        "data.name": "synthetic",
+        "data.options": options,
+        "data.unset_options": [],
+        "data.image_size": None,
+    }
 
 
 def tensorflow_facts() -> dict[str, Any]:

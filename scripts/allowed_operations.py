@@ -68,8 +68,10 @@ REVIEWED = {
     "DisableCopyOnRead": _VARIABLE,
     "HashTableV2": "makes a table in memory; its name is checked for each model",
     "If": _CALL,
+    "LookupTableExportV2": _TABLE,
     "LookupTableFindV2": _TABLE,
     "LookupTableImportV2": _TABLE,
+    "MutableHashTableV2": "makes a table in memory; its name is checked for each model",
     "PartitionedCall": _CALL,
     "ReadVariableOp": _VARIABLE,
     "StatefulPartitionedCall": _CALL,
@@ -332,6 +334,21 @@ def first_model(layer: type[layers.Layer]) -> tuple[list[Sample], keras.Model]:
     raise ValueError(f"{layer.__name__} accepts no sample: {reasons[0]}")
 
 
+def vocabulary_models() -> dict[str, keras.Model]:
+    """Returns networks of the layers with a vocabulary, given to them or learned from data."""
+    lookup, adapted = layers.StringLookup(vocabulary=["a", "b"]), layers.StringLookup()
+    numbers, text = layers.IntegerLookup(), layers.TextVectorization()
+    adapted.adapt(["a", "b"])
+    numbers.adapt([1, 2])
+    text.adapt(["a b", "b c"])
+    return {
+        "given": keras.Sequential([keras.Input((1,), dtype="string"), lookup]),
+        "adapted": keras.Sequential([keras.Input((1,), dtype="string"), adapted]),
+        "numbers": keras.Sequential([keras.Input((1,), dtype="int64"), numbers]),
+        "text": keras.Sequential([keras.Input((), dtype="string"), text]),
+    }
+
+
 def traced_operations(model: keras.Model, *, training: bool = False) -> set[str]:
     """Returns the operations in the graph of a network."""
 
@@ -524,10 +541,11 @@ def _of_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> set[st
 
 
 def _of_exports(folder: Path) -> set[str]:
-    """Returns the operations of this project's exports, and of one with a table."""
-    _, lookup = first_model(layers.StringLookup)
-    lookup.export(folder / "lookup", verbose=False)
-    found = _saved_operations(folder / "lookup")
+    """Returns the operations of this project's exports, and of vocabularies, which are tables."""
+    found: set[str] = set()
+    for name, model in vocabulary_models().items():
+        model.export(folder / name, verbose=False)
+        found |= _saved_operations(folder / name)
     for channels, name in itertools.product((1, 3), ("cnn", "mlp")):
         spec = data.load(
             DataConfig(name="synthetic", options={"examples": 40, "channels": channels})

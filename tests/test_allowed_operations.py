@@ -1,6 +1,7 @@
 """Without trust, a SavedModel may only hold operations that Keras networks need."""
 
 import inspect
+import os
 import subprocess
 import sys
 import tomllib
@@ -85,6 +86,12 @@ def test_the_layers_of_keras_need_allowed_operations_only(script: Any) -> None:
     assert not unexpected
 
 
+def test_a_vocabulary_that_was_learned_is_loaded_without_trust(script: Any, tmp_path: Path) -> None:
+    for name, model in script.vocabulary_models().items():
+        model.export(tmp_path / name, verbose=False)
+        check_saved_model(tmp_path / name)
+
+
 @pytest.mark.slow
 def test_each_layer_of_keras_is_loaded_without_trust(script: Any, tmp_path: Path) -> None:
     for name, layer in script.layer_classes().items():
@@ -97,7 +104,9 @@ def test_each_layer_of_keras_is_loaded_without_trust(script: Any, tmp_path: Path
 @pytest.mark.slow
 def test_the_list_is_what_the_script_writes() -> None:
     program = [sys.executable, "scripts/allowed_operations.py"]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     path = ROOT / "trainer" / "saving" / "allowed_operations.txt"
     assert done.stdout == path.read_text(encoding="utf-8")
 

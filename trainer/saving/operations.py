@@ -19,7 +19,7 @@ from typing import Any
 _SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
 SAVER_OPERATIONS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
 # Operations that make variables and tables, whose names TensorFlow writes.
-_NAMED = {"VarHandleOp", "HashTableV2"}
+_NAMED = {"VarHandleOp", "HashTableV2", "MutableHashTableV2"}
 
 
 @cache

@@ -168,7 +168,7 @@ def test_arrays_that_a_network_could_learn_only_by_mistake_are_refused(
         (["a", "x" * 9999 + "\n"], f"received '{'x' * 40}' with the character U+000A"),
         (["a", "a"], "received 'a' for the classes 0 and 1"),
         (["b", "caf\u00e9", "cafe\u0301"], "received 'cafe\\u0301' for the classes 1 and 2"),
-        (["a b", " a  b "], "received ' a b ' for the classes 0 and 1"),
+        (["a b", " a  b "], "received ' a  b ' for the classes 0 and 1"),
         ([0, 1], "class 0: expected a name of type str, received int"),
         (["a", None], "class 1: expected a name of type str, received NoneType"),
         (["a", b"b"], "class 1: expected a name of type str, received bytes"),

@@ -154,7 +154,7 @@ def test_cut_names_stay_different() -> None:
 
 def test_the_model_card_shows_any_class_name() -> None:
     table = figures.class_table(LABELS, GUESSES, of_classes(*ANY_NAMES))
-    card = report.model_card("a", summary(), table, Config())
+    card = report.model_card(Path("a"), summary(), table, Config())
     tokens = MarkdownIt().enable(["table", "strikethrough"]).parse(card)
     cells = [
         "".join(part.content for part in following.children or [])

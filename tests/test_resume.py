@@ -290,11 +290,11 @@ def test_a_directory_that_another_process_makes_first_is_left_to_it(
     """A second `fit`, started in the same second, is faster once."""
     faster: list[Path] = []
 
-    def make_callbacks(setting: Any, folder: Path) -> Any:
+    def make_callbacks(setting: Any, folder: Path, given: Any) -> Any:
         if not faster:
             folder.mkdir(parents=True)
             faster.append(folder)
-        return assembly.make_callbacks(setting, folder)
+        return assembly.make_callbacks(setting, folder, given)
 
     monkeypatch.setattr(workflow, "make_callbacks", make_callbacks)
     fitted = fit(logging__name="same", training__epochs=1)

@@ -455,6 +455,7 @@ def test_a_keras_file_with_a_lambda_is_refused(tmp_path: Path, command: Callable
         ("mine", "Layer"),
         ("keras.src.utils.file_utils", "File"),
         ("keras.layers", "TFSMLayer"),
+        ("keras.layers", "FlaxLayer"),
         ("keras.activations", "function"),
         (None, "__lambda__"),
     ],

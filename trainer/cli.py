@@ -311,7 +311,7 @@ def load(
         bool, typer.Option("--evaluate", help="Score it on the test images it was made for")
     ] = False,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Run code that the file holds: know its maker")
+        bool, typer.Option("--trust", help="Accept code and any operation: know its maker")
     ] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -358,7 +358,7 @@ def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An exported model or a version")],
     *,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Run what reaches out of it: know its maker")
+        bool, typer.Option("--trust", help="Accept any operation in it: know its maker")
     ] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -383,7 +383,7 @@ def serve(
         int, typer.Option("--most-bytes", min=1, help="The largest body of a request")
     ] = 16_000_000,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Run what reaches out of it: know its maker")
+        bool, typer.Option("--trust", help="Accept any operation in it: know its maker")
     ] = False,
 ) -> None:
     """Serve an exported model over HTTP, as TensorFlow Serving does."""

@@ -152,7 +152,7 @@ def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verified]:
 
     Args:
         path: The folder of a version, or of a model: then its newest version is meant.
-        trust: Run operations of a SavedModel that reach out.
+        trust: Accept any operation in a SavedModel.
 
     Returns:
         The folder of the version, and how it compares.

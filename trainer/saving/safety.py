@@ -1,8 +1,8 @@
 """What a model file may hold. Loading a model is running a program: these look before it is run.
 
-Refused without trust: code (Lambda layers, functions, modules other than Keras's), operations that
-touch files, the network or Python, paths that leave an archive, files within files, and sizes that
-the file itself cannot hold.
+Refused without trust: code (Lambda layers, functions, modules other than Keras's), and operations
+that Keras networks do not need. Always refused: paths that leave an archive, files within files,
+and sizes that the file itself cannot hold.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 
 from trainer.errors import InputError
+from trainer.saving.operations import find_forbidden
 
 _MOST_BYTES = 8 * 10**9  # that a .keras archive may unpack to
 _MOST_GRAPH_BYTES = 2 * 10**9  # of a graph, the most that its format can hold
@@ -29,15 +30,10 @@ _OWN = {
     ("trainer.training.fused_adam", "FusedAdam"),
     ("trainer.training.losses", "SmoothedCrossentropy"),
 }
-_CODE = {"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer"}
-# Operations that a network does not need, by what they do: files, network, Python.
-_REACHES_OUT = re.compile(
-    r"File|Reader|Dataset|PyFunc|Rpc|Save|Restore|Load|Checkpoint|Summary|Print|Debug|Remap"
-    r"|RemoteCall|Send|Recv|Lmdb|LMDB|ImmutableConst|UnigramCandidateSampler|Skipgram|Proto|Abort"
-)
-# What TensorFlow itself writes into every SavedModel, to save and restore its variables.
-_SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
-_SAVER_OPERATIONS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
+_CODE = {
+    *("Lambda", "__lambda__", "function"),
+    *("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
+}
 
 
 def check_keras(path: Path, *, trust: bool = False) -> None:
@@ -102,14 +98,14 @@ def check_hdf5(path: Path, file: Any, size: int) -> None:
 
 
 def check_saved_model(path: Path, *, trust: bool = False) -> None:
-    """Looks through the operations of a SavedModel without loading it.
+    """Checks the operations of a SavedModel without loading it.
 
     Args:
         path: Its folder.
-        trust: Let it hold operations that reach out.
+        trust: Accept any operation.
 
     Raises:
-        InputError: It is damaged, or has operations that touch files, the network or Python.
+        InputError: It is damaged, or has an operation that Keras networks do not need.
     """
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf import saved_model_pb2
@@ -126,12 +122,12 @@ def check_saved_model(path: Path, *, trust: bool = False) -> None:
         raise InputError(f"{path} is no SavedModel: it holds no graph")
     if trust:
         return
-    for graph in saved.meta_graphs:
-        for where, operation in _reaching_out(graph):
-            raise InputError(
-                f"{path} holds the operation {operation} (in {where}), which can touch files, the "
-                "network or Python. If you know who made it, load it with --trust"
-            )
+    forbidden = find_forbidden(saved)
+    if forbidden is not None:
+        raise InputError(
+            f"{path} holds {forbidden}: expected only operations of Keras networks, which reach no "
+            "files, network or Python. If you know who made it, load it with --trust"
+        )
 
 
 def check_network(path: Path, options: Any, *, trust: bool = False) -> None:
@@ -227,31 +223,3 @@ def _hdf5_items(group: h5py.Group) -> Iterator[tuple[str, Any]]:
         yield item.name, item
         if isinstance(item, h5py.Group):
             yield from _hdf5_items(item)
-
-
-def _reaching_out(graph: Any) -> Iterator[tuple[str, str]]:
-    """Yields function and operation of what reaches out; TensorFlow's own saver may, by itself."""
-    saver = {graph.saver_def.save_tensor_name.split(":")[0], graph.saver_def.restore_op_name}
-    answers = {
-        tensor.name.split(":")[0]
-        for signature in graph.signature_def.values()
-        for tensor in signature.outputs.values()
-    }
-    for node in graph.graph_def.node:
-        calls_saver = any(_SAVER.fullmatch(name) for name in _called(node))
-        if _REACHES_OUT.search(node.op) or (
-            calls_saver and (node.name not in saver or node.name in answers)
-        ):
-            yield "the graph", node.op
-    for function in graph.graph_def.library.function:
-        name = function.signature.name
-        for node in function.node_def:
-            own = _SAVER.fullmatch(name) and node.op in _SAVER_OPERATIONS
-            if (_REACHES_OUT.search(node.op) and not own) or any(
-                map(_SAVER.fullmatch, _called(node))
-            ):
-                yield name, node.op
-
-
-def _called(node: Any) -> list[str]:
-    return [value.func.name for value in node.attr.values() if value.HasField("func")]

@@ -34,7 +34,7 @@ class Servable:
 
         Args:
             folder: Of the version.
-            trust: Run operations that reach out.
+            trust: Accept any operation.
 
         Raises:
             InputError: It is damaged, no SavedModel, or holds what is not trusted.
@@ -119,7 +119,7 @@ class Servables:
             name: By which it is served.
             folder: Holds a folder for each version, named by its number; or one version, which is
                 then the only one.
-            trust: Run operations that reach out.
+            trust: Accept any operation.
 
         Raises:
             InputError: None can be served.

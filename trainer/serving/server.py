@@ -37,7 +37,7 @@ def serve(
         host: Address to listen at; the default lets nobody else in.
         port: To listen at; 0 for any that is free.
         most_bytes: The largest body of a request.
-        trust: Run operations of the SavedModel that reach out.
+        trust: Accept any operation in the SavedModel.
 
     Raises:
         InputError: There is no such model, it cannot be served, or the address is taken.

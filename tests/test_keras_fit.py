@@ -203,6 +203,23 @@ def test_a_weight_without_optimizer_state_is_refused(
         )
 
 
+class Constant(keras.metrics.Metric):
+    """A metric without variables."""
+
+    def update_state(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def result(self) -> Any:
+        return 3.0
+
+
+def test_tracing_again_within_an_epoch_leaves_its_metrics(both: Callable[..., Any]) -> None:
+    both(
+        lambda: [Act("on_train_batch_begin", freeze, call=4)],
+        metrics=["accuracy", Constant(name="constant")],
+    )
+
+
 class Results(keras.metrics.Metric):
     """Returns its count in several forms."""
 

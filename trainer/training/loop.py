@@ -149,6 +149,7 @@ class Loop:
         self._evaluations: dict[tuple[int, bool], tuple[Batches, list[Any], Any]] = {}
         self._optimizer: Any = None
         self._optimized: list[Any] = []
+        self._metrics: list[Any] = []
         self._build()
         if devices.replicas > 1:
             _refuse_on_several_devices(model, devices, jit_compile=jit_compile)
@@ -168,10 +169,11 @@ class Loop:
             if self._optimizer is not model.optimizer:
                 model.optimizer.build(trained)
                 self._optimizer, self._optimized = model.optimizer, list(trained)
-            shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
-            if not all(metric.variables for metric in model.metrics):
+            if not _same(model.metrics, self._metrics):
+                shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
                 model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
                 model.reset_metrics()
+                self._metrics = model.metrics
         known = {id(variable) for variable in self._optimized}
         unknown = [variable.path for variable in trained if id(variable) not in known]
         if unknown:

@@ -513,3 +513,33 @@ def test_averaging_changes_nothing_in_the_training_itself(
     assert losses[0][0] == losses[1][0]
     for one, other in zip(losses[0][1], losses[1][1], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [OwnStep, OwnLogs, OwnMetrics, OwnLoss])
+def test_a_workflow_runs_a_models_own_methods(
+    kind: type[keras.Model], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From assembling to the report and the evaluation of the run."""
+    import trainer
+    from trainer import models
+    from trainer.models import mlp
+
+    def build(spec: Any) -> keras.Model:
+        plain = mlp.build(spec, units=(4,), dropout=0.0)
+        return kind(plain.inputs[0], plain.outputs[0])
+
+    monkeypatch.setattr(models, "find", lambda _: build)
+    config = trainer.Config().with_changes(
+        {
+            "data.name": "synthetic",
+            "data.options": {"examples": 100, "height": 6, "width": 6, "classes": 3},
+            "training.epochs": 1,
+            "training.batch_size": 20,
+            "training.precision": "mixed_bfloat16",
+        }
+    )
+    fitted = trainer.fit(config)
+    assert fitted.run is not None
+    again = trainer.evaluate(str(fitted.run.path))
+    assert again["loss"] == pytest.approx(fitted.summary["test"]["loss"], rel=1e-6)
+    assert (in_tmp_path / "runs").is_dir()

@@ -122,6 +122,14 @@ def test_a_network_of_another_output_is_refused(
     assert f"expected probabilities of shape [None, 4], received {received}" in message
 
 
+def test_a_network_with_a_dictionary_of_outputs_is_refused(
+    own_network: Callable[[str], None],
+) -> None:
+    own_network('{"a": class_probabilities(Flatten()(x), spec)}')
+    message = refusal("own", {})
+    assert "expected one output of shape [None, 4], received a dict of outputs" in message
+
+
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_raw_images_in_probabilities_out(name: str, spec: DataSpec, policy: str) -> None:
     model = build_for(name, spec, policy)

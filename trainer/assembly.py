@@ -30,6 +30,7 @@ from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights
 from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
+from trainer.training.step import compute_loss
 from trainer.training.trial_run import try_callback
 
 # What a metric cannot be called: it would take the place of a number of our own.
@@ -219,7 +220,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     placed = devices.check_placement(outputs, chosen)
     try:
         with chosen.scope():
-            loss = model.compute_loss(images, labels, outputs[0], training=False)
+            loss = compute_loss(model, images, labels, outputs[0], None, training=False)
             model.compute_metrics(images, labels, outputs[0])
             model.reset_metrics()
     except keras_objects.REFUSALS as error:

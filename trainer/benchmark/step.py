@@ -25,6 +25,7 @@ from trainer.data import DataSpec
 from trainer.errors import CheckError, InputError, nearest
 from trainer.kernels import xla_refusal
 from trainer.training.batches import Batches
+from trainer.training.step import compute_loss
 
 _logger = logging.getLogger(__name__)
 
@@ -266,7 +267,8 @@ def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            loss = model.compute_loss(images, labels, model(images, training=True))
+            outputs = model(images, training=True)
+            loss = compute_loss(model, images, labels, outputs, None, training=True)
             scaled = model.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, weights)
         if training.clip_norm is not None:
@@ -292,7 +294,8 @@ def _traced_once(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Gra
 
     def derive(images: tf.Tensor, labels: tf.Tensor) -> Any:
         with tf.GradientTape() as tape:
-            loss = model.compute_loss(images, labels, model(images, training=True))
+            outputs = model(images, training=True)
+            loss = compute_loss(model, images, labels, outputs, None, training=True)
         gradients = tape.gradient(loss, model.trainable_variables)
         return [tf.convert_to_tensor(g) for g in gradients if g is not None]
 

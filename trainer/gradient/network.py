@@ -23,6 +23,7 @@ from trainer.assembly import compiled_model
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
 from trainer.run import make_directory, write_text
+from trainer.training.step import compute_loss
 
 TOLERANCE = 1e-5
 IMAGES = 8
@@ -236,7 +237,7 @@ class _Loss:
 
         def compute() -> Any:
             outputs = model(images, training=False)
-            return model.compute_loss(images, labels, outputs, training=False)
+            return compute_loss(model, images, labels, outputs, None, training=False)
 
         def differentiate() -> Any:
             with tf.GradientTape() as tape:  # records the weights by themselves: tf.Variables

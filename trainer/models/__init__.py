@@ -93,6 +93,12 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
             f"model {config.name!r}: expected one input of {[None, *spec.image_shape]}, "
             f"received {shape}"
         )
+    outputs = model.compute_output_spec(model.input)
+    if not isinstance(outputs, keras.KerasTensor):
+        raise InputError(
+            f"model {config.name!r}: expected one output of shape [None, {spec.class_count}], "
+            f"received a {type(outputs).__name__} of outputs"
+        )
     if model.output_shape != (None, spec.class_count):
         raise InputError(
             f"model {config.name!r}: expected probabilities of shape [None, {spec.class_count}], "

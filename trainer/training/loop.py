@@ -583,7 +583,7 @@ class Loop:
                 # Also for a smaller batch as many rows as in the others: shapes must not change.
                 rest = batches.batch_size - local.first - local.count
                 outputs = tf.pad(outputs[: local.count], ((local.first, rest), (0, 0)))
-            return {"outputs": outputs, "size": local.size, "logs": logs}
+            return {"outputs": tf.cast(outputs, tf.float32), "size": local.size, "logs": logs}
 
         own_logs = self._own_logs(one_replica, batches, "test_step")
 

@@ -83,7 +83,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "data info": "config --set --json",
         "data prepare": "config --set --overwrite --json",
         "doctor": "config --set --json",
-        "evaluate": "run --split --device --runs --json",
+        "evaluate": "run --split --device --trust --runs --json",
         "export": "run --format --name --directory --runs --json",
         "fit": "config --resume --device --set --epochs --name --dry-run --deterministic "
         "--profile --json",

@@ -147,6 +147,10 @@ def test_the_crossover_is_where_the_second_begins_to_win() -> None:
     )
     always = find_crossover(sizes, first, timings([1e-9] * 4), seed=0)
     assert (always.size, always.reason) == (None, "the second device is faster at every size")
+    for factor in (0.99, 1.01):  # both are the same, as far as anybody can tell
+        alike = timings([factor * t for t in [1.0] * 4], 0.3)
+        unsure = find_crossover(sizes, timings([1.0] * 4, 0.3), alike, seed=0)
+        assert (unsure.size, unsure.reason[:34]) == (None, "neither device is faster for sure:")
 
 
 # ---------------------------------------------------------------- comparing two results

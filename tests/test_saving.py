@@ -714,3 +714,18 @@ def test_verify_and_load_say_what_they_expected(
         shutil.copytree(exported["onnx"], tmp_path / "m" / "2")
         (tmp_path / "m" / "2" / "model.onnx").write_bytes(b"")
         verify(tmp_path / "m")  # the newest version
+
+
+def scalar_loss(labels: Any, outputs: Any) -> Any:
+    return keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs))
+
+
+def test_a_file_whose_loss_is_a_users_function_is_loaded_without_trust(tmp_path: Path) -> None:
+    """Keras writes the function as builtins:function, which nothing could read."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax")])
+    model.compile("sgd", scalar_loss)
+    model.save(tmp_path / "own.keras")
+    for trust in (False, True):
+        loaded = trainer.load(tmp_path / "own.keras", trust=trust)
+        points = np.ones((4, 2), np.float32)
+        np.testing.assert_array_equal(loaded(points), model(points).numpy())

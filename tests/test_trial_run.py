@@ -1,11 +1,13 @@
 """Keras's callbacks are tried before a training begins, and those that do harm are refused."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -13,6 +15,7 @@ import trainer
 from trainer.assembly import Clock, Setting, assemble, make_callbacks
 from trainer.config import Config
 from trainer.errors import InputError
+from trainer.training.callbacks import scalars
 
 TINY = {
     "data.name": "synthetic",
@@ -98,13 +101,27 @@ class Adds(keras.callbacks.Callback):
         logs["val_own"] = 1.0
 
 
-def test_a_log_that_a_users_callback_adds_can_be_monitored(
-    make: Callable[..., list[Any]],
+def test_a_log_that_a_users_callback_adds_can_be_monitored_after_it(
+    setting: Setting, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, own = make("EarlyStopping", Adds(), monitor="val_own", mode="min")
-    assert (stop.monitor, type(own)) == ("val_own", Adds)
-    with pytest.raises(InputError, match="val_own"):
-        make("EarlyStopping", monitor="val_own", mode="min")
+    stop = {"name": "EarlyStopping", "options": {"monitor": "val_own", "mode": "min"}}
+    monkeypatch.setitem(sys.modules, "adding", sys.modules[__name__])
+    own = {"name": "adding:Adds"}
+
+    def make_all(*callbacks: Any) -> list[Any]:
+        described = {"training.callbacks": list(callbacks)}
+        changed = replace(setting, config=setting.config.with_changes(described))
+        return make_callbacks(changed, in_tmp_path / "run")
+
+    assert [type(each).__name__ for each in make_all(own, stop)] == ["Adds", "EarlyStopping"]
+    for wrong in ([stop, own], [stop]):
+        with pytest.raises(InputError, match=r"'val_own'.*comes before one that monitors it"):
+            make_all(*wrong)
+
+
+def test_every_number_that_a_callback_adds_is_shown() -> None:
+    logs = {"a": 3, "b": 0.5, "c": np.int64(4), "d": np.float32(0.25), "e": np.ones(2), "f": "x"}
+    assert scalars(logs) == {"a": 3.0, "b": 0.5, "c": 4.0, "d": 0.25}
 
 
 @pytest.mark.parametrize(

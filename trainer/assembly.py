@@ -403,10 +403,10 @@ def make_callbacks(
     kinds = [keras_objects.find("callback", each.name) for each in described]
     for kind in (*kinds, *map(type, given)):
         _check_kind(setting, kind)
-    # Callbacks of a user's own may add logs that Keras's monitor.
-    own = any(not kind.__module__.startswith("keras.") for kind in (*kinds, *map(type, given)))
     logs = _epoch_logs(setting.model)
-    for each in described:
+    for i, each in enumerate(described):
+        # Callbacks of a user's own may add logs, for those that come after them.
+        own = any(not kind.__module__.startswith("keras.") for kind in kinds[:i])
         monitor = each.options.get("monitor")
         added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
         try_callback(each, setting.model, added | logs)

@@ -224,6 +224,9 @@ def evaluate(
     *,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     device: DeviceOption = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run code that a saved model holds: know its maker")
+    ] = False,
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
@@ -237,7 +240,7 @@ def evaluate(
     with _stdout_for_the_result():
         if saved:
             with _without_chatter():
-                result = _saving("loading").load(run).evaluate(split)
+                result = _saving("loading").load(run, trust=trust).evaluate(split)
         else:
             result = _workflow().evaluate(run, split=split, device=device, directory=runs)
     if json_:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from trainer.benchmark.timing import Timing
 
+_UNSURE = "neither device is faster for sure: the timings overlap"
 _RESAMPLES = 1000
 
 
@@ -61,10 +62,6 @@ def find_crossover(
         seed: Of the resampling.
     """
     found = _crossing(sizes, _ratios(first, second))
-    if found is None:
-        return Crossover(None, None, "the second device is not faster at the largest size")
-    if found == sizes[0]:
-        return Crossover(None, None, "the second device is faster at every size")
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(_RESAMPLES):
@@ -72,6 +69,15 @@ def find_crossover(
         crossing = _crossing(sizes, [math.log(b / a) for a, b in zip(*resampled, strict=True)])
         drawn.append(math.inf if crossing is None else crossing)
     low, high = np.percentile(drawn, [2.5, 97.5], method="nearest")
+    if found is None:
+        sure = low == math.inf
+        told = "the second device is not faster at the largest size"
+        return Crossover(None, None, told if sure else _UNSURE)
+    if found == sizes[0]:
+        sure = high == sizes[0]
+        return Crossover(
+            None, None, "the second device is faster at every size" if sure else _UNSURE
+        )
     interval = (float(low), float(high)) if math.isfinite(high) else None
     return Crossover(found, interval, "")
 

@@ -49,7 +49,7 @@ def check_keras(path: Path, *, trust: bool = False) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             _check_members(path, archive.infolist())
-            config = json.loads(archive.read("config.json"))
+            config = _used(json.loads(archive.read("config.json")))
             weights = archive.read("model.weights.h5")
     except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError, EOFError) as error:
         raise InputError(f"{path} is no .keras archive, or is damaged: {error}") from None
@@ -178,7 +178,7 @@ def imported(path: Path) -> dict[str, Any]:
         InputError: One cannot be imported.
     """
     with zipfile.ZipFile(path) as archive:
-        config = json.loads(archive.read("config.json"))
+        config = _used(json.loads(archive.read("config.json")))
     found = {}
     for module, name in _objects(config):
         if module is not None and not module.startswith("keras"):
@@ -187,6 +187,17 @@ def imported(path: Path) -> dict[str, Any]:
             except (ImportError, AttributeError, ValueError) as error:
                 raise InputError(f"{path}: {module}:{name}: {error}") from None
     return found
+
+
+def _used(config: Any) -> Any:
+    """Returns the part of a Keras configuration that loading with `compile=False` reads.
+
+    Loss, metrics and optimizer are left out: Keras writes a function of a user's own in a form that
+    it cannot read.
+    """
+    if not isinstance(config, dict):
+        return config
+    return {key: value for key, value in config.items() if key != "compile_config"}
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:

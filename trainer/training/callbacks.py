@@ -273,5 +273,6 @@ def plain(logs: Logs) -> dict[str, Any]:
 
 
 def scalars(logs: Logs) -> dict[str, float]:
-    """Returns the metrics that are one number; a metric may have several."""
-    return {name: value for name, value in logs.items() if isinstance(value, float)}
+    """Returns the logs that are one number. A metric may have several, and a callback adds any."""
+    kinds = (int, float, np.integer, np.floating)
+    return {name: float(value) for name, value in logs.items() if isinstance(value, kinds)}

@@ -54,7 +54,10 @@ def try_callback(described: KerasObject, model: keras.Model, logs: Mapping[str, 
         except (*keras_objects.REFUSALS, UserWarning) as error:
             reason, monitor = keras_objects.explain(error), described.options.get("monitor")
             if isinstance(monitor, str) and monitor not in logs:
-                reason = f"monitor = {monitor!r}: {nearest(monitor, logs)}"
+                reason = (
+                    f"monitor = {monitor!r}: {nearest(monitor, logs)} (a callback that adds a log "
+                    "comes before one that monitors it)"
+                )
             raise InputError(f"callback {described.name!r} cannot be used: {reason}") from None
 
 

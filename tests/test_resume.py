@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,11 @@ def test_a_run_of_a_gpu_is_resumed_without_one(
         code, _, err = command("fit", "--resume", "latest", "--device", "cpu")
         # The callback that killed it is missing here: devices and configuration were accepted.
         assert (code, "another number of callbacks" in err) == (2, True)
+        assert path.read_text() == text  # what is refused changes nothing
+        there = {"training.device": "cpu", "training.jit_compile": "auto"}
+        changed = run.config().with_changes(there)
+        trainer.resume("latest", changed=changed, callbacks=[Bomb()])
+    assert run.finished
     assert run.config().training.device == "cpu"
     assert run.config().training.jit_compile is False
 
@@ -577,7 +583,59 @@ def test_the_newest_run_of_another_folder_is_resumed(
     with contextlib.chdir(tmp_path):
         there = ("--set", "logging.directory=elsewhere")
         _, _, err = command("fit", "--resume", "latest", *there)
-        assert f"run      elsewhere/{killed.name}\n" in err
+        assert f"trainer: elsewhere/{killed.name} was trained with another number of" in err
         assert command("fit", "--resume", "latest")[2] == (
             "trainer: there is no run in runs: `trainer fit` makes one\n"
         )
+
+
+def test_a_refused_resume_leaves_a_finished_run_finished(fit: Fit) -> None:
+    run = fit(Bomb()).run
+    before = {path.name: path.read_bytes() for path in run.path.glob("*.*")}
+    with pytest.raises(InputError, match="was trained with another number of callbacks than 0"):
+        trainer.resume("latest", changed=run.config().with_changes({"training.epochs": 9}))
+    after = {path.name: path.read_bytes() for path in run.path.glob("*.*")}
+    assert {**after, "log.txt": b""} == {**before, "log.txt": b""}
+    assert trainer.evaluate("latest")["loss"] == run.read_json("summary.json")["test"]["loss"]
+
+
+def test_checkpoints_without_the_newer_states_are_taken(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions kept no state in place of curves, and none of averaged weights."""
+    options: dict[str, Any] = {
+        "optimizer__options": {"use_ema": True},
+        "logging__tensorboard": False,
+        "training__checkpoint_seconds": 0.0,
+        "training__steps_per_call": 1,
+    }
+    whole = contents(fit(Bomb(), **options).run)
+    with pytest.raises(Killed):
+        # Within an epoch, where the trained weights are in the model.
+        fit(Bomb(step=STEPS + 3), **options)
+    real = checkpoint.newest_checkpoint
+
+    def older(run: Run) -> Any:
+        saved = real(run)
+        states = [*saved.states[:1], *saved.states[2:-2], saved.states[-1]]
+        return replace(saved, states=states, trainable=None)
+
+    monkeypatch.setattr(workflow, "newest_checkpoint", older)
+    assert contents(trainer.resume("latest", callbacks=[Bomb()]).run) == whole
+
+
+class Freezes(keras.callbacks.Callback):
+    """Freezes a layer in the second epoch."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        if epoch == 1:
+            self.model.layers[-2].trainable = False
+
+
+def test_what_a_callback_has_frozen_stays_frozen(fit: Fit) -> None:
+    whole = fit(Freezes(), Bomb(), training__epochs=4)
+    with pytest.raises(Killed):
+        fit(Freezes(), Bomb(step=3 * STEPS), training__epochs=4)
+    resumed = trainer.resume("latest", callbacks=[Freezes(), Bomb()])
+    for one, other in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -28,7 +28,7 @@ from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights
-from trainer.training.loop import Loop
+from trainer.training.loop import Loop, metric_tensors
 from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.step import compute_loss
 from trainer.training.trial_run import try_callback
@@ -222,6 +222,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
         with chosen.scope():
             loss = compute_loss(model, images, labels, outputs[0], None, training=False)
             model.compute_metrics(images, labels, outputs[0])
+            logs = metric_tensors(model.get_metrics_result())
             model.reset_metrics()
     except keras_objects.REFUSALS as error:
         reason = keras_objects.explain(error)
@@ -229,6 +230,21 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
             "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
             f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
         ) from error
+    strange = [name for name, value in logs.items() if not _is_number(value.dtype)]
+    if strange:
+        raise InputError(f"training.metrics: expected numbers, received text in {strange[0]!r}")
+    inner = [each for metric in model.metrics for each in getattr(metric, "metrics", [metric])]
+    taken = {name for name in logs if name in _RESERVED} - {"loss"}
+    taken |= {"loss"} & {
+        name
+        for metric in inner
+        if isinstance(result := metric.result(), dict)
+        for name in metric_tensors(result)
+    }
+    if taken:
+        raise InputError(
+            f"training.metrics: {', '.join(sorted(taken))} is a name of our own: choose another"
+        )
     sums = outputs[0].numpy().sum(axis=1)
     if not np.allclose(sums, 1, atol=0.01):
         raise InputError(
@@ -425,9 +441,14 @@ def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
     return callback.model_copy(update={"options": options})
 
 
+def _is_number(dtype: tf.DType) -> bool:
+    return bool(dtype.is_floating or dtype.is_integer or dtype.is_bool)
+
+
 def _epoch_logs(model: keras.Model) -> dict[str, Any]:
     """Returns logs such as a callback finds at the end of an epoch."""
-    values = {name: np.full(np.shape(v), 0.5) for name, v in model.get_metrics_result().items()}
+    results = metric_tensors(model.get_metrics_result())
+    values = {name: np.full(value.shape, 0.5) for name, value in results.items()}
     return {
         f"{split}{name}": value if value.ndim else 0.5
         for split in ("", "val_")

@@ -180,7 +180,7 @@ def resume(
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
         with _watched(cluster, str(run.path)):
             setting = assemble(config, clock, cluster=cluster)
-            saved = _checkpoint_that_fits(run, setting)
+            saved = _checkpoint_that_fits(run, setting, len(callbacks))
             position = saved and asdict(saved.position)
             setting.devices.require_alike({"the newest checkpoint": position})
         longer = config.training.epochs > asked
@@ -467,9 +467,9 @@ class _Training:
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
         setting, observers = self._setting, self._observers()
-        averaged = averages_weights(setting.model.optimizer)
-        averaging = [AveragedWeights()] if averaged else []
-        history = keras.callbacks.History()
+        averaging, history = AveragedWeights(), keras.callbacks.History()
+        # Of other optimizers it has no state.
+        kept = [averaging] if averages_weights(setting.model.optimizer) else []
         watchers = [each for each in observers if isinstance(each, keras.callbacks.Callback)]
         # The others remember nothing that a resumed training needs, and may not be there then.
         passing = (watching.ProgressBar, watching.Profiler)
@@ -479,7 +479,7 @@ class _Training:
             stateful.append(SimpleNamespace())
         checkpoints = Checkpoints(
             self._run,
-            watched=[history, *averaging, *self._callbacks, *stateful, setting.loop.seconds],
+            watched=[history, *kept, *self._callbacks, *stateful, setting.loop.seconds],
             variables=setting.random_state,
             fingerprint=setting.data.spec.fingerprint,
             every_seconds=setting.config.training.checkpoint_seconds,
@@ -492,7 +492,7 @@ class _Training:
                 self._validation,
                 epochs=setting.config.training.epochs,
                 # After the user's callbacks, the history has what they add to the logs.
-                callbacks=[*averaging, *self._callbacks, history, *watchers, checkpoints],
+                callbacks=[averaging, *self._callbacks, history, *watchers, checkpoints],
                 observers=[*observers, self._write_samples, self._check_kernels, checkpoints],
                 warmup_calls=2 if setting.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.position,
@@ -674,8 +674,14 @@ def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
     return spec.name, spec.train, spec.validation, spec.test
 
 
-def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
-    """Reads the newest checkpoint, refusing one that does not fit; None: begin at the start."""
+def _checkpoint_that_fits(run: Run, setting: Setting, given: int) -> Checkpoint | None:
+    """Reads the newest checkpoint, refusing one that does not fit; None: begin at the start.
+
+    Args:
+        run: To be resumed. Nothing of it is changed.
+        setting: What is trained.
+        given: Number of callbacks beside those of the configuration.
+    """
     saved = newest_checkpoint(run)
     if saved is None:
         # A first epoch has its line in the metrics just before its checkpoint.
@@ -695,7 +701,32 @@ def _checkpoint_that_fits(run: Run, setting: Setting) -> Checkpoint | None:
             f"received {epochs}"
         )
     require_fit(run, saved, setting.model, setting.random_state)
-    return saved
+    return _with_every_state(run, setting, saved, given)
+
+
+def _with_every_state(run: Run, setting: Setting, saved: Checkpoint, given: int) -> Checkpoint:
+    """Adds the empty states that checkpoints of earlier versions do not have.
+
+    The order is that of `Checkpoints`' watched objects in `_Training._fit`.
+
+    Raises:
+        InputError: The run was trained with another number of callbacks.
+    """
+    averages = averages_weights(setting.model.optimizer)
+    callbacks = given + len(setting.config.training.callbacks)
+    # History, averaging, callbacks, step times, metrics, curves (or what stands for them), clock.
+    expected = 1 + averages + callbacks + 3 + 1
+    states, added = list(saved.states), [averages, not run.config().logging.tensorboard]
+    if len(states) == expected - sum(added):
+        if averages:
+            states.insert(1, {})
+        if added[1]:
+            states.insert(-1, {})
+    if len(states) != expected:
+        raise InputError(
+            f"{run.path} was trained with another number of callbacks than {callbacks}"
+        )
+    return replace(saved, states=states)
 
 
 def _summary(

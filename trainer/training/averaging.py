@@ -19,30 +19,50 @@ class AveragedWeights(keras.callbacks.Callback):
     Attributes:
         trained: The trained weights while the averaged ones are in the model, else None. Part of a
             checkpoint.
+        averaged: The averaged weights that took their place.
     """
 
     def __init__(self) -> None:
         """Starts with the trained weights in the model."""
         super().__init__()
         self.trained: list[NDArray[Any]] | None = None
+        self.averaged: list[NDArray[Any]] | None = None
+        self._optimizer: Any = None
+        self._variables: list[Any] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Remembers the weights that the optimizer averages, before a callback freezes some."""
+        self._look_at_optimizer()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Puts the trained weights back."""
-        if self.trained is not None:
-            for variable, value in zip(self.model.trainable_variables, self.trained, strict=True):
-                variable.assign(value)
-            self.trained = None
+        """Puts the trained weights back, but not in place of what a callback has assigned."""
+        if self.trained is None or self.averaged is None:
+            return
+        pairs = zip(self._variables, self.trained, self.averaged, strict=True)
+        for variable, trained, averaged in pairs:
+            if np.array_equal(keras.ops.convert_to_numpy(variable), averaged):
+                variable.assign(trained)
+        self.trained = self.averaged = None
 
     def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """Puts the averaged weights into the model."""
-        if self.trained is None:
-            variables = self.model.trainable_variables
-            self.trained = [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-            self.model.optimizer.finalize_variable_values(variables)
+        self._look_at_optimizer()
+        if self.trained is None and averages_weights(self._optimizer):
+            self.trained = self._values()
+            self._optimizer.finalize_variable_values(self._variables)
+            self.averaged = self._values()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Does so if the epoch had no validation."""
         self.on_test_begin()
+
+    def _look_at_optimizer(self) -> None:
+        if self.model.optimizer is not self._optimizer:
+            self._optimizer = self.model.optimizer
+            self._variables = list(self.model.trainable_variables)
+
+    def _values(self) -> list[NDArray[Any]]:
+        return [np.array(keras.ops.convert_to_numpy(variable)) for variable in self._variables]
 
 
 def simple_optimizers(optimizer: keras.optimizers.Optimizer) -> list[Any]:

@@ -123,9 +123,9 @@ class MetricsFile(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the line of an epoch."""
         line = {
+            **plain({"learning_rate": self._learning_rate} | (logs or {})),
             "epoch": epoch + 1,
             "step": self._step,
-            **plain({"learning_rate": self._learning_rate} | (logs or {})),
             **self._times.summary(),
         }
         self._times = StepTimes()
@@ -267,6 +267,8 @@ def plain(logs: Logs) -> dict[str, Any]:
     def finite(value: Any) -> Any:
         if isinstance(value, list):
             return [finite(item) for item in value]
+        if not isinstance(value, int | float):  # text that a callback added
+            return None if value is None else str(value)
         return value if np.isfinite(value) else None
 
     return {name: finite(np.asarray(value).tolist()) for name, value in logs.items()}

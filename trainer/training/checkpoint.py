@@ -32,6 +32,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
+from trainer.keras_objects import nested_layers
 from trainer.run import Run, write_whole
 from trainer.training.loop import Logs, Position, Window
 from trainer.training.signals import Signals
@@ -59,6 +60,8 @@ class Checkpoint:
             augmentation list them.
         states: What each callback and observer remembered, as `_state` gives it.
         log_sizes: Bytes of each log, by its path.
+        trainable: Whether each layer is trainable, in the order of `nested_layers`; a callback may
+            freeze some. None in checkpoints of earlier versions.
     """
 
     position: Position
@@ -68,6 +71,7 @@ class Checkpoint:
     variables: list[NDArray[Any]]
     states: list[dict[str, Any]]
     log_sizes: dict[str, int]
+    trainable: list[bool] | None = None
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -151,7 +155,7 @@ class Checkpoints(keras.callbacks.Callback):
         """Saves after an epoch, and the weights where no epoch was better."""
         loss = (logs or {}).get("val_loss")
         if loss is not None and (self._best_loss is None or loss < self._best_loss):
-            self._best_loss = loss
+            self._best_loss = float(loss)
             save_weights(self._run.checkpoints / "best.weights.h5", self.model)
         self._position = Position(epoch + 1)
         self._save()
@@ -181,6 +185,7 @@ class Checkpoints(keras.callbacks.Callback):
             variables=[_value(v) for v in _variables(self.model, self._own_variables)],
             states=states,
             log_sizes=_log_sizes(self._run, self._watched),
+            trainable=[layer.trainable for layer in nested_layers(self.model.layers)],
         )
         _write(self._run, checkpoint, steps=int(_value(self.model.optimizer.iterations)))
         self._last_time = time.monotonic()
@@ -189,6 +194,9 @@ class Checkpoints(keras.callbacks.Callback):
         variables = _variables(self.model, self._own_variables)
         if len(self._watched) != len(saved.states):
             raise InputError(f"{self._run.path} was trained with another number of callbacks")
+        if saved.trainable is not None:
+            for layer, flag in zip(nested_layers(self.model.layers), saved.trainable, strict=True):
+                layer.trainable = flag  # outer layers come first: they set their inner ones
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
         for each, state in zip(self._watched, saved.states, strict=True):
@@ -326,6 +334,7 @@ def _write(run: Run, checkpoint: Checkpoint, *, steps: int) -> None:
             for i, state in enumerate(checkpoint.states)
         ],
         "log_sizes": checkpoint.log_sizes,
+        "trainable": checkpoint.trainable,
     }
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     arrays["sha256"] = _sha256(arrays)
@@ -362,6 +371,7 @@ def _read(path: Path) -> Checkpoint:
             for state in facts["states"]
         ],
         log_sizes=facts["log_sizes"],
+        trainable=facts.get("trainable"),
     )
 
 

@@ -150,9 +150,12 @@ class Loop:
         self._optimizer: Any = None
         self._optimized: list[Any] = []
         self._metrics: list[Any] = []
-        self._build()
+        for method in ("make_train_function", "make_test_function"):
+            if overrides(model, method):
+                raise InputError(f"a model with its own {method}: expected train_step or test_step")
         if devices.replicas > 1:
-            _refuse_on_several_devices(model, devices, jit_compile=jit_compile)
+            _refuse_on_several_devices(model, jit_compile=jit_compile)
+        self._build()
 
     def _build(self) -> None:
         """Creates the variables of optimizer and metrics, and those of a new one after `compile`.
@@ -169,11 +172,14 @@ class Loop:
             if self._optimizer is not model.optimizer:
                 model.optimizer.build(trained)
                 self._optimizer, self._optimized = model.optimizer, list(trained)
-            if not _same(model.metrics, self._metrics):
+            compiled = not _same(model.metrics, self._metrics)
+            if compiled:
                 shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
                 model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
                 model.reset_metrics()
                 self._metrics = model.metrics
+        if compiled and self.devices.replicas > 1:
+            _require_a_mean(model, self.devices)
         known = {id(variable) for variable in self._optimized}
         unknown = [variable.path for variable in trained if id(variable) not in known]
         if unknown:
@@ -251,7 +257,7 @@ class Loop:
             if model.stop_training:
                 break
         # For optimizers that average the weights: the average takes their place.
-        model.optimizer.finalize_variable_values(model.trainable_variables)
+        model.optimizer.finalize_variable_values(self._optimized)
         self._timed("callbacks", callback_list.on_train_end, logs)
         if diverged is not None:
             raise CheckError(
@@ -285,7 +291,9 @@ class Loop:
         model = self.model
         schedules = [_schedule(optimizer) for optimizer in simple_optimizers(model.optimizer)]
         objects = [model.optimizer, model.loss, getattr(model, function), *model.metrics]
-        return [*objects, *schedules, *model.trainable_variables]
+        # Of batch normalization without weights, only the flag shows whether it is frozen.
+        trainable = [layer.trainable for layer in nested_layers(model.layers)]
+        return [*objects, *schedules, *model.trainable_variables, *trainable]
 
     def _training_call(self, train: Batches) -> Any:
         """Returns the traced call, traced again if a callback changed what it depends on."""
@@ -420,7 +428,7 @@ class Loop:
         if self._several_workers:
             return {}
         with self.devices.scope():
-            results = _results(self.model.get_metrics_result())
+            results = metric_tensors(self.model.get_metrics_result())
         return _as_logs(results) if results.keys() == logs.keys() else {}
 
     def _run_call(self, train: Batches, state: Any, epoch: int, first: int, count: int) -> Window:
@@ -465,7 +473,7 @@ class Loop:
         def step(images: tf.Tensor, labels: tf.Tensor, share: Any) -> dict[str, Any]:
             self.step_graph = images.graph  # what TensorBoard draws: the step, without the loop
             if self._own_train_step:
-                logs = _results(self.model.train_step((images, labels)))
+                logs = metric_tensors(self.model.train_step((images, labels)))
                 return {"loss": logs.get("loss"), "logs": logs}
             return train_step(
                 self.model,
@@ -515,7 +523,7 @@ class Loop:
             if own_logs:
                 logs = {name: stacked[name][-1] for name in own_logs}
             else:
-                logs = _results(self.model.get_metrics_result())
+                logs = metric_tensors(self.model.get_metrics_result())
             if self._several_workers:
                 stacked |= {name: logs[name][None] for name in numbers}
             vectors = own_logs.keys() - {"loss", *numbers}
@@ -526,7 +534,7 @@ class Loop:
     def _metric_ranks(self) -> dict[str, int]:
         """Returns how many dimensions the value of each metric has."""
         with self.devices.scope():
-            results = _results(self.model.get_metrics_result())
+            results = metric_tensors(self.model.get_metrics_result())
         return {name: value.shape.rank for name, value in results.items()}
 
     def _own_logs(self, one_replica: Any, batches: Batches, method: str) -> dict[str, int]:
@@ -544,7 +552,7 @@ class Loop:
             return {}
 
         def probe(state: Any, step: tf.Tensor) -> dict[str, tf.Tensor]:
-            return _results(one_replica(batches.global_batch(state, step))["logs"])
+            return metric_tensors(one_replica(batches.global_batch(state, step))["logs"])
 
         with self.devices.scope():
             traced = tf.function(probe, autograph=False).get_concrete_function(
@@ -561,7 +569,7 @@ class Loop:
         if own:
             return dict(parts["logs"])
         several = self._several_workers
-        values = {} if several else _results(self.model.get_metrics_result())
+        values = {} if several else metric_tensors(self.model.get_metrics_result())
         # The replicas' parts of the loss add up; gradient norms are alike on each.
         values["loss"] = self.strategy.reduce("SUM", parts["loss"], axis=None)
         if "gradient_norms" in parts:
@@ -575,7 +583,7 @@ class Loop:
         def one_replica(batch: Any) -> dict[str, Any]:
             local, share = self._local_batch(batches, batch)
             if self._own_test_step:
-                logs = _results(self.model.test_step((local.images, local.labels)))
+                logs = metric_tensors(self.model.test_step((local.images, local.labels)))
                 outputs = self.model(local.images, training=False) if collect else tf.zeros((1, 0))
             else:
                 outputs, logs = test_step(self.model, local.images, local.labels, share=share)
@@ -611,7 +619,7 @@ class Loop:
             if own_logs:
                 logs = {n: a.stack()[-1] for n, a in zip(own_logs, carried[1], strict=True)}
                 return probabilities, logs
-            return probabilities, _results(self.model.get_metrics_result())
+            return probabilities, metric_tensors(self.model.get_metrics_result())
 
         return self._compiled(call, batches)
 
@@ -676,7 +684,7 @@ def _repeat(count: tf.Tensor, step: Callable[[tf.Tensor, Any], Any], state: Any)
     )[1]
 
 
-def _refuse_on_several_devices(model: keras.Model, devices: Devices, *, jit_compile: bool) -> None:
+def _refuse_on_several_devices(model: keras.Model, *, jit_compile: bool) -> None:
     """Refuses what would end in an error of TensorFlow's, or in other numbers than one device's."""
     methods = ("train_step", "test_step", "compute_metrics")
     own = [method for method in methods if overrides(model, method)]
@@ -684,27 +692,49 @@ def _refuse_on_several_devices(model: keras.Model, devices: Devices, *, jit_comp
         raise InputError(f"a model with its own {own[0]}: expected one device, received several")
     if jit_compile:
         raise InputError("training.jit_compile: expected one device, received several")
-    if getattr(model.optimizer, "gradient_accumulation_steps", None):
-        raise InputError("gradient_accumulation_steps: expected one device, received several")
-    # Keras divides a loss by the number of replicas if it is a mean of one value for each image.
-    # Their sum is the loss of the batch only if all of it is divided.
-    classes = model.output_shape[-1]
-    images, labels = tf.zeros((2, *model.input_shape[1:])), tf.zeros((2,), tf.int64)
-    outputs = tf.nn.softmax(tf.reshape(tf.range(2.0 * classes), (2, classes)) / classes)
-    arguments = (model, images, labels, outputs, None)
-    whole = compute_loss(*arguments, training=False)
+    for option in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+        if getattr(model.optimizer, option, None):
+            raise InputError(f"{option}: expected one device, received several")
+
+
+def _require_a_mean(model: keras.Model, devices: Devices) -> None:
+    """Refuses a loss that is no mean over the images of a batch, or that Keras does not divide.
+
+    Keras divides a loss by the number of replicas if it is a mean of one value for each image.
+    Their sum is the loss of the batch only if all of it is divided. The loss is computed for some
+    images, for the same images twice, and as one replica computes it.
+
+    Raises:
+        InputError: The three do not agree.
+    """
+    classes = int(model.output_shape[-1])
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (2 * classes, *model.input_shape[1:]))
+    labels = np.arange(2 * classes) % classes
+
+    def loss(repeats: int) -> float:
+        batch = tf.constant(np.repeat(images, repeats, axis=0), model.inputs[0].dtype)
+        outputs = model(batch, training=False)
+        truth = tf.constant(np.repeat(labels, repeats))
+        return float(compute_loss(model, batch, truth, outputs, None, training=False))
+
+    once, twice = loss(1), loss(2)
     with devices.scope():
-        part = compute_loss(*arguments, training=False)
-    if not np.allclose(part * devices.replicas, whole, rtol=1e-3):
+        part = loss(1)
+    tolerance = 0.02 if "float16" in model.dtype_policy.compute_dtype else 1e-3
+    if not np.allclose([twice, part * devices.replicas], once, rtol=tolerance, atol=1e-6):
         raise InputError(
             "training.loss on several devices: expected one value for each image and a reduction "
-            "to their mean; received a sum, or one number for the batch"
+            "to their mean, also of losses of layers; received a sum, or one number for the batch"
         )
 
 
 def _schedule(optimizer: keras.optimizers.Optimizer) -> Any:
     """Returns the learning-rate schedule of an optimizer, as its configuration; None for a rate."""
-    rate = optimizer.get_config().get("learning_rate")
+    try:
+        rate = optimizer.get_config().get("learning_rate")
+    except NotImplementedError:  # of a user's own schedule: changes of it are not noticed
+        return None
     return rate if isinstance(rate, dict) else None
 
 
@@ -721,14 +751,22 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
-def _results(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
-    """Returns logs as tensors. As in Keras, a result that is a dictionary is several logs."""
+def metric_tensors(logs: Any) -> dict[str, tf.Tensor]:
+    """Returns logs as tensors. As in Keras, a result that is a dictionary is several logs.
+
+    Raises:
+        TypeError: The logs are no dictionary, or a value is no number and no list of numbers.
+        ValueError: Likewise.
+    """
+    if not isinstance(logs, dict):
+        raise TypeError(f"expected a dictionary of logs, received {type(logs).__name__}")
     found: dict[str, tf.Tensor] = {}
     for name, value in logs.items():
         if isinstance(value, dict):
-            found |= _results(value)
+            found |= metric_tensors(value)
         else:
-            found[name] = tf.convert_to_tensor(value)
+            parts = keras.tree.map_structure(keras.ops.convert_to_tensor, value)
+            found[name] = tf.convert_to_tensor(parts)
     return found
 
 

@@ -14,13 +14,13 @@ import tensorflow as tf
 
 
 def overrides(model: keras.Model, method: str) -> bool:
-    """Returns whether a model's class has a method of its own in place of Keras's.
+    """Returns whether a model, or its class, has a method of its own in place of Keras's.
 
     Args:
         model: Any model.
         method: "train_step", "test_step", "compute_loss" or "compute_metrics".
     """
-    return getattr(type(model), method) is not getattr(keras.Model, method)
+    return getattr(getattr(model, method), "__func__", None) is not getattr(keras.Model, method)
 
 
 def train_step(

@@ -252,7 +252,7 @@ def test_a_list_of_results_is_an_array(
 ) -> None:
     class Lists(Results):
         def result(self) -> Any:
-            return [self.count + 0.0, self.count * 2.0]
+            return [self.count, self.count * 2.0]
 
     model = compiled_model(one_device, metrics=[Lists("several")])
     windows: list[Window] = []
@@ -543,3 +543,162 @@ def test_a_workflow_runs_a_models_own_methods(
     again = trainer.evaluate(str(fitted.run.path))
     assert again["loss"] == pytest.approx(fitted.summary["test"]["loss"], rel=1e-6)
     assert (in_tmp_path / "runs").is_dir()
+
+
+def without_background(labels: Any, outputs: Any) -> Any:
+    """A loss of one number for a batch that is 0 for the class 0."""
+    each = keras.losses.sparse_categorical_crossentropy(labels, outputs)
+    return tf.reduce_mean(each * tf.cast(tf.reshape(labels, (-1,)) > 0, tf.float32))
+
+
+class AddsSum(keras.layers.Layer):
+    """Adds a loss that grows with the batch."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(0.01 * keras.ops.sum(x))
+        return x
+
+
+def test_losses_that_are_no_means_are_refused_on_several_devices(
+    compiled_model: Make, two_devices: Any, batches_of: Make, tiny: Any
+) -> None:
+    models = [
+        compiled_model(two_devices, loss=without_background),
+        compiled_model(two_devices, own_layers=lambda: [AddsSum()]),
+    ]
+    for model in models:
+        with pytest.raises(InputError, match="to their mean, also of losses of layers"):
+            Loop(model, two_devices)
+    model = compiled_model(two_devices)
+
+    def compile_again(model: keras.Model) -> None:
+        with two_devices.scope():
+            model.compile("sgd", mean_of_all, metrics=["accuracy"], jit_compile=False)
+
+    with pytest.raises(InputError, match="to their mean"):
+        Loop(model, two_devices).fit(
+            batches_of(tiny.train, two_devices, 8),
+            epochs=2,
+            callbacks=[Act("on_epoch_begin", compile_again, call=2)],
+        )
+    penalty = compiled_model(
+        two_devices, own_layers=lambda: [keras.layers.ActivityRegularization(l2=0.1)]
+    )
+    Loop(penalty, two_devices)  # Keras divides it by the batch: a mean
+
+
+def test_overwriting_by_averages_is_refused_on_several_devices(
+    compiled_model: Make, two_devices: Any
+) -> None:
+    def optimizer() -> Any:
+        return keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=4)
+
+    with pytest.raises(InputError, match="ema_overwrite_frequency: expected one device"):
+        Loop(compiled_model(two_devices, optimizer=optimizer), two_devices)
+
+
+def test_a_step_that_is_assigned_to_a_model_is_used(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    model = compiled_model(one_device)
+    model.train_step = lambda data: {"loss": 0.0 * tf.cast(data[1][0], tf.float32) + 5.0}
+    history = Loop(model, one_device).fit(batches_of(tiny.train, one_device, 8), epochs=1)
+    assert history == {"loss": [5.0]}
+
+
+@pytest.mark.parametrize(
+    ("logs", "message"), [(None, "dictionary of logs, received NoneType"), ({}, "have 'loss'")]
+)
+def test_a_step_that_returns_no_logs_is_refused(
+    logs: Any, message: str, compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    model = compiled_model(one_device)
+    model.train_step = lambda _: logs
+    with pytest.raises((InputError, TypeError), match=message):
+        Loop(model, one_device).fit(batches_of(tiny.train, one_device, 8), epochs=1)
+
+
+def test_frozen_batch_normalization_without_weights_keeps_its_averages(
+    both: Callable[..., Any],
+) -> None:
+    def freeze_averages(model: keras.Model) -> None:
+        model.get_layer("averages").trainable = False
+        model.make_train_function(force=True)
+
+    both(
+        lambda: [Act("on_epoch_begin", freeze_averages, call=2)],
+        own_layers=lambda: [
+            keras.layers.BatchNormalization(center=False, scale=False, name="averages")
+        ],
+    )
+
+
+def ema() -> Any:
+    return keras.optimizers.SGD(0.2, use_ema=True, ema_momentum=0.5)
+
+
+def test_weights_that_a_callback_assigns_stay_with_averaging(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    def zero(model: keras.Model) -> None:
+        kernel = model.trainable_variables[0]
+        kernel.assign(0.0 * kernel)
+
+    seen: list[float] = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+            seen.append(float(np.abs(self.model.get_weights()[0]).sum()))
+
+    model = compiled_model(one_device, optimizer=ema)
+    Loop(model, one_device).fit(
+        batches_of(tiny.train, one_device, 8),
+        batches_of(tiny.test, one_device, 5),
+        epochs=2,
+        callbacks=[AveragedWeights(), Act("on_epoch_end", zero), Looks()],
+    )
+    assert seen[0] > 0
+    assert seen[1] == 0
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_epoch_end"])
+def test_freezing_with_averaging(
+    hook: str, compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    model = compiled_model(one_device, optimizer=ema)
+    loop, test = Loop(model, one_device), batches_of(tiny.test, one_device, 5)
+    history = loop.fit(
+        batches_of(tiny.train, one_device, 8),
+        test,
+        epochs=4,
+        callbacks=[AveragedWeights(), Act(hook, freeze, call=2)],
+    )
+    assert loop.evaluate(test)[0]["loss"] == pytest.approx(history["val_loss"][-1], rel=1e-6)
+
+
+def test_averaging_that_begins_in_a_callback(
+    compiled_model: Make, batches_of: Make, tiny: Any, one_device: Any
+) -> None:
+    def compile_again(model: keras.Model) -> None:
+        model.compile(ema(), "sparse_categorical_crossentropy", jit_compile=False)
+
+    model = compiled_model(one_device)
+    loop, test = Loop(model, one_device), batches_of(tiny.test, one_device, 5)
+    history = loop.fit(
+        batches_of(tiny.train, one_device, 8),
+        test,
+        epochs=3,
+        callbacks=[AveragedWeights(), Act("on_epoch_begin", compile_again, call=2)],
+    )
+    assert loop.evaluate(test)[0]["loss"] == pytest.approx(history["val_loss"][-1], rel=1e-6)
+
+
+class OwnSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule without get_config."""
+
+    def __call__(self, step: Any) -> Any:
+        return 0.1 / (1.0 + keras.ops.cast(step, "float32"))
+
+
+def test_a_schedule_without_a_configuration_is_used(both: Callable[..., Any]) -> None:
+    both(optimizer=lambda: keras.optimizers.SGD(OwnSchedule()))

@@ -42,6 +42,27 @@ class OnlyCall(keras.layers.Layer):
         return inputs
 
 
+class FarNeighbour(keras.layers.Layer):
+    """Mixes each image with the one half a batch away."""
+
+    def call(self, x: Any) -> Any:
+        return 0.5 * x + 0.5 * tf.roll(x, tf.shape(x)[0] // 2, 0)
+
+
+class NextButOne(keras.layers.Layer):
+    """Exchanges images without their labels."""
+
+    def call(self, x: Any) -> Any:
+        return tf.roll(x, 2, 0)
+
+
+class Half(keras.layers.Layer):
+    """Drops images."""
+
+    def call(self, x: Any) -> Any:
+        return x[: (tf.shape(x)[0] + 1) // 2]
+
+
 class Neighbour(OnlyCall):
     """Adds a little of the next image of the batch."""
 
@@ -378,6 +399,9 @@ def test_layers_that_do_not_fit_are_refused(tiny: Dataset, layer: KerasObject, s
         (named("MixUp"), "MixUp mixes images of the batch, but each image keeps its own label"),
         (named("CutMix"), "CutMix mixes images of the batch, but each image keeps its own label"),
         (named(f"{__name__}:Neighbour"), "Neighbour mixes images of the batch"),
+        (named(f"{__name__}:FarNeighbour"), "FarNeighbour mixes images of the batch"),
+        (named(f"{__name__}:NextButOne"), "NextButOne mixes images of the batch"),
+        (named(f"{__name__}:Half"), "expected as many images as it gets, received 4 for 8"),
         (named("Dense", units=1), "Dense has weights, which nothing trains"),
         (named("Dense", units=1, trainable=False), "Dense has weights, which nothing trains"),
         (named("Conv2D", filters=1, kernel_size=3, padding="same"), "Conv2D has weights"),

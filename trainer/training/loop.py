@@ -751,6 +751,13 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
+def _packed(value: Any) -> Any:
+    """Returns a list of results, at any depth, as one tensor."""
+    if isinstance(value, list | tuple):
+        return tf.stack([tf.convert_to_tensor(_packed(part)) for part in value])
+    return value + 0 if isinstance(value, keras.Variable) else value
+
+
 def metric_tensors(logs: Any) -> dict[str, tf.Tensor]:
     """Returns logs as tensors. As in Keras, a result that is a dictionary is several logs.
 
@@ -765,8 +772,7 @@ def metric_tensors(logs: Any) -> dict[str, tf.Tensor]:
         if isinstance(value, dict):
             found |= metric_tensors(value)
         else:
-            parts = keras.tree.map_structure(keras.ops.convert_to_tensor, value)
-            found[name] = tf.convert_to_tensor(parts)
+            found[name] = keras.ops.convert_to_tensor(_packed(value))
     return found
 
 

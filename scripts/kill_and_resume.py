@@ -105,7 +105,9 @@ def _kill_and_resume(
         run = next((path.parent for path in folder.glob("runs/*/config.toml")), None)
         process = _start(folder, epochs, workers, run)
         if done < kills:
-            _kill(process, folder, workers, moments)
+            _wait_for_a_moment(process, folder, moments)
+            if not _has_trained(folder, epochs):  # a finished run cannot be resumed
+                _kill(process, workers, moments)
         _, said = process.communicate()
         if process.returncode == 0:
             return done
@@ -115,10 +117,10 @@ def _kill_and_resume(
         print(f"kill {done}: newest checkpoint {_newest(folder)}", flush=True)
 
 
-def _kill(
-    process: subprocess.Popen[str], folder: Path, workers: int, moments: random.Random
+def _wait_for_a_moment(
+    process: subprocess.Popen[str], folder: Path, moments: random.Random
 ) -> None:
-    """Kills a process, or one of its workers, mostly while it trains, sometimes while it starts."""
+    """Returns mostly while a process trains, sometimes while it starts."""
     before = _newest(folder)
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0, 6))
@@ -126,6 +128,16 @@ def _kill(
         while process.poll() is None and _newest(folder) == before:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1.5))
+
+
+def _has_trained(folder: Path, epochs: int) -> bool:
+    """Returns whether the last epoch is done: only scores and reports are left."""
+    lines = (path.read_text().splitlines() for path in folder.glob("runs/*/metrics.jsonl"))
+    return any(len(each) >= epochs for each in lines)
+
+
+def _kill(process: subprocess.Popen[str], workers: int, moments: random.Random) -> None:
+    """Kills a process, or one of its workers."""
     if workers == 1:
         process.kill()
         return

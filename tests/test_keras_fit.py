@@ -160,6 +160,7 @@ def new_step(model: keras.Model) -> None:
     model.make_train_function(force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin"])
 @pytest.mark.parametrize("change", [freeze, assign_schedule, recompile, new_step])

@@ -96,7 +96,8 @@ class DeadWorkers:
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, report: Any) -> None:
         """Adds the trace to the failure of the test that the process died in."""
-        report.longrepr = f"{report.longrepr}\n{self.unreported.pop(report.node.gateway.id)}"
+        trace = self.unreported.pop(report.node.gateway.id, "It left no stack trace.")
+        report.longrepr = f"{report.longrepr}\n{trace}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self) -> Generator[None, object, object]:

@@ -153,3 +153,25 @@ def test_a_run_keeps_the_averaged_weights_that_it_scored(in_tmp_path: Path) -> N
     again = trainer.evaluate(str(fitted.run.path), split="validation")
     assert again["loss"] == pytest.approx(min(history["val_loss"]), rel=1e-5)
     assert in_tmp_path in fitted.run.path.absolute().parents
+
+
+class Named(keras.metrics.Mean):
+    """Its result is a dictionary that takes the place of the loss."""
+
+    def update_state(self, *_: Any, **__: Any) -> None:
+        super().update_state(1.0)
+
+    def result(self) -> Any:
+        return {"loss": super().result()}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("named:Named", {"name": "own"}), ("Mean", {"name": "epoch"})]
+)
+def test_metrics_with_a_name_of_our_own_are_refused(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "named", sys.modules[__name__])
+    metrics = {"training.metrics": [{"name": name, "options": options}]}
+    with pytest.raises(InputError, match="is a name of our own: choose another"):
+        assemble(Config().with_changes(TINY | metrics), Clock())

@@ -5,7 +5,7 @@ What does not fit together is found out here, before anything is written and tra
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,18 +233,10 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     strange = [name for name, value in logs.items() if not _is_number(value.dtype)]
     if strange:
         raise InputError(f"training.metrics: expected numbers, received text in {strange[0]!r}")
-    inner = [each for metric in model.metrics for each in getattr(metric, "metrics", [metric])]
-    taken = {name for name in logs if name in _RESERVED} - {"loss"}
-    taken |= {"loss"} & {
-        name
-        for metric in inner
-        if isinstance(result := metric.result(), dict)
-        for name in metric_tensors(result)
-    }
-    if taken:
-        raise InputError(
-            f"training.metrics: {', '.join(sorted(taken))} is a name of our own: choose another"
-        )
+    _refuse_reserved(logs.keys() - {"loss"})
+    for metric in keras_objects.compiled_metrics(model):
+        if isinstance(result := metric.result(), dict):  # whose names are those of logs
+            _refuse_reserved(metric_tensors(result))
     sums = outputs[0].numpy().sum(axis=1)
     if not np.allclose(sums, 1, atol=0.01):
         raise InputError(
@@ -282,11 +274,7 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
         _normalize_by_the_whole_batch(model)
     metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
-    taken = {metric.name for metric in metrics} & _RESERVED
-    if taken:
-        raise InputError(
-            f"training.metrics: {', '.join(taken)} is a name of our own: choose another"
-        )
+    _refuse_reserved(metric.name for metric in metrics)
     steps = steps_per_epoch(spec.train, training.batch_size, training.limit_batches)
     model.compile(
         optimizer=make_optimizer(config.optimizer, steps * training.epochs),
@@ -439,6 +427,15 @@ def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
         if isinstance(value, str) and Run(folder).owns(Path(value)):
             raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
     return callback.model_copy(update={"options": options})
+
+
+def _refuse_reserved(names: Iterable[str]) -> None:
+    """Refuses names of metrics that would take the place of a number of our own."""
+    taken = sorted(_RESERVED.intersection(names))
+    if taken:
+        raise InputError(
+            f"training.metrics: {', '.join(taken)} is a name of our own: choose another"
+        )
 
 
 def _is_number(dtype: tf.DType) -> bool:

@@ -104,6 +104,11 @@ def _shown(value: Any) -> str:
     return repr(value) if plain else type(value).__name__
 
 
+def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """Returns the metrics of a model, those that Keras holds in one for `compile` among them."""
+    return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
+
+
 def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:
     """Returns layers and those that are attributes of them, at any depth."""
     found: dict[int, keras.layers.Layer] = {}

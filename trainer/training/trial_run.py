@@ -73,18 +73,13 @@ def _elsewhere(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _small_network(model: keras.Model) -> keras.Model:
     """Returns a network with the metrics of another: callbacks ask them for their direction."""
     small = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name="dense")])
-    metrics = [metric for metric in _compiled(model) if metric.name != "loss"]
+    metrics = [metric for metric in keras_objects.compiled_metrics(model) if metric.name != "loss"]
     copies = [type(metric).from_config(metric.get_config()) for metric in metrics]
     small.compile(keras.optimizers.SGD(), "mse", metrics=copies, jit_compile=False)
     small.optimizer.build(small.trainable_variables)
     with contextlib.suppress(ValueError):  # metrics of other outputs: their names are known by now
         small.compute_metrics(None, np.zeros((1, 1)), np.zeros((1, 1)))
     return small
-
-
-def _compiled(model: keras.Model) -> list[keras.metrics.Metric]:
-    """Returns the metrics that a model was compiled with, out of the one that holds them all."""
-    return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
 
 
 def _run(

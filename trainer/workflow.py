@@ -4,7 +4,6 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -18,11 +17,10 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from rich.console import Console
 
-from trainer import data as datasets
 from trainer import devices, images, report
 from trainer.cluster import Cluster, read_cluster
-from trainer.config import Config, DataConfig
-from trainer.data import DataSpec, tfds
+from trainer.config import Config
+from trainer.data import DataSpec
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
 from trainer.experiment import (
@@ -34,7 +32,6 @@ from trainer.experiment import (
     restore,
     spec_of,
 )
-from trainer.figure_process import FigureProcess
 from trainer.files import require_writable, sha256
 from trainer.kernels import KernelReport
 from trainer.run import ExistsError, Run, new_runs, open_run
@@ -82,7 +79,6 @@ def fit(
     dry_run: bool = False,
     console: Console | None = None,
     import_seconds: float | None = None,
-    draw: FigureProcess | None = None,
     run: Run | None = None,
     score_test: bool = True,
 ) -> FitResult:
@@ -97,7 +93,6 @@ def fit(
         dry_run: Go through one batch of train, validation and test, and write nothing.
         console: Where the progress bar is drawn; None: no bar.
         import_seconds: What importing took, for the summary.
-        draw: Draws the pictures; None: one is started for this training.
         run: A run directory to make; None: one that begins with the time of day.
         score_test: False leaves the test images alone, and out of the summary: for a training that
             is one of many, among which the validation images choose. Nothing is drawn then.
@@ -129,8 +124,8 @@ def fit(
         training = _Training(
             experiment, run, kept, batches, watched_by, timer, console, score_test=score_test
         )
-        with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
-            return training.run_to_the_end(draw)
+        with run.locked(), run.logging():
+            return training.run_to_the_end()
 
 
 def resume(
@@ -140,7 +135,6 @@ def resume(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     console: Console | None = None,
     import_seconds: float | None = None,
-    draw: FigureProcess | None = None,
     runs_directory: str = "runs",
     score_test: bool = True,
 ) -> FitResult:
@@ -153,7 +147,6 @@ def resume(
         callbacks: The same as were given to `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
-        draw: As in `fit`.
         runs_directory: Folder that holds the run directories.
         score_test: As in `fit`.
 
@@ -214,8 +207,7 @@ def resume(
                 roll_back(run, saved)
             else:
                 own.create(experiment.config)
-            with _drawing(draw, training.draws) as draw:
-                return training.run_to_the_end(draw)
+            return training.run_to_the_end()
 
 
 def evaluate(
@@ -313,43 +305,6 @@ def predict(
     ]
 
 
-def prepare_data(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Has a data set decoded and kept where that was not done yet.
-
-    Args:
-        config: Names the set.
-        overwrite: Make it anew; the old one goes only when the new one is whole.
-
-    Returns:
-        The `DataSpec` as a dictionary.
-    """
-    if config.name not in datasets.names() and not tfds.prepare(config, overwrite=overwrite):
-        raise InputError(
-            f"data set {config.name!r} could not be prepared: no archives were found and the "
-            "network does not answer (`fit` would train on the sample)"
-        )
-    return datasets.load(config).spec.model_dump(mode="json")
-
-
-def describe_data(config: DataConfig) -> dict[str, Any]:
-    """Loads a data set, reads all of it and checks its sums.
-
-    Returns:
-        The `DataSpec` as a dictionary, with the images of each class in each split.
-
-    Raises:
-        InputError: The set is not to be had, or a file has changed since it was prepared.
-    """
-    data = datasets.load(config)
-    tfds.check(config)
-    classes = data.spec.class_names
-    counts = {
-        name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
-        for name in ("train", "validation", "test")
-    }
-    return data.spec.model_dump(mode="json") | {"class_counts": counts}
-
-
 def _dry_run(
     experiment: Experiment, callbacks: Sequence[keras.callbacks.Callback], timer: PhaseTimer
 ) -> FitResult:
@@ -419,27 +374,25 @@ class _Training:
         self._console = console
         self._saved = saved
         self._score_test = score_test
-        self.draws = score_test and experiment.devices.chief
         self._train, self._validation = batches
         self._times = watching.StepTimes()
-        self._samples: Future[bytes] | None = None
         self._kernels: KernelReport | None = None
         advice = f"go on with `{shell_command('fit', '--resume', Path(kept))}`"
         if experiment.devices.workers > 1:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
 
-    def run_to_the_end(self, draw: FigureProcess | None) -> FitResult:
+    def run_to_the_end(self) -> FitResult:
         """Trains, scores and reports."""
         cluster = self._setting.devices.cluster
         with self._signals.noted(), _watched(cluster, self._kept):
-            self._begin(draw)
+            self._begin()
             self._fit()
-            fitted = self._finish(draw) if self._score_test else self._finish_untested()
+            fitted = self._finish() if self._score_test else self._finish_untested()
             self._setting.devices.all_gather([0])  # a worker that left before would be missed
             return fitted
 
-    def _begin(self, draw: FigureProcess | None) -> None:
+    def _begin(self) -> None:
         """Says and writes what is known before training."""
         experiment, run, spec = self._setting, self._run, self._setting.data.spec
         if not experiment.devices.chief:
@@ -470,9 +423,7 @@ class _Training:
         run.write_json("environment.json", facts)
         if experiment.config.logging.tensorboard:
             with self._clock.part("report"):
-                report.write_start(run, experiment.config, facts)
-                if draw is not None:
-                    self._samples = report.draw_samples(draw, experiment.config, experiment.data)
+                report.write_start(run, experiment.config, facts, experiment.data)
 
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
@@ -503,7 +454,7 @@ class _Training:
                 epochs=experiment.config.training.epochs,
                 # After the user's callbacks, the history has what they add to the logs.
                 callbacks=[averaging, *self._callbacks, history, *watchers, checkpoints],
-                observers=[*observers, self._write_samples, self._check_kernels, checkpoints],
+                observers=[*observers, self._check_kernels, checkpoints],
                 warmup_calls=2 if experiment.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.progress,
             )
@@ -518,12 +469,6 @@ class _Training:
         epochs, asked = len(experiment.model.history.epoch), experiment.config.training.epochs
         if epochs < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
-
-    def _write_samples(self, record: CallRecord) -> None:  # noqa: ARG002 - any: they are drawn by now
-        """Writes the sample images, which were drawn while the graphs were traced."""
-        if self._samples is not None:
-            report.write_samples(self._run, self._samples.result())
-            self._samples = None
 
     def _check_kernels(self, record: CallRecord) -> None:  # noqa: ARG002 - any: the graph is traced
         """Reports, once, which operations of the step run on the CPU although a GPU trains."""
@@ -544,19 +489,16 @@ class _Training:
             observers.append(watching.ProgressBar(self._console, steps=steps, epochs=epochs))
         return observers
 
-    def _finish(self, draw: FigureProcess | None) -> FitResult:
+    def _finish(self) -> FitResult:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
         experiment, run, timer = self._setting, self._run, self._clock
         with self._evaluating():
             test = experiment.batches("test")
             scores, found = _score(experiment, test, collect=True, signals=self._signals)
-        probabilities, drawn = cast("NDArray[np.float32]", found), None
-        if draw is not None:
-            split, spec = experiment.scored("test"), experiment.data.spec
-            drawn = report.draw_results(draw, experiment.config, split, spec, probabilities)
-        with self._evaluating():  # while that is drawn
+        probabilities = cast("NDArray[np.float32]", found)
+        with self._evaluating():
             validation, _ = _score(experiment, self._validation, signals=self._signals)
-        if drawn is None:
+        if not experiment.devices.chief:
             summary = _summary(experiment, validation, scores, timer, self._times)
             return FitResult(summary, experiment.model, None, worker=_worker(experiment))
         summary = _summary(experiment, validation, scores, timer, self._times) | {
@@ -568,7 +510,14 @@ class _Training:
         }
         run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
         with timer.part("report"):
-            _report(experiment, run, summary, drawn)
+            report.write_results(
+                run,
+                experiment.config,
+                summary,
+                experiment.scored("test"),
+                probabilities,
+                experiment.loop.step_graph,
+            )
         summary["seconds"] |= {
             "report": timer.seconds["report"],
             "import": timer.import_seconds,
@@ -638,15 +587,6 @@ def _create_run(
             continue  # another process was faster: the next name
         break
     return run, made
-
-
-def _drawing(
-    draw: FigureProcess | None, needed: bool
-) -> AbstractContextManager[FigureProcess | None]:
-    """Starts a process that draws, to be ended here, where one is needed and none was given."""
-    if not needed:
-        return nullcontext()
-    return FigureProcess() if draw is None else nullcontext(draw)
 
 
 def _watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
@@ -771,16 +711,3 @@ def _summary(
         **times.summary(),
         "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
     }
-
-
-def _report(experiment: Experiment, run: Run, summary: dict[str, Any], drawn: report.Drawn) -> None:
-    """Writes the model card and TensorBoard's pictures."""
-    classes = drawn.classes.result()
-    run.write_json("classes.json", classes)
-    card = report.model_card(run.path, summary, classes, experiment.config)
-    run.write_text("README.md", card)
-    if experiment.config.logging.tensorboard:
-        scores = watching.scalars(summary["test"])
-        report.write_graph(run, experiment.loop.step_graph)
-        report.write_hparams(run, experiment.config, scores)
-        report.write_end(run, scores, drawn.pictures, summary["epochs"])

@@ -16,7 +16,7 @@ from trainer.errors import InputError
 from trainer.experiment import restore, spec_of
 from trainer.files import write_atomic
 from trainer.run import Run, open_run
-from trainer.training.checkpoint import save_weights
+from trainer.training.weights import save_weights
 
 ENDINGS = (".keras", ".weights.h5")
 _ATTRIBUTE = "trainer.origin"

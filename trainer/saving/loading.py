@@ -20,7 +20,7 @@ from trainer.saving.export import artefact_files, find_version, read_facts
 from trainer.saving.files import Origin, origin_of
 from trainer.saving.formats import FORMATS
 from trainer.saving.runtimes import predict_in_batches
-from trainer.training.checkpoint import load_weights
+from trainer.training.weights import load_weights
 
 _BATCH = 256
 

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 import trainer
-from trainer.saving.export import read_facts
+from trainer.saving.versions import read_record
 
 PATH = "/v1/models/model:predict"
 MOST_BYTES = 1_000_000
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=32)
     options = parser.parse_args()
 
-    spec = read_facts(options.first).spec
+    spec = read_record(options.first).spec
     images = np.random.default_rng(0).integers(0, 256, (64, *spec.image_shape), dtype=np.uint8)
     good, bad = itertools.cycle(good_requests(images)), itertools.cycle(bad_requests(images))
     requests = [next(bad) if i % 5 == 4 else next(good) for i in range(options.requests)]

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import Config, load_config
-    from trainer.saving.export import export, verify
+    from trainer.saving.export import export
     from trainer.saving.files import save
     from trainer.saving.loading import load
+    from trainer.saving.verification import verify
     from trainer.tuning.search import tune
     from trainer.workflow import evaluate, fit, predict, resume
 
@@ -42,7 +43,7 @@ _HOME = {
     "save": "trainer.saving.files",
     "load": "trainer.saving.loading",
     "export": "trainer.saving.export",
-    "verify": "trainer.saving.export",
+    "verify": "trainer.saving.verification",
     "tune": "trainer.tuning.search",
     "evaluate": "trainer.workflow",
     "fit": "trainer.workflow",

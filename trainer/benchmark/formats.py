@@ -20,8 +20,10 @@ from trainer.benchmark.results import Result
 from trainer.benchmark.timing import Timing, joined
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import environment, open_run
-from trainer.saving.export import Verified, artefact_files, export
+from trainer.saving.export import export
 from trainer.saving.formats import FORMATS
+from trainer.saving.versions import Verification as Verified
+from trainer.saving.versions import artefact_files
 
 _logger = logging.getLogger(__name__)
 
@@ -209,5 +211,4 @@ def _quartiles(row: dict[str, Any]) -> str:
 
 
 def _size(artefact: Path) -> int:
-    folder = artefact if artefact.is_dir() else artefact.parent
-    return sum((folder / name).stat().st_size for name in artefact_files(folder, artefact))
+    return sum(file.stat().st_size for file in artefact_files(artefact))

@@ -19,7 +19,7 @@ from trainer.saving.operations import allowed_operations, find_forbidden
 from trainer.saving.safety import check_saved_model
 from trainer.serving.servable import Servable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")
 
 
@@ -233,7 +233,7 @@ def test_a_saved_model_with_another_operation_is_refused_by_name(
     operation: str, tmp_path: Path
 ) -> None:
     folder = write_model(HOSTILE[operation], tmp_path / "1")
-    with pytest.raises(InputError, match=rf"holds the operation {operation} \(in .*--trust"):
+    with pytest.raises(InputError, match=rf"contains the operation {operation} \(in .*--trust"):
         check_saved_model(folder)
     check_saved_model(folder, trust=True)
 
@@ -246,13 +246,13 @@ def test_load_and_serve_refuse_what_they_are_not_trusted_with(
     code, out, err = command("load", folder)
     (line,) = [line for line in err.splitlines() if line.startswith("trainer: ")]
     assert (code, out) == (2, "")
-    assert f"holds the operation {operation} (in " in line
+    assert f"contains the operation {operation} (in " in line
     assert command("load", folder, "--trust")[0] == 0
-    with pytest.raises(InputError, match=f"holds the operation {operation} "):
+    with pytest.raises(InputError, match=f"contains the operation {operation} "):
         Servable(folder, trust=False)
     code, out, err = command("serve", tmp_path / "m")
     assert (code, out) == (2, "")
-    assert f"holds the operation {operation} (in " in err
+    assert f"contains the operation {operation} (in " in err
 
 
 def test_every_other_registered_operation_is_refused() -> None:

@@ -698,7 +698,9 @@ def test_onnx_runtime_refuses_weights_outside_the_folder_of_the_model(
     (tmp_path / "secret").write_bytes(bytes(10**6))
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "link").symlink_to(tmp_path / "secret")
+    values = weights.raw_data
     for location in ("../secret", str(tmp_path / "secret"), "link"):
+        weights.raw_data = values
         onnx.external_data_helper.set_external_data(weights, location)
         weights.ClearField("raw_data")
         path = tmp_path / "m" / "m.onnx"

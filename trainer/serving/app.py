@@ -15,7 +15,7 @@ import tensorflow as tf
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.convertors import IntegerConvertor, StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
@@ -37,7 +37,7 @@ class _ModelName(StringConvertor):
     regex = "[^/:]+"
 
 
-class _VersionNumber(StringConvertor):
+class _VersionNumber(IntegerConvertor):
     regex = "[0-9]{1,255}"  # a folder name has at most 255 characters
 
 
@@ -116,9 +116,10 @@ class _Handlers:
         return _Json(servable.metadata(self._servables.name))
 
     async def status(self, request: Request) -> Response:
-        found = await run_in_threadpool(self._servables.status, _version(request))
-        if request.path_params["name"] != self._servables.name or not found:
-            raise _not_found(request)
+        name, version = request.path_params["name"], request.path_params.get("version")
+        found = await run_in_threadpool(self._servables.status, version)
+        if name != self._servables.name or not found:
+            raise _not_found(name, version)
         return _Json({"model_version_status": found})
 
     async def health(self, _: Request) -> Response:
@@ -130,14 +131,15 @@ class _Handlers:
         return HTMLResponse(page.read_text(encoding="utf-8"))
 
     async def _find(self, request: Request) -> Servable:
-        version, found = _version(request), None
-        if request.path_params["name"] == self._servables.name:
+        name, version = request.path_params["name"], request.path_params.get("version")
+        found = None
+        if name == self._servables.name:
             if version is None:
                 return self._servables.newest
             # An older version is loaded by its first request.
             found = await run_in_threadpool(self._servables.find, version)
         if found is None:
-            raise _not_found(request)
+            raise _not_found(name, version)
         return found
 
     async def _watch_versions(self) -> None:
@@ -146,13 +148,7 @@ class _Handlers:
             await run_in_threadpool(self._servables.refresh)
 
 
-def _version(request: Request) -> int | None:
-    text = request.path_params.get("version")
-    return None if text is None else int(text)
-
-
-def _not_found(request: Request) -> HTTPException:
-    name, version = request.path_params["name"], _version(request)
+def _not_found(name: str, version: int | None) -> HTTPException:
     which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
     return HTTPException(404, f"Servable not found for request: {which}")
 

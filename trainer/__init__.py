@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainer.saving.export import export
     from trainer.saving.files import save
     from trainer.saving.loading import load
-    from trainer.saving.verification import verify
+    from trainer.saving.versions import verify
     from trainer.tuning.search import tune
     from trainer.workflow import evaluate, fit, predict, resume
 
@@ -43,7 +43,7 @@ _HOME = {
     "save": "trainer.saving.files",
     "load": "trainer.saving.loading",
     "export": "trainer.saving.export",
-    "verify": "trainer.saving.verification",
+    "verify": "trainer.saving.versions",
     "tune": "trainer.tuning.search",
     "evaluate": "trainer.workflow",
     "fit": "trainer.workflow",

@@ -368,7 +368,7 @@ def verify(
     """Check an exported model: its sums, and its answers in another process."""
     _start_logging()
     with _stdout_for_the_result(), _without_chatter():
-        folder, verified = _saving("verification").verify(path, trust=trust)
+        folder, verified = _saving("versions").verify(path, trust=trust)
     result = {"result": "unchanged, and the same answers to the images kept with it"}
     _print_facts({"path": str(folder), **result, **verified.model_dump()}, as_json=json_)
 
@@ -392,7 +392,8 @@ def serve(
     """Serve an exported model over HTTP, as TensorFlow Serving does."""
     _start_logging()
     run_server = _import("trainer.serving.server").serve
-    run_server(name, directory=directory, host=host, port=port, max_body_bytes=most_bytes, trust=trust)
+    options = {"max_body_bytes": most_bytes, "trust": trust}
+    run_server(name, directory=directory, host=host, port=port, **options)
 
 
 @app.command()

@@ -30,7 +30,7 @@ from trainer.saving import formats, runtimes, safety
 from trainer.saving.files import save
 from trainer.saving.formats import FORMATS
 from trainer.saving.loading import load
-from trainer.saving.verification import verify
+from trainer.saving.versions import verify
 
 
 def refused(result: tuple[int, str, str], code: int = 2) -> str:

@@ -23,12 +23,12 @@ from trainer.run import Run, open_run, require_writable
 from trainer.saving.files import Origin
 from trainer.saving.formats import FILE_CHANNELS, ExportFormat, ExportSource, find_format
 from trainer.saving.runtimes import of_keras, predict_in_batches
-from trainer.saving.verification import compare
 from trainer.saving.versions import (
     CARD,
     CHECK,
     RECORD,
     ExportRecord,
+    compare,
     compute_checksums,
     list_versions,
 )

@@ -21,7 +21,6 @@ from trainer.saving.runtimes import Predict, of_keras, predict_in_batches
 from trainer.saving.versions import RECORD, artefact_files, find_version, read_record
 from trainer.training.checkpoint import load_weights
 
-_BATCH_SIZE = 256
 # Files are identified by their content: position, bytes, kind, and the expected suffix.
 _MAGIC = (
     (0, b"PK", "keras", ".keras"),
@@ -81,21 +80,18 @@ class LoadedModel:
         data = datasets.load(self.origin.config.data)
         if data.spec.fingerprint != self.origin.spec.fingerprint:
             raise InputError(f"the data is not what {self.path} was trained on: {data.spec.origin}")
-        scored, correct, loss = data.split(split), 0, 0.0
-        for first in range(0, len(scored), _BATCH_SIZE):
-            images, labels = scored.read(slice(first, first + _BATCH_SIZE))
-            probabilities = self(images)
-            correct += int((probabilities.argmax(axis=1) == labels).sum())
-            of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-            loss -= float(np.log(np.clip(of_label, 1e-7, 1)).sum())  # the limits that Keras uses
+        images, labels = data.split(split).read()
+        probabilities = self(images)
+        of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
         return {
             "path": str(self.path),
             "kind": self.kind,
             "data": data.spec.name,
             "split": split,
-            "images": len(scored),
-            "crossentropy": loss / len(scored),
-            "accuracy": correct / len(scored),
+            "images": len(images),
+            # Keras uses the same limits.
+            "crossentropy": float(-np.log(of_label.clip(1e-7, 1)).mean()),
+            "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
         }
 
 

@@ -172,7 +172,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect:
         raise HTTPException(400, "the client closed the connection") from None
     if size > max_bytes:
-        raise _too_large(max_bytes, size)
+        raise HTTPException(413, f"expected at most {max_bytes} bytes of body, received {size}")
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding in ("gzip", "x-gzip"):
         return await run_in_threadpool(_decompress, bytes(body), max_bytes)
@@ -189,13 +189,8 @@ def _decompress(body: bytes, max_bytes: int) -> bytes:
         message = f"Content-Encoding: the body is not valid gzip: {error}"
         raise HTTPException(400, message) from None
     if len(content) > max_bytes:
-        raise _too_large(max_bytes, "more")
+        raise HTTPException(413, f"expected at most {max_bytes} bytes of body, received more")
     return content
-
-
-def _too_large(max_bytes: int, received: int | str) -> HTTPException:
-    message = f"expected a body of at most {max_bytes} bytes, received {received}"
-    return HTTPException(413, message)
 
 
 async def _render_http_error(request: Request, error: Any) -> Response:

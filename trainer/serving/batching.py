@@ -86,13 +86,15 @@ class Batcher:
     def _next_batch(self) -> list[_Waiting]:
         """Removes the first request and those that can share its call, up to the row limit."""
         first = self._waiting.popleft()
-        batch, group, rows = [first], first.group(), first.rows()
-        if group is not None:
-            for request in list(self._waiting):
-                if request.group() == group and rows + request.rows() <= self._max_rows:
-                    self._waiting.remove(request)
-                    batch.append(request)
-                    rows += request.rows()
+        batch, group = [first], first.group()
+        if group is None:
+            return batch
+        room = self._max_rows - first.rows()
+        for request in list(self._waiting):
+            if request.group() == group and request.rows() <= room:
+                self._waiting.remove(request)
+                batch.append(request)
+                room -= request.rows()
         return batch
 
 

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from trainer import data as datasets
 from trainer.benchmark.results import Result
 from trainer.benchmark.timing import Timing, joined
+from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, MissingError
-from trainer.run import environment, open_run
+from trainer.run import open_run
 from trainer.saving.export import export
 from trainer.saving.formats import FORMATS
-from trainer.saving.versions import Verification as Verified
-from trainer.saving.versions import artefact_files
+from trainer.saving.versions import Verification, artefact_files
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ QUICK, FULL = Effort(2, 200), Effort(5, 1000)
 
 
 def benchmark_formats(
-    reference: str = "latest", *, runs: str = "runs", quick: bool = False, seed: int = 0
+    reference: str = "latest", *, runs_directory: str = "runs", quick: bool = False, seed: int = 0
 ) -> Result:
     """Exports a run to every format there is and measures each on this machine.
 
@@ -56,14 +56,14 @@ def benchmark_formats(
 
     Args:
         reference: A run directory, its name, or "latest".
-        runs: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
         quick: Measure less.
         seed: Of the order.
 
     Raises:
         InputError: There is no such run.
     """
-    run = open_run(reference, directory=runs)
+    run = open_run(reference, runs_directory=runs_directory)
     effort = QUICK if quick else FULL
     config = run.config()
     data = datasets.load(config.data)
@@ -89,7 +89,7 @@ def benchmark_formats(
         table=_table(rows) if rows else [],
         skipped=skipped,
         settings={"batch": BATCH, "seed": seed, **asdict(effort)},
-        environment=environment(("CPU:0",), data.spec.fingerprint),
+        environment=describe_environment(("CPU:0",), data.spec.fingerprint),
         notes=[
             "stable: blocks agreed before counting began, and the quartiles lie within 10% of the "
             "median; difference: the largest of any probability from the float32 model's"
@@ -123,7 +123,9 @@ def formats_figure(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _export_all(run: str, folder: str, skipped: dict[str, str]) -> dict[str, tuple[Path, Verified]]:
+def _export_all(
+    run: str, folder: str, skipped: dict[str, str]
+) -> dict[str, tuple[Path, Verification]]:
     """Exports to every format whose packages are there; the others are noted with the reason."""
     artefacts = {}
     for kind, format_ in FORMATS.items():
@@ -159,7 +161,7 @@ def _measure(kind: str, artefact: Path, folder: str, effort: Effort) -> dict[str
 
 
 def _row(
-    kind: str, size: int, measured: list[dict[str, Any]], verified: Verified
+    kind: str, size: int, measured: list[dict[str, Any]], verified: Verification
 ) -> dict[str, Any]:
     one, many = (joined([_timing(m[key]) for m in measured]) for key in ("one", "many"))
     return {

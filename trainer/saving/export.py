@@ -16,10 +16,11 @@ import numpy as np
 
 from trainer import data as datasets
 from trainer import keras_objects
-from trainer.assembly import require_data, restore
 from trainer.errors import InputError, shell_command
+from trainer.experiment import require_data, restore
+from trainer.files import require_writable
 from trainer.report import markdown_text
-from trainer.run import Run, open_run, require_writable
+from trainer.run import Run, open_run
 from trainer.saving.files import Origin
 from trainer.saving.formats import FILE_CHANNELS, ExportFormat, ExportSource, find_format
 from trainer.saving.runtimes import of_keras, predict_in_batches
@@ -48,7 +49,7 @@ def export(
     *,
     name: str | None = None,
     directory: str = "saved_models",
-    runs: str = "runs",
+    runs_directory: str = "runs",
 ) -> tuple[Path, ExportRecord]:
     """Writes a new version of an exported model. It is published only after its verification.
 
@@ -58,7 +59,7 @@ def export(
         name: Name of the model. None: the names of the data set and of the network. For all
             formats but saved_model, "-FORMAT" is added, so that each name has one format.
         directory: Folder of the exported models.
-        runs: Folder of the run directories.
+        runs_directory: Folder of the run directories.
 
     Returns:
         The folder of the new version and the content of its export.json.
@@ -70,7 +71,7 @@ def export(
     """
     export_format = find_format(kind)
     export_format.require()
-    run = open_run(reference, directory=runs)
+    run = open_run(reference, runs_directory=runs_directory)
     origin = Origin.of(run)
     name = name or re.sub(r"[^\w.-]+", "-", f"{origin.spec.name}-{origin.config.model.name}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -166,7 +167,7 @@ def model_card(record: ExportRecord, version: Path) -> str:
     outside = "Run these commands in the folder where `trainer export` ran.\n\n"
     classes = ", ".join(map(markdown_text, spec.class_names[:20]))
     serving = _serving_commands(version.parent, spec.image_shape[-1] in FILE_CHANNELS)
-    return _template("model_card.md").format(
+    return _template("model_card.txt").format(
         **record.model_dump(exclude={"config", "spec", "verified", "sha256"}),
         **record.verified.model_dump(),
         name=version.parent.name,
@@ -187,7 +188,7 @@ def model_card(record: ExportRecord, version: Path) -> str:
 def _serving_commands(model: Path, takes_files: bool) -> str:
     """Returns the commands that serve a SavedModel and send a request to the server."""
     url = f"http://localhost:8501/v1/models/{quote(model.name)}"
-    return _template("model_card_serving.md").format(
+    return _template("model_card_serving.txt").format(
         variable=shlex.quote(f"MODEL_NAME={model.name}"),
         here="" if model.is_absolute() else '"$PWD"/',  # Docker accepts absolute paths only
         mount=shlex.quote(f"{model}:/models/{model.name}"),

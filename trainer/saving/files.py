@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import h5py
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from trainer.assembly import restore, spec_of
-from trainer.config import Config
+from trainer.config import Config, parse_config
 from trainer.data import DataSpec
 from trainer.errors import InputError
-from trainer.run import Run, open_run, write_whole
+from trainer.experiment import restore, spec_of
+from trainer.files import write_atomic
+from trainer.run import Run, open_run
 from trainer.training.checkpoint import save_weights
 
 SUFFIXES = (".keras", ".weights.h5")
@@ -29,6 +30,13 @@ class Origin(BaseModel):
     config: Config
     spec: DataSpec  # the data that it was trained on
 
+    @field_validator("config", mode="before")
+    @classmethod
+    def _accept_old_keys(cls, config: Any) -> Any:
+        # Files of earlier versions have the old names of keys.
+        stored = isinstance(config, dict)
+        return parse_config(config, origin="configuration", stored=True) if stored else config
+
     @classmethod
     def of(cls, run: Run) -> Self:
         """Returns the origin of the model of a finished run."""
@@ -36,7 +44,7 @@ class Origin(BaseModel):
 
 
 def save(
-    reference: str, path: str | Path, *, overwrite: bool = False, runs: str = "runs"
+    reference: str, path: str | Path, *, overwrite: bool = False, runs_directory: str = "runs"
 ) -> dict[str, Any]:
     """Writes the model of a run into one file.
 
@@ -44,7 +52,7 @@ def save(
         reference: A run directory, its name, or "latest".
         path: Ends in `.keras` (the whole model with its optimizer) or `.weights.h5`.
         overwrite: Replace an existing file.
-        runs: Folder of the run directories.
+        runs_directory: Folder of the run directories.
 
     Returns:
         Path, bytes, parameters and run.
@@ -62,7 +70,7 @@ def save(
         raise InputError(f"{path} is in a run directory: choose another folder")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
-    run = open_run(reference, directory=runs)
+    run = open_run(reference, runs_directory=runs_directory)
     model = restore(run, compiled=True)
     origin = Origin.of(run).model_dump_json()
     if len(origin) > _MAX_ORIGIN_BYTES:
@@ -78,7 +86,7 @@ def save(
 
     if path.suffix == ".keras":
         try:
-            write_whole(path, write_keras)
+            write_atomic(path, write_keras)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from None
     else:

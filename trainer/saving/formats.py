@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer import keras_objects
 from trainer.data import DataSpec, Images
-from trainer.errors import InputError, nearest, require_packages
+from trainer.errors import InputError, did_you_mean, require_packages
 from trainer.saving.runtimes import RUNTIMES, Predict
 
 FILE_CHANNELS = (1, 3, 4)  # channels of image files; other models have no serving_files
@@ -71,7 +71,7 @@ def find_format(name: str) -> ExportFormat:
         InputError: There is no such format.
     """
     if name not in FORMATS:
-        raise InputError(f"unknown format {name!r}: {nearest(name, FORMATS)}")
+        raise InputError(f"unknown format {name!r}: {did_you_mean(name, FORMATS)}")
     return FORMATS[name]
 
 

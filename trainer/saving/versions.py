@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.data import Images, Labels
 from trainer.errors import CheckError, InputError
-from trainer.run import sha256
+from trainer.files import sha256
 from trainer.saving import runtimes
 from trainer.saving.files import Origin
 from trainer.saving.formats import ExportFormat, find_format

@@ -1,1 +1,5 @@
-"""Serves an exported SavedModel over HTTP, with the REST interface of TensorFlow Serving."""
+"""Serves an exported SavedModel over HTTP with TensorFlow Serving's REST API."""
+
+from typing import Final
+
+PUBLIC: Final[dict[str, str]] = {}

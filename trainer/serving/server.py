@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from urllib.parse import quote
 
-from trainer.errors import InputError, nearest, require_packages
+from trainer.errors import InputError, did_you_mean, require_packages
 from trainer.saving.versions import RECORD, is_version, list_versions, read_record
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +70,9 @@ def _find_model(name: str, directory: Path) -> Path:
     folder = next((path for path in folders if list_versions(path) or is_version(path)), None)
     if folder is None:
         known = [path.name for path in directory.glob("*") if list_versions(path)]
-        available = nearest(name, known) if known else "none exists: `trainer export` makes one"
+        available = (
+            did_you_mean(name, known) if known else "none exists: `trainer export` makes one"
+        )
         raise InputError(f"there is no exported model {name!r} in {directory}: {available}")
     found = list_versions(folder)
     newest = folder if is_version(folder) else found[max(found)]

@@ -1,0 +1,104 @@
+"""The verbs of the saving tool: save, load, export, verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.console import (
+    JsonOption,
+    RunArgument,
+    RunsOption,
+    TrustOption,
+    import_module,
+    print_table,
+    require,
+    start_logging,
+    stdout_to_stderr,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def save(
+    run: RunArgument,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="name.keras or name.weights.h5")],
+    *,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file")
+    ] = False,
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Write the model of a run into one Keras file."""
+    require("cpu", run, runs)
+    start_logging()
+    with stdout_to_stderr():
+        write = import_module("trainer.saving.files").save
+        result = write(run, path, overwrite=overwrite, runs_directory=runs)
+    print_table(result, as_json=json_)
+
+
+@app.command()
+def load(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, a saved or an exported model")
+    ],
+    *,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Score it on the test images of its data")
+    ] = False,
+    trust: TrustOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Print format, input, output, size and origin of a model in any format."""
+    start_logging()
+    with stdout_to_stderr():
+        loaded = import_module("trainer.saving.loading").load(path, trust=trust)
+        result = loaded.describe() | (loaded.evaluate() if evaluate else {})
+    print_table(result, as_json=json_)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    *,
+    format_: Annotated[
+        str, typer.Option("--format", help="saved_model | litert | litert_int8 | onnx")
+    ] = "saved_model",
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the model (default: data-network); other formats add -FORMAT"),
+    ] = None,
+    directory: Annotated[
+        str, typer.Option("--directory", help="Folder of the exported models")
+    ] = "saved_models",
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Write a new version of a model for deployment, verified in another process."""
+    require("cpu", run, runs)
+    start_logging()
+    with stdout_to_stderr():
+        write = import_module("trainer.saving.export").export
+        folder, record = write(run, format_, name=name, directory=directory, runs_directory=runs)
+    facts = {"path": str(folder), "format": record.format, **record.verified.model_dump()}
+    print_table(facts, as_json=json_)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An exported model or a version")],
+    *,
+    trust: TrustOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Check an exported model: its checksums, and its predictions in another process."""
+    start_logging()
+    with stdout_to_stderr():
+        compare = import_module("trainer.saving.versions").verify
+        folder, verified = compare(path, trust=trust)
+    result = "unchanged, and the same predictions for the stored images"
+    facts = {"path": str(folder), "result": result, **verified.model_dump()}
+    print_table(facts, as_json=json_)

@@ -86,7 +86,7 @@ def _is_base64(value: Any) -> bool:
 def _parse_instances(rows: Any, inputs: Inputs) -> dict[str, Any]:
     """Returns the values of each input. A row is an object, or a plain value for one input."""
     expected = ", ".join(inputs)
-    _require(isinstance(rows, list) and rows, "instances: expected a list of at least one")
+    _require(isinstance(rows, list) and len(rows) > 0, "instances: expected a list of at least one")
     if not isinstance(rows[0], dict) or _is_base64(rows[0]):
         _require(len(inputs) == 1, f"instances: expected objects with {expected}")
         return {expected: rows}

@@ -1,4 +1,4 @@
-"""A model leaves in every format, equal to what was trained; hostile files are refused."""
+"""Exports equal the trained model in every format. Damaged and hostile files are refused."""
 
 import hashlib
 import importlib.util
@@ -34,7 +34,7 @@ from trainer.saving.versions import verify
 
 
 def refused(result: tuple[int, str, str], code: int = 2) -> str:
-    """Returns the one line on stderr of a command that ended with a code."""
+    """Returns the line on stderr of a command that failed with an exit code."""
     assert (result[0], result[1]) == (code, ""), result
     lines = [line for line in result[2].splitlines() if line.startswith("trainer: ")]
     assert len(lines) == 1, result[2]
@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_says_what_the_model_says(
+def test_every_format_returns_the_probabilities_of_the_model(
     kind: str, exported: dict[str, Path], run: Run, command: Callable[..., Any]
 ) -> None:
     folder = exported[kind]
@@ -67,7 +67,7 @@ def test_every_format_says_what_the_model_says(
         answers = artefact(images)
         assert answers.shape == (count, 4)
         assert answers.dtype == np.float32
-        # The run answers in bfloat16, which keeps 8 bits of a number.
+        # The run computes in bfloat16, which has 8 significant bits.
         assert abs(answers - model(images)).max() < tolerance + 0.05
         assert answers.sum(axis=1) == pytest.approx(np.ones(count), abs=0.02)
     scores = artefact.evaluate()
@@ -100,7 +100,7 @@ def test_every_format_says_what_the_model_says(
 
 
 def test_a_format_compares_with_the_float32_network(exported: dict[str, Path], run: Run) -> None:
-    """Far closer than the bfloat16 network is; the card says how far that one is."""
+    """The difference is much smaller than to bfloat16. The card states both."""
     facts = json.loads((exported["saved_model"] / "export.json").read_text())
     assert facts["precision"] == "mixed_bfloat16"
     assert facts["verified"]["largest_difference"] < 1e-6 < facts["precision_difference"] < 0.05
@@ -113,7 +113,7 @@ def test_a_format_compares_with_the_float32_network(exported: dict[str, Path], r
     assert run.name in card
 
 
-def test_evaluate_refuses_what_it_cannot_do_with_a_saved_model(
+def test_evaluate_refuses_unsupported_options_for_a_saved_model(
     exported: dict[str, Path], command: Callable[..., Any]
 ) -> None:
     result = command("evaluate", exported["onnx"], "--split", "all")
@@ -122,7 +122,7 @@ def test_evaluate_refuses_what_it_cannot_do_with_a_saved_model(
     assert "is not a run; a saved model is scored by its own runtime" in refused(result)
 
 
-def test_tensorflow_s_own_program_runs_the_saved_model(
+def test_saved_model_cli_runs_the_saved_model(
     exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = pictures(3)
@@ -143,9 +143,7 @@ def test_tensorflow_s_own_program_runs_the_saved_model(
     assert list(names) == [f"pattern {label}".encode() for label in answers.argmax(axis=1)]
 
 
-def test_a_server_can_be_sent_image_files(
-    exported: dict[str, Path], run: Run, tmp_path: Path
-) -> None:
+def test_the_signature_for_image_files(exported: dict[str, Path], run: Run, tmp_path: Path) -> None:
     signature = tf.saved_model.load(str(exported["saved_model"])).signatures["serving_files"]
     images = pictures(2)
     files = []
@@ -162,7 +160,7 @@ def test_a_server_can_be_sent_image_files(
         assert row == pytest.approx(list(other["probabilities"].values()), abs=0.06)
 
 
-def test_an_artefact_needs_nothing_of_ours() -> None:
+def test_the_verification_blocks_the_import_of_this_package() -> None:
     program = (
         f"import runpy, sys; sys.argv = ['x', 'onnx', 'nowhere', 'none.npy', 'out']\n"
         f"try: runpy.run_path({runtimes.__file__!r}, run_name='__main__')\n"
@@ -174,7 +172,7 @@ def test_an_artefact_needs_nothing_of_ours() -> None:
     assert done.returncode == 7
 
 
-# Stands for ONNX Runtime and looks at the process that it is in.
+# Replaces ONNX Runtime and checks the process that imports it.
 RUNTIME = """
 import importlib.util, pathlib, sys
 import numpy
@@ -198,10 +196,10 @@ class InferenceSession:
 
 
 @pytest.mark.parametrize("python_path", ["packages", "{here}/packages", ":packages:{project}"])
-def test_another_process_finds_what_is_only_in_pythonpath(
+def test_the_verification_finds_packages_in_pythonpath(
     python_path: str, exported: dict[str, Path], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But neither this package nor what is in the current folder."""
+    """It finds neither this package nor modules in the current folder."""
     package = in_tmp_path / "packages" / "onnxruntime.py"
     package.parent.mkdir()
     package.write_text(RUNTIME)
@@ -215,12 +213,12 @@ def test_another_process_finds_what_is_only_in_pythonpath(
         verify(exported["onnx"])
 
 
-def test_versions_count_up_and_touch_no_other(
+def test_a_new_version_gets_the_next_number(
     home: Path, run: Run, exported: dict[str, Path], command: Callable[..., Any]
 ) -> None:
     before = content(exported["onnx"])
     (exported["onnx"].parent / "7").mkdir()
-    (exported["onnx"].parent / "v8").mkdir()  # no version
+    (exported["onnx"].parent / "v8").mkdir()  # not a version
     code, out, _ = command(
         *("export", run.path, "--format", "onnx", "--directory", home / "saved_models", "--json")
     )
@@ -231,7 +229,7 @@ def test_versions_count_up_and_touch_no_other(
         shutil.rmtree(exported["onnx"].parent / name)
 
 
-def test_what_differs_is_not_published(
+def test_an_export_that_differs_is_not_published(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
     original = FORMATS["litert"]
@@ -257,11 +255,11 @@ def test_what_differs_is_not_published(
 
 
 @pytest.mark.parametrize("how", ["changed", "missing", "added", "answers", "check"])
-def test_verify_finds_what_was_changed(
+def test_verify_finds_changes(
     how: str, exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     folder = tmp_path / "name" / "1"
-    # Only the answers need a runtime, and that of LiteRT starts soonest.
+    # Only the comparison of predictions needs a runtime. LiteRT starts fastest.
     shutil.copytree(exported["litert" if how == "answers" else "saved_model"], folder)
     variables = folder / "variables" / "variables.data-00000-of-00001"
     if how == "changed":
@@ -296,7 +294,7 @@ def test_a_missing_package_is_named_with_its_extra(
         FORMATS["onnx"].open(tmp_path)
 
 
-def test_an_export_that_cannot_begin_changes_nothing(
+def test_an_export_that_fails_at_the_start_changes_nothing(
     run: Run, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     (tmp_path / "file").write_text("kept")
@@ -316,9 +314,7 @@ def test_an_export_that_cannot_begin_changes_nothing(
 # ---------------------------------------------------------------- Keras files
 
 
-def test_a_whole_model_comes_back_with_its_optimizer(
-    run: Run, tmp_path: Path, command: Callable[..., Any]
-) -> None:
+def test_save_and_load_a_whole_model(run: Run, tmp_path: Path, command: Callable[..., Any]) -> None:
     path = tmp_path / "model.keras"
     assert command("save", run.path, path)[0] == 0
     model = keras.saving.load_model(path)  # by Keras alone
@@ -332,7 +328,7 @@ def test_a_whole_model_comes_back_with_its_optimizer(
     assert loaded.evaluate()["accuracy"] == load(run.path).evaluate()["accuracy"]
 
 
-def test_weights_come_back_with_their_configuration(run: Run, tmp_path: Path) -> None:
+def test_save_and_load_weights(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "model.weights.h5"
     save(str(run.path), path)
     images = pictures(5)
@@ -344,7 +340,7 @@ def test_weights_come_back_with_their_configuration(run: Run, tmp_path: Path) ->
         load(tmp_path / "alone.weights.h5")
 
 
-def test_nothing_is_overwritten_unasked(
+def test_save_overwrites_only_on_request(
     run: Run, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     path = tmp_path / "model.keras"
@@ -363,12 +359,12 @@ def test_nothing_is_overwritten_unasked(
     assert load(path).kind == "keras"
 
 
-# ---------------------------------------------------------------- what is damaged or hostile
+# ---------------------------------------------------------------- damaged and hostile files
 
 
 @pytest.fixture(scope="module")
 def files(home: Path, run: Run, exported: dict[str, Path]) -> dict[str, Path]:
-    """One good file of every kind, by its ending."""
+    """One valid file of every kind, by suffix."""
     save(str(run.path), home / "good.keras")
     save(str(run.path), home / "good.weights.h5")
     return {
@@ -381,7 +377,7 @@ def files(home: Path, run: Run, exported: dict[str, Path]) -> dict[str, Path]:
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5", ".tflite", ".onnx"])
 @pytest.mark.parametrize("how", ["empty", "first", "half", "last", "text", "renamed", "missing"])
-def test_damaged_and_foreign_files_are_one_line(
+def test_damaged_files_are_refused_in_one_line(
     ending: str, how: str, files: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     path, whole = tmp_path / f"bad{ending}", files[ending].read_bytes()
@@ -401,7 +397,7 @@ def test_damaged_and_foreign_files_are_one_line(
 
 
 @pytest.mark.parametrize("how", ["empty", "half", "text", "no variables"])
-def test_a_damaged_saved_model_is_one_line(
+def test_a_damaged_saved_model_is_refused_in_one_line(
     how: str, exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     folder = tmp_path / "model"
@@ -428,7 +424,7 @@ def test_weights_of_another_network_are_refused(
 
 
 def repacked(source: Path, target: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
-    """Writes a .keras archive anew, its members changed."""
+    """Copies a .keras archive and changes its members."""
     with zipfile.ZipFile(source) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
@@ -481,7 +477,7 @@ def test_a_keras_file_that_names_code_is_refused(
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "assets/../../x", "extra.py"])
-def test_a_keras_file_whose_paths_leave_it_is_refused(
+def test_a_keras_file_with_paths_outside_the_archive_is_refused(
     name: str, files: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     path = repacked(
@@ -499,7 +495,7 @@ def weights_with(change: Callable[[h5py.File], None], whole: bytes) -> bytes:
 
 
 def replace_kernel(file: h5py.File, make: Callable[[str, tuple[int, ...]], None]) -> None:
-    """Puts something else in the place of the first weights that Keras reads."""
+    """Replaces the first weights that Keras reads."""
     name = "layers/conv2d/vars/0"
     shape = file[name].shape
     del file[name]
@@ -545,7 +541,7 @@ def map_outside(file: h5py.File) -> None:
         (map_outside, "Not allowed: H5 file with virtual Dataset"),
     ],
 )
-# Keras warns of the layer before it refuses the file.
+# Keras prints a warning about the layer before it refuses the file.
 @pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
 def test_keras_refuses_weights_in_other_files_and_weights_larger_than_the_file(
@@ -603,11 +599,11 @@ def calls() -> tf.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("reach_out", "operation"),
+    ("access", "operation"),
     [(reads, "ReadFile"), (writes, "WriteFile"), (calls, "EagerPyFunc")],
 )
-def test_a_saved_model_that_reaches_out_is_refused(
-    reach_out: Callable[[], tf.Tensor],
+def test_a_saved_model_that_accesses_files_or_python_is_refused(
+    access: Callable[[], tf.Tensor],
     operation: str,
     tmp_path: Path,
     command: Callable[..., Any],
@@ -616,7 +612,7 @@ def test_a_saved_model_that_reaches_out_is_refused(
 
     @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")])
     def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + reach_out()}
+        return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + access()}
 
     module.answer = answer
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": answer})
@@ -626,10 +622,10 @@ def test_a_saved_model_that_reaches_out_is_refused(
     assert command("load", tmp_path / "m", "--trust")[0] == 0
 
 
-def test_what_verify_would_run_is_looked_at_first(
+def test_verify_checks_the_operations_before_it_runs_them(
     exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
-    """A graph that writes a file, with sums that fit."""
+    """The graph writes a file, and its checksums are valid."""
     target, written = tmp_path / "m", tmp_path / "written"
     shutil.copytree(exported["saved_model"], target)
     module = tf.Module()
@@ -670,7 +666,7 @@ def test_a_file_read_into_a_constant_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["evil:Layer", "TFSMLayer", "Lambda"])
-def test_weights_that_bring_code_along_are_refused(
+def test_a_weights_file_that_names_code_is_refused(
     code: str,
     files: dict[str, Path],
     tmp_path: Path,
@@ -709,7 +705,7 @@ def test_onnx_runtime_refuses_weights_outside_the_folder_of_the_model(
         assert "xternal data path" in line, line
 
 
-def test_a_trusted_file_finds_a_class_of_ones_own(
+def test_a_trusted_file_imports_a_class_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
     (tmp_path / "own_layers.py").write_text(
@@ -724,10 +720,10 @@ def test_a_trusted_file_finds_a_class_of_ones_own(
     assert command("load", path, "--trust")[0] == 0
 
 
-def test_the_saver_s_own_operations_serve_no_answer(
+def test_the_operations_of_the_saver_cannot_produce_an_output(
     exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    """TensorFlow writes them into every SavedModel; nothing else may call them."""
+    """TensorFlow writes them into every SavedModel. No signature may use them."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     safety.check_saved_model(exported["saved_model"])
@@ -742,7 +738,7 @@ def test_the_saver_s_own_operations_serve_no_answer(
         safety.check_saved_model(tmp_path / "m")
 
 
-def test_verify_and_load_say_what_they_expected(
+def test_verify_and_load_explain_what_they_expect(
     tmp_path: Path, exported: dict[str, Path], command: Callable[..., Any]
 ) -> None:
     assert "expected an exported model" in refused(command("verify", tmp_path))
@@ -762,7 +758,7 @@ def scalar_loss(labels: Any, outputs: Any) -> Any:
 
 
 def test_a_file_whose_loss_is_a_users_function_is_loaded_without_trust(tmp_path: Path) -> None:
-    """Keras writes the function as builtins:function, which nothing could read."""
+    """Keras writes the function as builtins:function, which cannot be loaded."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax")])
     model.compile("sgd", scalar_loss)
     model.save(tmp_path / "own.keras")
@@ -770,3 +766,41 @@ def test_a_file_whose_loss_is_a_users_function_is_loaded_without_trust(tmp_path:
         loaded = trainer.load(tmp_path / "own.keras", trust=trust)
         points = np.ones((4, 2), np.float32)
         np.testing.assert_array_equal(loaded(points), model(points).numpy())
+
+
+# ---------------------------------------------------------------- files of earlier versions
+
+
+def with_old_keys(text: str | bytes) -> str:
+    """Renames a key of a stored configuration to its name in earlier versions."""
+    origin = json.loads(text)
+    training = origin["config"]["training"]
+    training["steps_per_call"] = training.pop("steps_per_execution")
+    return json.dumps(origin)
+
+
+def test_files_of_earlier_versions_are_loaded(
+    files: dict[str, Path], exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their configuration has old keys, and their optimizer may be the former FusedAdam."""
+
+    def use_fused_adam(members: dict[str, bytes]) -> None:
+        config = json.loads(members["config.json"])
+        optimizer = config["compile_config"]["optimizer"]
+        former = {"module": "trainer.training.fused_adam", "class_name": "FusedAdam"}
+        optimizer |= former | {"registered_name": "trainer>FusedAdam"}
+        members["config.json"] = json.dumps(config).encode()
+
+    old = {suffix: tmp_path / f"old{suffix}" for suffix in (".keras", ".weights.h5")}
+    repacked(files[".keras"], old[".keras"], use_fused_adam)
+    with zipfile.ZipFile(files[".keras"]) as whole, zipfile.ZipFile(old[".keras"], "a") as archive:
+        archive.comment = with_old_keys(whole.comment).encode()
+    shutil.copy(files[".weights.h5"], old[".weights.h5"])
+    with h5py.File(old[".weights.h5"], "a") as file:
+        file.attrs["trainer.origin"] = with_old_keys(file.attrs["trainer.origin"])
+    old["onnx"] = shutil.copytree(exported["onnx"], tmp_path / "old" / "1")
+    record = old["onnx"] / "export.json"
+    record.write_text(with_old_keys(record.read_text()))
+    for path in old.values():
+        assert load(path).evaluate()["accuracy"] > 0.5
+    assert verify(old["onnx"])[0] == old["onnx"]

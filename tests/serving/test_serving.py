@@ -1,4 +1,4 @@
-"""A served model answers as TensorFlow Serving would, all at once, and refuses the rest."""
+"""The server follows TensorFlow Serving's protocol, joins requests, and refuses invalid ones."""
 
 import asyncio
 import base64
@@ -62,7 +62,7 @@ class Server:
     def ask(
         self, path: str, body: Any = None, method: str = "", encoding: str | None = None
     ) -> tuple[int, Any]:
-        """Returns status and JSON; a body that is no bytes is sent as JSON."""
+        """Returns status and JSON. A body that is not bytes is sent as JSON."""
         headers = {} if encoding is None else {"Content-Encoding": encoding}
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         if body is not None and not isinstance(body, bytes):
@@ -124,10 +124,10 @@ def encoded(image: Any, kind: str = "PNG", mode: str = "") -> dict[str, str]:
     return {"b64": base64.b64encode(buffer.getvalue()).decode()}
 
 
-# ---------------------------------------------------------------- the interface
+# ---------------------------------------------------------------- requests and responses
 
 
-def test_every_form_of_a_request_is_answered_in_its_form(server: Server) -> None:
+def test_a_response_has_the_form_of_the_request(server: Server) -> None:
     images = pictures(3)
     expected = load(server.folder / "1")(images)
     rows, label = images.tolist(), expected.argmax(axis=1)
@@ -157,7 +157,7 @@ def test_every_form_of_a_request_is_answered_in_its_form(server: Server) -> None
         )
 
 
-def test_state_and_signatures_are_told_in_tensorflow_serving_s_words(server: Server) -> None:
+def test_state_and_metadata_have_the_format_of_tensorflow_serving(server: Server) -> None:
     fine = {"error_code": "OK", "error_message": ""}
     state = {"model_version_status": [{"version": "1", "state": "AVAILABLE", "status": fine}]}
     assert server.ask(MODEL) == (200, state)
@@ -232,7 +232,7 @@ CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
         (413, "expected at most 100000 bytes of body, received 100001", b" " * 100_001),
     ],
 )
-def test_a_bad_request_hears_what_is_wrong(
+def test_an_invalid_request_gets_the_reason(
     server: Server, status: int, message: str, body: Any
 ) -> None:
     found, answer = server.ask(f"{MODEL}:predict", body)
@@ -257,7 +257,7 @@ def test_a_bad_request_hears_what_is_wrong(
         (405, "Method Not Allowed", "DELETE", MODEL),
     ],
 )
-def test_what_is_not_there_is_said_so(
+def test_an_unknown_address_gets_the_reason(
     server: Server, status: int, message: str, method: str, path: str
 ) -> None:
     found, answer = server.ask(path, b"{}", method)
@@ -265,7 +265,7 @@ def test_what_is_not_there_is_said_so(
     assert message in answer["error"]
 
 
-def test_what_is_no_http_is_refused_and_a_slow_sender_let_go(
+def test_other_protocols_and_slow_clients_are_disconnected(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
@@ -287,7 +287,7 @@ def test_what_is_no_http_is_refused_and_a_slow_sender_let_go(
 
 
 def test_uvicorn_has_the_undocumented_names() -> None:
-    """Names what an upgrade of uvicorn has removed."""
+    """Fails with the names that an upgrade of uvicorn has removed."""
     config = uvicorn.Config(lambda: None, log_config=None)
     loop = asyncio.new_event_loop()
     protocol = uvicorn_internals.Protocol(config, ServerState(), {}, loop)
@@ -314,7 +314,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["instances", "inputs", "signature_name"]), JSON))
-def test_any_json_is_understood_or_refused(document: Any) -> None:
+def test_any_json_is_parsed_or_refused(document: Any) -> None:
     try:
         call = parse_request(json.dumps(document).encode(), SPECS)
     except HTTPException as error:
@@ -335,8 +335,8 @@ def test_any_json_is_understood_or_refused(document: Any) -> None:
         max_size=4,
     )
 )
-def test_rows_and_columns_carry_the_same_values(rows: Any) -> None:
-    """And an answer made of what was understood says what the request said."""
+def test_instances_and_inputs_are_equivalent(rows: Any) -> None:
+    """A response with the parsed values equals the request."""
     instances = [{"a": a, "b": {"b64": base64.b64encode(b).decode()}, "c": c} for a, b, c in rows]
     inputs = {name: [row[name] for row in instances] for name in "abc"}
     by_row = parse_request(json.dumps({"instances": instances}).encode(), SPECS)
@@ -383,7 +383,7 @@ def test_a_float32_is_written_in_its_shortest_form(bits: int, text: str) -> None
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50))
-def test_every_float32_reads_back_and_no_shorter_text_does(values: list[float]) -> None:
+def test_every_float32_is_written_exactly_and_as_short_as_possible(values: list[float]) -> None:
     array = np.array(values, np.float32).reshape(1, -1)
     (row,) = json.loads(json.dumps(render_response({"y": array}, by_row=True)["predictions"]))
     np.testing.assert_array_equal(np.float32(row), array[0])
@@ -393,7 +393,7 @@ def test_every_float32_reads_back_and_no_shorter_text_does(values: list[float]) 
         assert shorter != np.float32(value)
 
 
-def test_doubles_and_whole_numbers_are_written_as_they_are() -> None:
+def test_doubles_and_integers_are_written_unchanged() -> None:
     arrays = {"double": np.array([0.1 + 0.2]), "half": np.array([0.1], np.float16)}
     assert render_response(arrays | {"n": np.array([7])}, by_row=False) == {
         "outputs": {"double": [0.30000000000000004], "half": [0.0999755859375], "n": [7]}
@@ -419,7 +419,7 @@ def test_base64_may_have_white_space_and_no_padding(text: str, content: bytes) -
 
 
 @pytest.mark.parametrize("text", ["QUJDRA=", "QUJDR", "QUJD====", "=", "QU=JD", "-_-_", "é", "?"])
-def test_what_is_no_base64_is_refused(text: str) -> None:
+def test_invalid_base64_is_refused(text: str) -> None:
     specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
     with pytest.raises(HTTPException, match="s: not base64"):
         parse_request(json.dumps({"instances": [{"b64": text}]}).encode(), specs)
@@ -448,7 +448,7 @@ def test_a_body_may_be_compressed(server: Server, encoding: str) -> None:
         assert server.ask(f"{MODEL}:predict", compressed, encoding=encoding) == expected
 
 
-# Without the time: xdist needs the same tests in every process.
+# Without the time, because xdist needs the same test names in every process.
 WHOLE = gzip.compress(b'{"instances": []}', mtime=0)
 
 
@@ -473,7 +473,7 @@ WHOLE = gzip.compress(b'{"instances": []}', mtime=0)
         (415, "expected gzip, received 'gzip, gzip'", "gzip, gzip", gzip.compress(WHOLE, mtime=0)),
     ],
 )
-def test_a_bad_compressed_body_hears_what_is_wrong(
+def test_an_invalid_compressed_body_gets_the_reason(
     server: Server, status: int, message: str, encoding: str, body: bytes
 ) -> None:
     found, answer = server.ask(f"{MODEL}:predict", body, encoding=encoding)
@@ -481,7 +481,7 @@ def test_a_bad_compressed_body_hears_what_is_wrong(
     assert message in answer["error"]
 
 
-def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
+def test_a_gzip_bomb_uses_little_memory() -> None:
     bomb = gzip.compress(bytes(10**8))
     tracemalloc.start()
     with pytest.raises(HTTPException, match="received more"):
@@ -491,18 +491,18 @@ def test_a_bomb_takes_no_more_memory_than_a_body_may() -> None:
     assert peak < 10 * MAX_BODY_BYTES
 
 
-# ---------------------------------------------------------------- many at once
+# ---------------------------------------------------------------- batches
 
 
 class Doubling:
-    """Doubles its input; "spoilt" (a negative number) fails the whole call."""
+    """Doubles its input. A negative number makes the whole call fail."""
 
     def __init__(self, *, fixed: bool = False) -> None:
         self.signatures = {"f": {"x": tf.TensorSpec((2 if fixed else None, None), tf.int32)}}
         self.calls: list[int] = []
 
     def run(self, signature: str, tensors: Any) -> Any:
-        time.sleep(0.02)  # meanwhile others come
+        time.sleep(0.02)  # other requests arrive meanwhile
         self.calls.append(len(tensors["x"]))
         if (tensors["x"] < 0).any():
             raise ValueError(f"{signature}: negative")
@@ -531,7 +531,7 @@ def test_requests_that_wait_share_a_call() -> None:
     assert len(servable.calls) <= 5
 
 
-def test_one_that_fails_spoils_no_other() -> None:
+def test_a_request_that_fails_affects_no_other() -> None:
     servable = Doubling()
     answers = asked(servable, [[[1]], [[-1]], [[2]]])
     assert [a["y"].item() for a in (answers[0], answers[2])] == [2, 4]
@@ -539,7 +539,7 @@ def test_one_that_fails_spoils_no_other() -> None:
     assert servable.calls == [3, 1, 1, 1]
 
 
-def test_what_does_not_fit_together_is_called_apart() -> None:
+def test_requests_of_different_shapes_are_not_joined() -> None:
     servable = Doubling()
     answers = asked(servable, [[[1]], [[1, 2]], [[3]]])
     assert [a["y"].shape for a in answers] == [(1, 1), (1, 2), (1, 1)]
@@ -549,7 +549,7 @@ def test_what_does_not_fit_together_is_called_apart() -> None:
     assert servable.calls == [2, 2]
 
 
-def test_many_clients_at_once_hear_their_own_answers(server: Server) -> None:
+def test_many_clients_get_their_own_responses(server: Server) -> None:
     images = pictures(160, seed=5)
     expected = load(server.folder / "1")(images)
     faults = []
@@ -578,12 +578,14 @@ def publish(source: Path, folder: Path, version: int) -> Path:
     return beside.rename(folder / str(version))
 
 
-def test_versions_come_and_go_while_it_serves(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_versions_are_published_and_removed_while_serving(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "shapes"
     publish(exported["saved_model"], folder, 2)
     with served(folder) as server:
         assert server.ask("/health")[1]["version"] == "2"
-        # A damaged version is not taken; what is wrong is told, and 2 goes on.
+        # A damaged version is not served. Its error is reported, and 2 keeps serving.
         name = Path("variables") / "variables.data-00000-of-00001"
         whole = (exported["saved_model"] / name).read_bytes()
         damaged = shutil.copytree(exported["saved_model"], tmp_path / "damaged")
@@ -598,20 +600,20 @@ def test_versions_come_and_go_while_it_serves(exported: dict[str, Path], tmp_pat
         assert "expected sha256" in message
         assert server.ask(f"{MODEL}/versions/10:predict", {"instances": [ROW]})[0] == 404
         assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
-        # Mended, it serves; the one before still answers by its number.
+        # Once repaired, it is served. The previous one keeps its address.
         variables.write_bytes(whole)
         server.wait_for(10)
         assert server.ask(f"{MODEL}/versions/2:predict", {"instances": [ROW]})[0] == 200
-        # An older one, put there later, is loaded when it is asked for.
+        # An older version that is added later is loaded by its first request.
         publish(exported["saved_model"], folder, 1)
         state = server.ask(f"{MODEL}/versions/1")[1]["model_version_status"][0]["state"]
         assert state == "START"
         assert server.ask(f"{MODEL}/versions/1:predict", {"instances": [ROW]})[0] == 200
-        # The newest taken away: the one before serves again.
+        # If the newest is removed, the previous one is served again.
         shutil.rmtree(folder / "10")
         server.wait_for(2)
         assert server.ask(f"{MODEL}/versions/10")[0] == 404
-        # Replaced under its number, it is loaded anew; what is damaged then is not.
+        # A version that is replaced under the same number is loaded again.
         before = server.servables.newest
         shutil.rmtree(folder / "2")
         publish(exported["saved_model"], folder, 2)
@@ -621,14 +623,14 @@ def test_versions_come_and_go_while_it_serves(exported: dict[str, Path], tmp_pat
             time.sleep(0.05)
         assert server.servables.newest is not before
         assert server.ask("/health")[1]["version"] == "2"
-        # Everything taken away: the last one goes on.
+        # If all versions are removed, the last one keeps serving.
         shutil.rmtree(folder / "2")
         shutil.rmtree(folder / "1")
         time.sleep(0.3)
         assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
 
 
-def test_a_damaged_newest_version_does_not_keep_the_server_from_starting(
+def test_the_server_starts_with_the_previous_version_if_the_newest_is_damaged(
     exported: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "shapes"
@@ -646,7 +648,7 @@ def test_a_damaged_newest_version_does_not_keep_the_server_from_starting(
 def test_the_name_of_a_version_may_have_leading_zeros(
     exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As in TensorFlow Serving, where 0 is a version too, and a number has at most 64 bits."""
+    """As in TensorFlow Serving, 0 is a version, and a number has at most 64 bits."""
     folder = tmp_path / "shapes"
     for name in ("00002", "1", "0", "01", f"{2**63}", "1.5", "-3", "٣"):
         (folder / name).mkdir(parents=True)
@@ -669,7 +671,7 @@ def test_the_name_of_a_version_may_have_leading_zeros(
 
 
 @pytest.mark.parametrize("where", ["path", "directory", "inside"])
-def test_one_version_is_served_alone(
+def test_a_version_folder_serves_only_that_version(
     where: str,
     exported: dict[str, Path],
     tmp_path: Path,
@@ -715,7 +717,7 @@ def test_one_version_is_served_alone(
         ),
     ],
 )
-def test_what_cannot_be_served_is_one_line(
+def test_serve_fails_with_one_line(
     code: int,
     message: str,
     arguments: tuple[str, ...],
@@ -729,7 +731,7 @@ def test_what_cannot_be_served_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_taken_port_a_damaged_model_and_a_missing_package(
+def test_serve_fails_for_a_used_port_a_damaged_model_and_a_missing_package(
     exported: dict[str, Path],
     tmp_path: Path,
     command: Callable[..., Any],
@@ -792,7 +794,7 @@ def test_the_commands_of_a_model_card_run(
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
     code, _, err = command(*shlex.split(serve)[1:], "--port", 0)
     assert (code, "shapes, version 1, is served" in err) == (0, True), err
-    # Verifying is the same for all formats; this one takes the least time.
+    # `verify` is the same for all formats. ONNX is the fastest.
     (verify,) = blocks(card_of("onnx", model.with_name("shapes-onnx"), exported))
     code, out, err = command(*shlex.split(verify)[1:], "--json")
     assert (code, err) == (0, "")
@@ -808,8 +810,10 @@ def test_the_card_of_another_format_loads_it(exported: dict[str, Path], in_tmp_p
     assert "where `trainer export` ran" not in card_of("onnx", in_tmp_path / "m", exported)
 
 
-def test_a_photo_is_sent_as_the_card_says(exported: dict[str, Path], in_tmp_path: Path) -> None:
-    """It is longer than an argument of a command may be (128 KiB on Linux)."""
+def test_the_command_of_the_card_sends_a_photo(
+    exported: dict[str, Path], in_tmp_path: Path
+) -> None:
+    """The photo is longer than a command line argument may be (128 KiB on Linux)."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     model = in_tmp_path / "shapes"
@@ -821,7 +825,7 @@ def test_a_photo_is_sent_as_the_card_says(exported: dict[str, Path], in_tmp_path
     signature = tf.saved_model.load(str(model / "1")).signatures["serving_files"]
     expected = signature(image_bytes=tf.constant([photo]))["probabilities"].numpy()
     facts = read_record(model / "1")
-    spec = facts.spec.model_copy(update={"image_shape": (8, 8, 2)})  # of which there are no files
+    spec = facts.spec.model_copy(update={"image_shape": (8, 8, 2)})  # no image file has 2 channels
     other = model_card(facts.model_copy(update={"spec": spec}), model / "1")
     with served(model, max_body_bytes=10**6) as server:
 
@@ -835,8 +839,8 @@ def test_a_photo_is_sent_as_the_card_says(exported: dict[str, Path], in_tmp_path
         assert answer(other)["model_spec"]["name"] == "shapes"
 
 
-def test_the_command_serves_and_stops_when_told(exported: dict[str, Path]) -> None:
-    """A request that is being answered when the signal comes is still answered."""
+def test_serve_stops_at_a_signal(exported: dict[str, Path]) -> None:
+    """A request that has begun when the signal arrives is still answered."""
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", "serve", exported["saved_model"].parent, "--port", "0"],
         stderr=subprocess.PIPE,
@@ -876,7 +880,7 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-def test_what_is_drawn_on_the_page_is_answered(
+def test_the_page_shows_the_prediction_for_a_drawing(
     server: Server, browser: Browser, tmp_path: Path
 ) -> None:
     page = browser.new_page()
@@ -896,7 +900,7 @@ def test_what_is_drawn_on_the_page_is_answered(
     page.mouse.up()
     page.wait_for_function("document.querySelectorAll('.value').length === 4")
     page.wait_for_timeout(300)
-    # What was sent is a picture of the drawing, and what is shown is the network's answer to it.
+    # The page sends an image of the drawing and shows the prediction.
     image = np.array(json.loads(sent[-1])["instances"], np.uint8)
     assert image.shape == (1, 8, 8, 1)
     assert image.max() > 100

@@ -28,7 +28,7 @@ from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import Run
 from trainer.saving import formats, runtimes, safety
 from trainer.saving.files import save
-from trainer.saving.formats import FORMATS
+from trainer.saving.formats import FORMATS, find_format
 from trainer.saving.loading import load
 from trainer.saving.versions import verify
 
@@ -291,7 +291,7 @@ def test_a_missing_package_is_named_with_its_extra(
     assert "onnx needs tf2onnx: pip install -e '.[onnx]'" in refused(result, 3)
     assert not (tmp_path / "out").exists()
     with pytest.raises(MissingError):
-        FORMATS["onnx"].open(tmp_path)
+        find_format("onnx")
 
 
 def test_an_export_that_fails_at_the_start_changes_nothing(

@@ -1,10 +1,10 @@
 """Exports the model of a run, verifies the result in another process, and publishes it."""
 
+import contextlib
 import itertools
 import math
 import re
 import shlex
-import shutil
 import tempfile
 from datetime import UTC, datetime
 from importlib import resources
@@ -70,7 +70,6 @@ def export(
         CheckError: The exported model differs from the model. Nothing is published.
     """
     export_format = find_format(kind)
-    export_format.require()
     run = open_run(reference, runs_directory=runs_directory)
     origin = Origin.of(run)
     name = name or re.sub(r"[^\w.-]+", "-", f"{origin.spec.name}-{origin.config.model.name}")
@@ -79,21 +78,18 @@ def export(
     require_writable(directory, "--directory")
     data = datasets.load(origin.config.data)
     require_data(run, origin.spec.fingerprint, data.spec)
-    model, partial = restore(run, precision="float32"), None
+    model = restore(run, precision="float32")
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
-        record = _write(run, data, model, export_format, partial)
-        partial.chmod(0o755)
-        return _publish(partial, folder, record), record
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+            record = _write(run, data, model, export_format, Path(partial))
+            return _publish(Path(partial), folder, record), record
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from None
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
 
 
 def _write(
@@ -150,6 +146,7 @@ def _write(
 
 def _publish(partial: Path, folder: Path, record: ExportRecord) -> Path:
     """Renames a finished version to the next free number, which its card contains."""
+    partial.chmod(0o755)  # temporary folders are private
     for number in itertools.count(max(list_versions(folder), default=0) + 1):
         version = folder / str(number)
         (partial / CARD).write_text(model_card(record, version), encoding="utf-8")
@@ -168,16 +165,10 @@ def model_card(record: ExportRecord, version: Path) -> str:
     classes = ", ".join(map(markdown_text, spec.class_names[:20]))
     serving = _serving_commands(version.parent, spec.image_shape[-1] in FILE_CHANNELS)
     return _template("model_card.txt").format(
-        **record.model_dump(exclude={"config", "spec", "verified", "sha256"}),
-        **record.verified.model_dump(),
-        name=version.parent.name,
-        version=version.name,
+        record=record,
+        version=version,
         shape=", ".join(map(str, spec.image_shape)),
-        class_count=spec.class_count,
         classes=classes + (", ..." if spec.class_count > 20 else ""),
-        data=f"{spec.name} {spec.version}",
-        train=spec.train,
-        fingerprint=spec.fingerprint,
         where="" if version.is_absolute() else outside,
         path=str(version),
         serving=serving if record.format == "saved_model" else "",

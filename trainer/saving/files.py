@@ -110,5 +110,4 @@ def read_origin(path: Path) -> Origin | None:
     try:
         return Origin.model_validate_json(text) if len(text) else None
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its origin is damaged: {reason}") from None
+        raise InputError(f"{path}: its origin is damaged: {error}") from None

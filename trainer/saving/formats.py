@@ -50,18 +50,12 @@ class ExportFormat:
 
         Raises:
             InputError: The model is damaged or has another format.
-            MissingError: The runtime is not installed.
         """
-        self.require()
         try:
             return RUNTIMES[self.name][1](path)
         except Exception as error:  # each runtime raises its own errors
             reason = keras_objects.explain(error)
             raise InputError(f"{path} cannot be read as {self.name}: {reason}") from error
-
-    def require(self) -> None:
-        """Raises MissingError if a required package is not installed."""
-        require_packages(self.name, self.packages, extra=self.extra)
 
 
 def find_format(name: str) -> ExportFormat:
@@ -69,9 +63,11 @@ def find_format(name: str) -> ExportFormat:
 
     Raises:
         InputError: There is no such format.
+        MissingError: A package that it needs is not installed.
     """
     if name not in FORMATS:
         raise InputError(f"unknown format {name!r}: {did_you_mean(name, FORMATS)}")
+    require_packages(name, FORMATS[name].packages, extra=FORMATS[name].extra)
     return FORMATS[name]
 
 

@@ -16,7 +16,7 @@ from trainer.experiment import restore
 from trainer.run import Run, open_run
 from trainer.saving import safety
 from trainer.saving.files import Origin, read_origin
-from trainer.saving.formats import FORMATS
+from trainer.saving.formats import find_format
 from trainer.saving.runtimes import Predict, of_keras, predict_in_batches
 from trainer.saving.versions import RECORD, artefact_files, find_version, read_record
 from trainer.training.checkpoint import load_weights
@@ -195,12 +195,12 @@ def _load_exported(path: Path, kind: str, *, trust: bool) -> LoadedModel:
     if kind == "exported":
         path = find_version(path)
         kind = read_record(path).format
-        path = path / FORMATS[kind].file
+        path = path / find_format(kind).file
     folder = path if path.is_dir() else path.parent
     record = read_record(folder) if (folder / RECORD).is_file() else None
     if path.is_dir():
         safety.check_saved_model(path, trust=trust)
-    predict = FORMATS[kind].open(path)
+    predict = find_format(kind).open(path)
     size = sum(file.stat().st_size for file in artefact_files(path))
     if record is None:
         return LoadedModel(path, kind, None, size, None, predict)

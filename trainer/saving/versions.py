@@ -64,8 +64,7 @@ def read_record(folder: Path) -> ExportRecord:
     try:
         return ExportRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder / RECORD} cannot be read: {reason}") from None
+        raise InputError(f"{folder / RECORD} cannot be read: {error}") from None
 
 
 def artefact_files(artefact: Path) -> list[Path]:
@@ -148,7 +147,6 @@ def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verification
     folder = find_version(Path(path))
     record = read_record(folder)
     export_format = find_format(record.format)
-    export_format.require()
     verify_checksums(folder, record)
     if record.format == "saved_model":
         check_saved_model(folder, trust=trust)

@@ -91,7 +91,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "load": "path --evaluate --trust --json",
         "predict": "run images --invert --device --runs --json",
         "save": "run path --overwrite --runs --json",
-        "serve": "name --directory --host --port --most-bytes --trust",
+        "serve": "name --directory --host --port --max-body-bytes --trust",
         "tensorboard": "--runs --port",
         "tune": "config --name --set --trials --workers --refit --json",
         "verify": "path --trust --json",

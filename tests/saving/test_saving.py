@@ -21,12 +21,13 @@ import numpy as np
 import onnx
 import pytest
 import tensorflow as tf
+import typer
 from PIL import Image
 
 import trainer
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import Run
-from trainer.saving import formats, runtimes, safety
+from trainer.saving import cli, formats, runtimes, safety
 from trainer.saving.files import save
 from trainer.saving.formats import FORMATS, find_format
 from trainer.saving.loading import load
@@ -48,6 +49,21 @@ def pictures(count: int, seed: int = 0) -> Any:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_options_are_frozen() -> None:
+    """A change here breaks scripts of users: describe it in CHANGELOG.md."""
+    verbs = typer.main.get_command(cli.app).commands
+    assert {name: option_names(verb) for name, verb in verbs.items()} == {
+        "save": "run path --overwrite --runs --json",
+        "load": "path --evaluate --trust --json",
+        "export": "run --format --name --directory --runs --json",
+        "verify": "path --trust --json",
+    }
+
+
+def option_names(verb: Any) -> str:
+    return " ".join(p.opts[0] if p.opts[0].startswith("-") else p.name for p in verb.params)
 
 
 # ---------------------------------------------------------------- every format

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+import typer
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ from trainer.saving.export import model_card
 from trainer.saving.loading import load
 from trainer.saving.versions import find_version, list_versions, read_record
 from trainer.serving import app as serving_app
-from trainer.serving import uvicorn_internals
+from trainer.serving import cli, uvicorn_internals
 from trainer.serving.app import make_server
 from trainer.serving.batching import Batcher
 from trainer.serving.messages import parse_request, render_response
@@ -700,6 +701,30 @@ def test_a_version_folder_serves_only_that_version(
 
 
 # ---------------------------------------------------------------- the command
+
+
+def test_the_options_are_frozen() -> None:
+    """A change here breaks scripts of users: describe it in CHANGELOG.md."""
+    params = typer.main.get_command(cli.app).params
+    names = [p.opts[0] if p.opts[0].startswith("-") else p.name for p in params]
+    assert " ".join(names[:6]) == "name --directory --host --port --max-body-bytes --trust"
+
+
+def test_serve_refuses_an_operation_that_needs_trust(
+    tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string)])
+    def read(names: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"content": tf.map_fn(tf.io.read_file, names)}
+
+    tf.saved_model.save(module, str(tmp_path / "m" / "1"), signatures={"serving_default": read})
+    code, out, err = command("serve", tmp_path / "m", "--port", 0)
+    assert (code, out) == (2, "")
+    assert "contains the operation ReadFile (in " in err
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
+    assert command("serve", tmp_path / "m", "--port", 0, "--trust")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -109,5 +109,5 @@ def read_origin(path: Path) -> Origin | None:
             text = file.attrs.get(_ATTRIBUTE, "")
     try:
         return Origin.model_validate_json(text) if len(text) else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, InputError) as error:
         raise InputError(f"{path}: its origin is damaged: {error}") from None

@@ -172,7 +172,7 @@ def _load_keras(path: Path, *, trust: bool) -> LoadedModel:
 def _load_weights(path: Path, *, trust: bool) -> LoadedModel:
     try:
         origin = read_origin(path)
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError) as error:
         raise InputError(f"{path} is not a weights file, or is damaged: {error}") from None
     run = Run(path.absolute().parent.parent)
     if origin is None and run.finished and path.absolute().parent == run.checkpoints:

@@ -2,8 +2,8 @@
 
 Refused without trust: code (Lambda layers, functions, modules outside Keras), and operations that
 Keras networks do not need. Always refused: paths outside an archive and archives that unpack to too
-many bytes. Keras itself refuses weights that refer to other files or that are much larger than
-their file. ONNX Runtime refuses weights outside the folder of the model.
+many bytes. Keras itself refuses weights in other files, and weights that declare more than 4 GiB
+without storing them. ONNX Runtime refuses weights outside the folder of the model.
 """
 
 import importlib

@@ -63,7 +63,7 @@ def read_record(folder: Path) -> ExportRecord:
     """
     try:
         return ExportRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"{folder / RECORD} cannot be read: {error}") from None
 
 

@@ -475,7 +475,7 @@ def benchmark_matmul(
         raise InputError("--textbook shows the book's own program: no --shape, --dtype, --compare")
     before = _start_benchmark(json_, compare, runs, devices)
     with _stdout_for_the_result():
-        measure = _import("trainer.benchmark.matmul_result")
+        measure = _import("trainer.benchmark.matmul")
         options = {"largest": largest, "quick": quick, "seed": seed}
         if textbook:
             result = measure.textbook_matmul(devices, **options)
@@ -593,7 +593,7 @@ def benchmark_step(
     loaded, devices = _load(config, set_), device or []
     before = _start_benchmark(json_, compare, runs, devices)
     with _stdout_for_the_result():
-        result = _import("trainer.benchmark.step_result").benchmark_step(
+        result = _import("trainer.benchmark.step").benchmark_step(
             loaded,
             devices,
             batch_sizes=batch_size or [],
@@ -1055,10 +1055,8 @@ def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
 
         write_text(json_, result.json())
     _print(result.subject)
-    titles = result.table[0] if result.table else ()
-    _print_rows((row.values() for row in result.table), titles=titles)
-    for plot in result.plots:
-        _print(plot)
-    for line in (*result.notes, *(f"left out: {k}: {why}" for k, why in result.skipped.items())):
+    titles, *rows = result.table()
+    _print_rows(rows, titles=titles)
+    for line in result.lines():
         _print(line)
     _print_kept(folder, tensorboard=True)

@@ -1,1 +1,1 @@
-"""Measurements that anyone can run again: how long things take here, and how sure that is."""
+"""Measures this machine: matrix products, operations, training steps and exported formats."""

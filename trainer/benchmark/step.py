@@ -1,162 +1,117 @@
-"""The real training step of a configuration: what it takes, on what device, and where it goes.
+"""`trainer benchmark step`: the time of a configuration's training step, and its parts.
 
-Three things are timed, each by the step: the loop as `fit` runs it; a bare epoch, which is the
-shortest `tf.function` a person would write by hand to go through the same batches; and the batches
-alone, chosen, gathered and augmented, with nothing trained on them.
+Three calls are measured: the loop as `fit` runs it; a bare epoch, the shortest `tf.function` that
+trains the same network on the same batches; and the batches alone, without training.
 """
 
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from trainer import devices as places
 from trainer.assembly import Clock, Setting, assemble
-from trainer.benchmark import checks, matmul
+from trainer.benchmark import curves
+from trainer.benchmark.checks import check_device, check_share
 from trainer.benchmark.flops import count_flops
-from trainer.benchmark.matmul import Effort, Measurements
-from trainer.benchmark.timing import Measurement, Timing, take_turns
+from trainer.benchmark.products import fastest, prepare_products
+from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
+from trainer.benchmark.timing import Budget, Entry, Measurement, run_interleaved
 from trainer.config import Config
-from trainer.data import DataSpec
-from trainer.errors import CheckError, InputError, nearest
+from trainer.errors import CheckError, InputError
 from trainer.kernels import xla_refusal
+from trainer.run import environment
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 
 _logger = logging.getLogger(__name__)
 
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+FULL, QUICK = Budget(11, 0.05, 1.0, (1024, 2048)), Budget(7, 0.02, 0.2, (1024,))
 _BATCH_SIZES = (32, 128, 512, 2048)
-# A call of the loop has as many steps as in training, or as take so many blocks.
-_CALL_BLOCKS = 5
-FULL = Effort((), (1024, 2048), blocks=11, block_seconds=0.05, warm_up_seconds=1.0)
-QUICK = Effort((), (1024,), blocks=7, block_seconds=0.02, warm_up_seconds=0.2)
+_BLOCKS_PER_CALL = 5  # a call of the loop lasts at most as long as this many blocks
+_LEGEND = (
+    "step: a step of the loop, as fit runs it; GFLOP/s: of its matrix products and convolutions, "
+    "also relative to the fastest square product of that type; loop: additional time of a step "
+    "compared with a bare tf.function that trains the same network on the same batches; data: "
+    "choosing, gathering and augmenting the batches alone, relative to a step"
+)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One way to run the step.
-
-    Attributes:
-        device: For example "GPU:0".
-        batch_size: Images a step.
-        precision: "float32", "mixed_bfloat16" or "mixed_float16".
-        jit_compile: Whether the step is compiled with XLA.
-    """
-
-    device: str
-    batch_size: int
-    precision: str
-    jit_compile: bool
-
-    @property
-    def compiler(self) -> str:
-        """What makes the step's graph run: "xla" or "graph"."""
-        return "xla" if self.jit_compile else "graph"
-
-    @property
-    def key(self) -> str:
-        """Names the case in a file of results."""
-        return f"step/{self.batch_size}/{self.device}/{self.precision}/{self.compiler}"
-
-    @property
-    def peak_dtype(self) -> str:
-        """The type whose products bound the step, as `trainer.benchmark.matmul` names it."""
-        if self.precision != "float32":
-            return self.precision.removeprefix("mixed_")
-        return "tf32" if self.device.startswith("GPU") else "float32"  # TensorFlow's default
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A case with what is measured of it.
-
-    Attributes:
-        case: What it is.
-        steps: In each call.
-        flops: Of the products of a step; None where they cannot be counted.
-        loop: A call of the loop.
-        bare: As many steps of a bare epoch.
-        batches: As many batches, nothing trained on them.
-    """
-
-    case: Case
-    steps: int
-    flops: int | None
-    loop: Measurement
-    bare: Measurement
-    batches: Measurement
-
-    def timings(self) -> dict[str, Timing]:
-        """Returns how long a step takes in each of the three."""
-        parts = {"loop": self.loop, "bare": self.bare, "batches": self.batches}
-        return {name: part.timing().of_each(self.steps) for name, part in parts.items()}
-
-
-@dataclass(frozen=True)
-class Found:
-    """Everything a run measures.
-
-    Attributes:
-        cases: In the order of their sizes.
-        products: What their rate is held against.
-        skipped: What was left out, and why.
-        data: Of the configuration.
-        parameters: Of its network.
-    """
-
-    cases: list[Measured]
-    products: Measurements
-    skipped: dict[str, str]
-    data: DataSpec
-    parameters: int
-
-
-def measure(config: Config, cases: list[Case], effort: Effort) -> Found:
-    """Measures the cases, taking turns with the products they are held against.
+def benchmark_step(
+    config: Config,
+    words: list[str],
+    *,
+    batch_sizes: list[int],
+    precisions: list[str],
+    jit_compile: bool | None = None,
+    quick: bool = False,
+) -> BenchmarkResult:
+    """Measures the training step of a configuration.
 
     Args:
-        config: The experiment; its seed is that of the order, too.
-        cases: At least one.
-        effort: How much.
+        config: The experiment. Its seed is also the seed of the order.
+        words: Devices, see `trainer.devices.select_each`.
+        batch_sizes: Empty means 32 to 2048 and the configuration's own.
+        precisions: Empty means float32 and the choice of "auto".
+        jit_compile: With or without XLA; None means both.
+        quick: Measure less: by default only the configuration's own choices, and four times its
+            batch size.
 
     Raises:
-        InputError: The configuration does not fit its data.
-        CheckError: Outputs are elsewhere.
+        InputError: A device is unknown, or the configuration does not fit its data.
+        MissingError: A device is not available.
+        CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
-    names = list(dict.fromkeys(case.device for case in cases))
-    dtypes = list(dict.fromkeys(case.precision.removeprefix("mixed_") for case in cases))
-    seed = config.training.seed
-    products = matmul.prepare(names, ["square"], dtypes, effort, seed=seed)
-    measured, skipped = [], dict(products.skipped)
-    for case in cases:
-        _logger.info("preparing %s", case.key.replace("/", " "))
-        setting = assemble(_configured(config, case), Clock(), places.single(case.device))
-        if case.batch_size > (images := setting.data.spec.train):
-            skipped[case.key] = f"there are only {images:,} training images"
-            continue
-        try:
-            measured.append(_prepare(setting, case, effort))
-        except tf.errors.ResourceExhaustedError:
-            skipped[case.key] = f"no memory on {case.device}"
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            refused = xla_refusal(error, setting.loop.layer_names) if case.jit_compile else None
-            if refused is None:
-                raise
-            skipped[case.key] = f"XLA cannot compile {refused}"
-    if not measured:
+    names, seed, budget = places.select_each(words), config.training.seed, QUICK if quick else FULL
+    rows = _choose_rows(config, names, batch_sizes, precisions, jit_compile, quick=quick)
+    dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
+    products = prepare_products(names, ["square"], dtypes, budget, seed=seed)
+    entries, skipped = [], products.skipped | skipped_gpus(names)
+    for row in rows:
+        _logger.info("preparing %s", row["key"].replace("/", " "))
+        setting = assemble(_configured(config, row), Clock(), places.single(row["device"]))
+        prepared = _prepare_or_reason(setting, row, budget)
+        if isinstance(prepared, str):
+            skipped[row["key"]] = prepared
+        else:
+            entries.append(prepared)
+    if not entries:
         raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
-    _logger.info("measuring: %d blocks of each, in turns", effort.blocks)
-    parts = [part for each in measured for part in (each.loop, each.bare, each.batches)]
-    take_turns([*parts, *products.all_references()], blocks=effort.blocks, seed=seed)
-    return Found(measured, products, skipped, setting.data.spec, setting.model.count_params())
+    run_interleaved([*entries, *products.baselines], blocks=budget.blocks, seed=seed)
+    for entry in entries:
+        _complete(entry, products.baselines)
+    lines = curves.make_curves(entries, "batch_size", _label)
+    crossovers = curves.find_crossovers(lines, names[0], seed=seed)
+    if quick:
+        skipped["other batch sizes and precisions, XLA"] = "--quick measures them only on request"
+    spec, parameters = setting.data.spec, setting.model.count_params()
+    return BenchmarkResult(
+        name="step",
+        subject=f"training step of {config.model.name} ({parameters:,} parameters) on {spec.name}",
+        rows=[entry.row for entry in entries],
+        columns=_COLUMNS,
+        notes=[_LEGEND, *curves.describe_crossovers(crossovers, "batch size")],
+        skipped=skipped,
+        settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(budget)},
+        environment=environment(tuple(names), spec.fingerprint),
+        facts={"crossovers": {key: asdict(crossover) for key, crossover in crossovers.items()}},
+        baselines=products.baselines,
+        figure=_figure(entries, lines, crossovers),
+        scalars=[
+            (row["device"].replace(":", ""), f"{_tag(row)}/{name}", row["batch_size"], row[name])
+            for row in (entry.row for entry in entries)
+            for name in ("step_ms", "images_per_second")
+        ],
+    )
 
 
-def choose_cases(
+def _choose_rows(
     config: Config,
     names: list[str],
     batch_sizes: list[int],
@@ -164,116 +119,134 @@ def choose_cases(
     jit_compile: bool | None,
     *,
     quick: bool,
-) -> list[Case]:
-    """Returns what was asked for, and where nothing was, what suits the effort.
-
-    Args:
-        config: The experiment.
-        names: Devices.
-        batch_sizes: None means some between 32 and 2048 and the configuration's own.
-        precisions: None means float32 and what "auto" chooses.
-        jit_compile: With XLA or without; None means both.
-        quick: Where nothing is said, only what the configuration says, and four times its batch.
-
-    Raises:
-        InputError: A size or a precision cannot be.
-    """
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise InputError(f"--precision: {precision!r}: {nearest(precision, PRECISIONS)}")
-    for size in batch_sizes:
-        if size < 1:
-            raise InputError(f"--batch-size: expected 1 or more, received {size}")
-    training = config.training
+) -> list[dict[str, Any]]:
+    """Returns a row for each combination to measure; for the arguments see `benchmark_step`."""
+    training, rows = config.training, []
     own = training.batch_size
     usual = {own, 4 * own} if quick else {own, *_BATCH_SIZES}
-    sizes = sorted(set(batch_sizes) or usual)
-    cases = []
     for name in names:
-        own_compiler = training.jit_compile
-        if own_compiler == "auto":
-            own_compiler = name.startswith("GPU")
-        both = [own_compiler] if quick else [False, True]
-        compilers = both if jit_compile is None else [jit_compile]
-        chosen = places.choose_precision(training.precision, places.single(name))
-        fast = places.choose_precision("auto", places.single(name))
-        kinds = precisions or ([chosen] if quick else list(dict.fromkeys(["float32", fast])))
-        every = itertools.product(sizes, kinds, compilers)
-        cases += [Case(name, size, kind, compiled) for size, kind, compiled in every]
-    return cases
+        own_xla = training.jit_compile
+        compilers = [name.startswith("GPU") if own_xla == "auto" else own_xla]
+        chosen = [
+            places.choose_precision(precision, places.single(name))
+            for precision in ([training.precision] if quick else ["float32", "auto"])
+        ]
+        if not quick:
+            compilers = [False, True]
+        if jit_compile is not None:
+            compilers = [jit_compile]
+        sizes, kinds = sorted(set(batch_sizes) or usual), precisions or dict.fromkeys(chosen)
+        for size, precision, xla in itertools.product(sizes, kinds, compilers):
+            key = f"step/{size}/{name}/{precision}/{'xla' if xla else 'graph'}"
+            facts = {"device": name, "batch_size": size, "precision": precision}
+            rows.append({"key": key, **facts, "jit_compile": xla})
+    return rows
 
 
-def _configured(config: Config, case: Case) -> Config:
-    return config.with_changes(
-        {
-            "training.batch_size": case.batch_size,
-            "training.precision": case.precision,
-            "training.jit_compile": case.jit_compile,
-        }
-    )
+def _configured(config: Config, row: dict[str, Any]) -> Config:
+    names = ("batch_size", "precision", "jit_compile")
+    return config.with_changes({f"training.{name}": row[name] for name in names})
 
 
-def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
-    """Makes the three calls of a case, warms them up, and counts the step's arithmetic."""
-    images, labels = setting.data.train.read(slice(case.batch_size))
-    with tf.device(case.device):
+def _prepare_or_reason(setting: Setting, row: dict[str, Any], budget: Budget) -> Entry | str:
+    """Prepares a row, or returns the reason why it cannot be measured."""
+    if row["batch_size"] > (images := setting.data.spec.train):
+        return f"there are only {images:,} training images"
+    try:
+        return _prepare(setting, row, budget)
+    except tf.errors.ResourceExhaustedError:
+        return f"not enough memory on {row['device']}"
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        refused = xla_refusal(error, setting.loop.layer_names) if row["jit_compile"] else None
+        if refused is None:
+            raise
+        return f"XLA cannot compile {refused}"
+
+
+def _prepare(setting: Setting, row: dict[str, Any], budget: Budget) -> Entry:
+    """Creates and warms up the three calls of a row, and counts the step's arithmetic."""
+    device, train = row["device"], setting.batches("train", shuffled=True)
+    images, labels = setting.data.train.read(slice(row["batch_size"]))
+    bare, gather = bare_epoch(setting, train), gather_batches(setting, train)
+    with tf.device(device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
-        flops = count_flops(_traced_once(setting, batch))
-    train = setting.batches("train", shuffled=True)
-    bare = bare_epoch(setting, train)
-
-    def bare_calls(steps: int) -> Callable[[], tf.Tensor]:
-        turn = _positions(train, steps)
-
-        def call() -> tf.Tensor:
-            with tf.device(case.device):
-                return bare(*next(turn), tf.constant(steps))
-
-        return call
-
-    run_bare = bare_calls(1)
-    once = effort.start(run_bare, _wait)
-    most = max(1, int(_CALL_BLOCKS * effort.block_seconds / once.call_seconds))
+        flops = count_flops(traced_gradients(setting, batch))
+    run_bare = _repeat(bare, train, 1, device)
+    single = Measurement(run_bare, _wait, budget)
+    most = max(1, int(_BLOCKS_PER_CALL * budget.block_seconds / single.call_seconds))
     steps = min(setting.loop.steps_per_call, train.steps, most)
-    windows = setting.loop.repeat(train, steps)
-    measured = Measured(
-        case,
-        steps,
-        flops,
-        loop=effort.start(lambda: next(windows), _wait),
-        bare=effort.start(bare_calls(steps), _wait),
-        batches=effort.start(_batches_alone(setting, train, steps), _wait),
+    records = setting.loop.repeat(train, steps)
+    entry = Entry(
+        row | {"flops": flops, "steps_per_call": steps},
+        Measurement(lambda: next(records), _wait, budget, parts=steps),
+        {
+            "bare": Measurement(_repeat(bare, train, steps, device), _wait, budget, parts=steps),
+            "batches": Measurement(
+                _repeat(gather, train, steps, device), _wait, budget, parts=steps
+            ),
+        },
     )
-    checks.check_device(run_bare(), case.device, case.key)
-    if not np.isfinite(loss := next(windows).loss).all():
-        raise CheckError(f"{case.key}: expected a finite loss, received {loss[-1]}")
-    return measured
+    check_device(run_bare(), device, row["key"])
+    if not np.isfinite(loss := next(records).loss).all():
+        raise CheckError(f"{row['key']}: expected a finite loss, received {loss[-1]}")
+    return entry
+
+
+def _repeat(
+    function: Callable[..., tf.Tensor], train: Batches, steps: int, device: str
+) -> Callable[[], tf.Tensor]:
+    """Returns a call of `function` on the next `steps` batches, epoch after epoch."""
+
+    def positions() -> Iterator[tuple[Any, tf.Tensor]]:
+        for epoch in itertools.count():
+            state = train.start_epoch(epoch)
+            for first in range(0, train.steps - steps + 1, steps):
+                yield state, tf.constant(first)
+
+    turn = positions()
+
+    def call() -> tf.Tensor:
+        with tf.device(device):
+            return function(*next(turn), tf.constant(steps))
+
+    return call
+
+
+def _gradients(setting: Setting, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """Returns the loss and its (scaled) gradients."""
+    model = setting.model
+    with tf.GradientTape() as tape:
+        outputs = model(images, training=True)
+        loss = compute_loss(model, images, labels, outputs, None, training=True)
+        scaled = model.optimizer.scale_loss(loss)
+    return loss, tape.gradient(scaled, model.trainable_variables)
+
+
+def traced_gradients(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
+    """Returns the graph of forward and backward pass with the shapes of this batch."""
+    function = tf.function(lambda images, labels: _gradients(setting, images, labels))
+    return cast("Any", function).get_concrete_function(*batch).graph
 
 
 def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
-    """Returns what a person would write by hand for this network, and nothing more.
+    """Returns the shortest training loop for this network, without metrics, records and callbacks.
 
     Args:
         setting: Its model is trained.
-        train: The batches, of which the bare epoch takes whole ones alone.
+        train: The batches.
 
     Returns:
-        A `tf.function` of the state of an epoch, its first step and a number of steps (int32
-        scalars), which trains on these batches and returns the last loss. No metrics, no records,
-        no callbacks.
+        A `tf.function` of the state of an epoch, its first step and the number of steps (int32
+        scalars). It returns the last loss.
     """
     model, training = setting.model, setting.config.training
-    weights, augment = model.trainable_variables, setting.augmentation or tf.identity
+    augment = setting.augmentation or tf.identity
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            outputs = model(images, training=True)
-            loss = compute_loss(model, images, labels, outputs, None, training=True)
-            scaled = model.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled, weights)
+        loss, gradients = _gradients(setting, images, labels)
         if training.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, training.clip_norm)
-        model.optimizer.apply(gradients, weights)
+        model.optimizer.apply(gradients, model.trainable_variables)
         return loss
 
     compiled = tf.function(step, jit_compile=True) if training.jit_compile else step
@@ -288,53 +261,117 @@ def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
     return cast("Callable[..., tf.Tensor]", tf.function(steps))
 
 
-def _traced_once(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
-    """Returns the graph of forward and backward pass, with this batch's shapes."""
-    model = setting.model
-
-    def derive(images: tf.Tensor, labels: tf.Tensor) -> Any:
-        with tf.GradientTape() as tape:
-            outputs = model(images, training=True)
-            loss = compute_loss(model, images, labels, outputs, None, training=True)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        return [tf.convert_to_tensor(g) for g in gradients if g is not None]
-
-    function = cast("Any", tf.function(derive))
-    return cast("tf.Graph", function.get_concrete_function(*batch).graph)
-
-
-def _positions(train: Batches, steps: int) -> Iterator[tuple[Any, tf.Tensor]]:
-    """Gives, epoch after epoch, its state and where each call of so many steps begins."""
-    for epoch in itertools.count():
-        state = train.start_epoch(epoch)
-        for first in range(0, train.steps - steps + 1, steps):
-            yield state, tf.constant(first)
-
-
-def _batches_alone(setting: Setting, train: Batches, steps: int) -> Callable[[], Any]:
-    """Returns what chooses, gathers and augments the batches of `steps` steps."""
+def gather_batches(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
+    """Returns a `tf.function` like that of `bare_epoch` which reads batches and does not train."""
     augment = setting.augmentation or tf.identity
 
-    def gather(state: Any, first: tf.Tensor) -> tf.Tensor:
-        seen = tf.constant(0, tf.int64)
-        for i in tf.range(steps):
+    def gather(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        total = tf.constant(0, tf.int64)
+        for i in tf.range(count):
             batch = train.local_batch(train.global_batch(state, first + i))
-            # One number of each keeps them from being left out.
-            first_pixel = tf.cast(augment(batch.images)[0, 0, 0, 0], tf.int64)
-            seen += first_pixel + batch.labels[0]
-        return seen
+            # TensorFlow removes work that nothing uses: the sum uses one number of each.
+            total += tf.cast(augment(batch.images)[0, 0, 0, 0], tf.int64) + batch.labels[0]
+        return total
 
-    turn = _positions(train, steps)
-    compiled = cast("Callable[..., tf.Tensor]", tf.function(gather))
-
-    def gather_next() -> tf.Tensor:
-        with tf.device(setting.devices.names[0]):
-            return compiled(*next(turn))
-
-    return gather_next
+    return cast("Callable[..., tf.Tensor]", tf.function(gather))
 
 
 def _wait() -> None:
-    """Waits for all devices, and has float32 numbers multiplied as TensorFlow does by itself."""
+    """Waits for all devices, and restores TensorFlow's default for TF32."""
     tf.test.experimental.sync_devices()
     tf.config.experimental.enable_tensor_float_32_execution(enabled=True)
+
+
+def _complete(entry: Entry, baselines: list[Entry]) -> None:
+    """Adds the timings and the rates to a row.
+
+    Raises:
+        CheckError: The rate is far above that of the baselines.
+    """
+    row, loop = entry.row, entry.timing
+    bare, batches = (entry.parts[name].timing for name in ("bare", "batches"))
+    dtype = row["precision"].removeprefix("mixed_")
+    if dtype == "float32" and row["device"].startswith("GPU"):
+        dtype = "tf32"  # TensorFlow's default
+    same = {"shape": ["square"], "device": [row["device"]], "dtype": [dtype]}
+    peak = fastest(baselines, "flops", **same)
+    rate = None if row["flops"] is None else row["flops"] / loop.median / 1e9
+    if rate is not None:
+        check_share(rate, peak, row["key"])
+    overhead = loop.relative_to(bare)
+    entry.row |= {
+        "step_ms": loop.median * 1e3,
+        "bare_ms": bare.median * 1e3,
+        "batches_ms": batches.median * 1e3,
+        "images_per_second": row["batch_size"] / loop.median,
+        "gflop_per_s": rate,
+        "peak_gflop_per_s": peak,
+        "share": None if rate is None else rate / peak,
+        "overhead": overhead.median - 1,
+        "overhead_interval": [ratio - 1 for ratio in overhead.interval],
+        "batches_share": batches.median / loop.median,
+        "timing": loop.to_json(),
+        "bare_timing": bare.to_json(),
+        "batches_timing": batches.to_json(),
+    }
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['precision']}/{'xla' if row['jit_compile'] else 'graph'}"
+
+
+def _tag(row: dict[str, Any]) -> str:
+    return f"step_{row['precision']}{'_xla' if row['jit_compile'] else ''}"
+
+
+def _type_text(row: dict[str, Any]) -> str:
+    return row["precision"].removeprefix("mixed_") + (" XLA" if row["jit_compile"] else "")
+
+
+def _rate_text(row: dict[str, Any]) -> str:
+    return "" if row["share"] is None else f"{row['gflop_per_s']:.3g}, {row['share']:.0%}"
+
+
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "batch": lambda row: f"{row['batch_size']:,}",
+    "device": lambda row: str(row["device"]),
+    "precision": _type_text,
+    "step": lambda row: time_text(row["step_ms"] / 1e3),
+    "images/s": lambda row: f"{row['images_per_second']:,.0f}",
+    "GFLOP/s": _rate_text,
+    "loop": lambda row: f"{row['overhead']:+.0%}",
+    "data": lambda row: f"{row['batches_share']:.1%}",
+    "stable": lambda row: "yes" if row["timing"]["stable"] else "no",
+}
+
+
+def _figure(
+    entries: list[Entry], lines: curves.Curves, crossovers: dict[str, curves.Crossover]
+) -> Figure:
+    """Draws the time of a step against the batch size, and its parts."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves.draw_curves(left, lines, crossovers, "batch size")
+    left.set_title("a step")
+    _draw_parts(right, [entry.row for entry in entries])
+    return figure
+
+
+def _draw_parts(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Draws bars of microseconds per image: training, batches, and the rest of the loop."""
+    names = [f"{row['device']} {_type_text(row)} {row['batch_size']}" for row in rows]
+    parts = {
+        "bare epoch without its batches": [max(0, r["bare_ms"] - r["batches_ms"]) for r in rows],
+        "batches": [row["batches_ms"] for row in rows],
+        "rest of the loop": [max(0, row["step_ms"] - row["bare_ms"]) for row in rows],
+    }
+    left = np.zeros(len(rows))
+    for name, milliseconds in parts.items():
+        width = np.multiply(milliseconds, [1e3 / row["batch_size"] for row in rows])
+        axes.barh(names, width, left=left, label=name)
+        left += width
+    axes.invert_yaxis()
+    axes.margins(x=0.25)  # space for the legend
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set(xlabel="microseconds per image", title="parts of a step")
+    axes.legend(fontsize=9)

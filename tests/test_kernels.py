@@ -85,8 +85,8 @@ def trace_everything(setting: Setting) -> None:
         state, zero = train.start_epoch(0), tf.constant(0)
         step.bare_epoch(setting, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
         images, labels = setting.data.train.read(slice(4))
-        step._traced_once(setting, (tf.constant(images), tf.constant(labels)))
-        step._batches_alone(setting, train, 1)()
+        step.trace_gradients(setting, (tf.constant(images), tf.constant(labels)))
+        step.bare_epoch(setting, train, training=False)(state, zero, tf.constant(1))
 
 
 def on_the_host(graphs: list[tf.Graph], setting: Setting) -> set[str]:

@@ -174,10 +174,10 @@ def test_training_on_the_second_device_equals_the_first() -> None:
 def test_the_benchmark_reads_batches_where_it_measures() -> None:
     setting = prepared("device", devices.single("CPU:1"))
     train = setting.batches("train", shuffled=True)
-    with partitions() as graphs:
-        step._batches_alone(setting, train, 2)()
-        with setting.devices.scope():
-            step.bare_epoch(setting, train)(train.start_epoch(0), tf.constant(0), tf.constant(2))
+    with partitions() as graphs, setting.devices.scope():
+        for training in (False, True):
+            epoch = step.bare_epoch(setting, train, training=training)
+            epoch(train.start_epoch(0), tf.constant(0), tf.constant(2))
     gathers = [node for graph in graphs for node in graph.node if "Gather" in node.op]
     assert {node.device[-5:] for node in gathers} == {"CPU:1"}
     kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}

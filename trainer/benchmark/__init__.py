@@ -1,1 +1,3 @@
-"""Measures this machine: matrix products, operations, training steps and exported formats."""
+"""Measures this machine: matrix products, operations, training steps and export formats."""
+
+PUBLIC: dict[str, str] = {}

@@ -26,7 +26,6 @@ from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text, w
 from trainer.benchmark.timing import Budget, Entry, run_interleaved
 from trainer.run import environment
 
-SHAPES, DTYPES = ("dot", "square"), ("float32", "bfloat16", "float16")
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
 QUICK = Budget(7, 0.004, 0.05, tuple(4**k for k in range(6)), (1, 100, 10**4, 10**6, 10**7))
 _LEGEND = (
@@ -54,8 +53,8 @@ def benchmark_matmul(
 
     Args:
         words: Devices, see `trainer.devices.select_each`.
-        shapes: "dot", "square"; empty means both.
-        dtypes: "float32", "bfloat16", "float16"; empty means all.
+        shapes: "dot", "square" or both.
+        dtypes: Any of "float32", "bfloat16" and "float16".
         largest: The largest size; None means that of the budget.
         quick: Measure less.
         seed: Random seed for operands and order.
@@ -67,13 +66,15 @@ def benchmark_matmul(
     """
     names = places.select_each(words)
     budget = _budget(largest, quick=quick)
-    shapes, dtypes = shapes or [*SHAPES], dtypes or [*DTYPES]
     products = prepare_products(names, shapes, dtypes, budget, seed=seed)
     run_interleaved([*products.entries, *products.baselines], blocks=budget.blocks, seed=seed)
     rows = [_complete(entry, products) for entry in products.entries]
     hot = [entry for entry in products.entries if not entry.row["cold"]]
     found = curves.make_curves(hot, "n", lambda row: f"{row['shape']}/{row['dtype']}")
     crossovers = curves.find_crossovers(found, names[0], seed=seed)
+    threads = tf.config.threading  # 0 means as many threads as CPUs
+    inter_op = threads.get_inter_op_parallelism_threads()
+    intra_op = threads.get_intra_op_parallelism_threads()
     return BenchmarkResult(
         name="matmul",
         subject=f"matrix products on {', '.join(names)}",
@@ -83,16 +84,12 @@ def benchmark_matmul(
         skipped=products.skipped | skipped_gpus(names),
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
         environment=environment(tuple(names), fingerprint="")
-        | {"caches": places.cpu_caches(), "threads": _threads()},
+        | {"caches": places.cpu_caches(), "threads": {"inter_op": inter_op, "intra_op": intra_op}},
         facts={"crossovers": {key: asdict(crossover) for key, crossover in crossovers.items()}},
         baselines=products.baselines,
         figure=_figure(found, crossovers, shapes),
-        scalars=[
-            (row["device"].replace(":", ""), f"{row['shape']}_{row['dtype']}/{name}", row["n"], v)
-            for row in rows
-            if not row["cold"]
-            for name, v in (("microseconds", row["seconds"] * 1e6), _rate(row))
-        ],
+        size="n",
+        scalars=_scalars,
     )
 
 
@@ -159,14 +156,6 @@ def _budget(largest: int | None, *, quick: bool) -> Budget:
     return replace(budget, square_sizes=squares, dot_sizes=dots)
 
 
-def _threads() -> dict[str, int]:
-    threads = tf.config.threading
-    return {
-        "inter_op": threads.get_inter_op_parallelism_threads(),  # 0: as many as there are CPUs
-        "intra_op": threads.get_intra_op_parallelism_threads(),
-    }
-
-
 def _complete(entry: Entry, products: Products) -> dict[str, Any]:
     """Adds timing, rates and the share of the limit to the row of an entry.
 
@@ -207,13 +196,14 @@ def _rate(row: dict[str, Any]) -> tuple[str, float]:
     return name, row[name]
 
 
-def _size_text(n: int) -> str:
-    zeros = len(str(n)) - 1
-    return f"10^{zeros}" if zeros > 3 and n == 10**zeros else f"{n:,}"
+def _scalars(row: dict[str, Any]) -> dict[str, float]:
+    tag, (name, rate) = f"{row['shape']}_{row['dtype']}", _rate(row)
+    hot = {f"{tag}/microseconds": row["seconds"] * 1e6, f"{tag}/{name}": rate}
+    return {} if row["cold"] else hot
 
 
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "n": lambda row: f"{row['shape']} {_size_text(row['n'])}",
+    "n": lambda row: f"{row['shape']} {row['n']:,}",
     "device": lambda row: str(row["device"]),
     "type": lambda row: str(row["dtype"]),
     "from": lambda row: "cold" if row["cold"] else str(row["fits"]),

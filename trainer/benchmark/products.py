@@ -87,9 +87,9 @@ def product_row(
         cold: Whether the operands are read from memory, not from a cache.
     """
     size = (8 if dtype in ("float32", "tf32") else 4) * (n if shape == "dot" else n**2)
-    return {
+    what = {"shape": shape, "n": n, "device": device, "dtype": dtype, "cold": cold}
+    return what | {
         "key": f"{shape}/{n}/{device}/{dtype}/{'cold' if cold else 'hot'}",
-        **{"shape": shape, "n": n, "device": device, "dtype": dtype, "cold": cold},
         "flops": 2 * n if shape == "dot" else 2 * n**3,
         "bytes": size,
         "fits": "memory" if cold else cache_level(size, device),

@@ -36,9 +36,8 @@ class BenchmarkResult:
     facts: dict[str, Any] = field(default_factory=dict)  # further results
     baselines: list[Entry] = field(default_factory=list)  # they make two results comparable
     figure: Figure | None = None
-    scalars: list[tuple[str, str, int, float]] = field(
-        default_factory=list
-    )  # run, tag, step, value
+    size: str = ""  # the column that TensorBoard draws the scalars against
+    scalars: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}  # by tag, of a row
     transposed: bool = False  # whether the printed table has a column for each row
 
     def document(self) -> dict[str, Any]:
@@ -93,13 +92,13 @@ class BenchmarkResult:
             tf.summary.text(f"benchmark/{self.name}_table", text)
             if self.figure is not None:
                 write_image(f"benchmark/{self.name}", as_png(self.figure))
-        runs = dict.fromkeys(run for run, *_ in self.scalars)
-        writers = {run: tf.summary.create_file_writer(str(path / run)) for run in runs}
-        for run, tag, step, value in self.scalars:
-            with writers[run].as_default(step=step):
-                tf.summary.scalar(tag, value)
-        for writer in writers.values():
-            writer.close()
+        # One TensorBoard run for each device: devices are drawn in the same charts.
+        scalars = [(row, self.scalars(row)) for row in self.rows]
+        for device in dict.fromkeys(row["device"] for row, found in scalars if found):
+            with tf.summary.create_file_writer(str(path / device.replace(":", ""))).as_default():
+                for row, found in scalars:
+                    for tag, value in found.items() if row["device"] == device else ():
+                        tf.summary.scalar(tag, value, step=row[self.size])
 
 
 def skipped_gpus(devices: list[str]) -> dict[str, str]:
@@ -113,7 +112,8 @@ def skipped_gpus(devices: list[str]) -> dict[str, str]:
 
 def with_unit(value: float, unit: str) -> str:
     """Returns a number with a metric prefix: 0.00123, "s" is "1.23 ms"."""
-    return str(EngFormatter(unit, places=2)(value)).replace("\N{MICRO SIGN}", "u")
+    rounded = float(f"{value:.3g}")
+    return str(EngFormatter(unit)(rounded)).replace("\N{MICRO SIGN}", "u")
 
 
 def time_text(seconds: float) -> str:

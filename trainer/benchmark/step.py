@@ -4,6 +4,7 @@ Three calls are measured: the loop as `fit` runs it; a bare epoch, the shortest 
 trains the same network on the same batches; and the batches alone, without training.
 """
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from trainer.training.step import compute_loss
 _logger = logging.getLogger(__name__)
 
 FULL, QUICK = Budget(11, 0.05, 1.0, (1024, 2048)), Budget(7, 0.02, 0.2, (1024,))
+_VARIED = ("batch_size", "precision", "jit_compile")  # of the configuration's [training]
 _BATCH_SIZES = (32, 128, 512, 2048)
 _BLOCKS_PER_CALL = 5  # a call of the loop lasts at most as long as this many blocks
 _LEGEND = (
@@ -69,13 +71,15 @@ def benchmark_step(
         CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
     names, seed, budget = places.select_each(words), config.training.seed, QUICK if quick else FULL
-    rows = _choose_rows(config, names, batch_sizes, precisions, jit_compile, quick=quick)
+    choices = (batch_sizes, precisions, jit_compile)
+    rows = [row for name in names for row in _choose_rows(config, name, *choices, quick=quick)]
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
     products = prepare_products(names, ["square"], dtypes, budget, seed=seed)
-    entries, skipped = [], products.skipped | skipped_gpus(names)
+    entries, skipped = [], dict(products.skipped)
     for row in rows:
         _logger.info("preparing %s", row["key"].replace("/", " "))
-        setting = assemble(_configured(config, row), Clock(), places.single(row["device"]))
+        own = {f"training.{name}": row[name] for name in _VARIED}
+        setting = assemble(config.with_changes(own), Clock(), places.single(row["device"]))
         prepared = _prepare_or_reason(setting, row, budget)
         if isinstance(prepared, str):
             skipped[row["key"]] = prepared
@@ -97,55 +101,48 @@ def benchmark_step(
         rows=[entry.row for entry in entries],
         columns=_COLUMNS,
         notes=[_LEGEND, *curves.describe_crossovers(crossovers, "batch size")],
-        skipped=skipped,
+        skipped=skipped | skipped_gpus(names),
         settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(budget)},
         environment=environment(tuple(names), spec.fingerprint),
         facts={"crossovers": {key: asdict(crossover) for key, crossover in crossovers.items()}},
         baselines=products.baselines,
         figure=_figure(entries, lines, crossovers),
-        scalars=[
-            (row["device"].replace(":", ""), f"{_tag(row)}/{name}", row["batch_size"], row[name])
-            for row in (entry.row for entry in entries)
-            for name in ("step_ms", "images_per_second")
-        ],
+        size="batch_size",
+        scalars=lambda row: {
+            f"step_{_label(row)}/{name}": row[name] for name in ("step_ms", "images_per_second")
+        },
     )
 
 
 def _choose_rows(
     config: Config,
-    names: list[str],
+    device: str,
     batch_sizes: list[int],
     precisions: list[str],
     jit_compile: bool | None,
     *,
     quick: bool,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each combination to measure; for the arguments see `benchmark_step`."""
-    training, rows = config.training, []
-    own = training.batch_size
-    usual = {own, 4 * own} if quick else {own, *_BATCH_SIZES}
-    for name in names:
-        own_xla = training.jit_compile
-        compilers = [name.startswith("GPU") if own_xla == "auto" else own_xla]
-        chosen = [
-            places.choose_precision(precision, places.single(name))
-            for precision in ([training.precision] if quick else ["float32", "auto"])
-        ]
-        if not quick:
-            compilers = [False, True]
-        if jit_compile is not None:
-            compilers = [jit_compile]
-        sizes, kinds = sorted(set(batch_sizes) or usual), precisions or dict.fromkeys(chosen)
-        for size, precision, xla in itertools.product(sizes, kinds, compilers):
-            key = f"step/{size}/{name}/{precision}/{'xla' if xla else 'graph'}"
-            facts = {"device": name, "batch_size": size, "precision": precision}
-            rows.append({"key": key, **facts, "jit_compile": xla})
+    """Returns the rows of a device, before they are measured; see `benchmark_step`."""
+    training, place = config.training, places.single(device)
+    own_size, xla = training.batch_size, training.jit_compile
+    if quick:
+        compilers = [device.startswith("GPU") if xla == "auto" else xla]
+        sizes, usual = {own_size, 4 * own_size}, [training.precision]
+    else:
+        compilers, sizes, usual = [False, True], {own_size, *_BATCH_SIZES}, ["float32", "auto"]
+    kinds = precisions or dict.fromkeys(places.choose_precision(name, place) for name in usual)
+    if jit_compile is not None:
+        compilers = [jit_compile]
+    rows = [
+        {"device": device, "batch_size": size, "precision": kind, "jit_compile": compiled}
+        for size, kind, compiled in itertools.product(
+            sorted(set(batch_sizes) or sizes), kinds, compilers
+        )
+    ]
+    for row in rows:
+        row["key"] = f"step/{row['batch_size']}/{device}/{_label(row)}"
     return rows
-
-
-def _configured(config: Config, row: dict[str, Any]) -> Config:
-    names = ("batch_size", "precision", "jit_compile")
-    return config.with_changes({f"training.{name}": row[name] for name in names})
 
 
 def _prepare_or_reason(setting: Setting, row: dict[str, Any], budget: Budget) -> Entry | str:
@@ -167,32 +164,30 @@ def _prepare(setting: Setting, row: dict[str, Any], budget: Budget) -> Entry:
     """Creates and warms up the three calls of a row, and counts the step's arithmetic."""
     device, train = row["device"], setting.batches("train", shuffled=True)
     images, labels = setting.data.train.read(slice(row["batch_size"]))
-    bare, gather = bare_epoch(setting, train), gather_batches(setting, train)
     with tf.device(device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
-        flops = count_flops(traced_gradients(setting, batch))
-    run_bare = _repeat(bare, train, 1, device)
-    single = Measurement(run_bare, _wait, budget)
-    most = max(1, int(_BLOCKS_PER_CALL * budget.block_seconds / single.call_seconds))
+        flops = count_flops(trace_gradients(setting, batch))
+    bare, batches = bare_epoch(setting, train), bare_epoch(setting, train, training=False)
+    run_bare = _next_steps(bare, train, 1, device)
+    seconds = Measurement(run_bare, _wait, budget).call_seconds
+    most = max(1, int(_BLOCKS_PER_CALL * budget.block_seconds / seconds))
     steps = min(setting.loop.steps_per_call, train.steps, most)
     records = setting.loop.repeat(train, steps)
-    entry = Entry(
-        row | {"flops": flops, "steps_per_call": steps},
-        Measurement(lambda: next(records), _wait, budget, parts=steps),
-        {
-            "bare": Measurement(_repeat(bare, train, steps, device), _wait, budget, parts=steps),
-            "batches": Measurement(
-                _repeat(gather, train, steps, device), _wait, budget, parts=steps
-            ),
-        },
-    )
+    calls = {
+        "loop": lambda: next(records),
+        "bare": _next_steps(bare, train, steps, device),
+        "batches": _next_steps(batches, train, steps, device),
+    }
+    measured = {name: Measurement(calls[name], _wait, budget, parts=steps) for name in calls}
+    row |= {"flops": flops, "steps_per_call": steps}
+    entry = Entry(row, measured.pop("loop"), measured)
     check_device(run_bare(), device, row["key"])
     if not np.isfinite(loss := next(records).loss).all():
         raise CheckError(f"{row['key']}: expected a finite loss, received {loss[-1]}")
     return entry
 
 
-def _repeat(
+def _next_steps(
     function: Callable[..., tf.Tensor], train: Batches, steps: int, device: str
 ) -> Callable[[], tf.Tensor]:
     """Returns a call of `function` on the next `steps` batches, epoch after epoch."""
@@ -213,7 +208,7 @@ def _repeat(
 
 
 def _gradients(setting: Setting, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Any]:
-    """Returns the loss and its (scaled) gradients."""
+    """Returns the loss and its gradients, scaled for float16."""
     model = setting.model
     with tf.GradientTape() as tape:
         outputs = model(images, training=True)
@@ -222,58 +217,49 @@ def _gradients(setting: Setting, images: tf.Tensor, labels: tf.Tensor) -> tuple[
     return loss, tape.gradient(scaled, model.trainable_variables)
 
 
-def traced_gradients(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
-    """Returns the graph of forward and backward pass with the shapes of this batch."""
-    function = tf.function(lambda images, labels: _gradients(setting, images, labels))
-    return cast("Any", function).get_concrete_function(*batch).graph
-
-
-def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
-    """Returns the shortest training loop for this network, without metrics, records and callbacks.
+def bare_epoch(
+    setting: Setting, train: Batches, *, training: bool = True
+) -> Callable[..., tf.Tensor]:
+    """Returns the shortest training loop for a network, without metrics, records and callbacks.
 
     Args:
         setting: Its model is trained.
         train: The batches.
+        training: False reads and augments the batches, and does not train.
 
     Returns:
         A `tf.function` of the state of an epoch, its first step and the number of steps (int32
         scalars). It returns the last loss.
     """
-    model, training = setting.model, setting.config.training
+    model, options = setting.model, setting.config.training
     augment = setting.augmentation or tf.identity
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        if not training:  # one number of each: TensorFlow removes work that nothing uses
+            return tf.cast(images[0, 0, 0, 0], tf.float32) + tf.cast(labels[0], tf.float32)
         loss, gradients = _gradients(setting, images, labels)
-        if training.clip_norm is not None:
-            gradients, _ = tf.clip_by_global_norm(gradients, training.clip_norm)
+        if options.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, options.clip_norm)
         model.optimizer.apply(gradients, model.trainable_variables)
         return loss
 
-    compiled = tf.function(step, jit_compile=True) if training.jit_compile else step
+    if training and options.jit_compile:
+        step = tf.function(step, jit_compile=True)
 
     def steps(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         loss = tf.constant(0.0)
         for i in tf.range(count):
             batch = train.local_batch(train.global_batch(state, first + i))
-            loss = compiled(augment(batch.images), batch.labels)
+            loss = step(augment(batch.images), batch.labels)
         return loss
 
     return cast("Callable[..., tf.Tensor]", tf.function(steps))
 
 
-def gather_batches(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
-    """Returns a `tf.function` like that of `bare_epoch` which reads batches and does not train."""
-    augment = setting.augmentation or tf.identity
-
-    def gather(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-        total = tf.constant(0, tf.int64)
-        for i in tf.range(count):
-            batch = train.local_batch(train.global_batch(state, first + i))
-            # TensorFlow removes work that nothing uses: the sum uses one number of each.
-            total += tf.cast(augment(batch.images)[0, 0, 0, 0], tf.int64) + batch.labels[0]
-        return total
-
-    return cast("Callable[..., tf.Tensor]", tf.function(gather))
+def trace_gradients(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
+    """Returns the graph of forward and backward pass with the shapes of this batch."""
+    function = tf.function(functools.partial(_gradients, setting))
+    return cast("Any", function).get_concrete_function(*batch).graph
 
 
 def _wait() -> None:
@@ -320,14 +306,6 @@ def _label(row: dict[str, Any]) -> str:
     return f"{row['precision']}/{'xla' if row['jit_compile'] else 'graph'}"
 
 
-def _tag(row: dict[str, Any]) -> str:
-    return f"step_{row['precision']}{'_xla' if row['jit_compile'] else ''}"
-
-
-def _type_text(row: dict[str, Any]) -> str:
-    return row["precision"].removeprefix("mixed_") + (" XLA" if row["jit_compile"] else "")
-
-
 def _rate_text(row: dict[str, Any]) -> str:
     return "" if row["share"] is None else f"{row['gflop_per_s']:.3g}, {row['share']:.0%}"
 
@@ -335,7 +313,7 @@ def _rate_text(row: dict[str, Any]) -> str:
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "batch": lambda row: f"{row['batch_size']:,}",
     "device": lambda row: str(row["device"]),
-    "precision": _type_text,
+    "precision": _label,
     "step": lambda row: time_text(row["step_ms"] / 1e3),
     "images/s": lambda row: f"{row['images_per_second']:,.0f}",
     "GFLOP/s": _rate_text,
@@ -359,7 +337,7 @@ def _figure(
 
 def _draw_parts(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Draws bars of microseconds per image: training, batches, and the rest of the loop."""
-    names = [f"{row['device']} {_type_text(row)} {row['batch_size']}" for row in rows]
+    names = [f"{row['device']} {_label(row)} {row['batch_size']}" for row in rows]
     parts = {
         "bare epoch without its batches": [max(0, r["bare_ms"] - r["batches_ms"]) for r in rows],
         "batches": [row["batches_ms"] for row in rows],

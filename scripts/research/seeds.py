@@ -1,6 +1,6 @@
 """Trains a configuration with several seeds and prints every accuracy, their mean and spread.
 
-    python scripts/seeds.py configs/mnist.toml --seeds 5
+    python scripts/research/seeds.py configs/mnist.toml --seeds 5
 
 The figures of the README come from this program. The runs are kept in `runs/seeds/`.
 """
@@ -8,11 +8,10 @@ The figures of the README come from this program. The runs are kept in `runs/see
 import statistics
 from typing import Annotated
 
+import process
 import typer
 from rich.console import Console
 from rich.table import Table
-
-import process
 
 
 def main(

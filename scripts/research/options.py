@@ -1,6 +1,6 @@
 """Shows what each option of the default gains: `trainer fit` with one of them changed, in turns.
 
-    python scripts/options.py --rounds 5
+    python scripts/research/options.py --rounds 5
 
 Every case is trained in a process of its own, once a round, in an order drawn anew; its times are
 compared with those of the default in the same round, so that a machine whose speed drifts drifts
@@ -16,11 +16,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import process
 import typer
 from rich.console import Console
 from rich.table import Table
-
-import process
 
 CONFIG = "configs/mnist.toml"
 DEFAULT = "the default"

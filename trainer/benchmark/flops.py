@@ -5,13 +5,6 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# Operations that call other graphs. TensorFlow has no public way from the name to the graph.
-_CALLS = {
-    *("PartitionedCall", "StatefulPartitionedCall", "If", "StatelessIf", "While", "StatelessWhile"),
-    *("Case", "StatelessCase"),
-}
-
-
 def count_flops(graph: tf.Graph) -> int | None:
     """Returns the operations of all matrix products and convolutions that the results need.
 
@@ -29,8 +22,9 @@ def count_flops(graph: tf.Graph) -> int | None:
     operations = _needed_operations(graph)
     products = [operation for operation in operations if operation.type in _PRODUCTS]
     tensors = [tensor for each in products for tensor in (*each.inputs, *each.outputs)]
-    open_shapes = any(not tensor.shape.is_fully_defined() for tensor in tensors)
-    if open_shapes or any(operation.type in _CALLS for operation in operations):
+    attributes = [value for each in operations for value in each.node_def.attr.values()]
+    calls_graph = any(value.HasField("func") for value in attributes)
+    if calls_graph or not all(tensor.shape.is_fully_defined() for tensor in tensors):
         return None
     return sum(2 * _PRODUCTS[operation.type](operation) for operation in products)
 

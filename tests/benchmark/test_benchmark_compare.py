@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from trainer.benchmark.compare import compare, read_document
-from trainer.benchmark.curves import Crossover, draw_curves, find_crossover, find_crossovers
+from trainer.benchmark.curves import Crossover, Curves, find_crossover
 from trainer.benchmark.timing import Timing
 from trainer.errors import CheckError, InputError
 
@@ -31,8 +32,8 @@ def test_crossover_is_the_size_from_which_the_second_device_is_faster() -> None:
     low, high = found.interval
     assert low < 50 < high
     assert high / low < 1.1
-    assert found.describe("n =").startswith("faster from n = ")
-    assert "95% interval" in found.describe("n =")
+    assert found.describe("n").startswith("faster from n ")
+    assert "95% interval" in found.describe("n")
     wide = find_crossover(SIZES, timings([1e-6 * n for n in SIZES], 0.3), second, seed=0)
     assert wide.interval is not None
     assert wide.interval[1] / wide.interval[0] > high / low
@@ -53,28 +54,36 @@ def test_an_uncertain_or_missing_crossover_has_a_reason(
     first = timings([1e-3] * 4, spread)
     found = find_crossover(SIZES, first, timings([second] * 4, spread), seed=0)
     assert found == Crossover(None, None, reason)
-    assert found.describe("n =") == reason
+    assert found.describe("n") == reason
 
 
 def test_crossovers_compare_the_first_device_with_each_other_device() -> None:
-    def curve(seconds: list[float]) -> dict[int, Timing]:
-        return dict(zip(SIZES, timings(seconds), strict=True))
+    def curve(device: str, label: str, seconds: list[float]) -> list[Any]:
+        return [
+            SimpleNamespace(row={"device": device, "label": label, "batch_size": n}, timing=timing)
+            for n, timing in zip(SIZES, timings(seconds), strict=True)
+        ]
 
-    slow, flat = curve([1e-6 * n for n in SIZES]), curve([50e-6] * 4)
-    curves = {
-        ("CPU:0", "dot/float32"): slow,
-        ("GPU:0", "dot/float32"): flat,
-        ("GPU:0", "dot/tf32"): flat,  # compared with float32 of the CPU
-        ("GPU:0", "dot/float16"): flat,  # the CPU has no such curve
-    }
-    found = find_crossovers(curves, "CPU:0", seed=0)
+    slow, flat = [1e-6 * n for n in SIZES], [50e-6] * 4
+    entries = [
+        *curve("CPU:0", "dot/float32", slow),
+        *curve("GPU:0", "dot/float32", flat),
+        *curve("GPU:0", "dot/tf32", [0.5e-6 * n for n in SIZES]),  # compared with float32
+        *curve("GPU:0", "dot/float16", flat),  # the CPU has no such curve
+    ]
+    curves = Curves(entries, "batch_size", lambda row: str(row["label"]), first="CPU:0", seed=0)
+    found = curves.facts()["crossovers"]
     assert list(found) == ["dot/float32/CPU:0/GPU:0", "dot/tf32/CPU:0/GPU:0"]
+    assert found["dot/float32/CPU:0/GPU:0"]["size"] == pytest.approx(50, rel=0.02)
+    lines = curves.notes()
+    assert lines[0].startswith("dot, float32: GPU:0 compared with CPU:0: faster from batch size 5")
+    assert lines[1] == "dot, tf32: GPU:0 compared with CPU:0: faster at every size"
     axes = Figure().subplots()
-    draw_curves(axes, curves, {"dot/float32/CPU:0/GPU:0": Crossover(None, None, "no")}, "n")
-    without = len(axes.lines)
+    curves.draw(axes, "dot")
+    assert len(axes.lines) == 4 + 1  # only a certain crossover is drawn
     axes = Figure().subplots()
-    draw_curves(axes, curves, {"dot/float32/CPU:0/GPU:0": Crossover(5.0, (4.0, 6.0), "")}, "n")
-    assert len(axes.lines) == without + 1
+    curves.draw(axes, "dot/tf32", mark="dot/tf32")
+    assert len(axes.lines) == 1
 
 
 def document(rows: dict[str, float], baselines: dict[str, float]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 
 from trainer import devices
-from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import step
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.step import benchmark_step
@@ -42,9 +42,9 @@ def config(**training: Any) -> Config:
     )
 
 
-def prepared(**training: Any) -> Setting:
+def prepared(**training: Any) -> Experiment:
     """Returns the same network on the second logical CPU."""
-    return assemble(config(**training), Clock(), devices.single("CPU:1"))
+    return build_experiment(config(**training), PhaseTimer(), devices.single("CPU:1"))
 
 
 def graph_of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> tf.Graph:
@@ -119,14 +119,14 @@ def test_a_bare_epoch_trains_as_the_loop_does() -> None:
 
 
 def test_the_loop_repeats_epochs_in_calls_of_equal_length() -> None:
-    setting = prepared(batch_size=64, steps_per_call=2)
-    train = setting.batches("train", shuffled=True)
-    windows = list(islice(setting.loop.repeat(train, 2), 5))
+    experiment = prepared(batch_size=64, steps_per_execution=2)
+    train = experiment.batches("train", shuffled=True)
+    windows = list(islice(experiment.loop.repeat(train, 2), 5))
     assert train.steps == 5  # the fifth step, is not a whole call and is skipped
     assert [(w.epoch, w.first_step, w.steps) for w in windows] == [
         *[(0, 0, 2), (0, 2, 2), (1, 5, 2), (1, 7, 2), (2, 10, 2)]
     ]
-    assert int(setting.model.optimizer.iterations) == 10
+    assert int(experiment.model.optimizer.iterations) == 10
 
 
 def test_steps_are_measured_and_written(tmp_path: Path, command: Callable[..., Any]) -> None:

@@ -60,7 +60,7 @@ def matmul(
     _check("--shape", shape, _SHAPES)
     _check("--dtype", dtype, _DTYPES)
     _check("--largest", [] if largest is None else [largest])
-    options = {"largest": largest, "quick": quick, "seed": seed}
+    options: dict[str, Any] = {"largest": largest, "quick": quick, "seed": seed}
     if not textbook:
         options |= {"shapes": shape or [*_SHAPES], "dtypes": dtype or [*_DTYPES]}
     benchmark = _Benchmark(device, runs, json_, compare, tolerance)
@@ -116,10 +116,9 @@ def step(
     _check("--batch-size", batch_size)
     _check("--precision", precision, _PRECISIONS)
     benchmark = _Benchmark(device, runs, json_, compare, tolerance)
-    options = {"batch_sizes": batch_size or [], "precisions": precision or [], "quick": quick}
-    benchmark.run(
-        *("step", "benchmark_step", loaded, device or []), jit_compile=jit_compile, **options
-    )
+    choices: dict[str, Any] = {"batch_sizes": batch_size or [], "precisions": precision or []}
+    choices |= {"jit_compile": jit_compile, "quick": quick}
+    benchmark.run("step", "benchmark_step", loaded, device or [], **choices)
 
 
 @verbs.command("formats")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,6 @@ from trainer.benchmark.timing import Entry, Timing
 
 _RESAMPLES = 1000
 _STYLES = ("-", "--", "-.", ":")
-
-# Timings by size, for each device and label. The label names everything else, as "dot/float32".
-Curves = dict[tuple[str, str], dict[int, Timing]]
 
 
 @dataclass(frozen=True)
@@ -33,36 +30,82 @@ class Crossover:
         return f"faster from {size} {self.size:.3g} (95% interval: {low:.3g} to {high:.3g})"
 
 
-def make_curves(entries: list[Entry], size: str, label: Callable[[dict[str, Any]], str]) -> Curves:
-    """Groups entries by device and label; `size` is the column of the size."""
-    curves: Curves = {}
-    for entry in entries:
-        row = entry.row
-        curves.setdefault((row["device"], label(row)), {})[row[size]] = entry.timing
-    return curves
+class Curves:
+    """Curves of time against size, one for each device and label."""
 
+    def __init__(
+        self,
+        entries: list[Entry],
+        size: str,
+        label: Callable[[dict[str, Any]], str],
+        *,
+        first: str,
+        seed: int,
+    ) -> None:
+        """Groups entries into curves, and compares the first device with each other device.
 
-def find_crossovers(curves: Curves, first: str, *, seed: int) -> dict[str, Crossover]:
-    """Compares the device `first` with each other device; a key is "label/first/other"."""
-    found = {}
-    for (device, label), timings in curves.items():
-        # Only GPUs have TF32. It is compared with the CPU's float32.
-        baseline = curves.get((first, label.replace("tf32", "float32")), {})
-        sizes = [size for size in baseline if size in timings]
-        if sizes and device != first:
-            both = [baseline[n] for n in sizes], [timings[n] for n in sizes]
-            found[f"{label}/{first}/{device}"] = find_crossover(sizes, *both, seed=seed)
-    return found
+        Args:
+            entries: Rows with their timings, in ascending size.
+            size: The column of the size.
+            label: Everything else that the rows of a curve share, for example "dot/float32".
+            first: The first device.
+            seed: Random seed for the resampling.
+        """
+        self._size = size.replace("_", " ")
+        self.timings: dict[tuple[str, str], dict[int, Timing]] = {}
+        for entry in entries:
+            key = entry.row["device"], label(entry.row)
+            self.timings.setdefault(key, {})[entry.row[size]] = entry.timing
+        self.crossovers: dict[str, Crossover] = {}  # by label, first and other device
+        for (device, name), other in self.timings.items():
+            # Only GPUs have TF32. It is compared with the CPU's float32.
+            baseline = self.timings.get((first, name.replace("tf32", "float32")), {})
+            sizes = [n for n in baseline if n in other]
+            if sizes and device != first:
+                both = [baseline[n] for n in sizes], [other[n] for n in sizes]
+                crossover = find_crossover(sizes, *both, seed=seed)
+                self.crossovers[f"{name}/{first}/{device}"] = crossover
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the crossovers as plain values."""
+        return {"crossovers": {key: asdict(each) for key, each in self.crossovers.items()}}
 
-def describe_crossovers(crossovers: dict[str, Crossover], size: str) -> list[str]:
-    """Returns a line for each crossover."""
-    lines = []
-    for key, crossover in crossovers.items():
-        *label, first, device = key.split("/")
-        text = crossover.describe(size)
-        lines.append(f"{', '.join(label)}: {device} compared with {first}: {text}")
-    return lines
+    def notes(self) -> list[str]:
+        """Returns a line for each crossover."""
+        lines = []
+        for key, crossover in self.crossovers.items():
+            *label, first, device = key.split("/")
+            text = crossover.describe(self._size)
+            lines.append(f"{', '.join(label)}: {device} compared with {first}: {text}")
+        return lines
+
+    def draw(self, axes: Axes, prefix: str = "", *, mark: str = "") -> None:
+        """Draws medians with a band between the quartiles, and a line for each crossover.
+
+        Args:
+            axes: An empty panel.
+            prefix: Only curves whose label starts with this are drawn.
+            mark: Only crossovers whose label starts with this are drawn.
+        """
+        shown = {key: curve for key, curve in self.timings.items() if key[1].startswith(prefix)}
+        devices = list(dict.fromkeys(device for device, _ in shown))
+        labels = list(dict.fromkeys(label for _, label in shown))
+        for (device, label), timings in shown.items():
+            low, high = zip(*(timing.quartiles for timing in timings.values()), strict=True)
+            colour = f"C{devices.index(device)}"
+            style = _STYLES[labels.index(label) % len(_STYLES)] + "."
+            medians = [timing.median for timing in timings.values()]
+            axes.loglog([*timings], medians, style, color=colour, label=f"{device} {label}")
+            axes.fill_between([*timings], low, high, color=colour, alpha=0.2, linewidth=0)
+        for key, crossover in self.crossovers.items():
+            if crossover.size and crossover.interval and key.startswith(mark):
+                axes.axvline(crossover.size, color="grey", linestyle=":")
+                axes.axvspan(*crossover.interval, color="grey", alpha=0.15, linewidth=0)
+                text = f" {key.rpartition('/')[2]} is faster from {crossover.size:.3g}"
+                axes.text(crossover.size, axes.get_ylim()[0], text, rotation=90, va="bottom")
+        axes.set(xlabel=self._size, ylabel="seconds: median and quartiles")
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.legend(fontsize=9)
 
 
 def find_crossover(
@@ -112,25 +155,3 @@ def _crossing(sizes: list[int], log_ratios: list[float]) -> float:
         return math.inf
     (x, y), (u, v) = ((math.log(sizes[i]), log_ratios[i]) for i in (last, last + 1))
     return math.exp(x + (u - x) * y / (y - v))
-
-
-def draw_curves(axes: Axes, curves: Curves, crossovers: dict[str, Crossover], size: str) -> None:
-    """Draws medians with a band between the quartiles, and a vertical line for each crossover."""
-    devices = list(dict.fromkeys(device for device, _ in curves))
-    labels = list(dict.fromkeys(label for _, label in curves))
-    for (device, label), timings in curves.items():
-        low, high = zip(*(timing.quartiles for timing in timings.values()), strict=True)
-        colour = f"C{devices.index(device)}"
-        style = _STYLES[labels.index(label) % len(_STYLES)] + "."
-        medians = [timing.median for timing in timings.values()]
-        axes.loglog([*timings], medians, style, color=colour, label=f"{device} {label}")
-        axes.fill_between([*timings], low, high, color=colour, alpha=0.2, linewidth=0)
-    for key, crossover in crossovers.items():
-        if crossover.size is not None:
-            axes.axvline(crossover.size, color="grey", linestyle=":")
-            axes.axvspan(*crossover.interval, color="grey", alpha=0.15, linewidth=0)
-            text = f" {key.rpartition('/')[2]} is faster from {crossover.size:.3g}"
-            axes.text(crossover.size, axes.get_ylim()[0], text, rotation=90, va="bottom")
-    axes.set(xlabel=size, ylabel="seconds: median and quartiles")
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(fontsize=9)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+
 def count_flops(graph: tf.Graph) -> int | None:
     """Returns the operations of all matrix products and convolutions that the results need.
 

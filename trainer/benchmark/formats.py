@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from trainer import data as datasets
 from trainer.benchmark.result import BenchmarkResult
 from trainer.benchmark.timing import Timing, join_timings
+from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, MissingError
-from trainer.run import environment, open_run
+from trainer.run import open_run
 from trainer.saving.export import Verified, artefact_files, export
 from trainer.saving.formats import FORMATS
 
@@ -51,7 +52,7 @@ def benchmark_formats(
         InputError: There is no such run.
         CheckError: The process of a format fails.
     """
-    run, budget = open_run(reference, directory=runs), QUICK if quick else FULL
+    run, budget = open_run(reference, runs_directory=runs), QUICK if quick else FULL
     config = run.config()
     data = datasets.load(config.data)
     images = data.test.read(slice(BATCH))[0]
@@ -78,7 +79,7 @@ def benchmark_formats(
         notes=[_LEGEND],
         skipped=skipped,
         settings={"batch": BATCH, "seed": seed, **budget},
-        environment=environment(("CPU:0",), data.spec.fingerprint),
+        environment=describe_environment(("CPU:0",), data.spec.fingerprint),
         figure=_figure(rows),
         transposed=True,
     )

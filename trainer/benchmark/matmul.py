@@ -11,8 +11,9 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from trainer import devices as places
-from trainer.benchmark import curves
+from trainer import environment
 from trainer.benchmark.checks import check_share
+from trainer.benchmark.curves import Curves
 from trainer.benchmark.products import (
     Products,
     cache_levels,
@@ -24,7 +25,7 @@ from trainer.benchmark.products import (
 )
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text, with_unit
 from trainer.benchmark.timing import Budget, Entry, run_interleaved
-from trainer.run import environment
+from trainer.environment import describe_environment
 
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
 QUICK = Budget(7, 0.004, 0.05, tuple(4**k for k in range(6)), (1, 100, 10**4, 10**6, 10**7))
@@ -70,24 +71,29 @@ def benchmark_matmul(
     run_interleaved([*products.entries, *products.baselines], blocks=budget.blocks, seed=seed)
     rows = [_complete(entry, products) for entry in products.entries]
     hot = [entry for entry in products.entries if not entry.row["cold"]]
-    found = curves.make_curves(hot, "n", lambda row: f"{row['shape']}/{row['dtype']}")
-    crossovers = curves.find_crossovers(found, names[0], seed=seed)
-    threads = tf.config.threading  # 0 means as many threads as CPUs
-    inter_op = threads.get_inter_op_parallelism_threads()
-    intra_op = threads.get_intra_op_parallelism_threads()
+    curves = Curves(
+        *(hot, "n", lambda row: f"{row['shape']}/{row['dtype']}"), first=names[0], seed=seed
+    )
+    threads = {  # 0 means as many threads as CPUs
+        "inter_op": tf.config.threading.get_inter_op_parallelism_threads(),
+        "intra_op": tf.config.threading.get_intra_op_parallelism_threads(),
+    }
     return BenchmarkResult(
         name="matmul",
         subject=f"matrix products on {', '.join(names)}",
         rows=rows,
         columns=_COLUMNS,
-        notes=[_LEGEND, *curves.describe_crossovers(crossovers, "n =")],
+        notes=[_LEGEND, *curves.notes()],
         skipped=products.skipped | skipped_gpus(names),
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
-        environment=environment(tuple(names), fingerprint="")
-        | {"caches": places.cpu_caches(), "threads": {"inter_op": inter_op, "intra_op": intra_op}},
-        facts={"crossovers": {key: asdict(crossover) for key, crossover in crossovers.items()}},
+        environment=describe_environment(tuple(names), fingerprint="")
+        | {
+            "caches": environment.cpu_caches(),
+            "threads": {"inter_op": inter_op, "intra_op": intra_op},
+        },
+        facts=curves.facts(),
         baselines=products.baselines,
-        figure=_figure(found, crossovers, shapes),
+        figure=_figure(curves, shapes),
         size="n",
         scalars=_scalars,
     )
@@ -131,7 +137,7 @@ def textbook_matmul(
         notes=[_BOOK],
         skipped={},
         settings={"seed": seed, "devices": names, "calls": 10},
-        environment=environment(tuple(names), fingerprint=""),
+        environment=describe_environment(tuple(names), fingerprint=""),
     )
 
 
@@ -216,15 +222,11 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def _figure(
-    found: curves.Curves, crossovers: dict[str, curves.Crossover], shapes: list[str]
-) -> Figure:
+def _figure(curves: Curves, shapes: list[str]) -> Figure:
     """Draws time against n, one panel for each shape."""
     figure = Figure(figsize=(8 * len(shapes), 5.5), layout="constrained")
     titles = {"dot": "[1, n] x [n, 1]", "square": "[n, n] x [n, n]"}
     for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        drawn = {key: timings for key, timings in found.items() if key[1].startswith(shape)}
-        marks = {k: c for k, c in crossovers.items() if k.startswith(f"{shape}/float32/")}
-        curves.draw_curves(axes, drawn, marks, "n")
+        curves.draw(axes, shape, mark=f"{shape}/float32/")
         axes.set_title(titles[shape])
     return figure

@@ -18,7 +18,7 @@ from trainer.benchmark.checks import check_device, check_share
 from trainer.benchmark.products import cache_level, cache_levels, fastest, prepare_products
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
 from trainer.benchmark.timing import Budget, Entry, Measurement, run_interleaved
-from trainer.run import environment
+from trainer.environment import describe_environment
 
 _logger = logging.getLogger(__name__)
 
@@ -91,12 +91,7 @@ def operations(size: str) -> list[Operation]:
 def benchmark_operations(
     words: list[str], *, quick: bool = False, seed: int = 0
 ) -> BenchmarkResult:
-    """Measures every operation, forward and with gradient, at a small and a large size.
-
-    Args:
-        words: Devices, see `trainer.devices.select_each`.
-        quick: Measure less, and only the small size.
-        seed: Random seed for inputs, weights and order.
+    """Measures every operation, forward and with gradient; the CLI documents the arguments.
 
     Raises:
         InputError: A device is unknown.
@@ -123,7 +118,7 @@ def benchmark_operations(
         notes=[_LEGEND],
         skipped=products.skipped | skipped_gpus(names) | skipped,
         settings={"seed": seed, "devices": names, **asdict(budget)},
-        environment=environment(tuple(names), fingerprint=""),
+        environment=describe_environment(tuple(names), fingerprint=""),
         facts={"peaks": peaks},
         baselines=products.baselines,
         figure=_roofline(rows, peaks),
@@ -234,9 +229,8 @@ def _roofline(rows: list[dict[str, Any]], peaks: dict[str, dict[str, float]]) ->
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes, largest = figure.subplots(), rows[-1]["size"]
     rows = [row | {"x": row["flops"] / row["bytes"]} for row in rows if row["flops"]]
-    line = np.geomspace(
-        *(f(row["x"] for row in rows) * by for f, by in ((min, 0.5), (max, 2))), 100
-    )
+    intensities = [row["x"] for row in rows]
+    line = np.geomspace(min(intensities) / 2, max(intensities) * 2, 100)
     for number, (device, limits) in enumerate(peaks.items()):
         top = limits["gflop_per_s"]
         levels = [level for level in reversed(limits) if level != "gflop_per_s"]
@@ -250,8 +244,7 @@ def _roofline(rows: list[dict[str, Any]], peaks: dict[str, dict[str, float]]) ->
             marker = "o" if named else "."
             axes.plot(*place, marker, color=f"C{number}", markerfacecolor=fill)
             if named and not row["gradient"]:
-                offset = {"xytext": (5, -3), "textcoords": "offset points"}
-                axes.annotate(row["operation"], place, fontsize=8, **offset)
+                axes.text(*place, f"  {row['operation']}", fontsize=8, va="top")
     title = f"roofline: circles are {largest} operations (hollow: with gradient)"
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s", title=title)
     axes.grid(visible=True, alpha=0.3)

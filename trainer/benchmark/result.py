@@ -18,7 +18,8 @@ from matplotlib.ticker import EngFormatter
 from trainer import devices as places
 from trainer.benchmark.timing import Entry
 from trainer.errors import InputError
-from trainer.run import make_directory, write_text
+from trainer.files import write_text
+from trainer.run import make_directory
 
 
 @dataclass

@@ -13,21 +13,20 @@ from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer import devices as places
-from trainer.assembly import Clock, Setting, assemble
-from trainer.benchmark import curves
 from trainer.benchmark.checks import check_device, check_share
+from trainer.benchmark.curves import Curves
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.products import fastest, prepare_products
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
 from trainer.benchmark.timing import Budget, Entry, Measurement, run_interleaved
 from trainer.config import Config
+from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.kernels import xla_refusal
-from trainer.run import environment
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 
@@ -75,38 +74,29 @@ def benchmark_step(
     rows = [row for name in names for row in _choose_rows(config, name, *choices, quick=quick)]
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
     products = prepare_products(names, ["square"], dtypes, budget, seed=seed)
-    entries, skipped = [], dict(products.skipped)
-    for row in rows:
-        _logger.info("preparing %s", row["key"].replace("/", " "))
-        own = {f"training.{name}": row[name] for name in _VARIED}
-        setting = assemble(config.with_changes(own), Clock(), places.single(row["device"]))
-        prepared = _prepare_or_reason(setting, row, budget)
-        if isinstance(prepared, str):
-            skipped[row["key"]] = prepared
-        else:
-            entries.append(prepared)
+    skipped = dict(products.skipped)
+    entries, experiment = _prepare_all(config, rows, budget, skipped)
     if not entries:
         raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
     run_interleaved([*entries, *products.baselines], blocks=budget.blocks, seed=seed)
     for entry in entries:
         _complete(entry, products.baselines)
-    lines = curves.make_curves(entries, "batch_size", _label)
-    crossovers = curves.find_crossovers(lines, names[0], seed=seed)
+    curves = Curves(entries, "batch_size", _label, first=names[0], seed=seed)
     if quick:
         skipped["other batch sizes and precisions, XLA"] = "--quick measures them only on request"
-    spec, parameters = setting.data.spec, setting.model.count_params()
+    spec, parameters = experiment.data.spec, experiment.model.count_params()
     return BenchmarkResult(
         name="step",
         subject=f"training step of {config.model.name} ({parameters:,} parameters) on {spec.name}",
         rows=[entry.row for entry in entries],
         columns=_COLUMNS,
-        notes=[_LEGEND, *curves.describe_crossovers(crossovers, "batch size")],
+        notes=[_LEGEND, *curves.notes()],
         skipped=skipped | skipped_gpus(names),
         settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(budget)},
-        environment=environment(tuple(names), spec.fingerprint),
-        facts={"crossovers": {key: asdict(crossover) for key, crossover in crossovers.items()}},
+        environment=describe_environment(tuple(names), spec.fingerprint),
+        facts=curves.facts(),
         baselines=products.baselines,
-        figure=_figure(entries, lines, crossovers),
+        figure=_figure([entry.row for entry in entries], curves),
         size="batch_size",
         scalars=lambda row: {
             f"step_{_label(row)}/{name}": row[name] for name in ("step_ms", "images_per_second")
@@ -145,41 +135,55 @@ def _choose_rows(
     return rows
 
 
-def _prepare_or_reason(setting: Setting, row: dict[str, Any], budget: Budget) -> Entry | str:
-    """Prepares a row, or returns the reason why it cannot be measured."""
-    if row["batch_size"] > (images := setting.data.spec.train):
-        return f"there are only {images:,} training images"
-    try:
-        return _prepare(setting, row, budget)
-    except tf.errors.ResourceExhaustedError:
-        return f"not enough memory on {row['device']}"
-    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-        refused = xla_refusal(error, setting.loop.layer_names) if row["jit_compile"] else None
-        if refused is None:
-            raise
-        return f"XLA cannot compile {refused}"
+def _prepare_all(
+    config: Config, rows: list[dict[str, Any]], budget: Budget, skipped: dict[str, str]
+) -> tuple[list[Entry], Experiment]:
+    """Prepares all rows, and adds those that cannot be measured to `skipped`, with the reason.
+
+    Returns:
+        The rows, and the experiment of the last one.
+    """
+    entries = []
+    for row in rows:
+        key, device = row["key"], row["device"]
+        _logger.info("preparing %s", key.replace("/", " "))
+        own = config.with_changes({f"training.{name}": row[name] for name in _VARIED})
+        experiment = build_experiment(own, PhaseTimer(), places.single(device))
+        if row["batch_size"] > (images := experiment.data.spec.train):
+            skipped[key] = f"there are only {images:,} training images"
+            continue
+        try:
+            entries.append(_prepare(experiment, row, budget))
+        except tf.errors.ResourceExhaustedError:
+            skipped[key] = f"not enough memory on {device}"
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            refused = xla_refusal(error, experiment.loop.layer_names)
+            if refused is None or not row["jit_compile"]:
+                raise
+            skipped[key] = f"XLA cannot compile {refused}"
+    return entries, experiment
 
 
-def _prepare(setting: Setting, row: dict[str, Any], budget: Budget) -> Entry:
+def _prepare(experiment: Experiment, row: dict[str, Any], budget: Budget) -> Entry:
     """Creates and warms up the three calls of a row, and counts the step's arithmetic."""
-    device, train = row["device"], setting.batches("train", shuffled=True)
-    images, labels = setting.data.train.read(slice(row["batch_size"]))
+    device, train = row["device"], experiment.batches("train", shuffled=True)
+    images, labels = experiment.data.train.read(slice(row["batch_size"]))
     with tf.device(device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
-        flops = count_flops(trace_gradients(setting, batch))
-    bare, batches = bare_epoch(setting, train), bare_epoch(setting, train, training=False)
+        flops = count_flops(trace_gradients(experiment, batch))
+    bare, batches = bare_epoch(experiment, train), bare_epoch(experiment, train, training=False)
     run_bare = _next_steps(bare, train, 1, device)
     seconds = Measurement(run_bare, _wait, budget).call_seconds
     most = max(1, int(_BLOCKS_PER_CALL * budget.block_seconds / seconds))
-    steps = min(setting.loop.steps_per_call, train.steps, most)
-    records = setting.loop.repeat(train, steps)
+    steps = min(experiment.loop.steps_per_execution, train.steps, most)
+    records = experiment.loop.repeat(train, steps)
     calls = {
         "loop": lambda: next(records),
         "bare": _next_steps(bare, train, steps, device),
         "batches": _next_steps(batches, train, steps, device),
     }
     measured = {name: Measurement(calls[name], _wait, budget, parts=steps) for name in calls}
-    row |= {"flops": flops, "steps_per_call": steps}
+    row |= {"flops": flops, "steps_per_execution": steps}
     entry = Entry(row, measured.pop("loop"), measured)
     check_device(run_bare(), device, row["key"])
     if not np.isfinite(loss := next(records).loss).all():
@@ -207,9 +211,11 @@ def _next_steps(
     return call
 
 
-def _gradients(setting: Setting, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Any]:
+def _gradients(
+    experiment: Experiment, images: tf.Tensor, labels: tf.Tensor
+) -> tuple[tf.Tensor, Any]:
     """Returns the loss and its gradients, scaled for float16."""
-    model = setting.model
+    model = experiment.model
     with tf.GradientTape() as tape:
         outputs = model(images, training=True)
         loss = compute_loss(model, images, labels, outputs, None, training=True)
@@ -218,12 +224,12 @@ def _gradients(setting: Setting, images: tf.Tensor, labels: tf.Tensor) -> tuple[
 
 
 def bare_epoch(
-    setting: Setting, train: Batches, *, training: bool = True
+    experiment: Experiment, train: Batches, *, training: bool = True
 ) -> Callable[..., tf.Tensor]:
     """Returns the shortest training loop for a network, without metrics, records and callbacks.
 
     Args:
-        setting: Its model is trained.
+        experiment: Its model is trained.
         train: The batches.
         training: False reads and augments the batches, and does not train.
 
@@ -231,13 +237,13 @@ def bare_epoch(
         A `tf.function` of the state of an epoch, its first step and the number of steps (int32
         scalars). It returns the last loss.
     """
-    model, options = setting.model, setting.config.training
-    augment = setting.augmentation or tf.identity
+    model, options = experiment.model, experiment.config.training
+    augment = experiment.augmentation or tf.identity
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         if not training:  # one number of each: TensorFlow removes work that nothing uses
             return tf.cast(images[0, 0, 0, 0], tf.float32) + tf.cast(labels[0], tf.float32)
-        loss, gradients = _gradients(setting, images, labels)
+        loss, gradients = _gradients(experiment, images, labels)
         if options.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, options.clip_norm)
         model.optimizer.apply(gradients, model.trainable_variables)
@@ -256,9 +262,9 @@ def bare_epoch(
     return cast("Callable[..., tf.Tensor]", tf.function(steps))
 
 
-def trace_gradients(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
+def trace_gradients(experiment: Experiment, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
     """Returns the graph of forward and backward pass with the shapes of this batch."""
-    function = tf.function(functools.partial(_gradients, setting))
+    function = tf.function(functools.partial(_gradients, experiment))
     return cast("Any", function).get_concrete_function(*batch).graph
 
 
@@ -323,33 +329,25 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def _figure(
-    entries: list[Entry], lines: curves.Curves, crossovers: dict[str, curves.Crossover]
-) -> Figure:
-    """Draws the time of a step against the batch size, and its parts."""
+def _figure(rows: list[dict[str, Any]], curves: Curves) -> Figure:
+    """Draws the time of a step against the batch size, and microseconds per image in its parts."""
     figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curves.draw_curves(left, lines, crossovers, "batch size")
-    left.set_title("a step")
-    _draw_parts(right, [entry.row for entry in entries])
-    return figure
-
-
-def _draw_parts(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Draws bars of microseconds per image: training, batches, and the rest of the loop."""
+    left, axes = figure.subplots(1, 2)
+    curves.draw(left)
     names = [f"{row['device']} {_label(row)} {row['batch_size']}" for row in rows]
     parts = {
         "bare epoch without its batches": [max(0, r["bare_ms"] - r["batches_ms"]) for r in rows],
         "batches": [row["batches_ms"] for row in rows],
         "rest of the loop": [max(0, row["step_ms"] - row["bare_ms"]) for row in rows],
     }
-    left = np.zeros(len(rows))
+    start = np.zeros(len(rows))
     for name, milliseconds in parts.items():
         width = np.multiply(milliseconds, [1e3 / row["batch_size"] for row in rows])
-        axes.barh(names, width, left=left, label=name)
-        left += width
+        axes.barh(names, width, left=start, label=name)
+        start += width
     axes.invert_yaxis()
     axes.margins(x=0.25)  # space for the legend
     axes.tick_params(axis="y", labelsize=8)
     axes.set(xlabel="microseconds per image", title="parts of a step")
     axes.legend(fontsize=9)
+    return figure

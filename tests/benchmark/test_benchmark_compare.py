@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ SIZES = [1, 10, 100, 1000]
 
 def timings(seconds: list[float], spread: float = 0.01) -> list[Timing]:
     generator = np.random.default_rng(1)
-    return [Timing(0.0, tuple(s * generator.normal(1, spread, 21)), 1, 0, True) for s in seconds]
+    return [Timing(list(s * generator.normal(1, spread, 21))) for s in seconds]
 
 
 def test_crossover_is_the_size_from_which_the_second_device_is_faster() -> None:
@@ -59,10 +58,10 @@ def test_an_uncertain_or_missing_crossover_has_a_reason(
 
 def test_crossovers_compare_the_first_device_with_each_other_device() -> None:
     def curve(device: str, label: str, seconds: list[float]) -> list[Any]:
-        return [
-            SimpleNamespace(row={"device": device, "label": label, "batch_size": n}, timing=timing)
-            for n, timing in zip(SIZES, timings(seconds), strict=True)
-        ]
+        found: list[Any] = timings(seconds)
+        for n, timing in zip(SIZES, found, strict=True):
+            timing.row = {"device": device, "label": label, "batch_size": n}
+        return found
 
     slow, flat = [1e-6 * n for n in SIZES], [50e-6] * 4
     entries = [

@@ -11,9 +11,16 @@ import pytest
 
 from trainer.benchmark import formats
 from trainer.benchmark.formats import BATCH
+from trainer.benchmark.timing import Timing
 from trainer.errors import MissingError
 from trainer.saving.export import read_facts
 from trainer.saving.formats import FORMATS
+
+
+def test_timings_of_several_processes_are_joined() -> None:
+    first, second = Timing([1.0, 2.0], 1.0, 1, 3), Timing([3.0], 3.0, 2, 4, settled=False)
+    joined = formats._join([first, second])
+    assert joined == Timing([1.0, 2.0, 3.0], 2.0, 2, 7, settled=False)
 
 
 @pytest.mark.slow

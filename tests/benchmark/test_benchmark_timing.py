@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.benchmark import timing
-from trainer.benchmark.timing import (
-    Budget,
-    Entry,
-    Measurement,
-    Timing,
-    join_timings,
-    run_interleaved,
-)
+from trainer.benchmark.timing import Budget, Measurement, Timing, run_interleaved
 
 
 class Device:
@@ -49,7 +42,7 @@ def test_measurement_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     measurement = Measurement(device.call, device.wait)
     for _ in range(9):
         measurement.run_block()
-    found = measurement.timing
+    found = measurement
     assert found.first_seconds == pytest.approx(0.5, rel=1e-4)
     assert found.median == pytest.approx(0.004001, rel=1e-4)
     assert found.calls_per_block == 5  # 20 ms
@@ -62,7 +55,7 @@ def test_blocks_are_much_longer_than_a_reading_of_the_clock(
     device = Device(monkeypatch, lambda _: 1e-7)
     measurement = Measurement(device.call, device.wait, Budget(block_seconds=0))
     measurement.run_block()
-    found = measurement.timing
+    found = measurement
     assert found.calls_per_block * found.median > 1000 * 1e-7
     assert found.median == pytest.approx(1.1e-6, rel=0.01)
 
@@ -71,7 +64,7 @@ def test_warm_up_ends_when_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None
     device = Device(monkeypatch, lambda n: 0.03 * (1 + 10 / (1 + n)))
     measurement = Measurement(device.call, device.wait)
     measurement.run_block()
-    found = measurement.timing
+    found = measurement
     assert found.settled
     assert found.warmup_blocks > 5
     assert found.median < 0.06
@@ -79,7 +72,7 @@ def test_warm_up_ends_when_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None
     measurement = Measurement(alternating.call, alternating.wait, Budget(warmup_seconds=1))
     for _ in range(10):
         measurement.run_block()
-    found = measurement.timing
+    found = measurement
     assert (found.settled, found.stable) == (False, False)
 
 
@@ -87,8 +80,8 @@ def test_timing_of_a_part_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, lambda n: 5.0 if n == 0 else 0.2)
     measurement = Measurement(device.call, device.wait, parts=10)
     measurement.run_block()
-    assert measurement.timing.median == pytest.approx(0.02, rel=1e-3)
-    assert measurement.timing.first_seconds == pytest.approx(5.0, rel=1e-3)
+    assert measurement.median == pytest.approx(0.02, rel=1e-3)
+    assert measurement.first_seconds == pytest.approx(5.0, rel=1e-3)
     assert measurement.call_seconds == pytest.approx(0.2, rel=1e-3)
 
 
@@ -98,17 +91,16 @@ def test_interval_contains_the_median_in_95_percent_of_samples() -> None:
         hits = 0
         for _ in range(2000):
             sample = generator.lognormal(size=size)
-            low, high = Timing(0.0, tuple(sample), 1, 0, True).interval
+            low, high = Timing(list(sample)).interval
             hits += low <= 1.0 <= high  # the median of this distribution
         assert 0.94 < hits / 2000 < 0.98
-    one = Timing(0.0, (3.0,), 1, 0, True)
+    one = Timing([3.0])
     assert (one.interval, one.quartiles, one.median) == ((3, 3), (3, 3), 3)
 
 
 def test_measurements_run_in_turns_in_a_changing_order() -> None:
     order: list[str] = []
-    a, b, c = (SimpleNamespace(run_block=lambda n=n: order.append(n)) for n in "abc")
-    entries: Any = [Entry({}, a, {"b": b}), Entry({}, c)]  # type: ignore[arg-type, dict-item]
+    entries: Any = [SimpleNamespace(run_block=lambda n=n: order.append(n)) for n in "abc"]
     run_interleaved(entries, blocks=20, seed=1)
     rounds = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
     assert {"".join(sorted(r)) for r in rounds} == {"abc"}
@@ -119,13 +111,8 @@ def test_measurements_run_in_turns_in_a_changing_order() -> None:
     assert order == before
 
 
-def test_timings_of_several_processes_are_joined() -> None:
-    both = join_timings([Timing(1.0, (1.0, 2.0), 1, 3, True), Timing(3.0, (3.0,), 2, 4, False)])
-    assert both == Timing(2.0, (1.0, 2.0, 3.0), 2, 7, False)
-
-
 def test_a_slow_phase_of_the_machine_cancels_out_in_ratios() -> None:
-    bare = Timing(1.0, (1.0, 3.0, 1.0), 1, 2, settled=True)
-    loop = Timing(1.0, (1.1, 3.3, 1.1), 1, 2, settled=True)
+    bare = Timing([1.0, 3.0, 1.0])
+    loop = Timing([1.1, 3.3, 1.1])
     assert loop.relative_to(bare).median == pytest.approx(1.1)
     assert loop.relative_to(bare).interval == pytest.approx((1.1, 1.1))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from trainer.benchmark.timing import Entry, Timing
+from trainer.benchmark.timing import Measurement, Timing
 
 _RESAMPLES = 1000
 _STYLES = ("-", "--", "-.", ":")
@@ -35,7 +35,7 @@ class Curves:
 
     def __init__(
         self,
-        entries: list[Entry],
+        entries: list[Measurement],
         size: str,
         label: Callable[[dict[str, Any]], str],
         *,
@@ -55,7 +55,7 @@ class Curves:
         self.timings: dict[tuple[str, str], dict[int, Timing]] = {}
         for entry in entries:
             key = entry.row["device"], label(entry.row)
-            self.timings.setdefault(key, {})[entry.row[size]] = entry.timing
+            self.timings.setdefault(key, {})[entry.row[size]] = entry
         self.crossovers: dict[str, Crossover] = {}  # by label, first and other device
         for (device, name), other in self.timings.items():
             # Only GPUs have TF32. It is compared with the CPU's float32.

@@ -36,12 +36,10 @@ def main(kind: str, path: str, images_file: str, calls: str) -> None:
         one.run_block()
     many = Measurement(lambda: predict(images), budget=Budget(block_seconds=0.05))
     end = time.perf_counter() + _BATCH_SECONDS
-    blocks = 0
-    while time.perf_counter() < end or blocks < _MIN_BLOCKS:
+    while time.perf_counter() < end or len(many.block_seconds) < _MIN_BLOCKS:
         many.run_block()
-        blocks += 1
     seconds = {"import_seconds": imported - start, "load_seconds": loaded - imported}
-    print(json.dumps(seconds | {"one": asdict(one.timing), "many": asdict(many.timing)}))  # noqa: T201
+    print(json.dumps(seconds | {"one": asdict(one), "many": asdict(many)}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from trainer import data as datasets
 from trainer.benchmark.result import BenchmarkResult
-from trainer.benchmark.timing import Timing, join_timings
+from trainer.benchmark.timing import Timing
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import open_run
@@ -122,7 +122,7 @@ def _measure(kind: str, artefact: Path, folder: str, calls: int) -> dict[str, An
 def _row(
     kind: str, artefact: Path, measured: list[dict[str, Any]], verified: Verified
 ) -> dict[str, Any]:
-    one, many = (join_timings([Timing(**m[key]) for m in measured]) for key in ("one", "many"))
+    one, many = (_join([Timing(**m[key]) for m in measured]) for key in ("one", "many"))
     folder = artefact if artefact.is_dir() else artefact.parent
     return {
         "key": kind,
@@ -141,6 +141,17 @@ def _row(
         "batches": many.to_json(),
         "loads_seconds": [m["load_seconds"] for m in measured],
     }
+
+
+def _join(timings: list[Timing]) -> Timing:
+    """Returns the timings of the same call in several processes as one timing."""
+    return Timing(
+        [seconds for timing in timings for seconds in timing.block_seconds],
+        float(np.median([timing.first_seconds for timing in timings])),
+        max(timing.calls_per_block for timing in timings),
+        sum(timing.warmup_blocks for timing in timings),
+        all(timing.settled for timing in timings),
+    )
 
 
 def _quartiles(row: dict[str, Any]) -> str:

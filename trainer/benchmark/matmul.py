@@ -24,7 +24,7 @@ from trainer.benchmark.products import (
     product_row,
 )
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text, with_unit
-from trainer.benchmark.timing import Budget, Entry, run_interleaved
+from trainer.benchmark.timing import Budget, Measurement, run_interleaved
 from trainer.environment import describe_environment
 
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
@@ -89,7 +89,7 @@ def benchmark_matmul(
         environment=describe_environment(tuple(names), fingerprint="")
         | {
             "caches": environment.cpu_caches(),
-            "threads": {"inter_op": inter_op, "intra_op": intra_op},
+            "threads": threads,
         },
         facts=curves.facts(),
         baselines=products.baselines,
@@ -162,7 +162,7 @@ def _budget(largest: int | None, *, quick: bool) -> Budget:
     return replace(budget, square_sizes=squares, dot_sizes=dots)
 
 
-def _complete(entry: Entry, products: Products) -> dict[str, Any]:
+def _complete(entry: Measurement, products: Products) -> dict[str, Any]:
     """Adds timing, rates and the share of the limit to the row of an entry.
 
     The limit of a square is the GFLOP/s of its device and type. That of a dot product is the GB/s
@@ -171,8 +171,7 @@ def _complete(entry: Entry, products: Products) -> dict[str, Any]:
     Raises:
         CheckError: The rate is far above the baselines.
     """
-    entry.complete()
-    row, levels = entry.row, cache_levels()
+    row, levels = entry.complete_row(), cache_levels()
     same = {"shape": [row["shape"]], "device": [row["device"]]}
     if row["shape"] == "square":
         work, same = "flops", same | {"dtype": [row["dtype"]]}
@@ -185,7 +184,7 @@ def _complete(entry: Entry, products: Products) -> dict[str, Any]:
         row["most"] = max(limit, fastest(products.entries, work, **same))
         row["share"] = rate / row["most"]
     beside = {
-        baseline.row["name"]: baseline.timing.median
+        baseline.row["name"]: baseline.median
         for baseline in products.baselines
         if baseline.row["product"] == row["key"]
     }

@@ -17,7 +17,7 @@ from trainer import devices as places
 from trainer.benchmark.checks import check_device, check_share
 from trainer.benchmark.products import cache_level, cache_levels, fastest, prepare_products
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
-from trainer.benchmark.timing import Budget, Entry, Measurement, run_interleaved
+from trainer.benchmark.timing import Budget, Measurement, run_interleaved
 from trainer.environment import describe_environment
 
 _logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def benchmark_operations(
     """
     names, budget = places.select_each(words), QUICK if quick else FULL
     products = prepare_products(names, ["dot", "square"], ["float32"], budget, seed=seed)
-    entries: list[Entry] = []
+    entries: list[Measurement] = []
     for device, size in itertools.product(names, _SIZES[:1] if quick else _SIZES):
         _logger.info("preparing %s operations on %s", size, device)
         for operation, gradient in itertools.product(operations(size), (False, True)):
@@ -125,7 +125,7 @@ def benchmark_operations(
     )
 
 
-def _prepare(operation: Operation, row: dict[str, Any], budget: Budget, seed: int) -> Entry:
+def _prepare(operation: Operation, row: dict[str, Any], budget: Budget, seed: int) -> Measurement:
     """Creates an operation on a device, checks the device of its results, and warms up."""
     generator, device, gradient = np.random.default_rng(seed), row["device"], row["gradient"]
     with tf.device(device):
@@ -148,16 +148,15 @@ def _prepare(operation: Operation, row: dict[str, Any], budget: Budget, seed: in
         with tf.device(device):
             return compiled(*inputs)
 
-    measurement = Measurement(call, tf.test.experimental.sync_devices, budget)
     key = f"{operation.name}/{row['size']}/{device}/{'gradient' if gradient else 'forward'}"
     for tensor in tf.nest.flatten(call()):
         check_device(tensor, device, key)
     factor = (3 if operation.name in _PRODUCTS else 2) if gradient else 1
     moved = sum(t.dtype.size * math.prod(t.shape) for t in [*inputs, *weights, result])
-    work = {"flops": factor * operation.flops, "bytes": factor * moved}
-    fits = cache_level(work["bytes"], device)
-    facts = {"key": key, "inputs": [list(shape) for shape in operation.shapes], "fits": fits}
-    return Entry(row | facts | work, measurement)
+    row |= {"key": key, "inputs": [list(shape) for shape in operation.shapes]}
+    row |= {"flops": factor * operation.flops, "bytes": factor * moved}
+    row["fits"] = cache_level(row["bytes"], device)
+    return Measurement(call, tf.test.experimental.sync_devices, budget, row)
 
 
 def _derivative(
@@ -177,7 +176,9 @@ def _derivative(
     return derive
 
 
-def _peaks(device: str, entries: list[Entry], baselines: list[Entry]) -> dict[str, float]:
+def _peaks(
+    device: str, entries: list[Measurement], baselines: list[Measurement]
+) -> dict[str, float]:
     """Returns the fastest block of a device: GFLOP/s, and GB/s from each cache and from memory.
 
     Raises:
@@ -186,7 +187,7 @@ def _peaks(device: str, entries: list[Entry], baselines: list[Entry]) -> dict[st
     peak = fastest(baselines, "flops", shape=["square"], device=[device])
     for entry in entries:
         if entry.row["device"] == device:
-            check_share(entry.row["flops"] / entry.timing.median / 1e9, peak, entry.row["key"])
+            check_share(entry.row["flops"] / entry.median / 1e9, peak, entry.row["key"])
     levels = cache_levels()
     rates = {}
     for i, level in enumerate(levels):
@@ -196,11 +197,10 @@ def _peaks(device: str, entries: list[Entry], baselines: list[Entry]) -> dict[st
     return {"gflop_per_s": max(peak, fastest(entries, "flops", device=[device])), **rates}
 
 
-def _complete(entry: Entry, peaks: dict[str, float]) -> dict[str, Any]:
+def _complete(entry: Measurement, peaks: dict[str, float]) -> dict[str, Any]:
     """Adds timing, rates and the share of the roofline to a row."""
-    entry.complete()
-    row = entry.row
-    row["best_seconds"] = min(entry.timing.block_seconds)
+    row = entry.complete_row()
+    row["best_seconds"] = min(entry.block_seconds)
     # An embedding has no arithmetic; only its memory traffic counts.
     row["share"] = row["gbyte_per_s"] / peaks[row["fits"]]
     if row["flops"]:

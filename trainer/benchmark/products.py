@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainer import environment
 from trainer.benchmark.checks import check_device, check_product
-from trainer.benchmark.timing import Budget, Entry, Measurement
+from trainer.benchmark.timing import Budget, Measurement
 
 _logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ Pair = tuple[tf.Tensor, tf.Tensor]
 class Products:
     """All products of a run."""
 
-    entries: list[Entry] = field(default_factory=list)  # in ascending size
-    baselines: list[Entry] = field(default_factory=list)  # the same work, measured in other ways
+    entries: list[Measurement] = field(default_factory=list)  # in ascending size
+    baselines: list[Measurement] = field(default_factory=list)  # the same, in other ways
     skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped product
 
 
@@ -47,7 +47,7 @@ class Operands(NamedTuple):
     copy_seconds: float
 
 
-def fastest(entries: Iterable[Entry], work: str, **wanted: Any) -> float:
+def fastest(entries: Iterable[Measurement], work: str, **wanted: Any) -> float:
     """Returns the rate of the fastest block: GFLOP/s or GB/s; 0 if no entry matches.
 
     Args:
@@ -56,7 +56,7 @@ def fastest(entries: Iterable[Entry], work: str, **wanted: Any) -> float:
         **wanted: Accepted values for columns of the row.
     """
     rates = (
-        entry.row[work] / min(entry.timing.block_seconds) / 1e9
+        entry.row[work] / min(entry.block_seconds) / 1e9
         for entry in entries
         if all(entry.row[column] in values for column, values in wanted.items())
     )
@@ -117,7 +117,7 @@ def prepare_products(
         if dtype == "tf32" and not device.startswith("GPU"):
             continue
         _logger.info("preparing %s products of %s on %s", shape, dtype, device)
-        last: Entry | None = None
+        last: Measurement | None = None
         for n in budget.dot_sizes if shape == "dot" else budget.square_sizes:
             row = product_row(shape, n, device, dtype)
             reason = _reason_to_skip(row, last, free_bytes)
@@ -136,12 +136,12 @@ def _with_tf32(dtypes: list[str]) -> list[str]:
     return [k for dtype in dtypes for k in ([dtype, "tf32"] if dtype == "float32" else [dtype])]
 
 
-def _reason_to_skip(row: dict[str, Any], last: Entry | None, free_bytes: float) -> str:
+def _reason_to_skip(row: dict[str, Any], last: Measurement | None, free_bytes: float) -> str:
     if row["bytes"] * 2 > free_bytes:
         return f"{row['bytes']:,} bytes of operands do not fit in half of the memory"
     if last is not None:
         # The rate of a small product is only a lower bound for a large one.
-        rate = last.row["flops"] / last.measurement.call_seconds
+        rate = last.row["flops"] / last.call_seconds
         seconds = row["flops"] / max(rate, _EXPECTED_FLOPS_PER_SECOND)
         if seconds > _MAX_CALL_SECONDS:
             return f"one call would take about {seconds:.0f} s"
@@ -150,7 +150,7 @@ def _reason_to_skip(row: dict[str, Any], last: Entry | None, free_bytes: float) 
 
 def _prepare(
     row: dict[str, Any], products: Products, budget: Budget, generator: np.random.Generator
-) -> tuple[Entry, int]:
+) -> tuple[Measurement, int]:
     """Prepares a hot product, a cold one where it differs, and the baselines.
 
     Returns:
@@ -200,7 +200,9 @@ def multiply_on(device: str, pairs: list[Pair]) -> Callable[[], tf.Tensor]:
     return multiply
 
 
-def _measure(row: dict[str, Any], pairs: list[Pair], operands: Operands, budget: Budget) -> Entry:
+def _measure(
+    row: dict[str, Any], pairs: list[Pair], operands: Operands, budget: Budget
+) -> Measurement:
     """Warms up a product, and checks its result."""
     multiply = multiply_on(row["device"], pairs)
 
@@ -208,7 +210,7 @@ def _measure(row: dict[str, Any], pairs: list[Pair], operands: Operands, budget:
         tf.test.experimental.sync_devices()
         _set_tf32(row)
 
-    measurement = Measurement(multiply, wait, budget)
+    measurement = Measurement(multiply, wait, budget, row)
     tensors = {"first operand": pairs[0][0], "second operand": pairs[0][1], "result": multiply()}
     found = {
         name: check_device(tensor, row["device"], f"{row['key']}: {name}")
@@ -217,34 +219,34 @@ def _measure(row: dict[str, Any], pairs: list[Pair], operands: Operands, budget:
     wait()
     start = time.perf_counter()
     product = tensors["result"].numpy()
-    copies = {
-        "to_device_seconds": operands.copy_seconds,
-        "to_host_seconds": time.perf_counter() - start,
-    }
-    error = check_product(*operands.host, product.astype(np.float32), row["dtype"])
-    return Entry({**row, **copies, "error": error, "places": found}, measurement)
+    row["to_device_seconds"] = operands.copy_seconds
+    row["to_host_seconds"] = time.perf_counter() - start
+    row["error"] = check_product(*operands.host, product.astype(np.float32), row["dtype"])
+    row["places"] = found
+    return measurement
 
 
-def _baselines(row: dict[str, Any], operands: Operands, budget: Budget) -> list[Entry]:
+def _baselines(row: dict[str, Any], operands: Operands, budget: Budget) -> list[Measurement]:
     """Measures the same product with another wait, sums of the operands, and numpy."""
     (a, b), (left, right) = operands.pair, operands.host
     longer = replace(budget, block_seconds=3 * budget.block_seconds)  # reading takes time, too
-    product = multiply_on(row["device"], [(a, b)])
-    found = {"product": Measurement(*_read_back(product, row), longer)}
+    calls = {"product": _read_back(multiply_on(row["device"], [(a, b)]), row)}
     if row["shape"] == "dot":
-        sums = _read_back(lambda: (tf.reduce_sum(a), tf.reduce_sum(b))[-1], row)
-        found["sums"] = Measurement(*sums, longer)
+        calls["sums"] = _read_back(lambda: (tf.reduce_sum(a), tf.reduce_sum(b))[-1], row)
     if row["dtype"] == "float32" and row["device"].startswith("CPU"):
-        found["numpy"] = Measurement(lambda: left @ right, budget=longer)
+        calls["numpy"] = (lambda: left @ right, lambda: None)
     return [
-        Entry(row | {"key": f"{row['key']}/{name}", "product": row["key"], "name": name}, each)
-        for name, each in found.items()
+        Measurement(
+            *(call, wait, longer),
+            row | {"key": f"{row['key']}/{name}", "product": row["key"], "name": name},
+        )
+        for name, (call, wait) in calls.items()
     ]
 
 
 def _read_back(
     call: Callable[[], tf.Tensor], row: dict[str, Any]
-) -> tuple[Callable[[], None], Callable[[], None]]:
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Returns the call, and a wait that reads one value of its last result.
 
     A device executes its operations in order. A clock that does not wait cannot agree with this.

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from trainer import devices as places
-from trainer.benchmark.timing import Entry
+from trainer.benchmark.timing import Measurement
 from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.run import make_directory
@@ -35,7 +35,7 @@ class BenchmarkResult:
     settings: dict[str, Any]
     environment: dict[str, Any]  # versions, processors and other conditions
     facts: dict[str, Any] = field(default_factory=dict)  # further results
-    baselines: list[Entry] = field(default_factory=list)  # they make two results comparable
+    baselines: list[Measurement] = field(default_factory=list)  # they make two results comparable
     figure: Figure | None = None
     size: str = ""  # the column that TensorBoard draws the scalars against
     scalars: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}  # by tag, of a row
@@ -44,7 +44,7 @@ class BenchmarkResult:
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
         names = ("subject", "settings", "rows", "facts", "skipped", "environment")
-        baselines = {entry.row["key"]: entry.timing.to_json() for entry in self.baselines}
+        baselines = {entry.row["key"]: entry.to_json() for entry in self.baselines}
         plain = {name: getattr(self, name) for name in names}
         return {"benchmark": self.name, **plain, "baselines": baselines}
 

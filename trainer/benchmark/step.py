@@ -21,7 +21,7 @@ from trainer.benchmark.curves import Curves
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.products import fastest, prepare_products
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
-from trainer.benchmark.timing import Budget, Entry, Measurement, run_interleaved
+from trainer.benchmark.timing import Budget, Measurement, run_interleaved
 from trainer.config import Config
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError
@@ -75,20 +75,21 @@ def benchmark_step(
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
     products = prepare_products(names, ["square"], dtypes, budget, seed=seed)
     skipped = dict(products.skipped)
-    entries, experiment = _prepare_all(config, rows, budget, skipped)
-    if not entries:
+    prepared, experiment = _prepare_all(config, rows, budget, skipped)
+    if not prepared:
         raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
-    run_interleaved([*entries, *products.baselines], blocks=budget.blocks, seed=seed)
-    for entry in entries:
-        _complete(entry, products.baselines)
-    curves = Curves(entries, "batch_size", _label, first=names[0], seed=seed)
+    calls = [call for measured in prepared for call in measured.values()]
+    run_interleaved([*calls, *products.baselines], blocks=budget.blocks, seed=seed)
+    rows = [_complete(measured, products.baselines) for measured in prepared]
+    loops = [measured["loop"] for measured in prepared]
+    curves = Curves(loops, "batch_size", _label, first=names[0], seed=seed)
     if quick:
         skipped["other batch sizes and precisions, XLA"] = "--quick measures them only on request"
     spec, parameters = experiment.data.spec, experiment.model.count_params()
     return BenchmarkResult(
         name="step",
         subject=f"training step of {config.model.name} ({parameters:,} parameters) on {spec.name}",
-        rows=[entry.row for entry in entries],
+        rows=rows,
         columns=_COLUMNS,
         notes=[_LEGEND, *curves.notes()],
         skipped=skipped | skipped_gpus(names),
@@ -96,7 +97,7 @@ def benchmark_step(
         environment=describe_environment(tuple(names), spec.fingerprint),
         facts=curves.facts(),
         baselines=products.baselines,
-        figure=_figure([entry.row for entry in entries], curves),
+        figure=_figure(rows, curves),
         size="batch_size",
         scalars=lambda row: {
             f"step_{_label(row)}/{name}": row[name] for name in ("step_ms", "images_per_second")
@@ -137,13 +138,13 @@ def _choose_rows(
 
 def _prepare_all(
     config: Config, rows: list[dict[str, Any]], budget: Budget, skipped: dict[str, str]
-) -> tuple[list[Entry], Experiment]:
+) -> tuple[list[dict[str, Measurement]], Experiment]:
     """Prepares all rows, and adds those that cannot be measured to `skipped`, with the reason.
 
     Returns:
-        The rows, and the experiment of the last one.
+        The measurements of each row (see `_prepare`), and the experiment of the last row.
     """
-    entries = []
+    prepared = []
     for row in rows:
         key, device = row["key"], row["device"]
         _logger.info("preparing %s", key.replace("/", " "))
@@ -153,7 +154,7 @@ def _prepare_all(
             skipped[key] = f"there are only {images:,} training images"
             continue
         try:
-            entries.append(_prepare(experiment, row, budget))
+            prepared.append(_prepare(experiment, row, budget))
         except tf.errors.ResourceExhaustedError:
             skipped[key] = f"not enough memory on {device}"
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
@@ -161,11 +162,11 @@ def _prepare_all(
             if refused is None or not row["jit_compile"]:
                 raise
             skipped[key] = f"XLA cannot compile {refused}"
-    return entries, experiment
+    return prepared, experiment
 
 
-def _prepare(experiment: Experiment, row: dict[str, Any], budget: Budget) -> Entry:
-    """Creates and warms up the three calls of a row, and counts the step's arithmetic."""
+def _prepare(experiment: Experiment, row: dict[str, Any], budget: Budget) -> dict[str, Measurement]:
+    """Warms up the "loop", the "bare" epoch and the "batches", and counts the step's arithmetic."""
     device, train = row["device"], experiment.batches("train", shuffled=True)
     images, labels = experiment.data.train.read(slice(row["batch_size"]))
     with tf.device(device):
@@ -182,13 +183,14 @@ def _prepare(experiment: Experiment, row: dict[str, Any], budget: Budget) -> Ent
         "bare": _next_steps(bare, train, steps, device),
         "batches": _next_steps(batches, train, steps, device),
     }
-    measured = {name: Measurement(calls[name], _wait, budget, parts=steps) for name in calls}
     row |= {"flops": flops, "steps_per_execution": steps}
-    entry = Entry(row, measured.pop("loop"), measured)
+    measured = {
+        name: Measurement(call, _wait, budget, row, parts=steps) for name, call in calls.items()
+    }
     check_device(run_bare(), device, row["key"])
     if not np.isfinite(loss := next(records).loss).all():
         raise CheckError(f"{row['key']}: expected a finite loss, received {loss[-1]}")
-    return entry
+    return measured
 
 
 def _next_steps(
@@ -274,14 +276,14 @@ def _wait() -> None:
     tf.config.experimental.enable_tensor_float_32_execution(enabled=True)
 
 
-def _complete(entry: Entry, baselines: list[Entry]) -> None:
-    """Adds the timings and the rates to a row.
+def _complete(measured: dict[str, Measurement], baselines: list[Measurement]) -> dict[str, Any]:
+    """Adds the timings and the rates to a row, and returns it.
 
     Raises:
         CheckError: The rate is far above that of the baselines.
     """
-    row, loop = entry.row, entry.timing
-    bare, batches = (entry.parts[name].timing for name in ("bare", "batches"))
+    loop, bare, batches = (measured[name] for name in ("loop", "bare", "batches"))
+    row = loop.row
     dtype = row["precision"].removeprefix("mixed_")
     if dtype == "float32" and row["device"].startswith("GPU"):
         dtype = "tf32"  # TensorFlow's default
@@ -291,7 +293,7 @@ def _complete(entry: Entry, baselines: list[Entry]) -> None:
     if rate is not None:
         check_share(rate, peak, row["key"])
     overhead = loop.relative_to(bare)
-    entry.row |= {
+    return row | {
         "step_ms": loop.median * 1e3,
         "bare_ms": bare.median * 1e3,
         "batches_ms": batches.median * 1e3,

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,15 @@ class Budget:
     dot_sizes: tuple[int, ...] = ()  # n of [1, n] x [n, 1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
     """Duration of one call."""
 
-    first_seconds: float  # the first call: tracing, compiling, allocating memory
-    block_seconds: Sequence[float]  # mean duration of a call, for each block
-    calls_per_block: int
-    warmup_blocks: int
-    settled: bool  # whether two blocks in a row agreed at the end of the warm-up
+    block_seconds: list[float]  # mean duration of a call, for each block
+    first_seconds: float = 0.0  # the first call: tracing, compiling, allocating memory
+    calls_per_block: int = 1
+    warmup_blocks: int = 0
+    settled: bool = True  # whether two blocks in a row agreed at the end of the warm-up
 
     def percentile(self, percent: float) -> float:
         """Returns a percentile of the blocks, in seconds."""
@@ -75,7 +75,7 @@ class Timing:
     def relative_to(self, other: "Timing") -> "Timing":
         """Returns ratios of interleaved blocks; a slow phase of the machine cancels out."""
         pairs = zip(self.block_seconds, other.block_seconds, strict=True)
-        return replace(self, block_seconds=[a / b for a, b in pairs])
+        return Timing([a / b for a, b in pairs])
 
     def to_json(self) -> dict[str, Any]:
         """Returns the statistics as plain values."""
@@ -91,7 +91,7 @@ class Timing:
         }
 
 
-class Measurement:
+class Measurement(Timing):
     """A call that is being timed. The blocks of several measurements can be interleaved."""
 
     def __init__(
@@ -99,6 +99,7 @@ class Measurement:
         call: Callable[[], Any],
         wait: Callable[[], Any] = lambda: None,
         budget: Budget | None = None,
+        row: dict[str, Any] | None = None,
         *,
         parts: int = 1,
     ) -> None:
@@ -108,43 +109,46 @@ class Measurement:
             call: The call to time. Its inputs are created before, not in the call.
             wait: Returns when the device has finished all its work.
             budget: Durations of blocks and warm-up.
+            row: The row of the result: key, device, the work in flops and bytes, and so on.
             parts: Blocks are timings of one of so many equal parts of a call.
         """
-        self._call, self._wait, self._parts = call, wait, parts
-        self._blocks: list[float] = []
-        self._calls = 1
-        self.call_seconds = self._first = self._time_block()  # of one call, in the last block
+        self._call, self._wait, self._parts, self.row = call, wait, parts, row or {}
+        self.calls_per_block = 1
+        self.call_seconds = first = self._time_block()  # of one call, in the last block
         budget = budget or Budget()
         least = max(budget.block_seconds, clock_seconds(_CLOCK_READINGS))
         self._grow(least)
-        self._warmup_blocks, self._settled = self._warm_up(budget.warmup_seconds)
+        warmup_blocks, settled = self._warm_up(budget.warmup_seconds)
         self._grow(least)  # calls are faster after the warm-up
+        super().__init__([], first, self.calls_per_block, warmup_blocks, settled)
 
     def run_block(self) -> None:
         """Times one block and counts it."""
-        self._blocks.append(self._time_block() / self._parts)
+        self.block_seconds.append(self._time_block() / self._parts)
 
-    @property
-    def timing(self) -> Timing:
-        """The timing of the blocks so far; at least one block is needed."""
-        blocks = tuple(self._blocks)
-        return Timing(self._first, blocks, self._calls, self._warmup_blocks, self._settled)
+    def complete_row(self) -> dict[str, Any]:
+        """Adds timing and rates to the row, and returns it."""
+        self.row["seconds"] = self.median
+        self.row["gflop_per_s"] = self.row["flops"] / self.median / 1e9
+        self.row["gbyte_per_s"] = self.row["bytes"] / self.median / 1e9
+        self.row["timing"] = self.to_json()
+        return self.row
 
     def _time_block(self) -> float:
         """Returns the mean seconds of the calls of one block."""
-        call, calls = self._call, range(self._calls)
+        call, calls = self._call, range(self.calls_per_block)
         self._wait()
         start = time.perf_counter()
         for _ in calls:
             call()
         self._wait()
-        self.call_seconds = (time.perf_counter() - start) / self._calls
+        self.call_seconds = (time.perf_counter() - start) / self.calls_per_block
         return self.call_seconds
 
     def _grow(self, least_seconds: float) -> None:
-        while (seconds := self._time_block() * self._calls) < least_seconds:
-            more = math.ceil(self._calls * least_seconds / max(seconds, 1e-9))
-            self._calls = max(2 * self._calls, more)
+        while (seconds := self._time_block() * self.calls_per_block) < least_seconds:
+            more = math.ceil(self.calls_per_block * least_seconds / max(seconds, 1e-9))
+            self.calls_per_block = max(2 * self.calls_per_block, more)
 
     def _warm_up(self, max_seconds: float) -> tuple[int, bool]:
         end = time.perf_counter() + max_seconds
@@ -157,36 +161,13 @@ class Measurement:
         return blocks, False
 
 
-@dataclass
-class Entry:
-    """One row of a result, and the measurements that complete it."""
-
-    row: dict[str, Any]  # plain values: key, device, the work in flops and bytes, and so on
-    measurement: Measurement
-    parts: dict[str, Measurement] = field(default_factory=dict)  # further measurements, by name
-
-    @property
-    def timing(self) -> Timing:
-        """The timing of the row."""
-        return self.measurement.timing
-
-    def complete(self) -> None:
-        """Adds timing and rates to the row."""
-        timing, work = self.timing, self.row
-        work["seconds"] = timing.median
-        work["gflop_per_s"] = work["flops"] / timing.median / 1e9
-        work["gbyte_per_s"] = work["bytes"] / timing.median / 1e9
-        work["timing"] = timing.to_json()
-
-
-def run_interleaved(entries: Sequence[Entry], *, blocks: int, seed: int) -> None:
+def run_interleaved(measurements: Sequence[Measurement], *, blocks: int, seed: int) -> None:
     """Runs blocks of all measurements in turns, in a new random order for each round.
 
     A slow phase of the machine then affects all measurements alike.
     """
     _logger.info("measuring %d blocks of each call, in turns", blocks)
-    order = [each for entry in entries for each in (entry.measurement, *entry.parts.values())]
-    generator = random.Random(seed)
+    order, generator = list(measurements), random.Random(seed)
     for _ in range(blocks):
         generator.shuffle(order)
         for measurement in order:
@@ -199,14 +180,3 @@ def clock_seconds(readings: int) -> float:
     for _ in range(readings):
         time.perf_counter()
     return time.perf_counter() - start
-
-
-def join_timings(timings: Sequence[Timing]) -> Timing:
-    """Returns the timings of the same call in several processes as one timing."""
-    return Timing(
-        float(np.median([t.first_seconds for t in timings])),
-        tuple(seconds for t in timings for seconds in t.block_seconds),
-        max(t.calls_per_block for t in timings),
-        sum(t.warmup_blocks for t in timings),
-        all(t.settled for t in timings),
-    )

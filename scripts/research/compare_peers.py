@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import process
 import typer
 from matplotlib.figure import Figure
-from process import ROOT
 from rich.console import Console
 from rich.table import Table
 
+import process
+from process import ROOT
 from trainer import data, load_config
 
 TORCH = "torch==2.13.0"

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import process
 import typer
 from rich.console import Console
 from rich.table import Table
 
+import process
 from trainer import data, load_config
 from trainer.config import Config
 from trainer.data import Split

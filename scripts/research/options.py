@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import process
 import typer
 from rich.console import Console
 from rich.table import Table
+
+import process
 
 CONFIG = "configs/mnist.toml"
 DEFAULT = "the default"
@@ -27,8 +28,8 @@ _FOLDER = Path("runs/options")
 # Each without what the default has, or with what it has not: changes as --set takes them.
 CASES: dict[str, list[str]] = {
     DEFAULT: [],
-    "one step a call (training.steps_per_call = 1)": ["training.steps_per_call=1"],
-    "ten steps a call": ["training.steps_per_call=10"],
+    "one step a call (training.steps_per_execution = 1)": ["training.steps_per_execution=1"],
+    "ten steps a call": ["training.steps_per_execution=10"],
     "streamed, not on the device (data.placement)": ["data.placement=stream"],
     "float32 (training.precision)": ["training.precision=float32"],
     "Keras's Adam instead of FusedAdam (optimizer.name)": [

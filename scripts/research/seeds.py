@@ -8,10 +8,11 @@ The figures of the README come from this program. The runs are kept in `runs/see
 import statistics
 from typing import Annotated
 
-import process
 import typer
 from rich.console import Console
 from rich.table import Table
+
+import process
 
 
 def main(

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainer.experiment import Experiment, PhaseTimer, build_experiment
 
 from trainer import devices
 from trainer.benchmark import step
@@ -20,6 +19,7 @@ from trainer.benchmark.step import benchmark_step
 from trainer.benchmark.timing import Budget
 from trainer.config import Config
 from trainer.errors import CheckError
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 
 TINY = Budget(3, 0.002, 0.01, square_sizes=(128,))
 

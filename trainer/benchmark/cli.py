@@ -134,7 +134,7 @@ def formats(
     """Compare the export formats of a model: size, loading time, speed, accuracy."""
     console.require("cpu", run, runs)
     benchmark = _Benchmark(None, runs, json_, compare, tolerance)
-    benchmark.run("formats", "benchmark_formats", run, runs=runs, quick=quick)
+    benchmark.run("formats", "benchmark_formats", run, runs_directory=runs, quick=quick)
 
 
 def _check(option: str, values: list[Any] | None, choices: tuple[str, ...] = ()) -> None:

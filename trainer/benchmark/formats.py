@@ -35,7 +35,7 @@ _LEGEND = (
 
 
 def benchmark_formats(
-    reference: str = "latest", *, runs: str = "runs", quick: bool = False, seed: int = 0
+    reference: str = "latest", *, runs_directory: str = "runs", quick: bool = False, seed: int = 0
 ) -> BenchmarkResult:
     """Exports a run to every available format and measures each on this machine.
 
@@ -44,7 +44,7 @@ def benchmark_formats(
 
     Args:
         reference: A run directory, its name, or "latest".
-        runs: Folder of the run directories.
+        runs_directory: Folder of the run directories.
         quick: Measure less.
         seed: Random seed for the order.
 
@@ -52,7 +52,7 @@ def benchmark_formats(
         InputError: There is no such run.
         CheckError: The process of a format fails.
     """
-    run, budget = open_run(reference, runs_directory=runs), QUICK if quick else FULL
+    run, budget = open_run(reference, runs_directory=runs_directory), QUICK if quick else FULL
     config = run.config()
     data = datasets.load(config.data)
     images = data.test.read(slice(BATCH))[0]

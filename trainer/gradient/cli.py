@@ -68,7 +68,7 @@ def gradient(
     else:
         console._print(result.title)
         console._print_rows((row.values() for row in result.table), titles=result.table[0])
-        for line in result.lines:
+        for line in (result.verdict, *result.notes):
             console._print(line)
         console._print_kept(folder, tensorboard=True)
     if not result.passed:

@@ -87,17 +87,25 @@ class Expression:
             for index in np.ndindex(*self.at[name].shape)
         ]
 
-    def split(
-        self, wrt: Sequence[str], elements: Any, reshape: Callable[..., Any]
-    ) -> dict[str, Any]:
-        """Returns variables by name, from the elements of all of them, one after the other."""
-        ends = np.cumsum([self.at[name].size for name in wrt]).tolist()
-        parts = [
-            elements[end - self.at[name].size : end] for name, end in zip(wrt, ends, strict=True)
-        ]
-        return {
-            name: reshape(part, self.at[name].shape) for name, part in zip(wrt, parts, strict=True)
-        }
+    def point(self, wrt: Sequence[str]) -> Array:
+        """Returns the elements of some variables, one variable after the other, float64 [n]."""
+        return np.concatenate([self.at[name].ravel() for name in wrt])
+
+    def split(self, wrt: Sequence[str], point: Any, reshape: Callable[..., Any]) -> dict[str, Any]:
+        """Returns all variables by name, with those of `wrt` replaced by the elements of a point.
+
+        Args:
+            wrt: Names of variables.
+            point: An array of any library, [n].
+            reshape: Its function of an array and a shape.
+        """
+        values: dict[str, Any] = {**self.at}
+        start = 0
+        for name in wrt:
+            end = start + self.at[name].size
+            values[name] = reshape(point[start:end], self.at[name].shape)
+            start = end
+        return values
 
     def evaluate(
         self, operations: Operations, values: Mapping[str, Any], number: Callable[[Any], Any]
@@ -158,7 +166,7 @@ class Expression:
         operations = {name: functools.partial(perturb, call) for name, call in NUMPY.items()}
         with np.errstate(all="ignore"):
             values = [
-                self.evaluate(operations, CONSTANTS | {**self.at}, np.float64) for _ in range(8)
+                self.evaluate(operations, {**CONSTANTS, **self.at}, np.float64) for _ in range(8)
             ]
             changes = abs(np.array(values) - self.value) / 16
         return np.fmax(epsilon * abs(self.value), changes.max(axis=0))

@@ -6,7 +6,7 @@ runs/<UTC time>-gradient/
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,25 @@ class GradientResult:
         title: What was compared.
         passed: Whether the methods agree.
         verdict: A line that states whether and how well they agree.
-        lines: The lines below the table; they include the verdict.
+        notes: More lines.
         table: Rows of column title and text.
-        document: All numbers, for JSON.
+        numbers: Everything else for the JSON document.
         graph: The recorded operations, a tf.Graph; None for a network.
     """
 
     title: str
     passed: bool
     verdict: str
-    lines: tuple[str, ...]
+    notes: list[str]
     table: list[dict[str, str]]
-    document: dict[str, Any]
-    graph: Any = field(default=None, repr=False)
+    numbers: dict[str, Any]
+    graph: Any = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON document, with null for numbers that are not finite."""
+        document: dict[str, Any] = _finite(self.numbers | {"notes": self.notes})
+        return document
 
     def write(self, runs: str) -> Path:
         """Writes the result to a new run directory.
@@ -50,14 +56,13 @@ class GradientResult:
         import tensorflow as tf
 
         path = make_directory(runs, "gradient")
-        rows = [self.table[0], dict.fromkeys(self.table[0], "---"), *self.table]
-        rows = [list(self.table[0]), *(row.values() for row in rows[1:])]
+        rows = [list(self.table[0]), ["---"] * len(self.table[0]), *map(dict.values, self.table)]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-        title, *lines = (f"`{line}`" for line in (self.title, *self.lines))
+        lines = "\n\n".join(f"`{line}`" for line in (self.title, self.verdict, *self.notes))
         try:
             write_text(path / "gradient.json", json.dumps(self.document, indent=2) + "\n")
             with tf.summary.create_file_writer(str(path / "tensorboard")).as_default(step=0):
-                tf.summary.text("gradient", "\n\n".join((title, table, *lines)))
+                tf.summary.text("gradient", f"{table}\n\n{lines}")
                 if self.graph is not None:
                     tf.summary.graph(self.graph)
         except OSError as error:
@@ -65,12 +70,11 @@ class GradientResult:
         return path
 
 
-def to_json(value: Any) -> Any:
-    """Returns arrays as lists, and None for a number that is not finite."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: to_json(item) for name, item in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [to_json(item) for item in value]
+        return [_finite(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _finite(value.tolist())
     return None if isinstance(value, float) and not np.isfinite(value) else value

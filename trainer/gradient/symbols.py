@@ -74,8 +74,7 @@ def derive(
     names = list(expression.at)
     elements = np.array([sympy.Symbol(label) for label in expression.labels(names)], object)
     symbols = expression.split(names, elements, np.reshape)
-    point = np.concatenate([array.ravel() for array in expression.at.values()]).tolist()
-    exact = [sympy.Float(number, _DIGITS) for number in point]
+    exact = [sympy.Float(number, _DIGITS) for number in expression.point(names).tolist()]
     numbers = dict(zip(elements, exact, strict=True))
 
     @functools.cache  # a Jacobian can have many equal elements
@@ -91,7 +90,7 @@ def derive(
     to_float = np.vectorize(insert, otypes=[np.float64])
     differentiate = np.frompyfunc(functools.cache(sympy.diff), 2, 1)  # a Hessian is symmetric
     value = np.asarray(expression.evaluate(_OPERATIONS, _CONSTANTS | symbols, _number), object)
-    inputs = np.concatenate([symbols[name].ravel() for name in wrt])
+    inputs = np.array([sympy.Symbol(label) for label in expression.labels(wrt)], object)
     formulas = value.ravel()
     for _ in range(order):
         parts = sum(1 + sympy.count_ops(formula) for formula in formulas.flat)

@@ -50,7 +50,7 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
         """Returns value and derivative by all elements, with one tape around another."""
         if level == 0:
             with tf.name_scope("expression"):
-                values = CONSTANTS | {**expression.at} | expression.split(wrt, x, tf.reshape)
+                values = CONSTANTS | expression.split(wrt, x, tf.reshape)
                 value = expression.evaluate(_OPERATIONS, values, np.float64)
                 return value, tf.reshape(value, [-1])
         with tf.GradientTape() as tape:
@@ -59,12 +59,10 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
         with tf.name_scope(f"derivative_{level}"):
             return value, tape.jacobian(target, x, unconnected_gradients="zero")
 
-    point = np.concatenate([expression.at[name].ravel() for name in wrt])
-    name = "_".join(wrt)
-    traced = tf.function(
-        lambda x: differentiate(x, order),
-        input_signature=[tf.TensorSpec(point.shape, tf.float64, name=name)],
-        autograph=False,
-    ).get_concrete_function()
-    value, derivative = (np.array(tensor) for tensor in traced(tf.constant(point)))
+    point = tf.constant(expression.point(wrt))
+    function = tf.function(lambda x: differentiate(x, order), autograph=False)
+    traced = function.get_concrete_function(
+        tf.TensorSpec(point.shape, tf.float64, name="_".join(wrt))
+    )
+    value, derivative = (np.array(tensor) for tensor in traced(point))
     return value, derivative, traced.graph

@@ -486,6 +486,61 @@ def benchmark_matmul(
     _keep_measured(result, runs, json_, before, tolerance)
 
 
+class _ExpressionCommand(typer.core.TyperCommand):
+    """A command whose argument may begin with a minus: only `--word` is an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuses unknown options; click takes them for arguments by `ignore_unknown_options`."""
+        known = [name for option in self.get_params(ctx) for name in option.opts]
+        for arg in args[: args.index("--")] if "--" in args else args:
+            name = arg.partition("=")[0]
+            if re.fullmatch("--[A-Za-z-]+", name) and name not in known:
+                options = [name for name in known if name.startswith("--")]
+                raise InputError(f"there is no option {name}: {nearest(name, options)}")
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_ExpressionCommand, context_settings={"ignore_unknown_options": True})
+def gradient(
+    expression: Annotated[
+        str | None,
+        typer.Argument(metavar="EXPR", help="Of named numbers, vectors and matrices"),
+    ] = None,
+    *,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="NAME=VALUE,...", help="a=1,x=[1,2],A=[[1,2],[3,4]]"),
+    ] = None,
+    wrt: Annotated[
+        str | None, typer.Option("--wrt", metavar="NAME,...", help="Variables to differentiate by")
+    ] = None,
+    order: Annotated[int, typer.Option(help="2 gives second derivatives; up to 4")] = 1,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="CONFIG", help="Check the network of a TOML file instead"),
+    ] = None,
+    runs: RunsOption = "runs",
+    json_: JsonOption = False,
+) -> None:
+    """Differentiate an expression three ways, or check the gradients of a network."""
+    if model is not None and (expression, at, wrt, order) != (None, None, None, 1):
+        raise InputError(
+            "--model takes the network's own loss: expected no EXPR, --at, --wrt, --order"
+        )
+    _start_logging()
+    with _stdout_for_the_result(), _without_chatter():
+        if model is None:
+            derive = _import("trainer.gradient.comparison").derive
+            result: Any = derive(expression, at=at, wrt=wrt, order=order)
+        else:
+            check = _import("trainer.gradient.network").check
+            result = check(_load(model, None))
+        folder = result.write(runs)
+    _print_gradient(result, folder, as_json=json_)
+    if not result.passed:
+        raise CheckError(result.verdict)
+
+
 @benchmark_app.command("operations")
 def benchmark_operations(
     *,
@@ -966,6 +1021,18 @@ def _keep_measured(
             _print(line, err=True)
 
 
+def _print_gradient(result: Any, folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.document() | {"run": str(folder)})
+        return
+    rows = result.table()
+    _print(result.title)
+    _print_rows((row.values() for row in rows), titles=rows[0])
+    for line in result.lines:
+        _print(line)
+    _print_kept(folder, tensorboard=(folder / "tensorboard").is_dir())
+
+
 def _require_new_file(path: Path | None) -> None:
     """Refuses a file that cannot be written before what it is for has taken its time."""
     if path is None or path == Path("-"):
@@ -995,12 +1062,3 @@ def _print_measured(result: Any, folder: Path, json_: Path | None) -> None:
     for line in (*result.notes, *(f"left out: {k}: {why}" for k, why in result.skipped.items())):
         _print(line)
     _print_kept(folder, tensorboard=True)
-
-
-def _add_gradient() -> None:
-    from trainer.gradient.cli import app as gradient_app
-
-    app.registered_commands += gradient_app.registered_commands
-
-
-_add_gradient()

@@ -28,7 +28,7 @@ FUNCTIONS = (
     *("exp", "log", "sqrt", "sin", "cos", "tan"),
     *("asin", "acos", "atan", "sinh", "cosh", "tanh"),
 )
-NUMPY: Operations = {
+NUMPY: dict[str, Callable[..., Any]] = {
     **{name: getattr(np, name) for name in (*ARITHMETIC, *FUNCTIONS, "abs", "sum", "mean")},
     **{name: getattr(np, name) for name in ("minimum", "maximum", "matmul", "transpose")},
     "dot": np.matmul,
@@ -149,27 +149,28 @@ class Expression:
 
         return visit(self.tree, 0)
 
-    def rounding_noise(self) -> Array:
-        """Estimates how much rounding changes the value at the point, float64 of its shape.
 
-        Each operation's result is changed at random by 16 units in the last place, 8 times, as in
-        stochastic arithmetic (Vignes, A stochastic arithmetic for reliable scientific computation,
-        Mathematics and Computers in Simulation 35, 1993).
-        """
-        random = np.random.default_rng(0)
-        epsilon = float(np.finfo(np.float64).eps)
+def element_operations(library: Any, sign: Callable[[Any], Any]) -> Operations:
+    """Returns operations on numpy arrays of a library's own numbers or formulas.
 
-        def perturb(function: Callable[..., Any], *arguments: Any) -> Any:
-            value = function(*arguments)
-            return value * (1 + 16 * epsilon * random.choice([-1, 1], np.shape(value)))
+    Args:
+        library: A module with the functions in `FUNCTIONS` for one element.
+        sign: Its sign function.
+    """
 
-        operations = {name: functools.partial(perturb, call) for name, call in NUMPY.items()}
-        with np.errstate(all="ignore"):
-            values = [
-                self.evaluate(operations, {**CONSTANTS, **self.at}, np.float64) for _ in range(8)
-            ]
-            changes = abs(np.array(values) - self.value) / 16
-        return np.fmax(epsilon * abs(self.value), changes.max(axis=0))
+    def relu(x: Any) -> Any:
+        return x * (1 + sign(x)) / 2
+
+    elements: Operations = {
+        **{name: getattr(library, name) for name in FUNCTIONS},
+        "abs": lambda x: x * sign(x),
+        "sigmoid": lambda x: 1 / (1 + library.exp(-x)),
+        "relu": relu,
+        "softplus": lambda x: library.log(1 + library.exp(x)),
+        "minimum": lambda x, y: x - relu(x - y),
+        "maximum": lambda x, y: y + relu(x - y),
+    }
+    return NUMPY | {name: np.vectorize(call, otypes=[object]) for name, call in elements.items()}
 
 
 class _Part(NamedTuple):

@@ -9,7 +9,7 @@ import sympy
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
-from trainer.gradient.expression import ARITHMETIC, FUNCTIONS, Array, Expression, Operations
+from trainer.gradient.expression import Array, Expression, element_operations
 
 _DIGITS = 40  # decimal; results are exact after rounding to float64
 MAX_PARTS = 20_000  # operations of all formulas times inputs; sympy needs seconds for this many
@@ -32,23 +32,8 @@ class Sign(sympy.Function):
         return sympy.Integer(0)
 
 
-def _relu(x: Any) -> Any:
-    return x * (1 + Sign(x)) / 2
-
-
-_ELEMENTWISE: Operations = {
-    **{name: getattr(sympy, name) for name in FUNCTIONS},
-    "abs": lambda x: x * Sign(x),
-    "sigmoid": lambda x: 1 / (1 + sympy.exp(-x)),
-    "relu": _relu,
-    "softplus": lambda x: sympy.log(1 + sympy.exp(x)),
-    "minimum": lambda x, y: x - _relu(x - y),
-    "maximum": lambda x, y: y + _relu(x - y),
-}
-_OPERATIONS: Operations = {
-    **{name: getattr(np, name) for name in (*ARITHMETIC, "sum", "matmul", "transpose")},
-    **{name: np.vectorize(function, otypes=[object]) for name, function in _ELEMENTWISE.items()},
-    "dot": np.matmul,
+_OPERATIONS = {
+    **element_operations(sympy, Sign),
     "mean": lambda x: np.sum(x) / sympy.Integer(np.size(x)),
 }
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E}

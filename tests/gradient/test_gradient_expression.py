@@ -40,7 +40,7 @@ def test_the_default_prints_ten_three_ways(command: Callable[..., Any], in_tmp_p
     assert "tape.watch" in out
     (run,) = (in_tmp_path / "runs").iterdir()
     assert run.name.endswith("-gradient")
-    assert f"kept in runs/{run.name}" in out
+    assert f"saved in runs/{run.name}" in out
     document = json.loads((run / "gradient.json").read_text())
     assert document["methods"]["tf.GradientTape"] == {"value": 27, "derivative": 10}
     (events,) = (run / "tensorboard").iterdir()
@@ -190,7 +190,7 @@ def test_independence_is_reported_and_never_none(
 ) -> None:
     code, out, _ = command("gradient", "a**2", "--at", "a=3,b=1", "--wrt", "a,b")
     assert code == 0
-    assert "does not depend on b: its derivative is 0; GradientTape returns None" in out
+    assert "does not depend on b: GradientTape returns None instead of 0" in out
     assert "[6., 0.]" in out
     assert derivatives("a*w", "a=2,w=1", "w", order=2) == 0
     assert len(list((in_tmp_path / "runs").iterdir())) == 1
@@ -270,7 +270,7 @@ def test_the_step_stops_before_a_near_singularity(
 ) -> None:
     """The differences alone are correct if a singularity is near."""
     expression = parse(text, parse_values(at))
-    found, _ = differences.derive(expression, list(expression.at), order)
+    found = differences.derive(expression, list(expression.at), order)
     np.testing.assert_allclose(found.squeeze(), exact, rtol=1e-6, atol=1e-9)
     assert derive(text, at=at, wrt=",".join(expression.at), order=order).passed
 
@@ -282,7 +282,7 @@ def test_points_are_printed_with_all_their_digits(
     assert (code, out.splitlines()[0]) == (0, "log(1-p) at p=0.9999999999999")
     result = derive("sum(x)", at="x=[0.9999999999,1e-9]")
     assert result.title == "sum(x) at x=[0.9999999999,1e-9]"
-    with pytest.raises(InputError, match=r"not differentiable at w = 0\.9999999999, or within"):
+    with pytest.raises(InputError, match=r"not differentiable at w = 0\.9999999999: its slope"):
         derive("abs(w - 0.9999999999)", at="w=0.9999999999")
     assert list(in_tmp_path.iterdir())
 
@@ -359,8 +359,14 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
             ["w*b", "--at", "w=1,b=2"],
             "--wrt: expected the variables to differentiate by; available: b, w",
         ),
-        (["w", "--at", "w=1", "--wrt", "v"], "--wrt: 'v' has no value: available: w"),
-        (["w", "--at", "w=1", "--wrt", "w,w"], "each name once"),
+        (
+            ["w", "--at", "w=1", "--wrt", "v"],
+            "expected names with a value, each once; received v; available: w",
+        ),
+        (
+            ["w", "--at", "w=1", "--wrt", "w,w"],
+            "expected names with a value, each once; received w,w",
+        ),
         (["sin(w, w)", "--at", "w=1"], "sin takes 1 argument(s), received 2"),
         (["sin*w", "--at", "w=1"], "sin is a function: expected sin(...)"),
         (
@@ -386,8 +392,6 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
             ["w", "--at", "w=1", "--order", "5"],
             "expected 1 to 4 (3 and 4 only for one scalar variable",
         ),
-        (["w", "--at", "w=1", "--wtr", "w"], "no option --wtr: did you mean '--wrt'?"),
-        (["-w", "--ta=w=1"], "no option --ta: did you mean '--at'?"),
         (["-w", "--at", "v=1"], "column 2: 'w' has no value"),
         (["w", "--at", "w=[1,2]", "--order", "3"], "expected 1 to 2 (3 and 4 only for one scalar"),
         (["w", "--model", "x.toml"], "--model uses the network's loss"),
@@ -404,6 +408,16 @@ def test_a_mistake_is_one_line(
     assert not list(in_tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [["w", "--at", "w=1", "--wtr", "w"], ["-w", "--ta=w=1"]])
+def test_an_unknown_option_is_refused(
+    command: Callable[..., Any], in_tmp_path: Path, arguments: list[str]
+) -> None:
+    code, out, err = command("gradient", *arguments)
+    assert (code, out) == (2, "")
+    assert "Got unexpected extra argument" in err
+    assert not list(in_tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", [tape, symbols, differences])
 def test_a_wrong_method_is_found(
     method: Any, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path
@@ -412,10 +426,11 @@ def test_a_wrong_method_is_found(
     right = method.derive
 
     def wrong(*arguments: Any) -> Any:
-        found = list(right(*arguments))
-        index = 0 if method is differences else 1
-        found[index] = found[index] * 1.00001
-        return found
+        found = right(*arguments)
+        if method is differences:
+            return found * 1.00001
+        value, derivative, rest = found
+        return value, derivative * 1.00001, rest
 
     monkeypatch.setattr(method, "derive", wrong)
     code, out, err = command("gradient")
@@ -423,12 +438,3 @@ def test_a_wrong_method_is_found(
     assert "DISAGREE" in err
     assert "central differences" in out  # the table is printed
     assert list((in_tmp_path / "runs").iterdir())
-
-
-def test_the_error_of_the_differences_is_estimated_honestly() -> None:
-    for text in ("sin(w)", "exp(w)*w", "1/(1 + w**2)", "log(w)", "w**w"):
-        expression = parse(text, parse_values("w=0.7"))
-        _, exact, _ = symbols.derive(expression, ["w"], 1)
-        found, error = differences.derive(expression, ["w"], 1)
-        assert abs(found - exact) <= 10 * error
-        assert error < 1e-8

@@ -76,7 +76,7 @@ class AlwaysRandom(keras.layers.Layer):
 class NotConnected(keras.layers.Layer):
     """Has a weight that its output does not depend on."""
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _: Any) -> None:
         self.unused = self.add_weight(shape=(3,), name="unused")
 
     def call(self, inputs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
 from trainer.gradient.expression import Array, Expression, parse, parse_values
 from trainer.gradient.result import GradientResult
 
@@ -78,10 +78,16 @@ def derive(
             for name, each in methods.items()
         ],
         numbers={
-            **{"expression": expression.text, "at": expression.at, "wrt": [*names]},
-            **{"order": order, "inputs": expression.labels(names), "methods": methods},
-            **{"formulas": closed_forms, "agree": agree, "tolerance": TOLERANCE},
+            "expression": expression.text,
+            "at": expression.at,
+            "wrt": list(names),
+            "order": order,
+            "inputs": expression.labels(names),
+            "methods": methods,
+            "formulas": closed_forms,
+            "agree": agree,
             "largest_relative_disagreement": disagreement,
+            "tolerance": TOLERANCE,
         },
         graph=graph,
     )
@@ -97,7 +103,7 @@ def _variables(expression: Expression, wrt: str | None, order: int) -> tuple[str
     names = tuple(name.strip() for name in (wrt or used[0]).split(","))
     for name in names:
         if name not in expression.at or names.count(name) > 1:
-            known = nearest(name, expression.at)
+            known = did_you_mean(name, expression.at)
             raise InputError(
                 f"--wrt: expected names with a value, each once; received {wrt}; {known}"
             )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
 
 Array = NDArray[np.float64]
 Operations = Mapping[str, Callable[..., Any]]
@@ -220,9 +220,9 @@ def _explain(tree: ast.expr, values: Mapping[str, Any]) -> str:
         case ast.Name(id=name) if name in _CALLABLE:
             return f"{name} is a function: expected {name}(...)"
         case ast.Name(id=name):
-            return f"{name[:40]!r} has no value: expected --at {name[:40]}=...; {nearest(name, values)}"
+            return f"{name[:40]!r} has no value: expected --at {name[:40]}=...; {did_you_mean(name, values)}"
         case ast.Call(func=ast.Name(id=name), keywords=[]):
-            return f"unknown function {name[:40]!r}: {nearest(name, _CALLABLE, shown=30)}"
+            return f"unknown function {name[:40]!r}: {did_you_mean(name, _CALLABLE, shown=30)}"
         case ast.BinOp(op=ast.BitXor()):
             return "^ is not a power here: write **"
     return f"expected {_GRAMMAR}; received a Python {type(tree).__name__}"

@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from trainer import data as datasets
 from trainer import devices
-from trainer.assembly import compiled_model
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
+from trainer.experiment import compiled_model
 from trainer.gradient.result import GradientResult
 from trainer.training.step import compute_loss
 
@@ -60,13 +60,13 @@ def check(config: Config) -> GradientResult:
             outputs = model(images, training=False)
             return compute_loss(model, images, labels, outputs, None, training=False)
 
-        @tf.function
         def differentiate() -> Any:
             with tf.GradientTape() as tape:  # records tf.Variables, such as the weights
                 value = compute()
             return tape.gradient(value, [weight.value for weight in weights])
 
         loss = tf.function(compute).get_concrete_function()
+        gradients = tf.function(differentiate).get_concrete_function()()
         value = float(loss())
         if not np.isfinite(value):
             raise CheckError(f"the loss is {value}: expected a finite number")
@@ -77,7 +77,7 @@ def check(config: Config) -> GradientResult:
             )
         rows = [
             check_weight(loss, weight, gradient, random)
-            for weight, gradient in zip(weights, differentiate(), strict=True)
+            for weight, gradient in zip(weights, gradients, strict=True)
         ]
     conditions = (
         f"d loss/d weight in float64 on {len(labels)} images of {data.spec.name}; training=False, "

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import InputError
-from trainer.run import make_directory, write_text
+from trainer.files import write_text
+from trainer.run import make_directory
 
 
 @dataclass(frozen=True, kw_only=True)

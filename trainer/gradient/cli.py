@@ -5,18 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.console import (
-    JsonOption,
-    RunsOption,
-    import_module,
-    load_config,
-    print_json,
-    print_line,
-    print_rows,
-    print_run,
-    start_logging,
-    stdout_to_stderr,
-)
+from trainer import console
 from trainer.errors import CheckError, InputError
 
 app = typer.Typer()
@@ -42,27 +31,29 @@ def gradient(
         Path | None,
         typer.Option("--model", metavar="CONFIG", help="Check the network of a TOML file instead"),
     ] = None,
-    runs: RunsOption = "runs",
-    json_: JsonOption = False,
+    runs: console.RunsOption = "runs",
+    json_: console.JsonOption = False,
 ) -> None:
     """Differentiate an expression by three methods, or check the gradients of a network."""
     if model is not None and (expression, at, wrt, order) != (None, None, None, 1):
         raise InputError("--model uses the network's loss: expected no EXPR, --at, --wrt, --order")
-    start_logging()
-    with stdout_to_stderr():
+    console.start_logging()
+    with console.stdout_to_stderr():
         if model is None:
-            derive = import_module("trainer.gradient.comparison").derive
+            derive = console.import_module("trainer.gradient.comparison").derive
             result: Any = derive(expression, at=at, wrt=wrt, order=order)
         else:
-            result = import_module("trainer.gradient.network").check(load_config(model, None))
+            result = console.import_module("trainer.gradient.network").check(
+                console.load_config(model, None)
+            )
         folder = result.write(runs)
     if json_:
-        print_json(result.document | {"run": str(folder)})
+        console.print_json(result.document | {"run": str(folder)})
     else:
-        print_line(result.title)
-        print_rows((row.values() for row in result.table), titles=result.table[0])
+        console.print_line(result.title)
+        console.print_rows((row.values() for row in result.table), titles=result.table[0])
         for line in (result.verdict, *result.notes):
-            print_line(line)
-        print_run(folder, tensorboard=True)
+            console.print_line(line)
+        console.print_run(folder, tensorboard=True)
     if not result.passed:
         raise CheckError(result.verdict)

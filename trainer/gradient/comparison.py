@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def derive(
         "symbolic (sympy)": (symbolic_value, symbolic),
         "central differences": (expression.value, numeric),
     }
-    disagreement = max(_disagreement(part) for part in zip(*found.values(), strict=True))
+    disagreement = _disagreement(expression, found)
     agree = disagreement <= TOLERANCE  # False for nan
     methods = {
         name: {"value": value, "derivative": _squeeze(expression, names, derivative)}
@@ -122,15 +122,17 @@ def _variables(expression: Expression, wrt: str | None, order: int) -> tuple[str
     return names
 
 
-def _disagreement(results: Sequence[Array]) -> float:
-    """Returns the largest difference between results, relative to the largest result.
+def _disagreement(expression: Expression, found: Mapping[str, tuple[Array, Array]]) -> float:
+    """Returns the largest difference of value or derivative, relative to the largest method.
 
-    An element of less than a millionth of the largest one, or of 1, is compared with that instead,
-    because float64 results that cancel consist of rounding.
+    Results of less than a millionth of the largest number are compared with that instead, because
+    they can consist of the rounding of float64.
     """
-    largest = abs(np.stack(results)).max(axis=0)
-    scale = np.maximum(largest, 1e-6 * max(1.0, largest.max()))
-    return float((np.ptp(results, axis=0) / scale).max())  # nan if a result is not finite
+    pairs = [np.stack(results) for results in zip(*found.values(), strict=True)]
+    largest = np.max([abs(array).max() for array in (*pairs, *expression.at.values())])
+    least = max(1e-6 * largest, np.finfo(np.float64).tiny)
+    differences = [np.ptp(part, 0) / np.maximum(abs(part).max(0), least) for part in pairs]
+    return float(np.max([part.max() for part in differences]))  # nan if a result is not finite
 
 
 def _squeeze(expression: Expression, names: Sequence[str], derivative: Array) -> Array:

@@ -25,12 +25,7 @@ _OPERATIONS = element_operations(mpmath, mpmath.sign)
 
 
 def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
-    """Differentiates an expression from its values near the point.
-
-    Args:
-        expression: The expression and the point.
-        wrt: Names of the variables.
-        order: Order of the derivative, from 1.
+    """Differentiates an expression at its point from values near it.
 
     Returns:
         The derivative, float64 [outputs, inputs] with one more axis of inputs for each further

@@ -174,17 +174,11 @@ def element_operations(library: Any, sign: Callable[[Any], Any]) -> Operations:
 
 
 class _Part(NamedTuple):
-    """A checked part of an expression.
-
-    Attributes:
-        value: Its value at the point.
-        operations: Operations on single elements for one element of the value.
-        constant: Whether it contains no variable.
-    """
+    """A checked part of an expression."""
 
     value: Array
-    operations: float
-    constant: bool
+    operations: float  # on single elements, for one element of the value
+    constant: bool  # contains no variable
 
 
 def _number(value: float) -> _Part:
@@ -220,7 +214,8 @@ def _explain(tree: ast.expr, values: Mapping[str, Any]) -> str:
         case ast.Name(id=name) if name in _CALLABLE:
             return f"{name} is a function: expected {name}(...)"
         case ast.Name(id=name):
-            return f"{name[:40]!r} has no value: expected --at {name[:40]}=...; {did_you_mean(name, values)}"
+            known = did_you_mean(name, values)
+            return f"{name[:40]!r} has no value: expected --at {name[:40]}=...; {known}"
         case ast.Call(func=ast.Name(id=name), keywords=[]):
             return f"unknown function {name[:40]!r}: {did_you_mean(name, _CALLABLE, shown=30)}"
         case ast.BinOp(op=ast.BitXor()):
@@ -274,9 +269,7 @@ def parse_values(text: str) -> dict[str, Array]:
             values[name] = array.astype(np.float64)
         elements = sum(array.size for array in values.values())
         if elements > MAX_ELEMENTS or any(array.ndim > 2 for array in values.values()):
-            raise ValueError(
-                f"{elements} elements: expected at most {MAX_ELEMENTS} in at most 2 dimensions"
-            )
+            raise ValueError(f"{elements} elements, or 3 dimensions: at most {MAX_ELEMENTS} and 2")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(
             "--at: expected NAME=VALUE,... where VALUE is a finite number, [1,2,...] or "

@@ -144,11 +144,10 @@ def _result(facts: dict[str, Any], rows: list[dict[str, Any]], conditions: str) 
     passed = sum(row["passed"] for row in rows)
     worst = max(rows, key=lambda row: (not row["passed"], row["relative_error"]))
     verdict = (
-        f"GradientTape and central differences agree for {passed} of {len(rows)} weights, in "
-        f"{sum(row['compared'] for row in rows):,} gradients; {worst['weight']}: relative error "
-        f"{worst['relative_error']:.1e} in {worst['compared']} gradients, tolerance "
-        f"{TOLERANCE:.0e}; {sum(row['kinks'] for row in rows)} gradients skipped at a kink (ReLU, "
-        "max pooling)"
+        f"GradientTape and central differences agree for {passed} of {len(rows)} weights; largest "
+        f"relative error {worst['relative_error']:.1e} ({worst['weight']}), tolerance "
+        f"{TOLERANCE:.0e}; compared {sum(row['compared'] for row in rows):,} gradients, skipped "
+        f"{sum(row['kinks'] for row in rows)} at a kink (ReLU, max pooling)"
     )
     table = [
         {

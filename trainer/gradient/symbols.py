@@ -42,12 +42,7 @@ _CONSTANTS = {"pi": sympy.pi, "e": sympy.E}
 def derive(
     expression: Expression, wrt: Sequence[str], order: int
 ) -> tuple[Array, Array, NDArray[Any]]:
-    """Differentiates an expression by rules, then inserts the numbers.
-
-    Args:
-        expression: The expression and the point.
-        wrt: Names of the variables.
-        order: Order of the derivative, from 1.
+    """Differentiates an expression by rules, then inserts the numbers of its point.
 
     Returns:
         The value of the expression and the derivative, float64; and its formulas, sympy expressions

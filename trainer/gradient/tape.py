@@ -36,11 +36,6 @@ _OPERATIONS = {name: getattr(tf.math, name) for name in _NAMES} | {
 def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Array, Array, Any]:
     """Differentiates an expression at its point.
 
-    Args:
-        expression: The expression and the point.
-        wrt: Names of the variables.
-        order: Order of the derivative, from 1.
-
     Returns:
         The value of the expression and the derivative, float64 [outputs, inputs] with one more axis
         of inputs for each further order; and the recorded tf.Graph.

@@ -125,12 +125,12 @@ def _variables(expression: Expression, wrt: str | None, order: int) -> tuple[str
 def _disagreement(expression: Expression, found: Mapping[str, tuple[Array, Array]]) -> float:
     """Returns the largest difference of value or derivative, relative to the largest method.
 
-    Results of less than a millionth of the largest number are compared with that instead, because
-    they can consist of the rounding of float64.
+    Results of less than a millionth of the largest number, or 1e-40, are compared with that
+    instead: they can consist of the rounding of float64, or of the step of the differences.
     """
     pairs = [np.stack(results) for results in zip(*found.values(), strict=True)]
     largest = np.max([abs(array).max() for array in (*pairs, *expression.at.values())])
-    least = max(1e-6 * largest, np.finfo(np.float64).tiny)
+    least = max(1e-6 * largest, 1e-40)
     differences = [np.ptp(part, 0) / np.maximum(abs(part).max(0), least) for part in pairs]
     return float(np.max([part.max() for part in differences]))  # nan if a result is not finite
 

@@ -1,4 +1,4 @@
-"""Compares the derivative of an expression by three methods that share no code."""
+"""Compares the derivative of an expression by three methods."""
 
 import itertools
 from collections import Counter
@@ -14,6 +14,7 @@ from trainer.gradient.result import GradientResult
 DEFAULT_EXPRESSION, DEFAULT_AT, DEFAULT_WRT = "a*w**2 + b*w + c", "a=1,b=2,c=3,w=4", "w"
 MAX_HESSIAN = 16  # elements: 136 second derivatives, each by three methods
 MAX_ORDER = 4
+MAX_WORK = 50_000  # operations on single numbers times inputs; mpmath needs seconds for this many
 TOLERANCE = 1e-6  # the relative disagreement that rounding of float64 may cause
 _WATCH = (
     "tape.watch: a tape records a tf.Variable automatically, but a tensor, as these values are, "
@@ -113,6 +114,12 @@ def _variables(expression: Expression, wrt: str | None, order: int) -> tuple[str
             f"expression has {', '.join(used)}"
         )
     inputs = len(expression.labels(names))
+    operations = expression.root.operations * expression.value.size * inputs
+    if operations > MAX_WORK:
+        raise InputError(
+            f"{operations:,.0f} operations on single numbers times elements of --wrt: expected at "
+            f"most {MAX_WORK:,}; choose a shorter expression or fewer elements"
+        )
     highest = MAX_ORDER if inputs == 1 and not expression.value.shape else 2
     if not 1 <= order <= highest or (order > 1 and inputs > MAX_HESSIAN):
         raise InputError(

@@ -5,6 +5,7 @@ from a float64 point to a singularity beside it. scipy.differentiate computes in
 abs(w) at 0, fails beside a singularity, and has first derivatives only.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,9 +18,8 @@ from numpy.typing import NDArray
 from trainer.errors import InputError
 from trainer.gradient.expression import Array, Expression, element_operations
 
-# Relative to the point, or absolute at 0: about 1e-53.
-STEP = mpmath.mpf(2) ** -176
-DIGITS = 400  # a fourth difference cancels 4 * 53 of them
+STEP = mpmath.mpf(2) ** -176  # about 1e-53; relative to the point, or absolute at 0
+DIGITS = 60  # and 60 more for each order, because a difference of this step cancels 53 of them
 _LEFT, _CENTRAL, _RIGHT = -1, -0.5, 0  # where a difference begins, in steps from the point
 _OPERATIONS = element_operations(mpmath, mpmath.sign)
 
@@ -34,64 +34,67 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
     Raises:
         InputError: The derivatives from the left and from the right differ.
     """
-    inputs = range(len(expression.labels(wrt)))
-    derivative = np.empty((expression.value.size, *[len(inputs)] * order))
-    with mpmath.workdps(DIGITS):
-        for i, lower in itertools.product(inputs, range(1, order + 1)):
-            _require_smooth(expression, wrt, (i,) * lower)
-        for index in itertools.combinations_with_replacement(inputs, order):
-            found = _quotient(expression, wrt, index, STEP, _CENTRAL)
-            for permuted in set(itertools.permutations(index)):
-                derivative[:, *permuted] = found
+    labels = expression.labels(wrt)
+    derivative = np.empty((expression.value.size, *[len(labels)] * order))
+    with mpmath.workdps(DIGITS * (1 + order)):
+        function = _Function(expression, wrt)
+        for i, lower in itertools.product(range(len(labels)), range(1, order + 1)):
+            function.require_smooth((i,) * lower, labels[i])
+        for index in itertools.combinations_with_replacement(range(len(labels)), order):
+            found = function.quotient(index, STEP, _CENTRAL)
+            for permuted in itertools.permutations(index):
+                derivative[(slice(None), *permuted)] = found
     return derivative
 
 
-def _require_smooth(expression: Expression, wrt: Sequence[str], index: tuple[int, ...]) -> None:
-    """Refuses a kink, a pole or an edge at the point.
+class _Function:
+    """An expression as a function of the elements of some variables, with mpmath numbers."""
 
-    The jump from the derivative on the left to that on the right is proportional to the step at a
-    smooth point. At a kink it does not depend on the step.
-    """
-    left, right = (_quotient(expression, wrt, index, STEP, side) for side in (_LEFT, _RIGHT))
-    shorter = STEP / 1024
-    near = [_quotient(expression, wrt, index, shorter, side) for side in (_LEFT, _RIGHT)]
-    jump, near_jump = abs(right - left), abs(near[1] - near[0])
-    smooth = (near_jump <= jump / 2) | (near_jump < 1e-100)  # False for nan
-    if not smooth.all():
-        output = int(np.argmin(smooth))
-        what = "slope" if len(index) == 1 else f"derivative of order {len(index)}"
-        raise InputError(
-            f"the expression is not differentiable at {expression.labels(wrt)[index[0]]} = "
-            f"{float(expression.point(wrt)[index[0]])!r}: its {what} is "
-            f"{float(near[0][output]):.4g} on the left and {float(near[1][output]):.4g} on the "
-            "right (nan: not defined there); choose another point"
+    def __init__(self, expression: Expression, wrt: Sequence[str]) -> None:
+        self.expression, self.wrt = expression, wrt
+        self.point = [mpmath.mpf(number) for number in expression.point(wrt).tolist()]
+        self.value = functools.cache(self._value)  # all quotients need the value at the point
+
+    def require_smooth(self, index: tuple[int, ...], label: str) -> None:
+        """Refuses a kink, a pole or an edge at the point.
+
+        The jump from the derivative on the left to that on the right is proportional to the step at
+        a smooth point. At a kink it does not depend on the step.
+        """
+        left, right = (self.quotient(index, STEP, side) for side in (_LEFT, _RIGHT))
+        near_left, near_right = (
+            self.quotient(index, STEP / 1024, side) for side in (_LEFT, _RIGHT)
         )
+        jump = abs(near_right - near_left)
+        smooth = (jump <= abs(right - left) / 2) | (jump < 1e-40)  # False for nan
+        if not smooth.all():
+            output = int(np.argmin(smooth))
+            what = "slope" if len(index) == 1 else f"derivative of order {len(index)}"
+            raise InputError(
+                f"the expression is not differentiable at {label} = "
+                f"{float(self.point[index[0]])!r}: its {what} is {float(near_left[output]):.4g} on "
+                f"the left and {float(near_right[output]):.4g} on the right (nan: not defined "
+                "there); choose another point"
+            )
 
+    def quotient(self, index: tuple[int, ...], step: Any, start: float) -> NDArray[Any]:
+        """Returns the difference quotient by each input of `index` in turn, [outputs]."""
+        steps = [step * (abs(self.point[i]) or 1) for i in index]
+        total: Any = 0
+        for ends in itertools.product((0, 1), repeat=len(index)):
+            moved = self.point.copy()
+            for i, h, end in zip(index, steps, ends, strict=True):
+                moved[i] += (start + end) * h
+            total = total + (-1) ** (len(index) - sum(ends)) * self.value(tuple(moved))
+        return np.asarray(total / math.prod(steps))
 
-def _quotient(
-    expression: Expression, wrt: Sequence[str], index: tuple[int, ...], step: Any, start: float
-) -> NDArray[Any]:
-    """Returns the difference quotient by each input of `index` in turn, mpmath [outputs]."""
-    point = np.array([mpmath.mpf(number) for number in expression.point(wrt).tolist()], object)
-    steps = [step * (abs(point[i]) or 1) for i in index]
-    total: Any = 0
-    for ends in itertools.product((0, 1), repeat=len(index)):
-        moved = point.copy()
-        for i, h, end in zip(index, steps, ends, strict=True):
-            moved[i] += (start + end) * h
-        value = _evaluate(expression, expression.split(wrt, moved, np.reshape))
-        total = total + (-1) ** (len(index) - sum(ends)) * value
-    return np.asarray(total / math.prod(steps))
-
-
-def _evaluate(expression: Expression, values: dict[str, Any]) -> NDArray[Any]:
-    """Returns the outputs, mpmath [outputs]; nan if one is not real."""
-    constants = {"pi": mpmath.pi, "e": mpmath.e}
-    try:
-        value = expression.evaluate(_OPERATIONS, constants | values, mpmath.mpf)
-    except (ArithmeticError, TypeError):  # division by 0, comparison of complex numbers
-        value = np.full(expression.value.shape, mpmath.nan)
-    outputs = [
-        number if isinstance(number, mpmath.mpf) else mpmath.nan for number in np.ravel(value)
-    ]
-    return np.array(outputs, object)
+    def _value(self, point: tuple[Any, ...]) -> NDArray[Any]:
+        """Returns the outputs, [outputs]; nan if one is not real."""
+        values = self.expression.split(self.wrt, np.array(point, object), np.reshape)
+        values |= {"pi": mpmath.pi, "e": mpmath.e}
+        try:
+            value = self.expression.evaluate(_OPERATIONS, values, mpmath.mpf)
+        except (ArithmeticError, TypeError):  # division by 0, comparison of complex numbers
+            value = np.full(self.expression.value.shape, mpmath.nan)
+        outputs = [x if isinstance(x, mpmath.mpf) else mpmath.nan for x in np.ravel(value)]
+        return np.array(outputs, object)

@@ -64,14 +64,19 @@ class Expression:
     at: Mapping[str, Array]
 
     @functools.cached_property
-    def value(self) -> Array:
-        """The value at the point, float64. The first access checks the expression."""
+    def root(self) -> "_Part":
+        """The checked expression."""
         operations = {name: functools.partial(_check, name) for name in NUMPY}
         variables = {name: _Part(value, 1, constant=False) for name, value in self.at.items()}
         constants = {name: _number(value) for name, value in CONSTANTS.items()}
         with np.errstate(all="raise", under="ignore"):
             part: _Part = self.evaluate(operations, variables | constants, _number)
-        return part.value
+        return part
+
+    @property
+    def value(self) -> Array:
+        """The value at the point, float64."""
+        return self.root.value
 
     @property
     def names(self) -> list[str]:
@@ -244,7 +249,7 @@ def parse(text: str, at: Mapping[str, Array]) -> Expression:
         column, reason = getattr(error, "offset", None) or 1, getattr(error, "msg", error)
         raise InputError(f"expression, column {column}: {reason} (expected {_GRAMMAR})") from None
     expression = Expression(text.strip(), tree, at)
-    expression.value  # noqa: B018 - raises the errors above
+    expression.root  # noqa: B018 - raises the errors above
     return expression
 
 
@@ -254,7 +259,7 @@ def parse_values(text: str) -> dict[str, Array]:
     Raises:
         InputError: The text has another form, or there are more than 64 elements.
     """
-    values = {}
+    values: dict[str, Array] = {}
     try:
         tree = ast.parse(f"f({text})", mode="eval").body
         if not isinstance(tree, ast.Call) or tree.args:

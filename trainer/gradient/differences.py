@@ -43,7 +43,8 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
         for index in itertools.combinations_with_replacement(range(len(labels)), order):
             found = function.quotient(index, STEP, _CENTRAL)
             for permuted in itertools.permutations(index):
-                derivative[(slice(None), *permuted)] = found
+                place: Any = (slice(None), *permuted)
+                derivative[place] = found
     return derivative
 
 

@@ -186,7 +186,7 @@ def tune(
         typer.Option(help="Of the search, kept in runs/tune-NAME; overrides logging.name"),
     ] = None,
     set_: SetOption = None,
-    trials: Annotated[int | None, typer.Option(help="Overrides tuning.trials")] = None,
+    trials: Annotated[int | None, typer.Option(help="Overrides tuning.max_trials")] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that train at the same time; 0: this one alone")
     ] = 0,
@@ -199,7 +199,7 @@ def tune(
     """Search for better settings; the same command goes on with a search that was interrupted."""
     from trainer.tuning.space import check_space
 
-    loaded = _load(config, set_, {"tuning.trials": trials, "logging.name": name})
+    loaded = _load(config, set_, {"tuning.max_trials": trials, "logging.name": name})
     check_space(loaded)
     _require(loaded.training.device)
     console = _start_logging()

@@ -90,9 +90,9 @@ def _conditions(space: Mapping[str, Parameter], key: str) -> dict[str, Any]:
 
 def searched(config: Config) -> dict[str, Parameter]:
     """Returns the space. With hyperband it includes the epochs, which hyperband chooses."""
-    epochs = Parameter(low=1, high=config.training.epochs)
-    hyperband = config.tuning.algorithm == "hyperband"
-    return config.tuning.space | ({"training.epochs": epochs} if hyperband else {})
+    if config.tuning.algorithm != "hyperband":
+        return config.tuning.space
+    return {**config.tuning.space, "training.epochs": Parameter(low=1, high=config.training.epochs)}
 
 
 def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":

@@ -20,6 +20,7 @@ import trainer
 from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError
 from trainer.run import Run
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.oracles import direction_of, make_oracle, quiet
 from trainer.tuning.results import importances
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
@@ -41,7 +42,7 @@ options = { weight_decay = 0.01 }
 [training]
 epochs = 3
 batch_size = 16
-steps_per_call = 5
+steps_per_execution = 5
 device = "cpu"
 precision = "float32"
 [tuning]
@@ -224,26 +225,26 @@ def test_a_device_of_the_space_that_is_not_here_is_refused_at_once(
 
 
 def test_the_direction_of_an_unknown_metric_must_be_set(search: Callable[..., Config]) -> None:
-    assert direction_of(search().tuning) == "max"
-    assert direction_of(search("tuning.objective=val_loss").tuning) == "min"
+    assert direction_of(search().table(TuningConfig)) == "max"
+    assert direction_of(search("tuning.objective=val_loss").table(TuningConfig)) == "min"
     assert "Set tuning.direction" in refused(
-        direction_of, search("tuning.objective=val_odd").tuning
+        direction_of, search("tuning.objective=val_odd").table(TuningConfig)
     )
     # Keras's own metrics that need arguments, and one that keras-tuner takes for a loss.
     for name in ("val_odd", "val_mean_io_u", "val_precision_at_recall", "val_f1_score"):
         assert "Set tuning.direction" in refused(
-            direction_of, search(f"tuning.objective={name}").tuning
+            direction_of, search(f"tuning.objective={name}").table(TuningConfig)
         )
         for direction in ("min", "max"):
             told = search(f"tuning.objective={name}", f"tuning.direction={direction}")
-            assert direction_of(told.tuning) == direction
+            assert direction_of(told.table(TuningConfig)) == direction
     for name in ("val_mse", "val_mean_squared_error", "val_kl_divergence"):
-        assert direction_of(search(f"tuning.objective={name}").tuning) == "min"
+        assert direction_of(search(f"tuning.objective={name}").table(TuningConfig)) == "min"
 
 
 def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
     def values(text: str) -> Any:
-        space = search(f"tuning.space.optimizer.clip={text}").tuning.space
+        space = search(f"tuning.space.optimizer.clip={text}").table(TuningConfig).space
         return space["optimizer.clip"].values()
 
     assert values("{low=0.1, high=0.5, step=0.1}") == [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -273,7 +274,7 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
         "patience": 2,
         "restore_best_weights": True,
     }
-    assert own.tuning == Config().tuning
+    assert own.table(TuningConfig) == TuningConfig()
     assert "[tuning]" not in own.to_toml()
     kept = trial_config(config, decode(config, {rate: 0.1, name: 0, units: 0}))
     assert kept.optimizer.options == {"weight_decay": 0.01}  # of the same optimizer

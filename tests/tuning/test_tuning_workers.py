@@ -20,6 +20,7 @@ import pytest
 from trainer.config import Config, load_config
 from trainer.errors import InputError, MissingError
 from trainer.tuning import search_directory, workers
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.oracles import make_oracle, quiet
 from trainer.tuning.search_directory import SearchDirectory
 
@@ -100,7 +101,7 @@ def _require_whole(trials: int = 3) -> None:
 def test_a_killed_worker_ends_the_search_and_its_trial_continues(
     search: Config, command: Callable[..., Any]
 ) -> None:
-    assert search.tuning.max_trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     killed = []
 
     def kill() -> None:
@@ -167,7 +168,7 @@ def test_a_signal_saves_the_trial_and_the_message_has_the_next_step(
         _soon(_under_way)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert search.tuning.max_trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     thread = threading.Thread(target=stop)
     thread.start()
     code, _, err = command("tune", "s.toml")
@@ -231,7 +232,7 @@ def test_a_chief_without_workers_or_port_ends_with_a_message(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert search.tuning.max_trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for variable, value in zip(
@@ -256,7 +257,7 @@ def test_a_chief_without_workers_or_port_ends_with_a_message(
 def test_chief_and_workers_find_each_other_by_three_variables(
     search: Config, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert search.tuning.max_trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

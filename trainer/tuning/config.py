@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from trainer.config import Section
-from trainer.errors import nearest
+from trainer.errors import did_you_mean
 
 # Keys of earlier versions: refused in files, translated in stored configurations.
 RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "seconds": "max_seconds"}
@@ -124,7 +124,7 @@ class TuningConfig(Section):
                     named = [k for k, p in self.space.items() if p.choices is not None and k != key]
                     raise ValueError(
                         f"space.{key}.when: expected keys of the space that have choices, "
-                        f"received {other!r}: {nearest(other, named)}"
+                        f"received {other!r}: {did_you_mean(other, named)}"
                     )
                 if not values or any(value not in known for value in values):
                     raise ValueError(

@@ -24,7 +24,7 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.oracles import BayesianOptimizationOracle, HyperbandOracle, RandomSearchOracle
 
 from trainer.errors import InputError
-from trainer.run import write_text
+from trainer.files import write_text
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.search_directory import SearchDirectory
 from trainer.tuning.space import hyperparameters

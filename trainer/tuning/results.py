@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.errors import CheckError
-from trainer.run import write_text
+from trainer.files import write_text
 from trainer.tuning.config import Parameter
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 from trainer.tuning.space import searched, trial_config

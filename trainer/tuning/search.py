@@ -14,15 +14,23 @@ import numpy as np
 from rich.console import Console
 
 from trainer import devices, workflow
-from trainer.assembly import Clock, Setting, assemble, compiled_model, make_callbacks
 from trainer.cluster import read_cluster
 from trainer.config import Config, load_config
-from trainer.errors import CheckError, InputError, MissingError, StoppedError, nearest
-from trainer.run import Run, require_writable
+from trainer.errors import CheckError, InputError, MissingError, StoppedError, did_you_mean
+from trainer.experiment import (
+    Experiment,
+    PhaseTimer,
+    build_experiment,
+    compiled_model,
+    make_callbacks,
+)
+from trainer.files import require_writable
+from trainer.run import Run
 from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
 from trainer.tuning import hparams, results
 from trainer.tuning import workers as parallel
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.oracles import combinations, direction_of, make_oracle
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 from trainer.tuning.space import check_space, extremes, short_names
@@ -115,13 +123,14 @@ def _check_extremes(config: Config) -> tuple[Config, list[str]]:
     Raises:
         InputError: Something does not fit together.
     """
-    setting = assemble(config, Clock())
-    found = setting.model.get_metrics_result().items()
+    experiment = build_experiment(config, PhaseTimer())
+    found = experiment.model.get_metrics_result().items()
     metrics = [f"val_{name}" for name, value in found if np.ndim(value) == 0]
-    objective = config.tuning.objective
+    tuning = config.table(TuningConfig)
+    objective = tuning.objective
     if objective not in metrics:
-        raise InputError(f"tuning.objective = {objective!r}: {nearest(objective, metrics)}")
-    direction, data = direction_of(config.tuning), setting.config.data.name
+        raise InputError(f"tuning.objective = {objective!r}: {did_you_mean(objective, metrics)}")
+    direction, data = direction_of(tuning), experiment.config.data.name
     config = config.with_changes({"tuning.direction": direction, "data.name": data})
     built = []
     for name, extreme in extremes(config):
@@ -129,25 +138,25 @@ def _check_extremes(config: Config) -> tuple[Config, list[str]]:
         if parts not in built and extreme.data.image_size == config.data.image_size:
             built.append(parts)
             try:
-                _build(extreme, setting)
+                _build(extreme, experiment)
             except (InputError, MissingError) as error:
                 raise type(error)(f"tuning.space, {name}: {error}") from None
     keras.utils.clear_session()
     return config, metrics
 
 
-def _build(config: Config, setting: Setting) -> None:
+def _build(config: Config, experiment: Experiment) -> None:
     """Builds every object that a trial's configuration names, except its data."""
-    if config.training.batch_size > setting.data.spec.train:
+    if config.training.batch_size > experiment.data.spec.train:
         raise InputError(
-            f"expected batches of at most {setting.data.spec.train} training images, "
+            f"expected batches of at most {experiment.data.spec.train} training images, "
             f"received {config.training.batch_size}"
         )
     chosen = devices.select(config.training.device)
     with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
-        compiled_model(config, setting.data.spec)
-        make_augmentation(config.data.augmentation, setting.data)
-    make_callbacks(replace(setting, config=config), Path("run"))
+        compiled_model(config, experiment.data.spec)
+        make_augmentation(config.data.augmentation, experiment.data)
+    make_callbacks(replace(experiment, config=config), Path("run"))
     try_optimizer(config.optimizer)
 
 
@@ -214,7 +223,7 @@ class _Progress:
 def _refit(search: SearchDirectory, console: Console | None) -> dict[str, Any]:
     """Trains the best trial on train and validation together, and scores the test images once."""
     run = _refit_run(search)
-    best = load_config(search.best)
+    best = load_config(search.best, stored=True)
     # Without early stopping, because no validation images are left.
     callbacks = [
         callback.model_dump()

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 
 from trainer.config import Config, Section, load_config
 from trainer.errors import InputError
-from trainer.run import write_text
+from trainer.files import write_text
+from trainer.tuning.config import TuningConfig
 
 # Keys of [tuning] that can change when a search is continued.
 _CHANGEABLE = {"max_trials", "max_seconds", "keep", "stop_on_failure"}
@@ -76,7 +77,7 @@ class SearchDirectory:
         """
         default = re.sub(r"[^\w.-]+", "-", f"{config.data.name}-{config.model.name}")
         self.config = config
-        self.tuning = config.tuning
+        self.tuning = config.table(TuningConfig)
         self.name = name or config.logging.name or default
         self.path = Path(config.logging.directory) / f"tune-{self.name}"
         self.config_file = self.path / "search.toml"
@@ -110,7 +111,7 @@ class SearchDirectory:
                     "choose another --name"
                 )
             return self
-        stored = load_config(self.config_file)
+        stored = load_config(self.config_file, stored=True)
         before, after = _compared(stored), _compared(self.config)
         differences = [
             f"{key} = {before.get(key)!r} (received {after.get(key)!r})"

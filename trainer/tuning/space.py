@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import Config
 from trainer.errors import InputError
-from trainer.tuning.config import Parameter
+from trainer.tuning.config import Parameter, TuningConfig
 
 if TYPE_CHECKING:
     import keras_tuner
@@ -30,7 +30,7 @@ def check_space(config: Config) -> None:
     Raises:
         InputError: The space is empty, or a key or value of it cannot be used.
     """
-    tuning, epochs = config.tuning, config.training.epochs
+    tuning, epochs = config.table(TuningConfig), config.training.epochs
     if not tuning.space:
         raise InputError(
             "tuning.space is empty: expected keys to search over, for example "
@@ -69,7 +69,7 @@ def extremes(config: Config) -> Iterator[tuple[str, Config]]:
     Raises:
         InputError: The configuration refuses one.
     """
-    space = config.tuning.space
+    space = config.table(TuningConfig).space
     for key, parameter in space.items():
         for value in parameter.values() or [parameter.low, parameter.high]:
             try:
@@ -90,16 +90,17 @@ def _conditions(space: Mapping[str, Parameter], key: str) -> dict[str, Any]:
 
 def searched(config: Config) -> dict[str, Parameter]:
     """Returns the space. With hyperband it includes the epochs, which hyperband chooses."""
-    if config.tuning.algorithm != "hyperband":
-        return config.tuning.space
-    return {**config.tuning.space, "training.epochs": Parameter(low=1, high=config.training.epochs)}
+    tuning = config.table(TuningConfig)
+    if tuning.algorithm != "hyperband":
+        return tuning.space
+    return {**tuning.space, "training.epochs": Parameter(low=1, high=config.training.epochs)}
 
 
 def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":
     """Returns the space as an object of keras-tuner."""
     import keras_tuner
 
-    tuning, space = config.tuning, keras_tuner.HyperParameters()
+    tuning, space = config.table(TuningConfig), keras_tuner.HyperParameters()
     for key, parameter in tuning.in_order().items():
         with ExitStack() as scopes:
             for condition in tuning.conditions(key).items():
@@ -115,10 +116,11 @@ def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":
 
 def _is_whole(config: Config, key: str) -> bool:
     """Returns whether a range has whole values: both ends are, and the key is not a float."""
-    parameter = config.tuning.space[key]
+    space = config.table(TuningConfig).space
+    parameter = space[key]
     if not (isinstance(parameter.low, int) and isinstance(parameter.high, int)):
         return False
-    values = _conditions(config.tuning.space, key) | {key: parameter.low}
+    values = _conditions(space, key) | {key: parameter.low}
     value: Any = config.with_changes(values).model_dump()
     for name in key.split("."):
         value = value[name]
@@ -133,7 +135,7 @@ def decode(config: Config, chosen: Mapping[str, Any]) -> dict[str, Any]:
         chosen: Hyperparameters that keras-tuner chose. Inactive ones are missing.
     """
     found: dict[str, Any] = {}
-    for key, parameter in config.tuning.in_order().items():
+    for key, parameter in config.table(TuningConfig).in_order().items():
         if key not in chosen:
             continue
         values = parameter.values()
@@ -155,7 +157,7 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a trial, without the table [tuning].
+    """Returns the configuration of a trial, without the tables of tools.
 
     Args:
         config: The configuration of the search.
@@ -165,13 +167,14 @@ def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
     Raises:
         InputError: The configuration refuses a value.
     """
-    tuning = config.tuning
-    changes: dict[str, Any] = {"tuning": {}}
+    tuning = config.table(TuningConfig)
+    core = Config.model_validate(config.model_dump(include=set(Config.model_fields)))
+    changes: dict[str, Any] = {}
     for section in ("model", "optimizer"):
         name = getattr(config, section).name
         if values.get(f"{section}.name", name) != name:
             changes[f"{section}.options"] = {}
-    changed = config.with_changes(changes | dict(values))
+    changed = core.with_changes(changes | dict(values))
     callbacks = [callback.model_dump() for callback in changed.training.callbacks]
     if not tuning.patience or "earlystopping" in [each["name"].lower() for each in callbacks]:
         return changed

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer import devices
+from trainer import devices, environment
 from trainer.config import Config, DataConfig, parse_config
 from trainer.errors import InputError, TrainerError, install_command
 
@@ -147,10 +147,10 @@ def _version(requirement: Any) -> Finding:
 
 
 def _cpu() -> Finding:
-    flags = devices.cpu_flags()
+    flags = environment.cpu_flags()
     listed = " ".join(f for f in _CPU_FLAGS if f in flags) or "instruction sets unknown"
-    usable, present = devices.usable_cpus(), os.cpu_count()
-    value = f"{devices.cpu_model()}; {usable} of {present} CPUs usable; {listed}"
+    usable, present = environment.usable_cpus(), os.cpu_count()
+    value = f"{environment.cpu_model()}; {usable} of {present} CPUs usable; {listed}"
     # Only Linux lists the flags by these names.
     if sys.platform == "linux" and platform.machine() == "x86_64" and "avx" not in flags:
         remedy = "use a machine with AVX (a virtual one: pass the host's CPU type through)"
@@ -172,12 +172,12 @@ def _memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:
     return Finding("memory", "ok", value)
 
 
-def _disk(subject: str, directory: str, setting: str) -> Finding:
+def _disk(subject: str, directory: str, experiment: str) -> Finding:
     """Says how much room a folder, or the one it would be made in, has."""
     path = Path(directory).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
-    remedy = f"choose another folder: `--set {setting}=...`"
+    remedy = f"choose another folder: `--set {experiment}=...`"
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
         why = "cannot be written" if path.is_dir() else "is a file, not a folder"
         return Finding(subject, "problem", f"{directory}: {path} {why}", remedy)
@@ -194,7 +194,7 @@ def _threads() -> Finding:
     Nothing in trainer sets them: `tf.config.threading` is 0, by which TensorFlow takes a positive
     number from the environment, else the number of usable CPUs. It does not read OMP_NUM_THREADS.
     """
-    cpus, parts = devices.usable_cpus(), []
+    cpus, parts = environment.usable_cpus(), []
     pools = {"intra-op": "TF_NUM_INTRAOP_THREADS", "inter-op": "TF_NUM_INTEROP_THREADS"}
     for pool, variable in pools.items():
         number = os.environ.get(variable, "")
@@ -232,7 +232,7 @@ def _ask(function: str, *arguments: str, **variables: str) -> dict[str, Any] | s
     Returns:
         What it returned, or in words why it returned nothing.
     """
-    code = "import sys; from trainer import doctor; doctor.answer(*sys.argv[1:])"
+    code = "import sys; from trainer.doctor import checks; checks.answer(*sys.argv[1:])"
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -304,8 +304,8 @@ def step_facts(config: str) -> dict[str, Any]:
 
 def _kernels(config: Config) -> Finding:
     """Looks up the kernels of the step when XLA does not compile it."""
-    setting = _traced_for_a_gpu(config, jit_compile=False)
-    report = setting.loop.check_kernels("GPU")
+    experiment = _traced_for_a_gpu(config, jit_compile=False)
+    report = experiment.loop.check_kernels("GPU")
     if not report.host:
         return Finding("GPU kernels", "ok", str(report))
     remedy = "write these parts with operations that have a kernel (docs/gpu.md): less is copied"
@@ -319,13 +319,13 @@ def _xla(config: Config) -> list[Finding]:
     training = config.training
     if training.jit_compile is False:
         return []
-    setting = _traced_for_a_gpu(config, jit_compile=True)
-    layers = nested_layers(setting.model.layers)
+    experiment = _traced_for_a_gpu(config, jit_compile=True)
+    layers = nested_layers(experiment.model.layers)
     refusing = [layer.name for layer in layers if not layer.supports_jit]
     if training.jit_compile == "auto" and (refusing or training.deterministic):
         why = f"Keras does not compile {', '.join(refusing) or 'deterministic operations'}"
         return [Finding("XLA", "ok", f"off on a GPU: {why}")]
-    missing = setting.loop.check_xla_kernels()
+    missing = experiment.loop.check_xla_kernels()
     if not missing:
         return [Finding("XLA", "ok", "every operation of the training step has an XLA kernel")]
     value = f"cannot compile {'; '.join(map(str, missing))}"
@@ -336,15 +336,15 @@ def _traced_for_a_gpu(config: Config, *, jit_compile: bool) -> Any:
     """Assembles a training as one GPU would have it, and traces its step."""
     import keras
 
-    from trainer.assembly import Clock, assemble
+    from trainer.experiment import PhaseTimer, build_experiment
 
     keras.utils.clear_session()  # layers are named as in a process of their own
     changes: dict[str, Any] = {"training.device": "cpu", "training.jit_compile": jit_compile}
     if config.training.precision == "auto":
         changes["training.precision"] = "mixed_bfloat16"  # on GPUs from compute capability 8.0
-    setting = assemble(config.with_changes(changes | _stand_in(config)), Clock())
-    setting.loop.trace(setting.batches("train", shuffled=True))
-    return setting
+    experiment = build_experiment(config.with_changes(changes | _stand_in(config)), PhaseTimer())
+    experiment.loop.trace(experiment.batches("train", shuffled=True))
+    return experiment
 
 
 def _stand_in(config: Config) -> dict[str, Any]:
@@ -390,7 +390,7 @@ def tensorflow_facts() -> dict[str, Any]:
         "version": tf.__version__,
         "import_s": import_s,
         "devices": [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()],
-        "gpus": devices.gpu_models(),
+        "gpus": environment.gpu_models(),
         "build": build,
         "missing": missing_libraries([*libraries, _DRIVER_LIBRARY], wheels),
         "onednn": bool(_pywrap_util_port.IsMklEnabled()),
@@ -427,7 +427,9 @@ def _load_fault(name: str, wheels: Path) -> str:
 def _tensorflow(facts: dict[str, Any]) -> list[Finding]:
     """Says what TensorFlow found, CUDA apart."""
     precision = facts["precision"]
-    bfloat16 = " ".join(f for f in devices.cpu_flags() if "bf16" in f) or "no bfloat16 instructions"
+    bfloat16 = (
+        " ".join(f for f in environment.cpu_flags() if "bf16" in f) or "no bfloat16 instructions"
+    )
     reason = facts["gpus"][0] if facts["gpus"] else f"the CPU lists {bfloat16}"
     findings = [
         Finding("TensorFlow", "ok", f"{facts['version']}, imported in {facts['import_s']:.1f} s"),
@@ -435,10 +437,10 @@ def _tensorflow(facts: dict[str, Any]) -> list[Finding]:
         Finding("precision", "ok", f'"auto" is {precision}: {reason}'),
     ]
     state = "on" if facts["onednn"] else "off"
-    setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
-    if setting is None:
+    experiment = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
+    if experiment is None:
         return [*findings, Finding("oneDNN", "ok", f"{state} (chosen by TensorFlow for this CPU)")]
-    value, remedy = f"{state} (TF_ENABLE_ONEDNN_OPTS={setting})", "`unset TF_ENABLE_ONEDNN_OPTS`"
+    value, remedy = f"{state} (TF_ENABLE_ONEDNN_OPTS={experiment})", "`unset TF_ENABLE_ONEDNN_OPTS`"
     return [*findings, Finding("oneDNN", "note", value, remedy)]
 
 
@@ -520,19 +522,21 @@ def _unprepared(config: DataConfig, prepare: str, *, online: bool) -> Finding:
         if any(known.glob("**/dataset_info.json")):
             value = f"{config.name} is not decoded yet; tensorflow-datasets' files are in {known}"
             return Finding("data", "note", value, prepare)
-    given = config.files or os.environ.get("TRAINER_DATA_FILES", "")
+    given = config.archives or os.environ.get("TRAINER_DATA_FILES", "")
     if given:
-        setting = "data.files" if config.files else "TRAINER_DATA_FILES"
+        experiment = "data.archives" if config.archives else "TRAINER_DATA_FILES"
         named = Path(given) / config.name
         folder = named if named.is_dir() else Path(given)
         if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
-            value = f"{setting} = {given!r}: there is no such folder, or it cannot be read"
-            return Finding("data", "problem", value, f"set {setting} to the folder of the archives")
+            value = f"{experiment} = {given!r}: there is no such folder, or it cannot be read"
+            return Finding(
+                "data", "problem", value, f"set {experiment} to the folder of the archives"
+            )
         files = sorted(p.name for p in folder.iterdir() if p.is_file())
         if files:
-            value = f"{config.name} is not prepared; {setting} holds {', '.join(files[:4])}"
+            value = f"{config.name} is not prepared; {experiment} holds {', '.join(files[:4])}"
             return Finding("data", "note", value + (", …" if len(files) > 4 else ""), prepare)
-        given = f" ({setting} = {given!r} holds no archive)"
+        given = f" ({experiment} = {given!r} holds no archive)"
     if online:
         return Finding("data", "note", f"{config.name} is not prepared{given}", prepare)
     archives = f"{prepare} with a network, or with TRAINER_DATA_FILES=<folder of the archives>"

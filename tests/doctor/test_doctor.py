@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import devices, doctor
+from trainer import devices, environment
 from trainer.config import Config, DataConfig
 from trainer.data import tfds
 from trainer.data._prepared import write_prepared
+from trainer.doctor import checks as doctor
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -87,7 +88,7 @@ def test_examine_reports_every_subject(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "CPU:0" in one(findings, "devices").value
     policy = devices.choose_precision("auto", devices.select("cpu"))
     assert f"is {policy}:" in one(findings, "precision").value
-    assert devices.cpu_model() in one(findings, "CPU").value
+    assert environment.cpu_model() in one(findings, "CPU").value
     assert "elsewhere" in one(findings, "runs folder").value
     built_for_cuda = tf.sysconfig.get_build_info()["is_cuda_build"]
     assert ("CUDA libraries" in subjects) == built_for_cuda
@@ -187,7 +188,7 @@ def test_missing_libraries_are_named(tmp_path: Path) -> None:
 
 
 def test_threads_report_what_limits_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpus = devices.usable_cpus()
+    cpus = environment.usable_cpus()
     free = doctor._threads()
     assert (free.status, free.remedy) == ("ok", "")
     assert f"intra-op {cpus}, inter-op {cpus}" in free.value
@@ -209,8 +210,8 @@ def test_tensorflow_starts_the_threads_that_are_reported(monkeypatch: pytest.Mon
     code = "import tensorflow as tf; tf.constant(1.0) + 1.0"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "inter op parallelism threads: 5" in run.stderr
-    assert f"num_threads={devices.usable_cpus()}\n" in run.stderr
-    assert f"intra-op {devices.usable_cpus()}, inter-op 5;" in doctor._threads().value
+    assert f"num_threads={environment.usable_cpus()}\n" in run.stderr
+    assert f"intra-op {environment.usable_cpus()}, inter-op 5;" in doctor._threads().value
 
 
 def test_onednn_switched_by_hand_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +251,7 @@ def test_data_is_reported_as_fit_would_find_it(
     assert "TRAINER_DATA_FILES holds train.gz" in given.value
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "test.gz").touch()
-    assert "data.files holds test.gz" in data(files=str(tmp_path / "others")).value
+    assert "data.archives holds test.gz" in data(archives=str(tmp_path / "others")).value
 
     kept = tmp_path / "none" / "mnist" / "3.0.1" / "dataset_info.json"
     kept.parent.mkdir(parents=True)
@@ -308,8 +309,8 @@ def test_folders_that_cannot_be_written_and_low_memory(
 def test_a_cpu_without_avx_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(devices, "cpu_flags", lambda: ("fma", "sse2"))
+    monkeypatch.setattr(environment, "cpu_flags", lambda: ("fma", "sse2"))
     assert doctor._cpu().status == "problem"
-    monkeypatch.setattr(devices, "cpu_flags", lambda: ("avx", "avx2"))
+    monkeypatch.setattr(environment, "cpu_flags", lambda: ("avx", "avx2"))
     assert doctor._cpu().status == "ok"
     assert doctor._cpu().value.endswith("avx avx2")

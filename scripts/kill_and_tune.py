@@ -92,7 +92,9 @@ def _kill(process: subprocess.Popen[str], victim: str, moments: random.Random) -
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("records/*.json"))]
+    # Other names belong to files that are being written.
+    paths = [path for path in folder.glob("records/*.json") if path.stem.isdecimal()]
+    return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
 def _faults(folder: Path) -> list[str]:

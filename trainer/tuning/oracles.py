@@ -74,8 +74,9 @@ class _Durable(keras_tuner.Oracle):
         order, ended = state["start_order"], state["end_order"]
         if "trials" not in state:  # the format of trainer 1: a file for each trial
             files = [self._search.oracle / f"trial_{trial}" / "trial.json" for trial in order]
-            state = state | {"trials": [_read(file) for file in files]}
-            state |= _read(self._search.path / "seconds.json")
+            state = state | {"trials": [_read(file) for file in files], "seconds": 0.0}
+            for file in self._search.path.glob("seconds.json"):
+                state |= _read(file)
         self.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
         self._start = time.monotonic() - state["seconds"]
         ended = [trial for trial in ended if self._search.record_file(trial).exists()]

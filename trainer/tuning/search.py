@@ -28,7 +28,7 @@ from trainer.files import require_writable
 from trainer.run import Run
 from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
-from trainer.tuning import hparams, results
+from trainer.tuning import results
 from trainer.tuning import workers as parallel
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.oracles import combinations, direction_of, make_oracle
@@ -83,16 +83,14 @@ def tune(
     check_space(config)
     require_writable(config.logging.directory)
     search = SearchDirectory(config, name)
-    if member is not None and not member.chief:
+    if member is not None and "chief" not in member.name:
         with _explained(search):
             parallel.work(search, member)
         return None
-    config, metrics = _check_extremes(config)
-    search = SearchDirectory(config, search.name)
+    search = SearchDirectory(_check_extremes(config), search.name)
     search.stored()  # raises an error if it differs
     with _explained(search), search.locked():
         search.create()
-        hparams.write_domains(search, metrics)
         oracle = make_oracle(search)
         if refit and search.ranked():
             _refit_run(search)  # refuses a second refit before more trials are run
@@ -113,12 +111,11 @@ def tune(
     return document
 
 
-def _check_extremes(config: Config) -> tuple[Config, list[str]]:
+def _check_extremes(config: Config) -> Config:
     """Builds the objects of every end and choice of the space before any of them is trained.
 
     Returns:
-        The configuration with the direction and a fallback of the data set resolved; and the names
-        of the validation metrics.
+        The configuration with the direction and a fallback of the data set resolved.
 
     Raises:
         InputError: Something does not fit together.
@@ -142,7 +139,7 @@ def _check_extremes(config: Config) -> tuple[Config, list[str]]:
             except (InputError, MissingError) as error:
                 raise type(error)(f"tuning.space, {name}: {error}") from None
     keras.utils.clear_session()
-    return config, metrics
+    return config
 
 
 def _build(config: Config, experiment: Experiment) -> None:

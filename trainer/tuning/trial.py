@@ -1,23 +1,22 @@
 """Training of one trial, and the loop that asks an oracle for trials."""
 
-import contextlib
 import json
 import shutil
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 from keras_tuner.engine.trial import TrialStatus
-from tensorflow.python.framework import ops
 
 from trainer import workflow
 from trainer.config import Config
 from trainer.errors import CheckError, InputError, StoppedError, TrainerError
 from trainer.run import Run
+from trainer.tensorflow_internals import released_gradients
 from trainer.training.loop import Logs
 from trainer.tuning import hparams
 from trainer.tuning.oracles import quiet
@@ -122,7 +121,7 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
     # gives the same result. Continuing would save 12 of 94 epochs in configs/mnist_tune.toml.
     epochs = chosen.get("tuner/epochs", search.config.training.epochs)
     try:
-        with _freed_memory():
+        with released_gradients():
             record = _train(search, trial, values, epochs)
     except StoppedError:
         raise
@@ -131,28 +130,11 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
         record = TrialRecord(
             trial=trial, status="failed", values=values, epochs=epochs, error=text
         ).model_copy(update={"runs": _runs_of(search, trial)})
+    keras.utils.clear_session()
     # The record is written last: a trial with a record is complete.
     hparams.write_session(search, record, begin)
     search.write_record(record)
     return record
-
-
-@contextlib.contextmanager
-def _freed_memory() -> Iterator[None]:
-    """Frees the memory of the trainings within.
-
-    TensorFlow keeps each gradient of tf.custom_gradient in a global registry, and with it the graph
-    and its captured tensors: all images, once for each trial.
-    """
-    registered = ops.gradient_registry._registry
-    before = set(registered)
-    try:
-        yield
-    finally:
-        for name in registered.keys() - before:
-            if name.startswith("CustomGradient"):
-                del registered[name]
-        keras.utils.clear_session()
 
 
 def _train(search: SearchDirectory, trial: str, values: dict[str, Any], epochs: int) -> TrialRecord:

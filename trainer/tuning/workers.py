@@ -44,22 +44,11 @@ _HEARTBEAT = ("trainer.Tuning", "Heartbeat")  # service and method in the chief'
 
 
 class Member(NamedTuple):
-    """The role of this process in a search by several processes.
-
-    Attributes:
-        name: Name of this process. The name of a chief contains "chief".
-        host: Address of the chief.
-        port: Port of the chief.
-    """
+    """Name of this process, which contains "chief" in the chief, and the address of the chief."""
 
     name: str
     host: str
     port: int
-
-    @property
-    def chief(self) -> bool:
-        """Whether this process leads the search."""
-        return "chief" in self.name
 
 
 def membership() -> Member | None:
@@ -250,28 +239,28 @@ def work(search: SearchDirectory, member: Member) -> None:
     """
     address = f"{member.host}:{member.port}"
     _log.info("worker   %s for the chief at %s", member.name, address)
-    with grpc.insecure_channel(address) as channel:
+    channel = grpc.insecure_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(_START_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise MissingError(f"no chief at {address} within {_START_SECONDS:.0f} s") from None
+    search = search.stored(ignored=RESOLVED)
+    # The environment variables give this tuner a client in place of the oracle.
+    client = BaseTuner(RandomSearchOracle(), directory=search.path, project_name="oracle")
+    heartbeat = Heartbeat(channel, member.name)
+    with search.worker(member.name):
+        heartbeat.start()
         try:
-            grpc.channel_ready_future(channel).result(_START_SECONDS)
-        except grpc.FutureTimeoutError:
-            raise MissingError(f"no chief at {address} within {_START_SECONDS:.0f} s") from None
-        search = search.stored(ignored=RESOLVED)
-        # The environment variables give this tuner a client in place of the oracle.
-        client = BaseTuner(RandomSearchOracle(), directory=search.path, project_name="oracle")
-        heartbeat = Heartbeat(channel, member.name)
-        with search.worker(member.name):
-            heartbeat.start()
-            try:
-                run_trials(search, client.oracle, member.name)
-            except (StoppedError, SystemExit, grpc.RpcError):
-                if not heartbeat.lost:
-                    raise
-                raise MissingError(
-                    f"the chief at {address} does not answer. The trial of {member.name} is saved: "
-                    "start the search again to continue"
-                ) from None
-            finally:
-                heartbeat.stop()
+            run_trials(search, client.oracle, member.name)
+        except (StoppedError, SystemExit, grpc.RpcError):
+            if not heartbeat.lost:
+                raise
+            raise MissingError(
+                f"the chief at {address} does not answer. The trial of {member.name} is saved: "
+                "start the search again to continue"
+            ) from None
+        finally:
+            heartbeat.stop()
 
 
 class Heartbeat(threading.Thread):

@@ -259,7 +259,7 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
         "optimizer.options.momentum",
     )
     chosen = {rate: 0.012345678, name: 1, units: 1, momentum: 3, "tuner/epochs": 3}
-    values = decode(config, chosen)
+    values = decode(config.table(TuningConfig), chosen)
     assert values == {rate: 0.0123457, name: "SGD", units: [16, 8], momentum: 0.9}
     own = trial_config(config, values | {"training.epochs": 1})
     assert (own.optimizer.name, own.optimizer.options) == ("SGD", {"momentum": 0.9})
@@ -273,9 +273,9 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
     }
     assert own.table(TuningConfig) == TuningConfig()
     assert "[tuning]" not in own.to_toml()
-    kept = trial_config(config, decode(config, {rate: 0.1, name: 0, units: 0}))
+    kept = trial_config(config, decode(config.table(TuningConfig), {rate: 0.1, name: 0, units: 0}))
     assert kept.optimizer.options == {"weight_decay": 0.01}  # of the same optimizer
-    assert decode(config, {rate: 0.09999999, name: 0})[rate] <= 0.1
+    assert decode(config.table(TuningConfig), {rate: 0.09999999, name: 0})[rate] <= 0.1
     tried = [changed for _, changed in extremes(config)]
     assert {c.optimizer.options.get("momentum") for c in tried} == {None, 0.0, 0.3, 0.6, 0.9}
     assert trial_config(search("tuning.direction=max", EARLY), values).training.callbacks == [
@@ -318,7 +318,7 @@ def _take(
 
 
 def _end(directory: SearchDirectory, oracle: Any, trial: Any, score: float) -> None:
-    values = decode(directory.config, trial.hyperparameters.values)
+    values = decode(directory.tuning, trial.hyperparameters.values)
     directory.write_record(_record(trial.trial_id, score, **values))
     oracle.update_trial(trial.trial_id, {oracle.objective.name: score})
     trial.status = TrialStatus.COMPLETED

@@ -65,6 +65,11 @@ class Parameter(Section):
             return math.log(self.high / self.low, self.step)
         return (self.high - self.low) / self.step
 
+    @property
+    def whole(self) -> bool:
+        """Whether a range has whole values only."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
     def values(self) -> list[Any] | None:
         """Returns all possible values; None for a range without a step."""
         if self.choices is not None:

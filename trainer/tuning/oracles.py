@@ -189,7 +189,7 @@ def make_oracle(search: SearchDirectory) -> Any:
     tuning = search.tuning
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
-        "hyperparameters": hyperparameters(search.config),
+        "hyperparameters": hyperparameters(tuning),
         "seed": tuning.seed + 1,  # keras-tuner replaces 0 by a random seed
         "max_consecutive_failed_trials": 10**9,  # trainer.tuning.search counts failures
     }

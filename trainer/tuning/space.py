@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 # Trials are compared by the same metrics on the same images, so these keys cannot be searched.
 # The best of several seeds would be luck: tuning.executions_per_trial averages over seeds instead.
-_FIXED = ("data", "logging", "tuning", "training.limit_batches", "training.metrics")
-_FIXED += ("training.seed",)
+_FIXED = (
+    *("data", "logging", "tuning"),
+    *("training.limit_batches", "training.metrics", "training.seed"),
+)
 _FREE = ("data.augmentation", "data.image_size")  # of `data`, but the images stay the same
 _DIGITS = 6  # significant digits of a sampled value: best.toml shows exactly what was tried
 
@@ -96,11 +98,11 @@ def searched(config: Config) -> dict[str, Parameter]:
     return {**tuning.space, "training.epochs": Parameter(low=1, high=config.training.epochs)}
 
 
-def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":
+def hyperparameters(tuning: TuningConfig) -> "keras_tuner.HyperParameters":
     """Returns the space as an object of keras-tuner."""
     import keras_tuner
 
-    tuning, space = config.table(TuningConfig), keras_tuner.HyperParameters()
+    space = keras_tuner.HyperParameters()
     for key, parameter in tuning.in_order().items():
         with ExitStack() as scopes:
             for condition in tuning.conditions(key).items():
@@ -109,39 +111,26 @@ def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":
             if values is not None:
                 space.Choice(key, list(range(len(values))))
             else:
-                add = space.Int if _is_whole(config, key) else space.Float
+                add = space.Int if parameter.whole else space.Float
                 add(key, parameter.low, parameter.high, sampling=parameter.scale)
     return space
 
 
-def _is_whole(config: Config, key: str) -> bool:
-    """Returns whether a range has whole values: both ends are, and the key is not a float."""
-    space = config.table(TuningConfig).space
-    parameter = space[key]
-    if not (isinstance(parameter.low, int) and isinstance(parameter.high, int)):
-        return False
-    values = _conditions(space, key) | {key: parameter.low}
-    value: Any = config.with_changes(values).model_dump()
-    for name in key.split("."):
-        value = value[name]
-    return isinstance(value, int)
-
-
-def decode(config: Config, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def decode(tuning: TuningConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a trial by dotted key of the configuration.
 
     Args:
-        config: The configuration of the search.
+        tuning: Has the space.
         chosen: Hyperparameters that keras-tuner chose. Inactive ones are missing.
     """
     found: dict[str, Any] = {}
-    for key, parameter in config.table(TuningConfig).in_order().items():
+    for key, parameter in tuning.in_order().items():
         if key not in chosen:
             continue
         values = parameter.values()
         if values is not None:
             found[key] = values[int(chosen[key])]
-        elif _is_whole(config, key):
+        elif parameter.whole:
             found[key] = int(chosen[key])
         else:
             rounded = float(f"{chosen[key]:.{_DIGITS}g}")

@@ -107,7 +107,7 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
         InputError: The trial has a record with other values.
         StoppedError: A signal stopped the training; the state is saved.
     """
-    values, begin = decode(search.config, chosen), time.time()
+    values, begin = decode(search.tuning, chosen), time.time()
     if search.record_file(trial).exists():
         done = search.record(trial)
         if done.values != values:
@@ -119,7 +119,8 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
     # A promoted trial of hyperband starts again instead of continuing from earlier weights. Its
     # learning-rate schedule then covers its own epochs, and a plain `trainer fit` of best.toml
     # gives the same result. Continuing would save 12 of 94 epochs in configs/mnist_tune.toml.
-    epochs = chosen.get("tuner/epochs", search.config.training.epochs)
+    configured = values.get("training.epochs", search.config.training.epochs)
+    epochs = chosen.get("tuner/epochs", configured)
     try:
         with released_gradients():
             record = _train(search, trial, values, epochs)
@@ -127,9 +128,10 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
         raise
     except Exception as error:  # other trials may succeed
         text = str(error) if isinstance(error, TrainerError) else traceback.format_exc()
+        runs = _runs_of(search, trial)
         record = TrialRecord(
-            trial=trial, status="failed", values=values, epochs=epochs, error=text
-        ).model_copy(update={"runs": _runs_of(search, trial)})
+            trial=trial, status="failed", values=values, epochs=epochs, error=text, runs=runs
+        )
     keras.utils.clear_session()
     # The record is written last: a trial with a record is complete.
     hparams.write_session(search, record, begin)

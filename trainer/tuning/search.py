@@ -91,23 +91,35 @@ def tune(
     search.stored()  # raises an error if it differs
     with _explained(search), search.locked():
         search.create()
-        oracle = make_oracle(search)
-        if refit and search.ranked():
-            _refit_run(search)  # refuses a second refit before more trials are run
-        progress = _Progress(search, oracle)
-        try:
-            if member is None and not workers:
-                with _trial_logs_hidden():
-                    run_trials(search, oracle, "alone", progress.report)
-            else:
-                parallel.lead(search, oracle, member, workers, progress.report)
-        finally:
-            oracle.save()  # which notes the time of the search
-        progress.report_end()
-        document = results.write_results(search, oracle.seconds)
-        if refit:
-            refitted = _refit(search, console)
-            document = results.write_results(search, oracle.seconds, refit=refitted)
+        return _run_search(search, member, workers, refit=refit, console=console)
+
+
+def _run_search(
+    search: SearchDirectory,
+    member: parallel.Member | None,
+    workers: int,
+    *,
+    refit: bool,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Runs the remaining trials, then the refit, and returns the content of results.json."""
+    oracle = make_oracle(search)
+    if refit and search.ranked():
+        _refit_run(search)  # refuses a second refit before more trials are run
+    progress = _Progress(search, oracle)
+    try:
+        if member is None and not workers:
+            with _trial_logs_hidden():
+                run_trials(search, oracle, "alone", progress.report)
+        else:
+            parallel.lead(search, oracle, member, workers, progress.report)
+    finally:
+        oracle.save()  # which notes the time of the search
+    progress.report_end()
+    document = results.write_results(search, oracle.seconds)
+    if refit:
+        refitted = _refit(search, console)
+        document = results.write_results(search, oracle.seconds, refit=refitted)
     return document
 
 

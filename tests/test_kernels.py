@@ -133,8 +133,9 @@ def test_only_summaries_run_on_the_host_in_a_training(
 ) -> None:
     experiment = prepared(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
-    train, validation = experiment.training_batches(PhaseTimer())
-    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
+    train = experiment.batches("train", shuffled=True)
+    validation = experiment.batches("validation")
+    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves])
     found = [(graph.name, check_kernels(graph, "GPU").host) for graph in traced()]
     # A call of training steps, one of validation, and what writes the points.
     assert sorted(name for name, _ in found) == ["call", "call", "write"]

@@ -15,8 +15,8 @@ from trainer.benchmark import formats, timing
 from trainer.benchmark.formats import BATCH, Effort
 from trainer.benchmark.timing import Measurement, Timing, joined, take_turns
 from trainer.errors import MissingError
-from trainer.saving.export import read_facts
 from trainer.saving.formats import FORMATS
+from trainer.saving.versions import read_record
 
 
 class Device:
@@ -131,7 +131,7 @@ def test_formats_are_compared(
         if kind == "litert_int8":
             raise MissingError("litert_int8 needs what is not here")
         version = shutil.copytree(exported[kind], Path(directory) / f"{name}-{kind}" / "1")
-        return version, read_facts(version)
+        return version, read_record(version)
 
     monkeypatch.setattr(formats, "export", export)
     monkeypatch.setattr(formats, "QUICK", Effort(processes=1, calls=40))
@@ -146,7 +146,7 @@ def test_formats_are_compared(
     assert [row["format"] for row in document["rows"]] == ["saved_model", "litert", "onnx"]
     for row in document["rows"]:
         kind = row["format"]
-        verified = read_facts(exported[kind]).verified
+        verified = read_record(exported[kind]).verified
         assert row["accuracy"] == verified.accuracy
         assert row["largest_difference"] == verified.largest_difference
         assert row["timing"]["blocks"] == 40

@@ -21,8 +21,9 @@ from trainer.benchmark.timing import Timing, joined
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import open_run
-from trainer.saving.export import Verified, artefact_files, export
+from trainer.saving.export import export
 from trainer.saving.formats import FORMATS
+from trainer.saving.versions import Verification, artefact_files
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +123,9 @@ def formats_figure(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _export_all(run: str, folder: str, skipped: dict[str, str]) -> dict[str, tuple[Path, Verified]]:
+def _export_all(
+    run: str, folder: str, skipped: dict[str, str]
+) -> dict[str, tuple[Path, Verification]]:
     """Exports to every format whose packages are there; the others are noted with the reason."""
     artefacts = {}
     for kind, format_ in FORMATS.items():
@@ -158,7 +161,7 @@ def _measure(kind: str, artefact: Path, folder: str, effort: Effort) -> dict[str
 
 
 def _row(
-    kind: str, size: int, measured: list[dict[str, Any]], verified: Verified
+    kind: str, size: int, measured: list[dict[str, Any]], verified: Verification
 ) -> dict[str, Any]:
     one, many = (joined([_timing(m[key]) for m in measured]) for key in ("one", "many"))
     return {
@@ -210,5 +213,4 @@ def _quartiles(row: dict[str, Any]) -> str:
 
 
 def _size(artefact: Path) -> int:
-    folder = artefact if artefact.is_dir() else artefact.parent
-    return sum((folder / name).stat().st_size for name in artefact_files(folder, artefact))
+    return sum(file.stat().st_size for file in artefact_files(artefact))

@@ -90,26 +90,27 @@ def test_the_class_table_matches_scikit_learn(pairs: NDArray[Any]) -> None:
     np.testing.assert_allclose(found, np.transpose(expected))
 
 
+Texts = list[tuple[tuple[float, float], str, str]]
+
+
 @pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[float, float], str, str]]:
+def texts(monkeypatch: pytest.MonkeyPatch) -> Texts:
     """The texts that are drawn: place, text and colour."""
-    drawn: list[tuple[tuple[float, float], str, str]] = []
+    drawn: Texts = []
     draw = ImageDraw.ImageDraw.text
 
     def record(self: Any, xy: Any, text: Any, fill: Any = None, *rest: Any, **options: Any) -> Any:
-        drawn.append((tuple(map(float, xy)), text, fill))
+        drawn.append(((float(xy[0]), float(xy[1])), text, fill))
         return draw(self, xy, text, fill, *rest, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     return drawn
 
 
-Texts = list[tuple[tuple[float, float], str, str]]
-
-
 def test_the_confusion_matrix_shows_numbers_names_and_mistakes(texts: Texts) -> None:
     picture = figures.confusion_image(MATRIX, ["cat", "dog", "eel", "3"])
-    assert (picture.dtype, picture.shape[2]) == (np.uint8, 3)
+    assert picture.dtype == np.uint8
+    assert picture.shape[2] == 3
     rows = {text: place[1] for place, text, _ in texts[:8:2]}
     columns = {text: place[0] for place, text, _ in texts[1:8:2]}
     assert list(rows) == ["cat  0", "dog  1", "eel  2", "3"]
@@ -158,7 +159,7 @@ ANY_NAMES = ("$^$", "猫", "_", "a|b\\|c", "*x* `y` <b> [red](z) &amp; #1 ~~no~~
 def test_pictures_show_any_class_name() -> None:
     spec = of_classes(*ANY_NAMES)
     names = figures.drawn_names(spec, figures.TICK_CHARACTERS)
-    assert names[:4] == ["$^$", "#1", "_", "a|b\\c"]
+    assert names[:4] == ["$^$", "#1", "_", "a|b\\|c"]
     assert names[4:] == ["*x* `y` <b> [red](z)… #4", f"{'n' * 20}… #5"]
     matrix = np.ones((6, 6), int)
     assert figures.confusion_image(matrix, names).shape[1] < 600

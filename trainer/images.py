@@ -92,8 +92,10 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
             Image.open(path, formats=("PNG", "JPEG")) as image,
         ):
             if image.width * image.height > _MAX_PIXELS:
-                size = f"{image.width}x{image.height} pixels"
-                raise InputError(f"{path}: expected at most {_MAX_PIXELS} pixels, received {size}")
+                raise InputError(
+                    f"{path}: expected at most {_MAX_PIXELS} pixels, "
+                    f"received {image.width}x{image.height}"
+                )
             # A phone's JPEG (MPO) may contain more views or a preview: the first is the photograph.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise InputError(f"{path} is an animation: expected one image")

@@ -617,8 +617,11 @@ def test_folder_that_lacks_an_archive_is_refused(
     (tmp_path / "archives").mkdir()
     for name in ARCHIVES[:-1]:
         (tmp_path / "archives" / name).write_bytes(ERROR_PAGE)
-    with pytest.raises(InputError, match=rf"archives \(.*\) lacks {ARCHIVES[-1]} of mnist"):
-        load(give(tmp_path / "archives"))
+    config = give(tmp_path / "archives").model_copy(update={"allow_sample": False})
+    with pytest.raises(
+        InputError, match=rf"archives \(.*\) lacks {ARCHIVES[-1]}, and .* not answer"
+    ):
+        load(config)
 
 
 def test_folder_that_does_not_exist_is_refused(
@@ -628,30 +631,20 @@ def test_folder_that_does_not_exist_is_refused(
         load(give(tmp_path / "archives"))
 
 
-def test_folder_without_any_archive_is_refused_or_noticed(
+def test_a_folder_without_archives_is_named(
     give: Callable[[Path], DataConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "archives"
     (folder / "mnist").mkdir(parents=True)
     (folder / "notes.txt").write_text("nothing here")
-    config = give(folder).model_copy(update={"allow_sample": False})
-    with pytest.raises(InputError) as refused:
-        load(config)
-    if config.archives:  # named for this very set
-        expected = ", ".join(sorted(ARCHIVES))
-        assert str(refused.value) == (
-            f"{folder} (data.archives) contains no archive of mnist: expected {expected}"
-        )
+    reason = rf"{folder} \(.*\) lacks {', '.join(sorted(ARCHIVES))}, and .* does not answer"
+    config = give(folder)
+    if config.archives:  # the user wants these archives, not the sample
+        with pytest.raises(InputError, match=reason):
+            load(config)
     else:
-        assert re.search("not prepared in .*no archives were given", str(refused.value))
-        (notice,) = [
-            record.getMessage()
-            for record in caplog.records
-            if record.levelno == logging.WARNING and record.name.startswith("trainer")
-        ]
-        assert (
-            notice == f"{folder} (TRAINER_DATA_FILES) contains no archive of mnist and is ignored."
-        )
+        assert load(config).spec.name == "mnist_sample"
+        assert re.search(f"Training on a SAMPLE.*{reason}", caplog.text)
 
 
 def test_an_empty_folder_of_its_name_hides_no_archive(

@@ -243,21 +243,14 @@ def load(config: DataConfig) -> Dataset:
             f"received {type(source).__name__}"
         )
     check_class_names(source.name, source.class_names)
-    source = _without_unlabelled(source)
-    for split in SPLITS:
-        if getattr(source, split) is not None:
-            _check(source, split, *getattr(source, split))
-    dataset = _make_splits(source, config)
+    usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
+    dataset = _make_splits(replace(source, **usable), config)
     _warn_of_untrained_classes(dataset)
     return dataset
 
 
 def resolve(config: DataConfig) -> DataConfig:
-    """Returns a configuration that also contains the default options of its data set.
-
-    Raises:
-        InputError: The module has no function `load`.
-    """
+    """Returns a configuration that also contains the default options of its data set."""
     return config.resolved(_find(config))
 
 
@@ -349,20 +342,6 @@ def _find(config: DataConfig) -> Callable[..., Any]:
     return cast("Callable[..., Any]", function)
 
 
-def _without_unlabelled(source: Source) -> Source:
-    """Removes splits that have only negative labels: these are not known."""
-    for split in ("validation", "test"):
-        labels = np.asarray([] if getattr(source, split) is None else getattr(source, split)[1])
-        if labels.size and np.issubdtype(labels.dtype, np.integer) and labels.max() < 0:
-            _log.warning(
-                "The %s split of %s has no labels and cannot be scored: %s images are held out of "
-                "train.",
-                *(split, source.name, split),
-            )
-            source = replace(source, **cast("Any", {split: None}))
-    return source
-
-
 def _warn_of_untrained_classes(dataset: Dataset) -> None:
     class_names = dataset.spec.class_names
     counts = dataset.train.class_counts(len(class_names))
@@ -415,22 +394,30 @@ def _joined(one: Split, other: Split) -> Split:
     """Returns the images of both splits, copied into memory if they are of different arrays."""
     if one.images is other.images:
         return Split(one.images, one.labels, np.sort(np.concatenate([one.rows, other.rows])))
-    images, labels = map(np.concatenate, zip(one.read(), other.read(), strict=True))
-    return Split(images, labels, np.arange(len(labels)))
+    (images, labels), (more_images, more_labels) = one.read(), other.read()
+    labels = np.concatenate([labels, more_labels])
+    return Split(np.concatenate([images, more_images]), labels, np.arange(len(labels)))
 
 
 def _split(examples: Examples, rows: NDArray[np.int64]) -> Split:
     return Split(examples[0], np.asarray(examples[1], dtype=np.int32), rows)
 
 
-def _check(source: Source, split: str, images: Any, labels: Any) -> None:
-    """Refuses arrays that do not fit the contract of `Source`."""
+def _usable_examples(source: Source, split: str) -> Examples | None:
+    """Returns the examples of a split; None if it has none or only negative labels.
+
+    Raises:
+        InputError: The arrays do not fit the contract of `Source`.
+    """
 
     def require(fits: Any, expected: str, received: str) -> None:
         if not fits:
             where = f"data set {source.name!r}, {split}"
             raise InputError(f"{where}: expected {expected}, received {received}")
 
+    if getattr(source, split) is None:
+        return None
+    images, labels = getattr(source, split)
     for array in (images, labels):
         require(isinstance(array, np.ndarray), "numpy arrays", type(array).__name__)
     require(
@@ -445,6 +432,14 @@ def _check(source: Source, split: str, images: Any, labels: Any) -> None:
     )
     require(np.issubdtype(labels.dtype, np.integer), "integer labels", str(labels.dtype))
     lowest, highest, most = labels.min(), labels.max(), len(source.class_names) - 1
+    if highest < 0 and split != "train":
+        _log.warning(
+            "The %s split of %s has no labels and cannot be scored: %s images are held out of "
+            "train.",
+            *(split, source.name, split),
+        )
+        return None
     require(0 <= lowest <= highest <= most, f"labels from 0 to {most}", f"{lowest} to {highest}")
     shape, train = images.shape[1:], source.train[0].shape[1:]
     require(shape == train, f"images of shape {list(train)} as in train", str(list(shape)))
+    return images, labels

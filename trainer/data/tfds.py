@@ -64,14 +64,16 @@ def load(config: DataConfig) -> Source:
     if not folder.exists():
         try:
             prepare(config)
-        except _UnavailableError:
-            if config.name != "mnist" or not config.allow_sample or config.image_size:
+        except _UnavailableError as error:
+            if config.name != "mnist" or not config.allow_sample:
+                raise
+            if config.archives or config.image_size:  # the sample would not be what was asked for
                 raise
             _log.warning(
-                "Training on a SAMPLE: 5,000 of MNIST's 70,000 images (mnist_sample), because "
-                "MNIST is not prepared, no archives were given and the network does not answer. "
-                "For all of MNIST: a network, or TRAINER_DATA_FILES=<folder with the four original "
-                "archives>. Accuracies on the sample are not accuracies on MNIST."
+                "Training on a SAMPLE, 5,000 of MNIST's 70,000 images (mnist_sample): %s. For all "
+                "of MNIST: a network, or TRAINER_DATA_FILES=<folder with the four original "
+                "archives>. Accuracies on the sample are not accuracies on MNIST.",
+                error,
             )
             return mnist_sample.load(config)
     # The checksums of MNIST take 0.1 s. They prove that the fingerprint describes these images.
@@ -110,8 +112,6 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
     builder = _builder(config)
     shape, class_names = _check_features(config, builder)
     archives = None if builder.is_prepared() else _archives(config, builder)
-    if not builder.is_prepared() and archives is None:
-        _require_network(config, builder)
     with _locked(Path(config.directory)):
         if folder.exists() and not overwrite:
             return  # another process prepared it while this one waited
@@ -223,7 +223,7 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, i
 
     where, features = f"data set {config.name!r}: expected", builder.info.features
     keys = builder.info.supervised_keys
-    found = [dict(features.items()).get(str(key)) for key in keys or ()]
+    found: list[Any] = [dict(features.items()).get(str(key)) for key in keys or ()]
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
     if len(found) != 2 or not all(map(isinstance, found, kinds)):
         received = f"{', '.join(features)} (supervised: {keys})"
@@ -245,45 +245,35 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, i
     return (height, width, image.shape[2] or 3), list(label.names)
 
 
-def _require_network(config: DataConfig, builder: Any) -> None:
+def _archives(config: DataConfig, builder: Any) -> Path | None:
+    """Returns the folder with all archives of the data set; None: they must be downloaded.
+
+    Raises:
+        InputError: The folder of the user does not exist, or the network does not answer.
+    """
+    given = config.archives or os.environ.get("TRAINER_DATA_FILES")
+    setting = "data.archives" if config.archives else "TRAINER_DATA_FILES"
+    if given and not os.path.isdir(given):  # noqa: PTH112 - unlike Path, also for a too long name
+        raise InputError(f"{setting} = {given!r}: there is no such folder")
+    wanted = sorted(info.filename or Path(url).name for url, info in builder.url_infos.items())
+    reason = "no archives were given (data.archives or TRAINER_DATA_FILES)"
+    # A folder for several data sets contains one folder for each.
+    for folder in (Path(given, config.name), Path(given)) if given else ():
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if folder.is_dir() and not missing and (wanted or config.archives):
+            return folder.absolute()
+        reason = f"{folder} ({setting}) lacks {', '.join(missing) or 'archives'}"
+        if missing != wanted:
+            break
     url = next(iter(builder.url_infos), DOWNLOADS)
     if not network_answers(url):
         raise _UnavailableError(
             f"data set {config.name!r} is not available: it is not prepared in {config.directory}, "
-            f"no archives were given (data.archives or TRAINER_DATA_FILES), and {url} does not "
-            "answer" + ("" if config.allow_sample else " (data.allow_sample = false)")
+            f"{reason}, and {url} does not answer"
+            + ("" if config.allow_sample else " (data.allow_sample = false)")
         )
-
-
-def _archives(config: DataConfig, builder: Any) -> Path | None:
-    """Returns the folder with all archives of the data set; None: no folder was given.
-
-    Raises:
-        InputError: The folder does not exist or lacks archives.
-    """
-    given = config.archives or os.environ.get("TRAINER_DATA_FILES")
-    if not given:
-        return None
-    setting = "data.archives" if config.archives else "TRAINER_DATA_FILES"
-    if not os.path.isdir(given):  # noqa: PTH112 - unlike Path.is_dir, also for a too long name
-        raise InputError(f"{setting} = {given!r}: there is no such folder")
-    wanted = sorted(info.filename or Path(url).name for url, info in builder.url_infos.items())
-    # A folder for several data sets contains one folder for each.
-    folders = [Path(given) / config.name, Path(given)]
-    missing = [[name for name in wanted if not (folder / name).is_file()] for folder in folders]
-    folder, lacking = min(zip(folders, missing, strict=True), key=lambda pair: len(pair[1]))
-    if wanted and not lacking:
-        return folder.absolute()
-    if lacking != wanted:
-        raise InputError(f"{folder} ({setting}) lacks {', '.join(lacking)} of {config.name}")
-    if config.archives:  # given for this data set; the variable may be set for others
-        raise InputError(
-            f"{given} (data.archives) contains no archive of {config.name}: expected "
-            f"{', '.join(wanted) or 'none, because it is not made from archives'}"
-        )
-    _log.warning(
-        "%s (TRAINER_DATA_FILES) contains no archive of %s and is ignored.", given, config.name
-    )
+    if given:
+        _log.warning("%s: downloading %s", reason, config.name)
     return None
 
 

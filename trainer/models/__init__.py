@@ -63,35 +63,31 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         InputError: The network or one of its options is unknown or does not fit the images.
     """
     function, where = find(config), f"model {config.name!r}"
+
+    def require(fits: bool, expected: str, received: Any) -> None:
+        if not fits:
+            raise InputError(f"{where}: expected {expected}, received {received}")
+
     try:
         model = call_with_options(function, spec, options=config.arguments, where="model.options")
     except (tf.errors.ResourceExhaustedError, MemoryError):
         raise InputError(f"{where} does not fit into memory: reduce its options") from None
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"{where} cannot be built: {keras_objects.explain(error)}") from error
-    if not isinstance(model, keras.Model) or not model.built:
-        received = type(model).__name__
-        raise InputError(
-            f"{where}: expected build() to return a built keras.Model, received {received}"
-        )
-    for layer in model.layers:
-        if not _SCOPE.fullmatch(layer.name):
-            raise InputError(
-                f"{where}: expected layer names that TensorFlow's graphs accept (letters, digits, "
-                f"_ . - /, no blanks), received {layer.name!r}"
-            )
+    built = isinstance(model, keras.Model) and model.built
+    require(built, "build() to return a built keras.Model", type(model).__name__)
+    for name in [layer.name for layer in model.layers]:
+        rule = "layer names that TensorFlow accepts (letters, digits, _ . - /, no blanks)"
+        require(bool(_SCOPE.fullmatch(name)), rule, repr(name))
     shape = getattr(model, "input_shape", None)
-    if shape != (None, *spec.image_shape):
-        expected = [None, *spec.image_shape]
-        raise InputError(f"{where}: expected one input of shape {expected}, received {shape}")
+    wanted = (None, *spec.image_shape)
+    require(shape == wanted, f"one input of shape {list(wanted)}", shape)
     # `model.output_shape` would hide that the model returns a dictionary or a list.
-    outputs, expected = model.compute_output_spec(model.input), [None, spec.class_count]
-    received = list(getattr(outputs, "shape", [type(outputs).__name__]))
-    if received != expected:
-        raise InputError(
-            f"{where}: expected probabilities of shape {expected}, received {received}"
-        )
-    return model
+    outputs = model.compute_output_spec(model.input)
+    found = list(getattr(outputs, "shape", [type(outputs).__name__]))
+    expected = [None, spec.class_count]
+    require(found == expected, f"probabilities of shape {expected}", found)
+    return cast("keras.Model", model)
 
 
 def image_input(spec: DataSpec) -> tuple[Any, Any]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trainer.data import DataSpec, Images
-from trainer.data._prepared import NPY_ERRORS
+from trainer.data import NPY_ERRORS, DataSpec, Images
 from trainer.errors import InputError
 
 # An image with more pixels is refused before it is decoded.
@@ -52,7 +51,8 @@ def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[P
         InputError: The path is not a file, or the file is not an image that fits.
     """
     if not os.path.isfile(path):  # noqa: PTH113 - unlike Path.is_file, also for a too long name
-        reason = "it is not a regular file" if os.path.lexists(path) else "there is no such file"
+        special = "it is a folder" if os.path.isdir(path) else "it is not a regular file"  # noqa: PTH112
+        reason = special if os.path.lexists(path) else "there is no such file"
         raise InputError(f"expected an image file, received {path}: {reason}")
     if path.suffix.lower() == ".npy":
         arrays = _read_array(path, spec)

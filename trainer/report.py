@@ -76,7 +76,7 @@ def write_results(
 
     Args:
         run: The run.
-        config: The configuration of the run.
+        config: Its configuration.
         summary: The content of summary.json.
         split: The test images that were scored.
         probabilities: float [n, classes], in the order of the split.
@@ -84,7 +84,9 @@ def write_results(
     """
     spec = DataSpec.model_validate(summary["data"])
     labels, predicted = split.labels[split.rows], probabilities.argmax(axis=1)
-    matrix = tf.math.confusion_matrix(labels, predicted, spec.class_count).numpy()
+    # The index of a cell of the confusion matrix: true classes are rows, predicted classes columns.
+    cells = labels * np.int64(spec.class_count) + predicted
+    matrix = np.bincount(cells, minlength=spec.class_count**2).reshape(spec.class_count, -1)
     classes = class_table(matrix, spec.class_names)
     run.write_json("classes.json", classes)
     run.write_text("README.md", model_card(run.path, summary, classes, config))
@@ -126,7 +128,7 @@ def write_figure(tag: str, figure: "Figure") -> None:
 def most_confident_mistakes(
     labels: Labels, probabilities: NDArray[Any], count: int
 ) -> NDArray[np.int64]:
-    """Returns the positions of the mistakes with the highest probabilities, highest first.
+    """Returns the positions of the `count` mistakes with the highest probabilities, highest first.
 
     Args:
         labels: int [n].
@@ -194,14 +196,7 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
 
 
 def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
-    """Returns the README.md of a run: data, scores, settings and the next commands.
-
-    Args:
-        path: The run directory.
-        summary: The content of summary.json.
-        classes: The content of classes.json.
-        config: The configuration of the run.
-    """
+    """Returns the README.md of a run from the content of summary.json and classes.json."""
     step, validation = summary["step_ms"], f"{summary['data']['validation']:,}"
     held_out = f"{validation} more were held out for validation"
     if config.data.train_on_validation:

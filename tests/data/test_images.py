@@ -336,7 +336,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("none.png", "none.npy"):
         assert "there is no such file" in refusal(tmp_path / name)
         (tmp_path / name).mkdir()
-        assert f"received {tmp_path / name}: it is not a regular file" in refusal(tmp_path / name)
+        assert f"received {tmp_path / name}: it is a folder" in refusal(tmp_path / name)
     assert "it is not a regular file" in refusal(Path("/dev/null"))
     assert "there is no such file" in refusal(Path("/dev/null/a.png"))
     assert "there is no such file" in refusal(tmp_path / f"{'n' * 999}.png")

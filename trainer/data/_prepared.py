@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import tokenize
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from trainer.data import SPLITS, Examples, Source
+from trainer.data import NPY_ERRORS, SPLITS, Examples, Source
 from trainer.errors import InputError
 from trainer.files import sha256
 
 _DESCRIPTION = "prepared.json"
-
-# Errors of numpy for a file that is not an array: it parses the header as Python literals.
-NPY_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),
-)
 
 # Prefix of the folders of unfinished preparations; a killed process leaves them behind.
 PARTIAL = ".trainer-partial-"
@@ -71,10 +64,6 @@ def write_prepared(
         splits: By name ("train", optionally "validation" and "test"): number of images, shape of
             one image, and batches of images and labels with that number of images in total.
         facts: name, version, class_names and origin, as in `Source`.
-
-    Raises:
-        InputError: The batches have another number of images or other shapes, the disk cannot be
-            written, or the folder contains other files.
     """
     refuse_foreign(folder)
     try:
@@ -104,11 +93,7 @@ def not_writable(folder: Path, error: OSError) -> InputError:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuses a folder with other files than prepared data: they would be lost.
-
-    Raises:
-        InputError: The path is a file or a link, or the folder contains other files.
-    """
+    """Refuses a path with anything but prepared data, which would be lost."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder}: expected a folder of prepared data, found a file or link")
     own = re.compile(rf"{re.escape(_DESCRIPTION)}|({'|'.join(SPLITS)})_(images|labels)\.npy")

@@ -92,15 +92,7 @@ def prepared_folder(config: DataConfig) -> Path:
 
 
 def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
-    """Decodes the data set into its folder, unless that is done already.
-
-    Args:
-        config: Contains the name of the data set.
-        overwrite: Decode it again. The old arrays are removed once the new ones are complete.
-
-    Raises:
-        InputError: As `load`.
-    """
+    """Decodes the data set into its folder, unless that is done already and not `overwrite`."""
     import tensorflow_datasets as tfds
 
     folder = prepared_folder(config)

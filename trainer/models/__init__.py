@@ -29,11 +29,7 @@ def names() -> list[str]:
 
 
 def find(config: ModelConfig) -> Callable[..., Any]:
-    """Returns the function that builds the network of a configuration.
-
-    Raises:
-        InputError: There is no such module, or it has no such function.
-    """
+    """Returns the function that builds the network of a configuration."""
     if config.name not in names():
         raise InputError(f"unknown model {config.name!r}: {did_you_mean(config.name, names())}")
     module = importlib.import_module(f"{__name__}.{config.name}")
@@ -104,16 +100,11 @@ def image_input(spec: DataSpec) -> tuple[Any, Any]:
 
 
 def class_probabilities(features: Any, spec: DataSpec) -> Any:
-    """Ends a functional model with a dense layer to the classes and a softmax.
-
-    The softmax is float32 with every dtype policy: bfloat16 would lose small probabilities.
-
-    Args:
-        features: [batch, n].
-        spec: Contains the number of classes.
+    """Adds a dense layer to the classes and a softmax to features [batch, n].
 
     Returns:
-        Probabilities, float32 [batch, classes].
+        Probabilities, float32 [batch, classes] with every dtype policy, because bfloat16 would lose
+        small probabilities.
     """
     logits = keras.layers.Dense(spec.class_count, name="logits")(features)
     return keras.layers.Softmax(dtype="float32", name="probabilities")(logits)

@@ -34,8 +34,8 @@ from trainer.config import Config, DataConfig
 from trainer.data import DataSpec, tfds
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
 from trainer.figure_process import FigureProcess
-from trainer.kernels import KernelReport
 from trainer.run import ExistsError, Run, environment, new_runs, open_run, require_writable, sha256
+from trainer.tensorflow_internals import KernelReport
 from trainer.training import callbacks as watching
 from trainer.training.averaging import AveragedWeights, averages_weights
 from trainer.training.batches import Batches

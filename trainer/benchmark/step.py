@@ -23,7 +23,7 @@ from trainer.benchmark.timing import Measurement, Timing, take_turns
 from trainer.config import Config
 from trainer.data import DataSpec
 from trainer.errors import CheckError, InputError, nearest
-from trainer.kernels import xla_refusal
+from trainer.tensorflow_internals import xla_refusal
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from trainer import devices, doctor, tensorflow_internals
+from trainer import devices, tensorflow_internals
 from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import step
 from trainer.config import Config, load_config
@@ -223,7 +222,9 @@ def test_python_runs_on_the_host_and_xla_has_no_default_kernels() -> None:
         return tf.py_function(lambda: 1.0, [], tf.float32)
 
     assert [each.partition(" ")[0] for each in found(call)] == ["EagerPyFunc"]
-    assert [each.operation for each in tensorflow_internals.check_xla(graph_of(call))] == ["EagerPyFunc"]
+    assert [each.operation for each in tensorflow_internals.check_xla(graph_of(call))] == [
+        "EagerPyFunc"
+    ]
 
 
 def test_xla_compiles_what_is_placed_on_the_cpu() -> None:
@@ -275,15 +276,10 @@ class Outside(keras.layers.Layer):
         y = tf.numpy_function(lambda x: x, [x], x.dtype)
         y.set_shape(x.shape)
         return y
-
-def rounded(labels, outputs):
-    images = tf.cast(tf.one_hot(tf.cast(labels, tf.int32), 4) * 255, tf.uint8)
-    wanted = tf.cast(tf.gather(images, tf.range(tf.shape(images)[0])), outputs.dtype) / 255
-    return tf.reduce_mean(tf.square(outputs - wanted), axis=-1)
 """
 
 
-def own_config(*names: str, loss: str = "SparseCategoricalCrossentropy", **changes: Any) -> Config:
+def own_config(*names: str, **changes: Any) -> Config:
     """A network of layers of the module host_layers."""
     layers = [{"name": f"host_layers:{name}"} for name in names]
     return Config().with_changes(
@@ -294,7 +290,6 @@ def own_config(*names: str, loss: str = "SparseCategoricalCrossentropy", **chang
             "model.options": {"layers": [*layers, {"name": "Flatten"}]},
             "training.epochs": 1,
             "training.batch_size": 48,
-            "training.loss": loss,
             **changes,
         }
     )
@@ -307,56 +302,6 @@ def own_layers(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(in_tmp_path)
     monkeypatch.delitem(sys.modules, "host_layers", raising=False)  # that of another test
     return in_tmp_path
-
-
-def step_findings(config: Config) -> list[doctor.Finding]:
-    """Asks in this process, which spares an import of TensorFlow."""
-    facts = doctor.step_facts(config.model_dump_json())
-    return [doctor.Finding(**finding) for finding in facts["findings"]]
-
-
-def findings_of_the_command(config: Config) -> list[doctor.Finding]:
-    Path("own.toml").write_text(config.to_toml())
-    command = [sys.executable, "-m", "trainer", "doctor", "own.toml", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    findings = [doctor.Finding(**finding) for finding in json.loads(done.stdout)]
-    return [finding for finding in findings if finding.subject in ("GPU kernels", "XLA")]
-
-
-@pytest.mark.usefixtures("own_layers")
-@pytest.mark.parametrize(
-    "find", [step_findings, pytest.param(findings_of_the_command, marks=pytest.mark.slow)]
-)
-def test_doctor_names_the_layer_and_the_operation_without_a_gpu_kernel(
-    find: Callable[[Config], list[doctor.Finding]],
-) -> None:
-    kernel, xla = find(own_config("Shift", "Outside", loss="host_layers:rounded"))
-    assert (kernel.subject, kernel.status) == ("GPU kernels", "note")
-    assert "3 of the " in kernel.value
-    assert "GatherV2 in loss (" in kernel.value
-    assert "RandomShuffle in layer 'shift'" in kernel.value
-    assert "PyFunc in layer 'outside'" in kernel.value
-    assert (xla.subject, xla.status) == ("XLA", "problem")
-    assert xla.value == "cannot compile PyFunc in layer 'outside' (any type)"
-    assert "training.jit_compile=false" in xla.remedy
-
-
-def test_doctor_reports_that_every_operation_has_a_kernel() -> None:
-    path = Path(__file__).parent.parent / "configs" / "mnist.toml"
-    config = load_config(path).with_changes({"data.name": "synthetic"})
-    kernel, xla = step_findings(config)
-    assert (kernel.subject, kernel.status) == ("GPU kernels", "ok")
-    assert kernel.value.startswith("all ")
-    assert kernel.value.endswith(" operations of the training step have a GPU kernel")
-    assert (xla.subject, xla.status) == ("XLA", "ok")
-    (alone,) = step_findings(config.with_changes({"training.jit_compile": False}))
-    assert alone == kernel
-
-
-def test_doctor_does_not_fetch_data_to_check_kernels(in_tmp_path: Path) -> None:
-    (finding,) = step_findings(Config().with_changes({"data.name": "cifar10"}))
-    assert finding.value == "not checked: cifar10 is not prepared"
-    assert list(in_tmp_path.iterdir()) == []
 
 
 def test_fit_on_another_device_reports_what_runs_on_the_host(

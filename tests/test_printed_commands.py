@@ -2,14 +2,12 @@
 
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from trainer import cli, doctor
-from trainer.config import Config, DataConfig
+from trainer import cli
+from trainer.config import Config
 from trainer.errors import CheckError, InputError, shell_command
 from trainer.run import Run, open_run
 from trainer.saving.loading import load
@@ -55,22 +53,3 @@ def test_the_command_that_shows_a_run_names_its_folder(
     assert words(capsys.readouterr().out) == [["tensorboard", *runs]]
     cli._print_kept(Path(name, "a"), tensorboard=False)
     assert capsys.readouterr().out == f"kept in {name}/a\n"
-
-
-def test_the_doctor_prepares_the_data_of_its_configuration(
-    in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
-) -> None:
-    asked = []
-    monkeypatch.setattr(doctor, "examine", lambda _, prepare: asked.append(f"`{prepare}`") or [])
-    path, change = in_tmp_path / "it's.toml", 'data.directory="my data"'
-    path.touch()
-    assert command("doctor", path, "--set", change, "--json")[0] == 0
-    assert words(asked[0]) == [["data", "prepare", str(path), "--set", change]]
-    # The command is the remedy, on its own or with --overwrite.
-    config = DataConfig(name="cifar10", directory=str(in_tmp_path / "data"))
-    monkeypatch.setenv("TRAINER_DATA_FILES", "")
-    found = doctor._data(config, "trainer data prepare own.toml")[0]
-    assert words(found.remedy) == [["data", "prepare", "own.toml"]]
-    (in_tmp_path / "data" / "cifar10").mkdir(parents=True)
-    found = doctor._data(config, "trainer data prepare own.toml")[0]
-    assert words(found.remedy) == [["data", "prepare", "own.toml", "--overwrite"]]

@@ -425,14 +425,11 @@ def doctor(
     from dataclasses import asdict
 
     from trainer.config import Config
-    from trainer.doctor import examine
 
-    known = config != _DEFAULT_CONFIG or config.exists() or set_
-    words: list[str | Path] = [] if config == _DEFAULT_CONFIG else [config]
-    for change in set_ or ():
-        words += ["--set", change]
-    prepare = shell_command("data", "prepare", *words)
-    findings = examine(_load(config, set_) if known else Config(), prepare)
+    given = config != _DEFAULT_CONFIG or config.exists() or set_
+    with _stdout_for_the_result(), _without_chatter():
+        examine = _import("trainer.doctor.checks").examine
+        findings = examine(_load(config, set_) if given else Config())
     if json_:
         _print_json([asdict(finding) for finding in findings])
         return

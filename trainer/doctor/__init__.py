@@ -1,0 +1,1 @@
+"""The tool `trainer doctor`, which checks this machine and the installation."""

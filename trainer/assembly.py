@@ -301,7 +301,7 @@ def _resolve_jit_compile(config: Config, model: keras.Model, chosen: Devices) ->
 
 def _normalize_by_the_whole_batch(model: keras.Model) -> None:
     """Makes several devices normalize as one device does, and keep the same averages."""
-    for layer in model._flatten_layers():
+    for layer in keras_objects.nested_layers(model.layers):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = True
 

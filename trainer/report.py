@@ -125,16 +125,14 @@ def write_end(
 
 def write_image(tag: str, png: bytes) -> None:
     """Writes a PNG file as it is; `tf.summary.image` would take pixels, and compress them anew."""
-    from tensorboard.plugins.image import metadata
-
     size = [str(number) for number in struct.unpack(">II", png[16:24])]  # width, height
-    kind = metadata.create_summary_metadata(display_name=None, description=None)
+    kind = tf.compat.v1.SummaryMetadata(plugin_data={"plugin_name": "images"})
     tf.summary.write(tag, tf.constant([*size, png]), metadata=kind)
 
 
 def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
     """Writes the run's line in TensorBoard's HParams page."""
-    from tensorboard.plugins.hparams import api, api_pb2, summary
+    from tensorboard.plugins.hparams import api
 
     shown: Any = {
         "data": {"name"},
@@ -147,7 +145,8 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
         for section, table in config.model_dump(include=shown).items()
         for key, value in _hyperparameters(table).items()
     }
-    with tf.summary.create_file_writer(str(run.tensorboard)).as_default(step=0):
+    writer = tf.summary.create_file_writer(str(run.tensorboard))
+    with writer.as_default(step=0):
         # TensorBoard takes its columns from one run: every run names every key. A key without a
         # value has no cell, because TensorBoard cannot sort a column of numbers and words.
         api.hparams_config(
@@ -158,8 +157,7 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
         api.hparams(cells, trial_id=run.name)
         for name, value in scores.items():
             tf.summary.scalar(f"test/{name}", value)
-        end = summary.session_end_pb(api_pb2.STATUS_SUCCESS)
-        tf.summary.experimental.write_raw_pb(end.SerializeToString(), step=0)
+        api.KerasCallback(writer, cells, run.name).on_train_end()  # marks the session as finished
 
 
 def model_card(run: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:

@@ -115,11 +115,6 @@ def profiler_step(step: int) -> Any:
     return tf.profiler.experimental.Trace("train", step_num=step, _r=1)
 
 
-def function_graph(graph: tf.Graph, name: str) -> tf.Graph:
-    """Returns the graph of a function that an operation calls: its GraphDef has no shapes."""
-    return graph._get_function(name).graph
-
-
 def operation_definition(name: str) -> Any:
     """Returns TensorFlow's OpDef of an operation; None if there is no such operation."""
     return op_def_registry.get(name)

@@ -32,6 +32,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
+from trainer.keras_internals import CALLBACK_ATTRIBUTES
 from trainer.keras_objects import nested_layers
 from trainer.run import Run, write_whole
 from trainer.training.loop import Logs, Position, Window
@@ -407,7 +408,7 @@ def _log_sizes(run: Run, watched: Sequence[Any]) -> dict[str, int]:
 
 def _state(thing: Any) -> dict[str, Any]:
     """Returns the plain attributes of an object: what can be written down and read again."""
-    names = {name for name in vars(thing) if name not in ("_model", "params")}
+    names = {name for name in vars(thing) if name not in CALLBACK_ATTRIBUTES}
     return {name: getattr(thing, name) for name in names if _is_plain(getattr(thing, name))}
 
 
@@ -415,7 +416,7 @@ def _say_what_is_not_kept(callback: Any) -> None:
     """Names the attributes of a person's own callback that no checkpoint holds."""
     if type(callback).__module__.partition(".")[0] in ("keras", "trainer"):
         return
-    lost = sorted(vars(callback).keys() - _state(callback).keys() - {"_model", "params"})
+    lost = sorted(vars(callback).keys() - _state(callback).keys() - set(CALLBACK_ATTRIBUTES))
     if lost:
         name = type(callback).__name__
         _log.info("callback %s: a checkpoint does not keep %s", name, ", ".join(lost))

@@ -83,7 +83,7 @@ def test_xla_is_off_for_a_layer_that_refuses_it(own_config: Config) -> None:
     layers = [{"name": "doctor_objects:Refuses"}, {"name": "Flatten"}]
     config = own_config.with_changes({"model.options": {"layers": layers}})
     with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
-        assert checks._xla(config)[1] == "off on a GPU: Keras does not compile refuses"
+        assert checks._xla(config)[1] == "off, because Keras does not compile one of the layers"
 
 
 @pytest.mark.slow

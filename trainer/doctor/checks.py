@@ -128,10 +128,10 @@ def _data(config: DataConfig) -> Result:
     folder = tfds.prepared_folder(config)
     if folder.exists():
         return "ok", f"{config.name} is {_prepared.open_prepared(folder).origin}", ""
-    archives = config.files or os.environ.get("TRAINER_DATA_FILES")
+    source = config.files or os.environ.get("TRAINER_DATA_FILES")
     remedy = "`trainer data prepare` with the same configuration"
-    if archives or tfds.network_answers(tfds.DOWNLOADS):
-        return "note", f"{config.name} is not prepared; source: {archives or 'the network'}", remedy
+    if source or tfds.network_answers(tfds.DOWNLOADS):
+        return "note", f"{config.name} is not prepared; source: {source or 'the network'}", remedy
     remedy += ", and with a network or TRAINER_DATA_FILES=<folder of the archives>"
     value = f"{config.name} is not prepared, and {tfds.DOWNLOADS} does not answer"
     if config.name == "mnist" and config.allow_sample:
@@ -154,10 +154,8 @@ def _import_elsewhere() -> tuple[str, list[str]]:
             [sys.executable, "-P", "-c", code],
             env=os.environ | variables,
             capture_output=True,
-            encoding="utf-8",
             errors="replace",
             timeout=_TIMEOUT_SECONDS,
-            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"it takes more than {_TIMEOUT_SECONDS:.0f} s", []
@@ -201,15 +199,13 @@ def _kernels(config: Config) -> Result:
 
 def _xla(config: Config) -> Result:
     """Reports whether one GPU uses XLA, and whether XLA has GPU kernels for the step."""
-    from trainer.keras_objects import nested_layers
-
-    automatic = config.training.jit_compile == "auto"
-    if not config.training.jit_compile or (automatic and config.training.deterministic):
+    training = config.training
+    automatic = training.jit_compile == "auto"
+    if not training.jit_compile or (automatic and training.deterministic):
         return "ok", "off, because of training.jit_compile or training.deterministic", ""
     loop = _traced_step(config, jit_compile=True)
-    refusing = [x.name for x in nested_layers(loop.model.layers) if not x.supports_jit]
-    if automatic and refusing:
-        return "ok", f"off on a GPU: Keras does not compile {', '.join(refusing)}", ""
+    if automatic and not loop.model.jit_compile:  # Keras sets it to False
+        return "ok", "off, because Keras does not compile one of the layers", ""
     missing = loop.check_xla_kernels()
     if not missing:
         return "ok", "every operation of the training step has an XLA kernel", ""

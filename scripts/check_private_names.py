@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Packages whose documentation does not mention them, although no name begins with "_".
 _PRIVATE = (
-    *("keras.src", "keras_tuner.src", "keras_tuner.engine", "tensorflow.python"),
+    *("keras.src", "keras_tuner.src", "tensorflow.python"),
     *("tensorboard", "uvicorn.protocols"),
 )
 # Exceptions that the libraries document.

@@ -139,7 +139,7 @@ def as_worker() -> None:
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
     @tf.function(autograph=False, reduce_retracing=False)
-    def exchange(values: tf.Tensor, times: tf.Tensor) -> tf.Tensor:
+    def all_gather(values: tf.Tensor, times: tf.Tensor) -> tf.Tensor:
         def once(i: tf.Tensor, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             parts = strategy.run(tf.identity, args=(values,))
             return i + 1, strategy.reduce("SUM", parts, axis=None) / strategy.num_replicas_in_sync
@@ -154,12 +154,12 @@ def as_worker() -> None:
 
         def seconds(times: int, values: tf.Tensor = values) -> float:
             start = time.perf_counter()
-            exchange(values, tf.constant(times)).numpy()
+            all_gather(values, tf.constant(times)).numpy()
             return time.perf_counter() - start
 
         seconds(1)
         # As many times for every worker: they agree by the slowest, through an exchange.
-        guess = float(exchange(tf.constant([seconds(3) / 3]), tf.constant(1))[0])
+        guess = float(all_gather(tf.constant([seconds(3) / 3]), tf.constant(1))[0])
         times = max(1, round(_SECONDS / guess))
         found.append((size, [seconds(times) / times for _ in range(_BLOCKS)]))
     if strategy.cluster_resolver.task_id == 0:
@@ -212,15 +212,15 @@ def predicted_table(gbits: float, latency_us: float, tflops: float) -> Table:
         title=f"calculated: {gbits:g} Gb/s, {latency_us:g} us a message, {tflops:g} TFLOP/s a GPU",
     )
 
-    def exchange(gpus: int, size: int) -> float:
+    def all_gather(gpus: int, size: int) -> float:
         return network_seconds(gpus, size, gbits=gbits, latency_us=latency_us)
 
     for name, (parameters, gflop, images, normalizations) in _NETWORKS.items():
         for gpus in (8, 64, 512):
             computing = max(_LEAST_STEP, images * gflop / tflops / 1e3)
             # Gradients, in float32 under every precision, and the loss.
-            gradients = exchange(gpus, 4 * parameters) + exchange(gpus, 4)
-            each = _NORMALIZATION_EXCHANGES * exchange(gpus, _NORMALIZATION_BYTES)
+            gradients = all_gather(gpus, 4 * parameters) + all_gather(gpus, 4)
+            each = _NORMALIZATION_EXCHANGES * all_gather(gpus, _NORMALIZATION_BYTES)
             normalized = normalizations * each
             step = computing + gradients + normalized
             cells = (1e3 * seconds for seconds in (computing, gradients, normalized, step))

@@ -51,7 +51,7 @@ FITS: dict[str, tuple[list[str], dict[str, str]]] = {
     "XLA off": (["training.jit_compile=false"], {}),
     "XLA on": (["training.jit_compile=true"], {}),
     "streamed": (["data.placement=stream"], {}),
-    "one step a call": (["training.steps_per_call=1"], {}),
+    "one step a call": (["training.steps_per_execution=1"], {}),
     "float32 with TF32": (["training.precision=float32"], {}),
     "float32 without TF32": (["training.precision=float32"], NO_TF32),
     "bfloat16": (["training.precision=mixed_bfloat16"], {}),
@@ -263,13 +263,20 @@ def train_beside_a_server(run: Acceptance) -> dict[str, Any]:
         peak = used()
     if not trained:
         raise RuntimeError("the training beside the server failed")
-    return {"served alone": alone, "served beside": beside, "fit": trained[0], "both_mb": peak}
+    return {
+        "served alone": alone,
+        "served beside": beside,
+        "fit": trained[0],
+        "both_mb": peak,
+    }
 
 
 def trace(run: Acceptance) -> dict[str, Any]:
     """Trains with the profiler; returns what ran on the host, and what was copied, in each step."""
     steps = 50
-    trained = fit(run, run.device, ["logging.profile=true", f"training.steps_per_call={steps}"], {})
+    trained = fit(
+        run, run.device, ["logging.profile=true", f"training.steps_per_execution={steps}"], {}
+    )
     folder = ROOT / trained["run"] / "tensorboard" / "train" / "plugins" / "profile"
     (path,) = folder.glob("*/*.xplane.pb")
     return read_trace(path, steps)

@@ -43,7 +43,7 @@ _SETTINGS = {
     "model.name": "layers",
     "model.options": f"{{layers={_LAYERS}}}",
     "training.batch_size": 16,
-    "training.steps_per_call": 20,
+    "training.steps_per_execution": 20,
     "training.checkpoint_seconds": 0,
     "training.callbacks": _CALLBACKS,
 }

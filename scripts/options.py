@@ -28,8 +28,8 @@ _FOLDER = Path("runs/options")
 # Each without what the default has, or with what it has not: changes as --set takes them.
 CASES: dict[str, list[str]] = {
     DEFAULT: [],
-    "one step a call (training.steps_per_call = 1)": ["training.steps_per_call=1"],
-    "ten steps a call": ["training.steps_per_call=10"],
+    "one step a call (training.steps_per_execution = 1)": ["training.steps_per_execution=1"],
+    "ten steps a call": ["training.steps_per_execution=10"],
     "streamed, not on the device (data.placement)": ["data.placement=stream"],
     "float32 (training.precision)": ["training.precision=float32"],
     "Keras's Adam instead of FusedAdam (optimizer.name)": [

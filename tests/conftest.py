@@ -207,7 +207,7 @@ def prepared_mnist(mnist_files: Path, tmp_path_factory: pytest.TempPathFactory) 
     # Processes of one test run share it; trainer's own lock lets one of them prepare it.
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "all-of-mnist"
-    data.load(DataConfig(directory=str(folder), files=str(mnist_files)))
+    data.load(DataConfig(directory=str(folder), archives=str(mnist_files)))
     return folder
 
 

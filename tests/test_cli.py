@@ -179,8 +179,8 @@ def test_the_person_reads_accuracy_times_and_where_it_is_kept(run: Run) -> None:
     result = run("fit", "configs/debug.toml", "--epochs", "1")
     assert result.code == 0, result.err
     assert "test accuracy" in result.out
-    assert "ms a step" in result.out
-    assert "kept in runs/" in result.out
+    assert "ms per step" in result.out
+    assert "saved in runs/" in result.out
 
 
 def test_config_show_is_complete_and_config_schema_is_json(run: Run) -> None:
@@ -300,7 +300,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
         (["evaluate", "unfinished", "--runs", "others"], 2, "not finished"),
         (["predict", "latest", "a_file"], 2, "there is no run"),
         (["tensorboard", "--runs", "nothing"], 2, "nothing"),
-        (["data", "info", "--set", "data.files=nothing"], 2, "there is no such folder"),
+        (["data", "info", "--set", "data.archives=nothing"], 2, "there is no such folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -387,7 +387,7 @@ def test_a_folder_that_was_removed_is_said(tmp_path: Path) -> None:
         ["bash", "-c", command], cwd=tmp_path, check=False, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (
-        *(2, "trainer: the folder you are in has been removed\n"),
+        *(2, "trainer: the current folder has been removed\n"),
     )
 
 

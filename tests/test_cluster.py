@@ -32,7 +32,7 @@ SETTINGS = {
     "model.name": "mlp",
     "model.options": '{units=[16],activation="tanh",dropout=0.0}',
     "training.batch_size": 100,
-    "training.steps_per_call": 10,
+    "training.steps_per_execution": 10,
     "training.epochs": 4,
     "training.device": "cpu",
     "training.precision": "float32",
@@ -371,7 +371,7 @@ def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, P
 def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
     trained: dict[int, Path], tmp_path: Path
 ) -> None:
-    slow = {"training.checkpoint_seconds": 0, "training.steps_per_call": 1}
+    slow = {"training.checkpoint_seconds": 0, "training.steps_per_execution": 1}
     process = start(tmp_path, "empty.toml", *changes(SETTINGS | slow))
     while not list(tmp_path.glob("runs/*/checkpoints/step-*")):
         assert process.poll() is None, process.communicate()

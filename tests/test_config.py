@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from trainer import tools
 from trainer.config import (
     Config,
     KerasObject,
@@ -274,7 +275,11 @@ def test_values_beyond_the_parser_are_refused(load: Callable[..., Config], value
     [
         ("[data]\nname = 'a'", "data.name.x=1", "data.name.x: name is a value, not a table; "),
         ("training = 3", "training.epochs=1", "given.toml: training: expected a valid dictionary"),
-        ("", ["data.files=1", "data.files.x=1"], "data.files.x: files is a value, not a table; "),
+        (
+            "",
+            ["data.archives=1", "data.archives.x=1"],
+            "data.archives.x: archives is a value, not a table",
+        ),
         ("", "data.name.x=1", "data.name: expected a valid string, received {'x': 1}"),
         ("", "data.options=1", "data.options: expected a valid dictionary, received 1"),
         ("data = 1", "model.name=a", "data: expected a valid dictionary"),
@@ -310,7 +315,11 @@ def test_an_unknown_key_names_the_nearest(
     message = refused(load, "", override)
     assert f"--set: unknown key {key!r}: did you mean {near!r}? available: " in message
     *tables, _ = key.split(".")
-    beside = SECTIONS if not tables else Config().model_dump().get(tables[0], {})
+    beside = (
+        [*SECTIONS, *tools.config_modules()]
+        if not tables
+        else Config().model_dump().get(tables[0], {})
+    )
     beside = ["name", "options"] if len(tables) > 1 else beside
     listed = message.partition("available: ")[2].partition(", …")[0].split(", ")
     assert listed == sorted(beside)[:12]
@@ -329,7 +338,7 @@ def test_an_unknown_key_names_the_nearest(
         ("training.deterministic", '"true"', "'true'"),
         ("training.callbacks", "{}", "{}"),
         ("data.name", "1", "1"),
-        ("data.files", "false", "False"),
+        ("data.archives", "false", "False"),
         ("data.options", "[]", "[]"),
         ("data.image_size", "28", "28"),
         ("data.image_size", '"ab"', "'ab'"),
@@ -557,13 +566,14 @@ def schema_keys() -> dict[str, dict[str, Any]]:
 
 def test_the_schema_is_that_of_the_file() -> None:
     schema = json.loads(json.dumps(config_schema()))  # JSON through and through
-    assert list(schema["properties"]) == SECTIONS
+    assert list(schema["properties"]) == [*SECTIONS, *tools.config_modules()]
     for definition in (schema, *schema["$defs"].values()):
         assert definition["type"] == "object"
         assert definition["additionalProperties"] is False
         assert definition["description"]
     keys = schema_keys()
     defaults = Config().model_dump(mode="json")
+    keys = {key: entry for key, entry in keys.items() if key.partition(".")[0] in SECTIONS}
     assert list(keys) == [f"{name}.{key}" for name in SECTIONS for key in defaults[name]]
     for key, entry in keys.items():
         name, _, last = key.partition(".")

@@ -9,7 +9,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from trainer import devices
+from trainer import devices, environment
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError, MissingError
 
@@ -256,9 +256,9 @@ def test_cpu_flags_are_those_the_kernel_lists(
     monkeypatch: pytest.MonkeyPatch, line: str, expected: tuple[str, ...]
 ) -> None:
     cpuinfo = ["processor\t: 0", "model name\t: Some CPU: fast", line, "", "flags\t\t: other"]
-    monkeypatch.setattr(devices, "_cpuinfo", lambda: cpuinfo)
-    assert devices.cpu_flags.__wrapped__() == expected
-    assert devices.cpu_model.__wrapped__() == "Some CPU: fast"
+    monkeypatch.setattr(environment, "_cpuinfo", lambda: cpuinfo)
+    assert environment.cpu_flags.__wrapped__() == expected
+    assert environment.cpu_model.__wrapped__() == "Some CPU: fast"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
@@ -266,10 +266,10 @@ def test_only_cpus_that_this_process_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert devices.usable_cpus() == 1
+        assert environment.usable_cpus() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    assert devices.usable_cpus() == len(allowed)
+    assert environment.usable_cpus() == len(allowed)
 
 
 def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -330,7 +330,7 @@ def test_a_gpu_whose_memory_is_held_is_one_line(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     fake_nvidia_smi(tmp_path, monkeypatch, "echo 12")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workflow, "assemble", fail)
+    monkeypatch.setattr(workflow, "build_experiment", fail)
     (tmp_path / "own.toml").write_text('[data]\nname = "synthetic"')
     code, _, err = command("fit", "own.toml")
     assert code == 3

@@ -13,14 +13,14 @@ import pytest
 import tensorflow as tf
 
 from trainer import devices
-from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import step
 from trainer.config import Config, load_config
 from trainer.errors import InputError
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.tensorflow_internals import check_kernels
 from trainer.training.callbacks import TensorBoardCurves
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 PLACEMENTS = ("device", "stream")
 DEVICES = ("one", "two")
@@ -56,7 +56,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[tf.Gra
     keras.utils.clear_session()
 
 
-def prepared(path: Path, placement: str, precision: str, count: str, **changes: Any) -> Setting:
+def prepared(path: Path, placement: str, precision: str, count: str, **changes: Any) -> Experiment:
     """Assembles a configuration on small data of the shape of MNIST."""
     config = load_config(path).with_changes(
         {
@@ -70,25 +70,25 @@ def prepared(path: Path, placement: str, precision: str, count: str, **changes: 
             **changes,
         }
     )
-    return assemble(config, Clock())
+    return build_experiment(config, PhaseTimer())
 
 
-def trace_everything(setting: Setting) -> None:
+def trace_everything(experiment: Experiment) -> None:
     """Builds the graphs of training, of both kinds of evaluation, and of the benchmark."""
-    train, validation = setting.batches("train", shuffled=True), setting.batches("validation")
-    setting.loop.trace(train)
+    train, validation = experiment.batches("train", shuffled=True), experiment.batches("validation")
+    experiment.loop.trace(train)
     for collect in (False, True):
-        setting.loop._trace_evaluation(validation, collect)
-    if setting.devices.replicas == 1:  # the benchmark measures one device at a time
+        experiment.loop._trace_evaluation(validation, collect)
+    if experiment.devices.replicas == 1:  # the benchmark measures one device at a time
         state, zero = train.start_epoch(0), tf.constant(0)
-        step.bare_epoch(setting, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
-        images, labels = setting.data.train.read(slice(4))
-        step._traced_once(setting, (tf.constant(images), tf.constant(labels)))
-        step._batches_alone(setting, train, 1)()
+        step.bare_epoch(experiment, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
+        images, labels = experiment.data.train.read(slice(4))
+        step._traced_once(experiment, (tf.constant(images), tf.constant(labels)))
+        step._batches_alone(experiment, train, 1)()
 
 
-def on_the_host(graphs: list[tf.Graph], setting: Setting) -> set[str]:
-    names = setting.devices.names if setting.devices.replicas > 1 else ()
+def on_the_host(graphs: list[tf.Graph], experiment: Experiment) -> set[str]:
+    names = experiment.devices.names if experiment.devices.replicas > 1 else ()
     reports = [check_kernels(graph, "GPU", traced_on=names) for graph in graphs]
     assert sum(report.operations for report in reports) > 300
     return {str(each) for report in reports for each in report.host}
@@ -108,11 +108,11 @@ def cases(every: bool) -> list[Any]:
 def test_every_operation_of_our_graphs_has_a_gpu_kernel(
     path: Path, placement: str, precision: str, count: str, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    setting = prepared(path, placement, precision, count)
-    trace_everything(setting)
+    experiment = prepared(path, placement, precision, count)
+    trace_everything(experiment)
     graphs = traced()
     assert len(graphs) == (6 if count == "one" else 3)
-    assert on_the_host(graphs, setting) == set()
+    assert on_the_host(graphs, experiment) == set()
 
 
 @pytest.mark.slow
@@ -120,18 +120,18 @@ def test_every_operation_of_our_graphs_has_a_gpu_kernel(
 def test_every_combination_has_gpu_kernels(
     path: Path, placement: str, precision: str, count: str, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    setting = prepared(path, placement, precision, count)
-    trace_everything(setting)
-    assert on_the_host(traced(), setting) == set()
+    experiment = prepared(path, placement, precision, count)
+    trace_everything(experiment)
+    assert on_the_host(traced(), experiment) == set()
 
 
 def test_only_summaries_run_on_the_host_in_a_training(
     tmp_path: Path, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    setting = prepared(CONFIGS[0], "device", "float32", "one")
+    experiment = prepared(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
-    train, validation = setting.training_batches(Clock())
-    setting.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
+    train, validation = experiment.training_batches(PhaseTimer())
+    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
     found = [(graph.name, check_kernels(graph, "GPU").host) for graph in traced()]
     # A call of training steps, one of validation, and what writes the points.
     assert sorted(name for name, _ in found) == ["call", "call", "write"]
@@ -209,7 +209,7 @@ def test_on_a_cpu_nothing_is_reported(run: Any) -> None:
     assert run.config().training.jit_compile is False
 
 
-def losses(loop_setting: Setting) -> list[float]:
+def losses(loop_setting: Experiment) -> list[float]:
     train = loop_setting.batches("train", shuffled=True)
     windows: list[Any] = []
     loop_setting.loop.fit(train, epochs=1, observers=[windows.append])
@@ -241,9 +241,9 @@ def test_xla_compiles_every_network_loss_and_batch(name: str, placement: str) ->
             changes["model.options"] = {"dropout": 0.0}
             changes["data.augmentation"] = [layer.model_dump() for layer in augmentation]
         path = CONFIGS[0].with_name(f"{name}.toml")
-        setting = prepared(path, placement, "float32", "one", **changes)
-        assert setting.config.training.jit_compile is compiled
-        found.append(losses(setting))
+        experiment = prepared(path, placement, "float32", "one", **changes)
+        assert experiment.config.training.jit_compile is compiled
+        found.append(losses(experiment))
     assert len(found[0]) == 4
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
@@ -276,7 +276,7 @@ def test_auto_compiles_on_one_gpu_what_keras_can(
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from trainer import assembly
+    from trainer import experiment
 
     physical = [tf.config.PhysicalDevice(f"/physical_device:{kind}:0", kind)]
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda *_: physical)
@@ -285,11 +285,11 @@ def test_auto_compiles_on_one_gpu_what_keras_can(
     model.layers[0].supports_jit = supported
     model.compile(loss="mse", jit_compile="auto")
     chosen = devices.Devices(names, tf.distribute.get_strategy())
-    assert assembly._resolve_jit_compile(Config(), model, chosen) is expected
+    assert experiment._resolve_jit_compile(Config(), model, chosen) is expected
     assert model.jit_compile is expected
     for asked in (True, False):
         config = Config().with_changes({"training.jit_compile": asked})
-        assert assembly._resolve_jit_compile(config, model, chosen) is asked
+        assert experiment._resolve_jit_compile(config, model, chosen) is asked
 
 
 @pytest.mark.parametrize("value", ['"atuo"', "1", "0", "[]", '"True"'])

@@ -11,9 +11,9 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 from trainer import devices
-from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import step
 from trainer.config import Config
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.training.batches import ResidentBatches
 
 # One image has 256 bytes: a batch of them would be seen. The network has 20 weights.
@@ -21,7 +21,7 @@ BATCH_SIZE = 64
 LAYERS = [{"name": "AveragePooling2D", "options": {"pool_size": 8}}]
 
 
-def prepared(placement: str, chosen: devices.Devices | None) -> Setting:
+def prepared(placement: str, chosen: devices.Devices | None) -> Experiment:
     """Assembles a network whose gradients are few bytes, on one device or on both."""
     changes = {
         "data.name": "synthetic",
@@ -33,7 +33,7 @@ def prepared(placement: str, chosen: devices.Devices | None) -> Setting:
         "training.precision": "float32",
         "training.batch_size": BATCH_SIZE,
     }
-    return assemble(Config().with_changes(changes), Clock(), chosen)
+    return build_experiment(Config().with_changes(changes), PhaseTimer(), chosen)
 
 
 @contextmanager
@@ -97,21 +97,21 @@ def traced_shape(name: str, dtype: Any, traced: list[tf.Graph]) -> Any:
     return ()
 
 
-def run_call(setting: Setting, batches: Any) -> list[Any]:
+def run_call(experiment: Experiment, batches: Any) -> list[Any]:
     """Runs one call of three steps; returns the graphs of each device."""
-    call, state = setting.loop.trace(batches), batches.start_epoch(0)
+    call, state = experiment.loop.trace(batches), batches.start_epoch(0)
     with partitions() as graphs:
-        setting.loop._run(call, state, 0, 3)
+        experiment.loop._run(call, state, 0, 3)
     return graphs
 
 
 @pytest.mark.parametrize("placement", ["device", "stream"])
 @pytest.mark.parametrize("where", ["second", "both"])
 def test_no_images_cross_between_devices_in_a_step(placement: str, where: str) -> None:
-    setting = prepared(placement, devices.single("CPU:1") if where == "second" else None)
-    batches = setting.batches("train", shuffled=True)
-    graphs = run_call(setting, batches)
-    traced = [setting.loop.step_graph, setting.loop._traced.graph]
+    experiment = prepared(placement, devices.single("CPU:1") if where == "second" else None)
+    batches = experiment.batches("train", shuffled=True)
+    graphs = run_call(experiment, batches)
+    traced = [experiment.loop.step_graph, experiment.loop._traced.graph]
     crossing = sent(graphs, traced)
     assert len(crossing) > 3  # counters of the loop, at least
     assert sum(crossing.values()) < 1000
@@ -141,19 +141,19 @@ def test_a_gather_of_all_images_would_be_seen() -> None:
 @pytest.mark.parametrize("where", ["first", "second", "both"])
 def test_each_device_stores_its_own_images(where: str) -> None:
     names = {"first": ["CPU:0"], "second": ["CPU:1"], "both": ["CPU:0", "CPU:1"]}[where]
-    setting = prepared("device", None if where == "both" else devices.single(names[0]))
-    batches = setting.batches("train", shuffled=True)
+    experiment = prepared("device", None if where == "both" else devices.single(names[0]))
+    batches = experiment.batches("train", shuffled=True)
     assert isinstance(batches, ResidentBatches)
-    images, labels = setting.data.train.read()
+    images, labels = experiment.data.train.read()
     order = batches.start_epoch(0)
     for values, expected in zip((*batches._data, order), (images, labels, None), strict=True):
-        local = setting.devices.strategy.experimental_local_results(values)
+        local = experiment.devices.strategy.experimental_local_results(values)
         assert [value.device.rpartition("device:")[2] for value in local] == names
         for value in local if expected is not None else ():
             np.testing.assert_array_equal(value.numpy(), expected)
     # So do the weights, the optimizer's state and the metrics.
-    for variable in [*setting.model.variables, *setting.model.optimizer.variables]:
-        local = setting.devices.strategy.experimental_local_results(variable.value)
+    for variable in [*experiment.model.variables, *experiment.model.optimizer.variables]:
+        local = experiment.devices.strategy.experimental_local_results(variable.value)
         assert [value.device.rpartition("device:")[2] for value in local] == names, variable.path
 
 
@@ -161,23 +161,23 @@ def test_training_on_the_second_device_equals_the_first() -> None:
     ends = []
     for name in ("CPU:0", "CPU:1"):
         for placement in ("device", "stream"):
-            setting = prepared(placement, devices.single(name))
-            train, validation = setting.training_batches(Clock())
-            setting.loop.fit(train, validation, epochs=2)
-            scores, probabilities = setting.loop.evaluate(validation, collect=True)
-            ends.append([*setting.model.get_weights(), scores["loss"], probabilities])
+            experiment = prepared(placement, devices.single(name))
+            train, validation = experiment.training_batches(PhaseTimer())
+            experiment.loop.fit(train, validation, epochs=2)
+            scores, probabilities = experiment.loop.evaluate(validation, collect=True)
+            ends.append([*experiment.model.get_weights(), scores["loss"], probabilities])
     for other in ends[1:]:
         for a, b in zip(ends[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 def test_the_benchmark_reads_batches_where_it_measures() -> None:
-    setting = prepared("device", devices.single("CPU:1"))
-    train = setting.batches("train", shuffled=True)
+    experiment = prepared("device", devices.single("CPU:1"))
+    train = experiment.batches("train", shuffled=True)
     with partitions() as graphs:
-        step._batches_alone(setting, train, 2)()
-        with setting.devices.scope():
-            step.bare_epoch(setting, train)(train.start_epoch(0), tf.constant(0), tf.constant(2))
+        step._batches_alone(experiment, train, 2)()
+        with experiment.devices.scope():
+            step.bare_epoch(experiment, train)(train.start_epoch(0), tf.constant(0), tf.constant(2))
     gathers = [node for graph in graphs for node in graph.node if "Gather" in node.op]
     assert {node.device[-5:] for node in gathers} == {"CPU:1"}
     kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}

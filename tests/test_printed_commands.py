@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import cli
+from trainer import console
 from trainer.config import Config
 from trainer.errors import CheckError, InputError, shell_command
 from trainer.run import Run, open_run
@@ -36,7 +36,7 @@ def test_a_command_is_quoted_for_the_shell(name: str) -> None:
 def test_the_command_that_goes_on_with_a_run_names_it(name: str, in_tmp_path: Path) -> None:
     run = in_tmp_path / name / "20260102T030405Z-a"
     Run(run).create(Config())
-    for refused in (lambda: open_run("latest", directory=name), lambda: load(run)):
+    for refused in (lambda: open_run("latest", runs_directory=name), lambda: load(run)):
         with pytest.raises(InputError, match="is not finished: go on with `trainer") as error:
             refused()
         ((verb, option, path),) = words(str(error.value))
@@ -48,8 +48,8 @@ def test_the_command_that_goes_on_with_a_run_names_it(name: str, in_tmp_path: Pa
 def test_the_command_that_shows_a_run_names_its_folder(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli._print_kept(Path(name, "20260102T030405Z-a"), tensorboard=True)
+    console.print_run(Path(name, "20260102T030405Z-a"), tensorboard=True)
     runs = {"runs": [], "-v": ["--runs", "./-v"]}.get(name, ["--runs", name])
     assert words(capsys.readouterr().out) == [["tensorboard", *runs]]
-    cli._print_kept(Path(name, "a"), tensorboard=False)
-    assert capsys.readouterr().out == f"kept in {name}/a\n"
+    console.print_run(Path(name, "a"), tensorboard=False)
+    assert capsys.readouterr().out == f"saved in {name}/a\n"

@@ -15,19 +15,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import devices
+from trainer import environment
 from trainer import run as run_module
 from trainer.config import Config
+from trainer.environment import describe_environment
 from trainer.errors import InputError
-from trainer.run import (
-    Run,
-    environment,
-    make_directory,
-    new_runs,
-    open_run,
-    require_writable,
-    write_whole,
-)
+from trainer.files import require_writable, write_atomic
+from trainer.run import Run, make_directory, new_runs, open_run
 
 CONFIG = Config().with_changes({"logging.directory": "runs", "training.epochs": 7})
 Create = Callable[..., Run]
@@ -176,8 +170,8 @@ def test_a_run_is_opened_by_path_by_name_and_as_the_latest(
     assert open_run("latest").path.samefile(last.path)  # the newest, not the last by its name
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert open_run("latest", directory=str(tmp_path / "runs")).name == last.name
-    assert open_run(first.name, directory="../runs").name == first.name
+    assert open_run("latest", runs_directory=str(tmp_path / "runs")).name == last.name
+    assert open_run(first.name, runs_directory="../runs").name == first.name
     assert open_run(f"../runs/{first.name}").name == first.name
 
 
@@ -192,7 +186,7 @@ def test_an_unknown_run_shows_the_nearest(create: Create) -> None:
         f"available: {run.name}, 20260102T030401Z-fashion, latest"
     )
     assert "did you mean 'latest'?" in refused(open_run, "lastest")
-    assert "there is no run in elsewhere" in refused(open_run, "latest", directory="elsewhere")
+    assert "there is no run in elsewhere" in refused(open_run, "latest", runs_directory="elsewhere")
 
 
 def test_an_unfinished_run_is_refused_and_the_newest_finished_named(create: Create) -> None:
@@ -271,17 +265,17 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, write_a_part)
+        write_atomic(path, write_a_part)
     assert list(tmp_path.iterdir()) == []
-    write_whole(path, lambda beside: beside.write_bytes(b"old"))
+    write_atomic(path, lambda beside: beside.write_bytes(b"old"))
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, write_a_part)
+        write_atomic(path, write_a_part)
     assert path.read_bytes() == b"old"
-    write_whole(path, lambda beside: beside.write_bytes(b"new"))
+    write_atomic(path, lambda beside: beside.write_bytes(b"new"))
     assert path.read_bytes() == b"new"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        write_whole(tmp_path / "folder", lambda beside: beside.write_bytes(b"new"))
+        write_atomic(tmp_path / "folder", lambda beside: beside.write_bytes(b"new"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "folder"]
 
 
@@ -290,7 +284,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_file_has_the_mode_of_any_other(tmp_path: Path, mask: int) -> None:
     former = os.umask(mask)
     try:
-        write_whole(tmp_path / "ours", lambda beside: beside.write_bytes(b""))
+        write_atomic(tmp_path / "ours", lambda beside: beside.write_bytes(b""))
         (tmp_path / "plain").write_bytes(b"")
         assert os.umask(mask) == mask  # it is still what it was
     finally:
@@ -302,16 +296,16 @@ def test_a_file_has_the_mode_of_any_other(tmp_path: Path, mask: int) -> None:
 def test_the_environment_says_what_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_OF_THIS_TEST", "3")
     monkeypatch.setenv("PASSWORD_OF_THIS_TEST", "secret")
-    found = environment(("CPU:0", "CPU:1"), "0123abcd")
+    found = describe_environment(("CPU:0", "CPU:1"), "0123abcd")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["packages"]["tensorflow"] == tf.__version__
     assert found["packages"]["numpy"] == np.__version__
     assert {"keras", "trainer"} <= set(found["packages"])
     assert found["python"] == platform.python_version()
-    assert found["cpu"] == devices.cpu_model()
-    assert found["cpus"] == devices.usable_cpus()
-    assert set(found["cpu_flags"]) <= set(devices.cpu_flags())
-    assert ("avx2" in found["cpu_flags"]) == ("avx2" in devices.cpu_flags())
+    assert found["cpu"] == environment.cpu_model()
+    assert found["cpus"] == environment.usable_cpus()
+    assert set(found["cpu_flags"]) <= set(environment.cpu_flags())
+    assert ("avx2" in found["cpu_flags"]) == ("avx2" in environment.cpu_flags())
     assert len(found["gpus"]) == len(tf.config.list_physical_devices("GPU"))
     assert found["devices"] == ["CPU:0", "CPU:1"]
     assert found["data_fingerprint"] == "0123abcd"
@@ -329,7 +323,7 @@ def test_the_environment_names_the_revision_of_this_code(in_tmp_path: Path) -> N
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     assert Path.cwd() == in_tmp_path  # where one stands says nothing about the code
-    assert environment((), "")["git"] == {
+    assert describe_environment((), "")["git"] == {
         "revision": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
     }

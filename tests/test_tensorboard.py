@@ -33,7 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = tmp_path_factory.mktemp("board")
         patch.chdir(folder)
         config = trainer.load_config(
-            CONFIG, ["logging.histograms=true", "logging.profile=true", "training.steps_per_call=3"]
+            CONFIG,
+            ["logging.histograms=true", "logging.profile=true", "training.steps_per_execution=3"],
         )
         fitted = trainer.fit(config)
         yield folder, fitted

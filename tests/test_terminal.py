@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import trainer
-from trainer import cli, errors
+from trainer import cli, console, errors
 
 NAME = "\u0663\u4e09-\u00e9\u2026"  # of no encoding but Unicode's, and in latin-1 one of four
 
@@ -76,7 +76,7 @@ def test_tables_and_lines_are_printed_in_any_encoding(
     for image in images:
         assert image.encode(encoding, "backslashreplace").decode(encoding) in table
     line = printed(monkeypatch, Stream(encoding), "gradient", "w+pi", "--at", "w=1", "--runs", NAME)
-    assert f"kept in {NAME.encode(encoding, 'backslashreplace').decode(encoding)}/" in line
+    assert f"saved in {NAME.encode(encoding, 'backslashreplace').decode(encoding)}/" in line
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_tables_and_lines_are_printed_in_any_encoding(
 def test_a_process_prints_what_its_locale_cannot_encode(
     variables: dict[str, str], in_tmp_path: Path
 ) -> None:
-    (in_tmp_path / "a.toml").write_text('[data]\nfiles = "\u2026"\n', encoding="utf-8")
+    (in_tmp_path / "a.toml").write_text('[data]\narchives = "\u2026"\n', encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "config", "show", "a.toml"],
         env=os.environ | {"PYTHONPATH": str(Path(trainer.__file__).parents[1])} | variables,
@@ -97,7 +97,7 @@ def test_a_process_prints_what_its_locale_cannot_encode(
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert b'\nfiles = "\\u2026"\n' in done.stdout
+    assert b'\narchives = "\\u2026"\n' in done.stdout
 
 
 def test_a_name_that_is_no_text_is_printed(
@@ -129,7 +129,7 @@ def test_a_terminal_folds_and_shortens_nothing(monkeypatch: pytest.MonkeyPatch) 
     names, numbers = ["a" * 99 + "1", "a" * 99 + "2"], ["58.125 ms", "1234567.875 ms"]
     stream = Stream("utf-8", terminal=True)
     monkeypatch.setattr(sys, "stdout", stream)
-    cli._print_rows(zip(names, numbers, names, numbers, strict=True), titles="abcd")
+    console.print_rows(zip(names, numbers, names, numbers, strict=True), titles="abcd")
     lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.text()).splitlines()
     assert max(map(len, lines)) <= 40
     shown = "".join(lines).replace(" ", "")

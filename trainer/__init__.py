@@ -1,19 +1,18 @@
-"""A Keras training workflow: configure, load data, build, train, keep, report.
+"""A Keras training workflow: configure, load data, build, train, save, report.
 
-The functions below are the whole of the public interface; the command line calls the same ones.
-They are imported on first use, because TensorFlow takes seconds to import.
+The functions below are the public interface; the command line calls the same ones. Tools add
+theirs (`trainer.tune`, `trainer.export`, ...). All are imported on first use, because importing
+TensorFlow takes seconds.
 """
 
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from trainer import tools
+
 if TYPE_CHECKING:
     from trainer.config import Config, load_config
-    from trainer.saving.export import export, verify
-    from trainer.saving.files import save
-    from trainer.saving.loading import load
-    from trainer.tuning.search import tune
     from trainer.workflow import evaluate, fit, predict, resume
 
 # TensorFlow reads this when it first uses a GPU. It would otherwise allocate the whole memory of
@@ -22,28 +21,11 @@ if TYPE_CHECKING:
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "evaluate",
-    "export",
-    "fit",
-    "load",
-    "load_config",
-    "predict",
-    "resume",
-    "save",
-    "tune",
-    "verify",
-]
+__all__ = ["Config", "evaluate", "fit", "load_config", "predict", "resume"]
 
-_HOME = {
+_MODULES = {
     "Config": "trainer.config",
     "load_config": "trainer.config",
-    "save": "trainer.saving.files",
-    "load": "trainer.saving.loading",
-    "export": "trainer.saving.export",
-    "verify": "trainer.saving.export",
-    "tune": "trainer.tuning.search",
     "evaluate": "trainer.workflow",
     "fit": "trainer.workflow",
     "predict": "trainer.workflow",
@@ -52,6 +34,13 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trainer' has no attribute {name!r}; it has {__all__}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    # Python also asks for names such as __path__: they must not import the tools.
+    modules = _MODULES if name in _MODULES or name.startswith("_") else tools.functions()
+    if name not in modules:
+        available = ", ".join(sorted(_MODULES | tools.functions()))
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}; available: {available}")
+    return getattr(importlib.import_module(modules[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *tools.functions()})

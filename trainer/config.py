@@ -8,13 +8,12 @@ import contextlib
 import copy
 import inspect
 import json
-import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import GenericAlias, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -23,15 +22,16 @@ from pydantic import (
     PydanticUserError,
     TypeAdapter,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
     validate_call,
 )
 from pydantic_core import PydanticSerializationError
 
-from trainer.errors import InputError, nearest
+from trainer import tools
+from trainer.errors import InputError, did_you_mean
 
-_MOST_STEPS = 10_000  # of a range with a step: more is a range without
 # How options are checked against the signature of a function.
 _OPTION_RULES = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 # TOML has no tuples, and a whole number can stand for a float.
@@ -52,6 +52,9 @@ class Section(BaseModel):
     """A table of the TOML file: typed, frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class KerasObject(Section):
@@ -110,7 +113,7 @@ class DataConfig(ModuleSection):
     )
     options: dict[str, Any] = Field(default={}, description="Options of a module of trainer/data")
     directory: _Folder = Field(default="data", description="Folder that keeps prepared data")
-    files: _Folder | None = Field(
+    archives: _Folder | None = Field(
         default=None,
         description="Folder with the original archives; the environment variable "
         "TRAINER_DATA_FILES is used where this is not set",
@@ -218,7 +221,7 @@ class TrainingConfig(Section):
     clip_norm: float | None = Field(
         default=None, gt=0, description="Largest global norm of the gradients"
     )
-    steps_per_call: int = Field(
+    steps_per_execution: int = Field(
         default=50, ge=1, lt=2**31, description="Steps in one call of the compiled loop"
     )
     jit_compile: bool | Literal["auto"] = Field(
@@ -275,149 +278,26 @@ class LoggingConfig(Section):
         return self
 
 
-class Parameter(Section):
-    """What a search may set one key of the configuration to: a range, or one of some values."""
-
-    low: float | int | None = Field(default=None, description="Least value of a range")
-    high: float | int | None = Field(
-        default=None, description="Greatest value; whole numbers only where both ends are whole"
-    )
-    step: float | int | None = Field(
-        default=None, gt=0, description="From a value to the next; what to multiply by under log"
-    )
-    scale: Literal["linear", "log"] = Field(
-        default="linear", description="log: values are drawn by their order of magnitude"
-    )
-    choices: list[Any] | None = Field(default=None, description="Values, in place of a range")
-    when: dict[str, list[Any]] = Field(
-        default={},
-        description="Other keys of the space, and the choices of theirs under which this is set",
-    )
-
-    @model_validator(mode="after")
-    def _range_or_choices(self) -> Self:
-        ends = [end for end in (self.low, self.high) if end is not None]
-        if self.choices is not None:
-            if ends or self.step is not None or self.scale != "linear":
-                raise ValueError("expected either choices or low and high, received both")
-            if not self.choices or any(c in self.choices[:i] for i, c in enumerate(self.choices)):
-                raise ValueError(f"choices: expected different values, received {self.choices}")
-            return self
-        if len(ends) < 2 or ends[0] >= ends[1]:
-            raise ValueError(
-                f"expected low < high, or choices; received low = {self.low}, high = {self.high}"
-            )
-        if self.scale == "log" and ends[0] <= 0:
-            raise ValueError(f"scale = 'log' expects low > 0, received {ends[0]}")
-        if self.step is not None:
-            self._check_step(ends[0], ends[1], self.step)
-        return self
-
-    def _check_step(self, low: float, high: float, step: float) -> None:
-        if self.scale == "log":
-            if step <= 1:
-                raise ValueError(f"scale = 'log' expects step > 1, received {step}")
-            count = math.log(high / low, step)
-        else:
-            count = (high - low) / step
-        if abs(count - round(count)) > 1e-6 or count > _MOST_STEPS:
-            raise ValueError(
-                f"step = {step} expected to lead from low = {low} to high = {high} in whole steps "
-                f"({_MOST_STEPS} at most), received {count:.6g} steps"
-            )
-
-
-class TuningConfig(Section):
-    """How `trainer tune` searches, and where."""
-
-    algorithm: Literal["random", "bayesian", "hyperband", "grid"] = Field(
-        default="random", description="hyperband trains many for few epochs, few for all of them"
-    )
-    objective: str = Field(
-        default="val_accuracy", description="val_loss, or val_ and the name of a metric"
-    )
-    direction: Literal["auto", "min", "max"] = Field(
-        default="auto", description="auto: as Keras's metric of that name is meant"
-    )
-    trials: int = Field(default=30, ge=1, lt=10**6, description="The most to try")
-    seconds: float | None = Field(
-        default=None, gt=0, description="Begin no trial after so long, interruptions not counted"
-    )
-    executions: int = Field(
-        default=1, ge=1, le=100, description="Trainings a trial, of different seeds; their mean"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Of the values to try")
-    patience: int = Field(
-        default=3,
-        ge=0,
-        description="Epochs without a better objective that end a training; 0: none",
-    )
-    pruning: bool = Field(
-        default=True,
-        description="End a trial that is worse than the median of the others after as many epochs",
-    )
-    keep: int = Field(default=3, ge=1, description="How many of the best keep their weights")
-    stop_on_failure: bool = Field(
-        default=False, description="End the search with the first trial that fails"
-    )
-    space: dict[str, Parameter] = Field(
-        default={}, description="What to try: a range or choices by the dotted key they are for"
-    )
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _dotted(cls, value: Any) -> Any:
-        """Takes optimizer.learning_rate = {...} for "optimizer.learning_rate" = {...}."""
-        return dict(_flat(value)) if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _conditions_hold(self) -> Self:
-        for key, parameter in self.space.items():
-            for other, values in parameter.when.items():
-                known = self.space.get(other)
-                if known is None or known.choices is None:
-                    named = [k for k, p in self.space.items() if p.choices is not None and k != key]
-                    raise ValueError(
-                        f"space.{key}.when: expected keys of the space that have choices, "
-                        f"received {other!r}: {nearest(other, named)}"
-                    )
-                strange = [v for v in values if v not in known.choices]
-                if strange or not values:
-                    raise ValueError(
-                        f"space.{key}.when.{other}: expected some of {known.choices}, "
-                        f"received {values}"
-                    )
-            inner = [other for other in self.space if other.startswith(f"{key}.")]
-            if inner:
-                raise ValueError(f"space: {key!r} and {inner[0]!r} set the same: expected one")
-        self.in_order()
-        return self
-
-    def in_order(self) -> dict[str, Parameter]:
-        """Returns the space, each key after those that its conditions name."""
-        ordered: dict[str, Parameter] = {}
-        while len(ordered) < len(self.space):
-            ready = {
-                key: parameter
-                for key, parameter in self.space.items()
-                if key not in ordered and parameter.when.keys() <= ordered.keys()
-            }
-            if not ready:
-                circle = ", ".join(key for key in self.space if key not in ordered)
-                raise ValueError(f"space: {circle} wait for each other in their conditions")
-            ordered |= ready
-        return ordered
+# Old keys of the configuration, and their new names.
+_RENAMED = {
+    "training.steps_per_call": "training.steps_per_execution",
+    "data.files": "data.archives",
+}
 
 
 class Config(Section):
-    """One experiment."""
+    """The configuration of an experiment.
+
+    It also has a table for each tool that the file configures; see `table`.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     logging: LoggingConfig = LoggingConfig()
-    tuning: TuningConfig = TuningConfig()
 
     @model_validator(mode="after")
     def _gradients_are_clipped_once(self) -> Self:
@@ -427,6 +307,15 @@ class Config(Section):
                 f"training.clip_norm and optimizer.options.{min(given)}: expected one of them"
             )
         return self
+
+    def table(self, kind: type[SectionT]) -> SectionT:
+        """Returns the table of a tool; all of its defaults if the file has no such table.
+
+        Args:
+            kind: `TABLE` of the tool's module `config`.
+        """
+        found = [table for table in (self.model_extra or {}).values() if isinstance(table, kind)]
+        return found[0] if found else kind()
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
         """Returns a copy with some keys changed, checked again.
@@ -440,10 +329,7 @@ class Config(Section):
         return parse_config(tree, origin="the changed configuration")
 
     def to_toml(self) -> str:
-        """Returns the whole configuration as a TOML file that `load_config` reads back.
-
-        [tuning] is left out where nothing in it is set: it says nothing about a training.
-        """
+        """Returns the whole configuration as a TOML file that `load_config` reads back."""
         return "\n".join(
             f"[{name}]\n"
             + "".join(
@@ -451,11 +337,10 @@ class Config(Section):
                 for key, value in section.items()
             )
             for name, section in self.model_dump().items()
-            if name != "tuning" or self.tuning != TuningConfig()
         )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Reads, changes and checks a configuration.
 
     Args:
@@ -464,6 +349,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             TOML value is taken for a string, so `data.name=fashion_mnist` needs no quotes. A
             change of `model.name`, `data.name` or `optimizer.name` drops the file's options of
             what was named before: they are those of another function.
+        stored: As `parse_config` takes it.
 
     Returns:
         The configuration, complete and frozen.
@@ -480,7 +366,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         found = sorted(str(p) for folder in folders for p in folder.glob("*.toml"))
         same = [name for name in found if Path(name).stem == path.name]
         known = (
-            nearest(same[0] if same else str(path), found)
+            did_you_mean(same[0] if same else str(path), found)
             if found
             else f"there is no *.toml in {path.parent} (`trainer` looks from the folder you are in)"
         )
@@ -496,9 +382,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _forget_options(changed, key, value)
         for key, value in given:
             _put(changed, key, value)
-        return parse_config(changed, origin="--set" if overrides else str(path))
+        return parse_config(changed, origin="--set" if overrides else str(path), stored=stored)
     except InputError:
-        parse_config(tree, origin=str(path))  # the file's own fault, if it has one
+        parse_config(tree, origin=str(path), stored=stored)  # the file's own fault, if it has one
         raise
 
 
@@ -511,16 +397,63 @@ def _forget_options(tree: dict[str, Any], key: str, value: Any) -> None:
         table.pop("unset_options", None)
 
 
-def parse_config(tree: Mapping[str, Any], *, origin: str) -> Config:
+def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) -> Config:
     """Checks a tree of tables and returns it as a configuration.
+
+    Args:
+        tree: The tables of a TOML file.
+        origin: What the error message calls the source.
+        stored: The tree was written by an earlier version: renamed keys are accepted under their
+            old names, and tables of tools that were removed are ignored.
 
     Raises:
         InputError: With one line for the first fault found, which names `origin`.
     """
+    modules = tools.config_modules()
+    known = [*Config.model_fields, *modules]
+    unknown = [name for name in tree if name not in known]
+    if unknown and not stored:
+        suggestion = did_you_mean(unknown[0], known)
+        raise InputError(f"{origin}: unknown key {unknown[0]!r}: {suggestion}")
+    renamed = dict(_RENAMED)
+    for name, module in modules.items():
+        renamed |= {f"{name}.{old}": f"{name}.{new}" for old, new in module.RENAMED.items()}
+    tables = {name: table for name, table in tree.items() if name in known}
+    tables = _with_new_names(tables, renamed, None if stored else origin)
+    for name in modules.keys() & tables.keys():
+        tables[name] = _validated(modules[name].TABLE, tables[name], origin, f"{name}.")
+    return _validated(Config, tables, origin)
+
+
+def _validated(kind: type[SectionT], tree: Any, origin: str, prefix: str = "") -> SectionT:
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{origin}: {_explain(error)}") from None
+        raise InputError(f"{origin}: {_explain(error, kind, prefix)}") from None
+
+
+def _with_new_names(
+    tree: Mapping[str, Any], renamed: Mapping[str, str], origin: str | None
+) -> dict[str, Any]:
+    """Returns a copy of a tree in which renamed keys have their new names.
+
+    Args:
+        tree: Tables by name.
+        renamed: New dotted keys by old ones.
+        origin: Refuse old keys, and name this source; None: accept them.
+
+    Raises:
+        InputError: The tree has an old key that is refused.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(tree))
+    for old, new in renamed.items():
+        section, _, key = old.partition(".")
+        table = changed.get(section)
+        if isinstance(table, dict) and key in table:
+            if origin is not None:
+                raise InputError(f"{origin}: {old} was renamed to {new}")
+            table[new.partition(".")[2]] = table.pop(key)
+    return changed
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -549,7 +482,12 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def config_schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration file, for editors."""
-    return Config.model_json_schema()
+    tables: dict[str, Any] = {
+        name: (module.TABLE, module.TABLE()) for name, module in tools.config_modules().items()
+    }
+    whole = create_model("Config", __base__=Config, __doc__=Config.__doc__, **tables)
+    whole.model_config["extra"] = "forbid"
+    return whole.model_json_schema()
 
 
 def call_with_options(
@@ -578,7 +516,7 @@ def call_with_options(
     except ValidationError as error:
         if error.title != getattr(function, "__name__", None):
             raise  # not about this call: a fault inside the function
-        raise InputError(f"{where}: {_explain(error)}") from None
+        raise InputError(f"{where}: {_explain(error, KerasObject)}") from None
 
 
 def _for_hint(value: Any, hint: Any) -> Any:
@@ -630,7 +568,7 @@ def _check_names(
         ]
         unknown = [name for name in options if name not in known]
         if unknown:
-            hint = nearest(unknown[0], known) if known else "it takes none"
+            hint = did_you_mean(unknown[0], known) if known else "it takes none"
             raise InputError(f"{where}: unknown option {unknown[0]!r}: {hint}") from None
         name = getattr(function, "__name__", repr(function))
         takes = f"takes the options {', '.join(known)}" if known else "takes no options"
@@ -649,14 +587,15 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
     fault = error.errors()[0]
     # Of a number that may be whole or not, pydantic adds which of them it tried.
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("float", "int"))
+    key = prefix + ".".join(str(part) for part in fault["loc"] if part not in ("float", "int"))
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest(str(fault['loc'][-1]), _keys_beside(fault['loc']))}"
+        known = did_you_mean(str(fault["loc"][-1]), _keys_beside(root, fault["loc"]))
+        return f"unknown key {key!r}: {known}"
     if fault["type"] == "value_error":
-        return f"{key}: {fault['ctx']['error']}".removeprefix(": ")
+        return f"{key.removesuffix('.')}: {fault['ctx']['error']}".removeprefix(": ")
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "string_pattern_mismatch":
@@ -671,18 +610,13 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: expected {expected}, received {_shown(fault['input'])}"
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Gives the tables of a space by their dotted keys, however TOML has nested them."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value and not value.keys() & Parameter.model_fields.keys():
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _keys_beside(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Returns the keys that are known where an unknown one was found.
 
-
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    """Returns the keys that are known where an unknown one was found."""
-    section: type[BaseModel] = Config
+    Args:
+        section: The class that was validated.
+        location: The path of the unknown key.
+    """
     if len(location) > 1 and location[0] not in section.model_fields:
         section = KerasObject  # within a list of them, in a table of options
     for part in location[:-1]:

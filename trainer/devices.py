@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.cluster import Cluster
 from trainer.config import DEVICE_PATTERN
+from trainer.environment import cpu_flags
 from trainer.errors import CheckError, InputError, MissingError, install_command
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ T = TypeVar("T")
 
 
 # Takes numbers of this worker, gives those of each: float64 [workers, numbers].
-Exchange = Callable[[Sequence[float]], "NDArray[np.float64]"]
+AllGather = Callable[[Sequence[float]], "NDArray[np.float64]"]
 
 
-def alone(values: Sequence[float]) -> "NDArray[np.float64]":
+def single_worker(values: Sequence[float]) -> "NDArray[np.float64]":
     """The exchange of a worker that has no others."""
     import numpy as np
 
@@ -122,7 +123,7 @@ class Devices:
         """How many processes train together."""
         return 1 if self.cluster is None else len(self.cluster.addresses)
 
-    def exchange(self, values: Sequence[float]) -> "NDArray[np.float64]":
+    def all_gather(self, values: Sequence[float]) -> "NDArray[np.float64]":
         """Gives every worker what each has; all of them must call it, with as many numbers.
 
         Args:
@@ -132,7 +133,7 @@ class Devices:
             float64 [workers, numbers].
         """
         if self.cluster is None:
-            return alone(values)
+            return single_worker(values)
         import numpy as np
         import tensorflow as tf
 
@@ -145,19 +146,19 @@ class Devices:
         total: NDArray[np.float64] = self._sum(parts).numpy()
         return total
 
-    def tell(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         """Gives every worker what the chief says; all of them must call it."""
         if self.cluster is None:
             return text
         import numpy as np
 
         content = text.encode()
-        size = int(self.exchange([len(content)])[0, 0])
+        size = int(self.all_gather([len(content)])[0, 0])
         numbers = list(content[:size].ljust(size, b" "))  # of the others it only has the length
-        told: bytes = self.exchange(numbers)[0].astype(np.uint8).tobytes()
+        told: bytes = self.all_gather(numbers)[0].astype(np.uint8).tobytes()
         return told.decode()
 
-    def require_alike(self, what: Mapping[str, object]) -> None:
+    def require_same(self, what: Mapping[str, object]) -> None:
         """Refuses workers that were not given the same; else they would train different things.
 
         Args:
@@ -168,7 +169,7 @@ class Devices:
         """
         # 48 bits: what a float64 holds exactly.
         texts = [str(value).encode() for value in what.values()]
-        digests = self.exchange(
+        digests = self.all_gather(
             [int.from_bytes(hashlib.sha256(text).digest()[:6]) for text in texts]
         )
         for i, worker in enumerate(digests):
@@ -461,69 +462,3 @@ def dtype_policy(policy: str) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(former)
-
-
-@functools.cache
-def cpu_flags() -> tuple[str, ...]:
-    """Returns the instruction sets the CPU lists, sorted; empty where the system has no list."""
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            return tuple(sorted(line.partition(":")[2].split()))
-    if platform.system() == "Darwin":
-        return tuple(sorted(_sysctl("machdep.cpu.features").lower().split()))
-    return ()
-
-
-@functools.cache
-def cpu_model() -> str:
-    """Returns the CPU's name as the system gives it."""
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    if platform.system() == "Darwin":
-        return _sysctl("machdep.cpu.brand_string")
-    return platform.processor() or platform.machine()
-
-
-def usable_cpus() -> int:
-    """Returns how many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@functools.cache
-def cpu_caches() -> dict[str, int]:
-    """Returns the bytes of each cache of the first CPU, smallest first; empty where not told."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        names = ("level", "type", "size")
-        level, kind, size = ((folder / name).read_text().strip() for name in names)
-        if kind != "Instruction":
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
-            found[f"L{level}"] = int(size.rstrip("KMG")) * unit
-    return found
-
-
-def gpu_models() -> list[str]:
-    """Returns a line for each GPU that TensorFlow can use: its name and compute capability."""
-    import tensorflow as tf
-
-    lines = []
-    for gpu in tf.config.list_physical_devices("GPU"):
-        details = tf.config.experimental.get_device_details(gpu)
-        capability = ".".join(map(str, details.get("compute_capability", ("unknown",))))
-        lines.append(f"{details.get('device_name', gpu.name)} (compute capability {capability})")
-    return lines
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _sysctl(name: str) -> str:
-    run = subprocess.run(
-        ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip()

@@ -200,7 +200,7 @@ def shell_command(*words: str | Path) -> str:
     return shlex.join(["trainer", *texts])
 
 
-def nearest(name: str, known: Iterable[str], *, shown: int = 12) -> str:
+def did_you_mean(name: str, known: Iterable[str], *, shown: int = 12) -> str:
     """Says what there is instead of an unknown name.
 
     Args:

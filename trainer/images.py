@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.data import DataSpec, Images
-from trainer.data._prepared import DAMAGED_ARRAY
+from trainer.data._prepared import NPY_ERRORS
 from trainer.errors import InputError
 
 # A file that claims more pixels than this is refused before its pixels are unpacked.
@@ -82,7 +82,7 @@ def _read_array(path: Path, spec: DataSpec) -> Images:
     array: NDArray[Any]
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except DAMAGED_ARRAY as error:
+    except NPY_ERRORS as error:
         raise InputError(f"{path} is not a .npy array: {error}") from None
     height, width, channels = spec.image_shape
     shape = array.shape

@@ -10,10 +10,10 @@ import keras
 import tensorflow as tf
 
 from trainer.config import KerasObject
-from trainer.errors import InputError, MissingError, explain_user_code, nearest
+from trainer.errors import InputError, MissingError, did_you_mean, explain_user_code
 
 # What Keras and TensorFlow raise for options they cannot work with, early or late.
-REFUSALS = (
+KERAS_ERRORS = (
     *(TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError, OSError),
     tf.errors.OpError,
 )
@@ -56,7 +56,7 @@ def find(kind: str, name: str) -> Any:
         registered = keras.saving.get_registered_object(name)
         found = classes.get(name) or lower.get(name.lower()) or registered
         if found is None:
-            raise InputError(f"unknown {kind} {name!r}: {nearest(name, classes)}")
+            raise InputError(f"unknown {kind} {name!r}: {did_you_mean(name, classes)}")
     if kind == "loss" and inspect.isfunction(found):
         return lambda: found  # Keras takes a function of labels and outputs for a loss
     if not (inspect.isclass(found) and issubclass(found, base)):
@@ -92,7 +92,7 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
         return factory(**options)
     except ImportError as error:  # of a package that Keras itself does without
         raise MissingError(f"{what}: {error}") from None
-    except REFUSALS as error:
+    except KERAS_ERRORS as error:
         reason = explain(error)
         shown = ", ".join(f"{key!r}: {_shown(value)}" for key, value in options.items())
         raise InputError(f"{what} refuses the options {{{shown}}}: {reason}") from error

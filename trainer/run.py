@@ -10,27 +10,21 @@ runs/<UTC time>-<name>/
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
-import os
-import platform
 import re
-import subprocess
-import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from trainer import devices
+from trainer import files
 from trainer.config import Config, parse_config
-from trainer.errors import InputError, TrainerError, nearest, shell_command
+from trainer.errors import InputError, TrainerError, did_you_mean, shell_command
 
 # What may change on resume besides [logging]: how long to train, and where. The rest defines what
 # is trained. The options of a data module can name a folder, so the fingerprint of the data decides
@@ -38,9 +32,8 @@ from trainer.errors import InputError, TrainerError, nearest, shell_command
 _CHANGEABLE = {
     *("training.epochs", "training.device", "training.jit_compile"),
     *("training.checkpoint_seconds", "training.cluster_timeout_seconds"),
-    *("data.directory", "data.files", "data.options", "data.placement", "data.device_limit_mb"),
+    *("data.directory", "data.archives", "data.options", "data.placement", "data.device_limit_mb"),
 }
-_PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
 
 
 class ExistsError(InputError):
@@ -201,10 +194,10 @@ class Run:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        missing = Config.model_fields.keys() - tree.keys() - {"tuning"}
+        missing = Config.model_fields.keys() - tree.keys()
         if missing:  # a run's configuration is written whole: defaults would not be what it used
             raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-        return parse_config(tree, origin=str(path))
+        return parse_config(tree, origin=str(path), stored=True)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Reads one of the run's JSON files.
@@ -228,7 +221,7 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one of the run's text files, whole or not at all."""
-        write_text(self.path / name, text)
+        files.write_text(self.path / name, text)
 
 
 def new_runs(config: Config, name: str) -> Iterator[Run]:
@@ -287,44 +280,25 @@ def _is_run(reference: str) -> bool:
         return False
 
 
-def require_writable(directory: str, option: str = "logging.directory") -> None:
-    """Refuses a folder for runs that cannot be written, before anything slow has started.
-
-    Args:
-        directory: The folder.
-        option: What a person names it by, for the message.
-
-    Raises:
-        InputError: The folder, or the nearest parent that exists, cannot be written.
-    """
-    path = Path(directory).absolute()
-    try:
-        while not path.exists() and path != path.parent:
-            path = path.parent
-    except OSError as error:  # a name too long for the file system
-        raise InputError(f"{option}: {error}") from None
-    if not directory or not path.is_dir() or not os.access(path, os.W_OK):
-        why = "cannot be written" if path.is_dir() else "is a file, not a folder"
-        raise InputError(f"{option} = {directory!r}: {path} {why}; choose another folder")
-
-
-def open_run(reference: str, *, directory: str = "runs", unfinished: bool = False) -> Run:
+def open_run(reference: str, *, runs_directory: str = "runs", unfinished: bool = False) -> Run:
     """Finds a run.
 
     Args:
         reference: A run directory, its name, the name that `--name` gave (the newest of that
             name), or "latest" (the newest).
-        directory: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
         unfinished: Also take a run that is not finished; else the newest means the newest
             finished one.
 
     Raises:
         InputError: There is no such run, or it is not finished.
     """
-    runs = {p.parent.name: Run(p.parent) for p in sorted(Path(directory).glob("*/config.toml"))}
+    runs = {
+        p.parent.name: Run(p.parent) for p in sorted(Path(runs_directory).glob("*/config.toml"))
+    }
     named = [name for name in runs if reference in ("latest", name.partition("-")[2])]
     if reference == "latest" and not runs:
-        raise InputError(f"there is no run in {directory}: `trainer fit` makes one")
+        raise InputError(f"there is no run in {runs_directory}: `trainer fit` makes one")
     if named:
         # An unfinished run newer than the newest finished one hides nothing.
         run = runs[max(named, key=lambda name: (unfinished or runs[name].finished, _age(name)))]
@@ -333,7 +307,11 @@ def open_run(reference: str, *, directory: str = "runs", unfinished: bool = Fals
     elif reference in runs:
         run = runs[reference]
     else:
-        known = nearest(reference, [*runs, "latest"]) if runs else f"there is no run in {directory}"
+        known = (
+            did_you_mean(reference, [*runs, "latest"])
+            if runs
+            else f"there is no run in {runs_directory}"
+        )
         raise InputError(f"there is no run {reference!r}: {known}")
     if not (run.finished or unfinished):
         done = [name for name, r in runs.items() if r.finished]
@@ -341,100 +319,3 @@ def open_run(reference: str, *, directory: str = "runs", unfinished: bool = Fals
         advice = f"go on with `{shell_command('fit', '--resume', run.path)}`"
         raise InputError(f"run {run.name} is not finished: {advice}; {newest}")
     return run
-
-
-def environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, Any]:
-    """Describes what a run's numbers depend on besides its configuration.
-
-    Args:
-        device_names: The devices of the run.
-        fingerprint: Of the data.
-    """
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "cpu": devices.cpu_model(),
-        "cpus": devices.usable_cpus(),
-        "cpu_flags": [
-            f for f in devices.cpu_flags() if f.startswith(("avx", "amx", "fma", "neon"))
-        ],
-        "gpus": devices.gpu_models(),
-        "devices": list(device_names),
-        "variables": {
-            k: v
-            for k, v in os.environ.items()
-            if k.startswith(("TF_", "CUDA_", "XLA_", "OMP_")) and not k.startswith("TF_CLI_")
-        },
-        "git": _git_state(),
-        "data_fingerprint": fingerprint,
-    }
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a file beside `path`, makes it durable and renames it into place.
-
-    A reader sees the old file or the new one, never a part.
-
-    Args:
-        path: Where the file shall be.
-        write: Takes the path to fill. The ending is that of `path`, as Keras chooses by it.
-    """
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes)
-    )
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        beside.chmod(0o666 & ~_umask())
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _make_durable(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _make_durable(folder: Path) -> None:
-    """Has the system write a folder's names to the disk, where it can."""
-    with contextlib.suppress(OSError):  # not every system opens folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _umask() -> int:
-    # mkstemp makes a file that only its owner may read; the umask can be read only by setting it.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Returns the revision of this code and whether it was changed; None where it is not in git."""
-    checkout = str(Path(__file__).resolve().parent.parent)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", checkout, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
-
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return {
-            "revision": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain").strip()),
-        }
-    return None

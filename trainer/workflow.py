@@ -20,21 +20,23 @@ from rich.console import Console
 
 from trainer import data as datasets
 from trainer import devices, images, report
-from trainer.assembly import (
-    Clock,
-    Setting,
-    assemble,
+from trainer.cluster import Cluster, read_cluster
+from trainer.config import Config, DataConfig
+from trainer.data import DataSpec, tfds
+from trainer.environment import describe_environment
+from trainer.errors import CheckError, InputError, explain_user_code, shell_command
+from trainer.experiment import (
+    Experiment,
+    PhaseTimer,
+    build_experiment,
     make_callbacks,
     require_data,
     restore,
     spec_of,
 )
-from trainer.cluster import Cluster, read_cluster
-from trainer.config import Config, DataConfig
-from trainer.data import DataSpec, tfds
-from trainer.errors import CheckError, InputError, explain_user_code, shell_command
 from trainer.figure_process import FigureProcess
-from trainer.run import ExistsError, Run, environment, new_runs, open_run, require_writable, sha256
+from trainer.files import require_writable, sha256
+from trainer.run import ExistsError, Run, new_runs, open_run
 from trainer.tensorflow_internals import KernelReport
 from trainer.training import callbacks as watching
 from trainer.training.averaging import AveragedWeights, averages_weights
@@ -47,7 +49,7 @@ from trainer.training.checkpoint import (
     roll_back,
     save_weights,
 )
-from trainer.training.loop import Window
+from trainer.training.loop import CallRecord
 from trainer.training.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ _PREDICT_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What `fit` gives back.
 
     Attributes:
@@ -83,7 +85,7 @@ def fit(
     draw: FigureProcess | None = None,
     run: Run | None = None,
     score_test: bool = True,
-) -> Fitted:
+) -> FitResult:
     """Trains a network, scores it once on the test images, and keeps all of it in a run directory.
 
     Where the environment names a cluster (TF_CONFIG, a SLURM job step), its processes do so
@@ -109,23 +111,23 @@ def fit(
         CheckError: The loss is not finite, or the outputs are not on the device asked for.
         StoppedError: A signal came; the state is saved.
     """
-    clock, cluster = Clock(import_seconds), read_cluster()
+    timer, cluster = PhaseTimer(import_seconds), read_cluster()
     if dry_run:
         config = config.with_changes({"training.limit_batches": 1, "training.epochs": 1})
     elif cluster is None or cluster.chief:
         require_writable(config.logging.directory)
     with _watched(cluster):
-        setting = assemble(config, clock, cluster=cluster)
+        experiment = build_experiment(config, timer, cluster=cluster)
         if dry_run:
-            return _dry_run(setting, callbacks, clock)
-    with _own_folder(setting) as setting:
-        batches = setting.training_batches(clock)
+            return _dry_run(experiment, callbacks, timer)
+    with _scratch_directory(experiment) as experiment:
+        batches = experiment.training_batches(timer)
         # From here on something is written: all that can be wrong beforehand is known by now.
-        run, watched_by = _create_run(setting, run, callbacks)
+        run, watched_by = _create_run(experiment, run, callbacks)
         with _watched(cluster):
-            kept = setting.devices.tell(str(run.path))
+            kept = experiment.devices.broadcast(str(run.path))
         training = _Training(
-            setting, run, kept, batches, watched_by, clock, console, score_test=score_test
+            experiment, run, kept, batches, watched_by, timer, console, score_test=score_test
         )
         with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
             return training.run_to_the_end(draw)
@@ -139,9 +141,9 @@ def resume(
     console: Console | None = None,
     import_seconds: float | None = None,
     draw: FigureProcess | None = None,
-    directory: str = "runs",
+    runs_directory: str = "runs",
     score_test: bool = True,
-) -> Fitted:
+) -> FitResult:
     """Goes on with a training from its newest checkpoint, as if it had never been interrupted.
 
     Args:
@@ -152,7 +154,7 @@ def resume(
         console: As in `fit`.
         import_seconds: As in `fit`.
         draw: As in `fit`.
-        directory: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
         score_test: As in `fit`.
 
     Returns:
@@ -163,8 +165,8 @@ def resume(
             network or configuration are not what they were.
         MissingError: As `fit`, and so are CheckError and StoppedError.
     """
-    clock, cluster = Clock(import_seconds), read_cluster()
-    run = open_run(reference, directory=directory, unfinished=True)
+    timer, cluster = PhaseTimer(import_seconds), read_cluster()
+    run = open_run(reference, runs_directory=runs_directory, unfinished=True)
     config = run.config() if changed is None else run.continued(changed)
     asked = run.config().training.epochs
     if run.finished and config.training.epochs <= asked:
@@ -179,10 +181,10 @@ def resume(
     chief = cluster is None or cluster.chief  # the others read the run, and write nothing to it
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
         with _watched(cluster, str(run.path)):
-            setting = assemble(config, clock, cluster=cluster)
-            saved = _checkpoint_that_fits(run, setting, len(callbacks))
-            position = saved and asdict(saved.position)
-            setting.devices.require_alike({"the newest checkpoint": position})
+            experiment = build_experiment(config, timer, cluster=cluster)
+            saved = _checkpoint_that_fits(run, experiment, len(callbacks))
+            progress = saved and asdict(saved.progress)
+            experiment.devices.require_same({"the newest checkpoint": progress})
         longer = config.training.epochs > asked
         if saved is not None and longer:
             saved = replace(saved, stopped=False)  # more epochs were asked for
@@ -192,32 +194,32 @@ def resume(
                     "a training that was this long from its beginning.",
                     config.training.epochs,
                 )
-        with _own_folder(setting) as setting:
-            own = run if chief else next(new_runs(setting.config, run.name))
-            watched_by = make_callbacks(setting, own.path, callbacks)
+        with _scratch_directory(experiment) as experiment:
+            own = run if chief else next(new_runs(experiment.config, run.name))
+            watched_by = make_callbacks(experiment, own.path, callbacks)
             training = _Training(
-                setting,
+                experiment,
                 own,
                 str(run.path),
-                setting.training_batches(clock),
+                experiment.training_batches(timer),
                 watched_by,
-                clock,
+                timer,
                 console,
                 saved=saved,
                 score_test=score_test,
             )
             if chief:
                 run.checkpoints.mkdir(exist_ok=True)
-                run.reopen(setting.config)  # from here on something is changed
+                run.reopen(experiment.config)  # from here on something is changed
                 roll_back(run, saved)
             else:
-                own.create(setting.config)
+                own.create(experiment.config)
             with _drawing(draw, training.draws) as draw:
                 return training.run_to_the_end(draw)
 
 
 def evaluate(
-    reference: str, *, split: str = "test", device: str = "auto", directory: str = "runs"
+    reference: str, *, split: str = "test", device: str = "auto", runs_directory: str = "runs"
 ) -> dict[str, Any]:
     """Scores a finished run on one of its splits, by the run's own configuration.
 
@@ -225,7 +227,7 @@ def evaluate(
         reference: A run directory, its name, or "latest".
         split: "train", "validation" or "test".
         device: As `trainer.devices.select` takes it.
-        directory: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
 
     Returns:
         The scores by name, with the run, the split, the number of images and the device.
@@ -234,19 +236,19 @@ def evaluate(
         InputError: There is no such run, or the data is not what it was trained on.
         MissingError: The device is not here.
     """
-    run = open_run(reference, directory=directory)
+    run = open_run(reference, runs_directory=runs_directory)
     config = run.config().with_changes({"training.device": device})
-    setting = assemble(config, Clock(), restored=run)
-    batches = setting.batches(split)
-    scores, _ = _score(setting, batches)
+    experiment = build_experiment(config, PhaseTimer(), restored=run)
+    batches = experiment.batches(split)
+    scores, _ = _score(experiment, batches)
     return {
         "run": str(run.path),
-        "data": setting.data.spec.name,
+        "data": experiment.data.spec.name,
         "split": split,
         "images": batches.images,
         **watching.plain(scores),
-        "devices": setting.placed,
-        "precision": setting.config.training.precision,
+        "devices": experiment.placed,
+        "precision": experiment.config.training.precision,
     }
 
 
@@ -256,7 +258,7 @@ def predict(
     *,
     invert: bool = False,
     device: str = "auto",
-    directory: str = "runs",
+    runs_directory: str = "runs",
     on_error: Callable[[InputError], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Names the class of image files.
@@ -266,7 +268,7 @@ def predict(
         paths: PNG, JPEG or .npy files.
         invert: Exchange dark and bright first.
         device: As `trainer.devices.select` takes it.
-        directory: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
         on_error: Called with the error of each file that cannot be read, which is then left out;
             None: the first such error is raised.
 
@@ -278,7 +280,7 @@ def predict(
         InputError: There is no such run, or, without `on_error`, a file is no image that fits.
         MissingError: The device is not here.
     """
-    run = open_run(reference, directory=directory)
+    run = open_run(reference, runs_directory=runs_directory)
     spec = spec_of(run)
     pictures: list[images.Picture] = []
     for path in paths:
@@ -349,24 +351,28 @@ def describe_data(config: DataConfig) -> dict[str, Any]:
 
 
 def _dry_run(
-    setting: Setting, callbacks: Sequence[keras.callbacks.Callback], clock: Clock
-) -> Fitted:
+    experiment: Experiment, callbacks: Sequence[keras.callbacks.Callback], timer: PhaseTimer
+) -> FitResult:
     """Goes through everything once; what callbacks write goes to a folder that is removed."""
-    train, validation = setting.training_batches(clock)
+    train, validation = experiment.training_batches(timer)
     with tempfile.TemporaryDirectory() as folder:
-        own = make_callbacks(setting, Path(folder), callbacks)
-        setting.loop.fit(train, validation, epochs=1, callbacks=own)
-    kept, _ = _score(setting, validation)
-    scores, _ = _score(setting, setting.batches("test"))
-    summary = _summary(setting, kept, scores, clock, watching.StepTimes())
-    return Fitted(summary, setting.model, None)
+        own = make_callbacks(experiment, Path(folder), callbacks)
+        experiment.loop.fit(train, validation, epochs=1, callbacks=own)
+    kept, _ = _score(experiment, validation)
+    scores, _ = _score(experiment, experiment.batches("test"))
+    summary = _summary(experiment, kept, scores, timer, watching.StepTimes())
+    return FitResult(summary, experiment.model, None)
 
 
 def _score(
-    setting: Setting, batches: Batches, *, collect: bool = False, signals: Signals | None = None
+    experiment: Experiment,
+    batches: Batches,
+    *,
+    collect: bool = False,
+    signals: Signals | None = None,
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """Evaluates, and refuses to call a network scored whose loss is no number."""
-    scores, probabilities = setting.loop.evaluate(
+    scores, probabilities = experiment.loop.evaluate(
         batches, collect=collect, between=signals.stop_if_received if signals else None
     )
     if not np.isfinite(scores["loss"]):
@@ -381,12 +387,12 @@ class _Training:
 
     def __init__(
         self,
-        setting: Setting,
+        experiment: Experiment,
         run: Run,
         kept: str,
         batches: tuple[Batches, Batches],
         callbacks: list[keras.callbacks.Callback],
-        clock: Clock,
+        timer: PhaseTimer,
         console: Console | None,
         *,
         saved: Checkpoint | None = None,
@@ -395,49 +401,49 @@ class _Training:
         """Prepares.
 
         Args:
-            setting: What is trained.
+            experiment: What is trained.
             run: Where this process writes.
             kept: The run that is to be resumed after an interruption: the chief's.
             batches: Of the training and the validation images.
             callbacks: Of Keras.
-            clock: Has the seconds up to now.
+            timer: Has the seconds up to now.
             console: Where the progress bar is drawn; None: no bar.
             saved: Where to go on from.
             score_test: As `fit` takes it.
         """
-        self._setting = setting
+        self._setting = experiment
         self._run = run
         self._kept = kept
         self._callbacks = callbacks
-        self._clock = clock
+        self._clock = timer
         self._console = console
         self._saved = saved
         self._score_test = score_test
-        self.draws = score_test and setting.devices.chief
+        self.draws = score_test and experiment.devices.chief
         self._train, self._validation = batches
         self._times = watching.StepTimes()
         self._samples: Future[bytes] | None = None
         self._kernels: KernelReport | None = None
         advice = f"go on with `{shell_command('fit', '--resume', Path(kept))}`"
-        if setting.devices.workers > 1:
+        if experiment.devices.workers > 1:
             advice += " on every worker"
-        self._signals = Signals(advice, setting.devices.exchange)
+        self._signals = Signals(advice, experiment.devices.all_gather)
 
-    def run_to_the_end(self, draw: FigureProcess | None) -> Fitted:
+    def run_to_the_end(self, draw: FigureProcess | None) -> FitResult:
         """Trains, scores and reports."""
         cluster = self._setting.devices.cluster
         with self._signals.noted(), _watched(cluster, self._kept):
             self._begin(draw)
             self._fit()
             fitted = self._finish(draw) if self._score_test else self._finish_untested()
-            self._setting.devices.exchange([0])  # a worker that left before would be missed
+            self._setting.devices.all_gather([0])  # a worker that left before would be missed
             return fitted
 
     def _begin(self, draw: FigureProcess | None) -> None:
         """Says and writes what is known before training."""
-        setting, run, spec = self._setting, self._run, self._setting.data.spec
-        if not setting.devices.chief:
-            _log.info("worker   %s; the chief tells and keeps the rest", _place(setting))
+        experiment, run, spec = self._setting, self._run, self._setting.data.spec
+        if not experiment.devices.chief:
+            _log.info("worker   %s; the chief tells and keeps the rest", _place(experiment))
             return
         _log.info("run      %s", run.path)
         _log.info(
@@ -445,57 +451,61 @@ class _Training:
         )
         _log.info(
             "network  %s, %s parameters",
-            *(setting.config.model.name, f"{setting.model.count_params():,}"),
+            *(experiment.config.model.name, f"{experiment.model.count_params():,}"),
         )
-        _log.info("device   %s, %s", ", ".join(setting.placed), setting.config.training.precision)
-        if setting.devices.workers > 1:
-            _log.info("worker   %s", _place(setting))
-        if setting.config.training.limit_batches is not None:
-            _log.info("limited  to %d batches of each split", setting.config.training.limit_batches)
+        _log.info(
+            "device   %s, %s", ", ".join(experiment.placed), experiment.config.training.precision
+        )
+        if experiment.devices.workers > 1:
+            _log.info("worker   %s", _place(experiment))
+        if experiment.config.training.limit_batches is not None:
+            _log.info(
+                "limited  to %d batches of each split", experiment.config.training.limit_batches
+            )
         if self._saved is not None:
-            position = self._saved.position
-            _log.info("resumed  at epoch %d, step %d of it", position.epoch + 1, position.step)
+            progress = self._saved.progress
+            _log.info("resumed  at epoch %d, step %d of it", progress.epoch + 1, progress.step)
             return
-        facts = environment(setting.devices.names, spec.fingerprint)
+        facts = describe_environment(experiment.devices.names, spec.fingerprint)
         run.write_json("environment.json", facts)
-        if setting.config.logging.tensorboard:
+        if experiment.config.logging.tensorboard:
             with self._clock.part("report"):
-                report.write_start(run, setting.config, facts)
+                report.write_start(run, experiment.config, facts)
                 if draw is not None:
-                    self._samples = report.draw_samples(draw, setting.config, setting.data)
+                    self._samples = report.draw_samples(draw, experiment.config, experiment.data)
 
     def _fit(self) -> None:
         """Runs the loop with everything that watches it, and closes their files in any case."""
-        setting, observers = self._setting, self._observers()
+        experiment, observers = self._setting, self._observers()
         averaging, history = AveragedWeights(), keras.callbacks.History()
         # Of other optimizers it has no state.
-        kept = [averaging] if averages_weights(setting.model.optimizer) else []
+        kept = [averaging] if averages_weights(experiment.model.optimizer) else []
         watchers = [each for each in observers if isinstance(each, keras.callbacks.Callback)]
         # The others remember nothing that a resumed training needs, and may not be there then.
         passing = (watching.ProgressBar, watching.Profiler)
         stateful = [each for each in observers if not isinstance(each, passing)]
-        if not setting.config.logging.tensorboard:
+        if not experiment.config.logging.tensorboard:
             # In the place of the curves, so that a resumed run may turn TensorBoard on or off.
             stateful.append(SimpleNamespace())
         checkpoints = Checkpoints(
             self._run,
-            watched=[history, *kept, *self._callbacks, *stateful, setting.loop.seconds],
-            variables=setting.random_state,
-            fingerprint=setting.data.spec.fingerprint,
-            every_seconds=setting.config.training.checkpoint_seconds,
+            watched=[history, *kept, *self._callbacks, *stateful, experiment.loop.seconds],
+            variables=experiment.random_state,
+            fingerprint=experiment.data.spec.fingerprint,
+            every_seconds=experiment.config.training.checkpoint_seconds,
             signals=self._signals,
             saved=self._saved,
         )
         try:
-            setting.loop.fit(
+            experiment.loop.fit(
                 self._train,
                 self._validation,
-                epochs=setting.config.training.epochs,
+                epochs=experiment.config.training.epochs,
                 # After the user's callbacks, the history has what they add to the logs.
                 callbacks=[averaging, *self._callbacks, history, *watchers, checkpoints],
                 observers=[*observers, self._write_samples, self._check_kernels, checkpoints],
-                warmup_calls=2 if setting.config.logging.profile else 1,
-                start=None if self._saved is None else self._saved.position,
+                warmup_calls=2 if experiment.config.logging.profile else 1,
+                start=None if self._saved is None else self._saved.progress,
             )
         except SystemExit as end:  # signals are noted: this is not ours
             reason = explain_user_code(end) or repr(end)
@@ -504,18 +514,18 @@ class _Training:
             for watch in observers:
                 if hasattr(watch, "close"):
                     watch.close()
-        save_weights(self._run.weights, setting.model)
-        epochs, asked = len(setting.model.history.epoch), setting.config.training.epochs
+        save_weights(self._run.weights, experiment.model)
+        epochs, asked = len(experiment.model.history.epoch), experiment.config.training.epochs
         if epochs < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 
-    def _write_samples(self, window: Window) -> None:  # noqa: ARG002 - any: they are drawn by now
+    def _write_samples(self, record: CallRecord) -> None:  # noqa: ARG002 - any: they are drawn by now
         """Writes the sample images, which were drawn while the graphs were traced."""
         if self._samples is not None:
             report.write_samples(self._run, self._samples.result())
             self._samples = None
 
-    def _check_kernels(self, window: Window) -> None:  # noqa: ARG002 - any: the graph is traced
+    def _check_kernels(self, record: CallRecord) -> None:  # noqa: ARG002 - any: the graph is traced
         """Reports, once, which operations of the step run on the CPU although a GPU trains."""
         if self._kernels is None and self._setting.devices.type != "CPU":
             self._kernels = self._setting.loop.check_kernels()
@@ -534,22 +544,22 @@ class _Training:
             observers.append(watching.ProgressBar(self._console, steps=steps, epochs=epochs))
         return observers
 
-    def _finish(self, draw: FigureProcess | None) -> Fitted:
+    def _finish(self, draw: FigureProcess | None) -> FitResult:
         """Scores the weights that are kept, which need not be the last epoch's, and reports."""
-        setting, run, clock = self._setting, self._run, self._clock
+        experiment, run, timer = self._setting, self._run, self._clock
         with self._evaluating():
-            test = setting.batches("test")
-            scores, found = _score(setting, test, collect=True, signals=self._signals)
+            test = experiment.batches("test")
+            scores, found = _score(experiment, test, collect=True, signals=self._signals)
         probabilities, drawn = cast("NDArray[np.float32]", found), None
         if draw is not None:
-            split, spec = setting.scored("test"), setting.data.spec
-            drawn = report.draw_results(draw, setting.config, split, spec, probabilities)
+            split, spec = experiment.scored("test"), experiment.data.spec
+            drawn = report.draw_results(draw, experiment.config, split, spec, probabilities)
         with self._evaluating():  # while that is drawn
-            validation, _ = _score(setting, self._validation, signals=self._signals)
+            validation, _ = _score(experiment, self._validation, signals=self._signals)
         if drawn is None:
-            summary = _summary(setting, validation, scores, clock, self._times)
-            return Fitted(summary, setting.model, None, worker=_worker(setting))
-        summary = _summary(setting, validation, scores, clock, self._times) | {
+            summary = _summary(experiment, validation, scores, timer, self._times)
+            return FitResult(summary, experiment.model, None, worker=_worker(experiment))
+        summary = _summary(experiment, validation, scores, timer, self._times) | {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
             "train_images": self._train.images,  # fewer than there are, under limit_batches
@@ -557,31 +567,31 @@ class _Training:
             "host_operations": self._host_operations(),
         }
         run.write_json("summary.json", summary)  # the run is finished, whatever befalls the report
-        with clock.part("report"):
-            _report(setting, run, summary, drawn)
+        with timer.part("report"):
+            _report(experiment, run, summary, drawn)
         summary["seconds"] |= {
-            "report": clock.seconds["report"],
-            "import": clock.import_seconds,
-            "total": clock.total() + self._earlier_seconds(),
+            "report": timer.seconds["report"],
+            "import": timer.import_seconds,
+            "total": timer.total() + self._earlier_seconds(),
         }
         run.write_json("summary.json", summary)
         _log.debug("test     %s", watching.shown(scores))  # the terminal has it on stdout
-        return Fitted(summary, setting.model, run)
+        return FitResult(summary, experiment.model, run)
 
-    def _finish_untested(self) -> Fitted:
+    def _finish_untested(self) -> FitResult:
         """Scores the weights that are kept on the validation images, and reports no more."""
-        setting, run, clock = self._setting, self._run, self._clock
+        experiment, run, timer = self._setting, self._run, self._clock
         with self._evaluating():
-            validation, _ = _score(setting, self._validation, signals=self._signals)
-        summary = _summary(setting, validation, {}, clock, self._times) | {
+            validation, _ = _score(experiment, self._validation, signals=self._signals)
+        summary = _summary(experiment, validation, {}, timer, self._times) | {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
             "train_images": self._train.images,
             "host_operations": self._host_operations(),
         }
-        summary["seconds"] |= {"total": clock.total() + self._earlier_seconds()}
+        summary["seconds"] |= {"total": timer.total() + self._earlier_seconds()}
         run.write_json("summary.json", summary)
-        return Fitted(summary, setting.model, run, worker=_worker(setting))
+        return FitResult(summary, experiment.model, run, worker=_worker(experiment))
 
     def _host_operations(self) -> list[dict[str, Any]] | None:
         """Returns the operations of the step that ran on the CPU; None if all of it did."""
@@ -602,12 +612,12 @@ class _Training:
 
 
 def _create_run(
-    setting: Setting, given: Run | None, callbacks: Sequence[keras.callbacks.Callback]
+    experiment: Experiment, given: Run | None, callbacks: Sequence[keras.callbacks.Callback]
 ) -> tuple[Run, list[keras.callbacks.Callback]]:
     """Makes the run directory, and before it the callbacks, whose options can name it.
 
     Args:
-        setting: What is trained.
+        experiment: What is trained.
         given: The directory to make; None: the next free one that begins with the time of day.
         callbacks: Those that follow the configuration's.
 
@@ -615,11 +625,11 @@ def _create_run(
         ExistsError: The given directory exists.
         InputError: It cannot be written, or a callback is refused.
     """
-    config = setting.config
-    default = re.sub(r"[^\w.-]+", "-", f"{setting.data.spec.name}-{config.model.name}")
+    config = experiment.config
+    default = re.sub(r"[^\w.-]+", "-", f"{experiment.data.spec.name}-{config.model.name}")
     free = new_runs(config, config.logging.name or default)
     for run in [given] if given is not None else free:
-        made = make_callbacks(setting, run.path, callbacks)
+        made = make_callbacks(experiment, run.path, callbacks)
         try:
             run.create(config)
         except ExistsError:
@@ -648,38 +658,40 @@ def _watched(cluster: Cluster | None, run: str | None = None) -> AbstractContext
 
 
 @contextmanager
-def _own_folder(setting: Setting) -> Iterator[Setting]:
+def _scratch_directory(experiment: Experiment) -> Iterator[Experiment]:
     """Sends what a worker other than the chief would write to a folder that is removed.
 
     All workers do the same, so that what they have to do together they do; one of them is read.
     """
-    if setting.devices.chief:
-        yield setting
+    if experiment.devices.chief:
+        yield experiment
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield replace(setting, config=setting.config.with_changes({"logging.directory": folder}))
+        yield replace(
+            experiment, config=experiment.config.with_changes({"logging.directory": folder})
+        )
 
 
-def _worker(setting: Setting) -> int:
-    return setting.devices.cluster.index if setting.devices.cluster else 0
+def _worker(experiment: Experiment) -> int:
+    return experiment.devices.cluster.index if experiment.devices.cluster else 0
 
 
-def _place(setting: Setting) -> str:
-    cluster = setting.devices.cluster
+def _place(experiment: Experiment) -> str:
+    cluster = experiment.devices.cluster
     name = "" if cluster is None else cluster.named(cluster.index)
-    return f"{name}, of {setting.devices.workers}"
+    return f"{name}, of {experiment.devices.workers}"
 
 
 def _sizes(spec: DataSpec) -> tuple[str, int, int, int]:
     return spec.name, spec.train, spec.validation, spec.test
 
 
-def _checkpoint_that_fits(run: Run, setting: Setting, given: int) -> Checkpoint | None:
+def _checkpoint_that_fits(run: Run, experiment: Experiment, given: int) -> Checkpoint | None:
     """Reads the newest checkpoint, refusing one that does not fit; None: begin at the start.
 
     Args:
         run: To be resumed. Nothing of it is changed.
-        setting: What is trained.
+        experiment: What is trained.
         given: Number of callbacks beside those of the configuration.
     """
     saved = newest_checkpoint(run)
@@ -691,20 +703,25 @@ def _checkpoint_that_fits(run: Run, setting: Setting, given: int) -> Checkpoint 
             )
         if (run.path / "environment.json").exists():
             begun_with = run.read_json("environment.json").get("data_fingerprint")
-            require_data(run, begun_with, setting.data.spec)
+            require_data(run, begun_with, experiment.data.spec)
         return None
-    require_data(run, saved.fingerprint, setting.data.spec)
-    begun, epochs = saved.position.epoch + (saved.position.step > 0), setting.config.training.epochs
+    require_data(run, saved.fingerprint, experiment.data.spec)
+    begun, epochs = (
+        saved.progress.epoch + (saved.progress.step > 0),
+        experiment.config.training.epochs,
+    )
     if begun > epochs:
         raise InputError(
             f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
             f"received {epochs}"
         )
-    require_fit(run, saved, setting.model, setting.random_state)
-    return _with_every_state(run, setting, saved, given)
+    require_fit(run, saved, experiment.model, experiment.random_state)
+    return _with_every_state(run, experiment, saved, given)
 
 
-def _with_every_state(run: Run, setting: Setting, saved: Checkpoint, given: int) -> Checkpoint:
+def _with_every_state(
+    run: Run, experiment: Experiment, saved: Checkpoint, given: int
+) -> Checkpoint:
     """Adds the empty states that checkpoints of earlier versions do not have.
 
     The order is that of `Checkpoints`' watched objects in `_Training._fit`.
@@ -712,8 +729,8 @@ def _with_every_state(run: Run, setting: Setting, saved: Checkpoint, given: int)
     Raises:
         InputError: The run was trained with another number of callbacks.
     """
-    averages = averages_weights(setting.model.optimizer)
-    callbacks = given + len(setting.config.training.callbacks)
+    averages = averages_weights(experiment.model.optimizer)
+    callbacks = given + len(experiment.config.training.callbacks)
     # History, averaging, callbacks, step times, metrics, curves (or what stands for them), clock.
     expected = 1 + averages + callbacks + 3 + 1
     states, added = list(saved.states), [averages, not run.config().logging.tensorboard]
@@ -730,40 +747,40 @@ def _with_every_state(run: Run, setting: Setting, saved: Checkpoint, given: int)
 
 
 def _summary(
-    setting: Setting,
+    experiment: Experiment,
     validation: dict[str, Any],
     scores: dict[str, Any],
-    clock: Clock,
+    timer: PhaseTimer,
     times: watching.StepTimes,
 ) -> dict[str, Any]:
     """Puts together what summary.json says and `fit --json` prints."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": setting.data.spec.model_dump(mode="json"),
-        "model": setting.config.model.name,
-        "parameters": setting.model.count_params(),
-        "devices": setting.placed,
-        "workers": setting.devices.workers,
-        "precision": setting.config.training.precision,
-        "jit_compile": setting.config.training.jit_compile,
-        "seed": setting.config.training.seed,
-        "epochs": len(setting.model.history.epoch),
-        "steps": int(keras.ops.convert_to_numpy(setting.model.optimizer.iterations)),
+        "data": experiment.data.spec.model_dump(mode="json"),
+        "model": experiment.config.model.name,
+        "parameters": experiment.model.count_params(),
+        "devices": experiment.placed,
+        "workers": experiment.devices.workers,
+        "precision": experiment.config.training.precision,
+        "jit_compile": experiment.config.training.jit_compile,
+        "seed": experiment.config.training.seed,
+        "epochs": len(experiment.model.history.epoch),
+        "steps": int(keras.ops.convert_to_numpy(experiment.model.optimizer.iterations)),
         "validation": watching.plain(validation),
         "test": watching.plain(scores),
         **times.summary(),
-        "seconds": {**clock.seconds, **asdict(setting.loop.seconds)},
+        "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
     }
 
 
-def _report(setting: Setting, run: Run, summary: dict[str, Any], drawn: report.Drawn) -> None:
+def _report(experiment: Experiment, run: Run, summary: dict[str, Any], drawn: report.Drawn) -> None:
     """Writes the model card and TensorBoard's pictures."""
     classes = drawn.classes.result()
     run.write_json("classes.json", classes)
-    card = report.model_card(run.path, summary, classes, setting.config)
+    card = report.model_card(run.path, summary, classes, experiment.config)
     run.write_text("README.md", card)
-    if setting.config.logging.tensorboard:
+    if experiment.config.logging.tensorboard:
         scores = watching.scalars(summary["test"])
-        report.write_graph(run, setting.loop.step_graph)
-        report.write_hparams(run, setting.config, scores)
+        report.write_graph(run, experiment.loop.step_graph)
+        report.write_hparams(run, experiment.config, scores)
         report.write_end(run, scores, drawn.pictures, summary["epochs"])

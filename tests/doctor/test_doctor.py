@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer import devices
+from trainer import devices, environment
 from trainer.config import Config, DataConfig
 from trainer.data import tfds
 from trainer.data._prepared import write_prepared
@@ -53,7 +53,7 @@ def examine(**changes: Any) -> dict[str, checks.Finding]:
 def test_every_check_reports_one_finding() -> None:
     found = examine(logging__directory="elsewhere")
     assert "keras 3" in found["packages"].value
-    assert devices.cpu_model() in found["CPU"].value
+    assert environment.cpu_model() in found["CPU"].value
     assert "GB memory available" in found["CPU"].value
     policy = devices.choose_precision("auto", devices.select("cpu"))
     assert f"CPU:0, CPU:1; the automatic precision is {policy}" in found["TensorFlow"].value
@@ -128,7 +128,7 @@ def test_a_driver_without_a_usable_gpu_is_a_problem(
     status, value, remedy = checks._gpu(["libcudnn.so.9"])
     assert (status, "cannot load libcudnn.so.9" in value) == ("problem", True)
     assert "pip install -e '.[gpu]'" in remedy
-    monkeypatch.setattr(devices, "gpu_models", lambda: ["A GPU (compute capability 9.0)"])
+    monkeypatch.setattr(environment, "gpu_models", lambda: ["A GPU (compute capability 9.0)"])
     assert checks._gpu([]) == ("ok", "A GPU (compute capability 9.0)", "")
 
 
@@ -155,7 +155,7 @@ def test_data_is_searched_in_the_same_order_as_in_fit(
     assert data()[1] == "mnist is not prepared; source: the network"
     monkeypatch.setenv("TRAINER_DATA_FILES", "archives")
     assert data()[1] == "mnist is not prepared; source: archives"
-    assert data(files="own")[1] == "mnist is not prepared; source: own"
+    assert data(archives="own")[1] == "mnist is not prepared; source: own"
 
     images = np.zeros((2, 4, 4, 1), np.uint8)
     write_prepared(

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from trainer import data as datasets
 from trainer.benchmark.results import Result
 from trainer.benchmark.timing import Timing, joined
+from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, MissingError
-from trainer.run import environment, open_run
+from trainer.run import open_run
 from trainer.saving.export import Verified, artefact_files, export
 from trainer.saving.formats import FORMATS
 
@@ -45,7 +46,7 @@ QUICK, FULL = Effort(2, 200), Effort(5, 1000)
 
 
 def benchmark_formats(
-    reference: str = "latest", *, runs: str = "runs", quick: bool = False, seed: int = 0
+    reference: str = "latest", *, runs_directory: str = "runs", quick: bool = False, seed: int = 0
 ) -> Result:
     """Exports a run to every format there is and measures each on this machine.
 
@@ -54,14 +55,14 @@ def benchmark_formats(
 
     Args:
         reference: A run directory, its name, or "latest".
-        runs: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
         quick: Measure less.
         seed: Of the order.
 
     Raises:
         InputError: There is no such run.
     """
-    run = open_run(reference, directory=runs)
+    run = open_run(reference, runs_directory=runs_directory)
     effort = QUICK if quick else FULL
     config = run.config()
     data = datasets.load(config.data)
@@ -87,7 +88,7 @@ def benchmark_formats(
         table=_table(rows) if rows else [],
         skipped=skipped,
         settings={"batch": BATCH, "seed": seed, **asdict(effort)},
-        environment=environment(("CPU:0",), data.spec.fingerprint),
+        environment=describe_environment(("CPU:0",), data.spec.fingerprint),
         notes=[
             "stable: blocks agreed before counting began, and the quartiles lie within 10% of the "
             "median; difference: the largest of any probability from the float32 model's"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.benchmark import checks, reference
 from trainer.benchmark.timing import Measurement, take_turns
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
 
 _logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def check_words(name: str, given: list[str], known: tuple[str, ...]) -> list[str
     """
     for word in given:
         if word not in known:
-            raise InputError(f"--{name}: unknown {word!r}: {nearest(word, known)}")
+            raise InputError(f"--{name}: unknown {word!r}: {did_you_mean(word, known)}")
     return given or list(known)
 
 

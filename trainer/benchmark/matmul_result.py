@@ -8,13 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer import devices as places
+from trainer import environment
 from trainer.benchmark import matmul, reference
 from trainer.benchmark.checks import check_share
 from trainer.benchmark.crossover import Crossover, find_crossover
 from trainer.benchmark.matmul import Case, Effort, Measured, Measurements, Shape
 from trainer.benchmark.results import Result, rate_text, skipped_gpus, terminal_plot, time_text
 from trainer.benchmark.timing import Timing
-from trainer.run import environment
+from trainer.environment import describe_environment
 
 SHAPES: tuple[Shape, ...] = ("dot", "square")
 _LEGEND = (
@@ -95,7 +96,7 @@ def textbook_matmul(
         table=table,
         skipped={},
         settings={"seed": seed, "devices": names, "calls": 10},
-        environment=environment(tuple(names), fingerprint=""),
+        environment=describe_environment(tuple(names), fingerprint=""),
         notes=[
             "The book stops its clock when the calls were asked for. On a GPU they are done later: "
             "its times are those of asking, the same at every size; only the awaited ones are of "
@@ -130,8 +131,8 @@ def make_result(
         table=[_shown(row) for row in rows],
         skipped=skipped,
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(effort)},
-        environment=environment(tuple(names), fingerprint="")
-        | {"caches": places.cpu_caches(), "threads": _threads()},
+        environment=describe_environment(tuple(names), fingerprint="")
+        | {"caches": environment.cpu_caches(), "threads": _threads()},
         notes=[_LEGEND, *notes],
         facts={"crossovers": {name: asdict(c) for name, c in crossovers.items()}},
         references=found.reference_facts(),
@@ -224,7 +225,7 @@ def _bounds(other: Case, case: Case) -> bool:
         return False
     if case.shape == "square":
         return other.dtype == case.dtype
-    levels = [*places.cpu_caches(), "memory"]
+    levels = [*environment.cpu_caches(), "memory"]
     own, its = _level(case), _level(other)
     return levels.index(its) >= levels.index(own)
 

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from trainer import devices as places
+from trainer import environment
 from trainer.benchmark import checks, matmul, reference
 from trainer.benchmark.matmul import Effort, Measurements
 from trainer.benchmark.results import Result, skipped_gpus, time_text
 from trainer.benchmark.timing import Measurement, take_turns
-from trainer.run import environment
+from trainer.environment import describe_environment
 
 _logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def benchmark_operations(words: list[str], *, quick: bool = False, seed: int = 0
         table=[_shown(row) for row in rows],
         skipped=found.skipped | skipped_gpus(names) | large,
         settings={"seed": seed, "devices": names, **asdict(effort)},
-        environment=environment(tuple(names), fingerprint=""),
+        environment=describe_environment(tuple(names), fingerprint=""),
         notes=[
             "share: of what arithmetic and memory allow for an operation that does so much of "
             "both (the roofline: the peak, or the bandwidth of the cache it fits times the "
@@ -252,7 +253,7 @@ def _most(device: str, found: Measurements, rows: list[dict[str, Any]]) -> dict[
     Raises:
         CheckError: An operation is far beyond the products that were measured beside it.
     """
-    levels = [*places.cpu_caches(), "memory"]
+    levels = [*environment.cpu_caches(), "memory"]
     bytes_: dict[str, list[float]] = {level: [0.0] for level in levels}
     for case, references in found.references.items():
         if (case.device, case.shape) == (device, "dot"):

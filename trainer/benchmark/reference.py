@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer import devices
+from trainer import environment
 
 # Of the largest operations that are measured, the best of these sizes is the peak.
 PEAK_SIZES = (512, 1024, 2048, 4096)
@@ -50,7 +50,7 @@ def cache_of(size: int, device: str) -> str:
         device: For example "CPU:0"; the caches of a GPU are not looked up.
     """
     if device.startswith("CPU"):
-        for name, capacity in devices.cpu_caches().items():
+        for name, capacity in environment.cpu_caches().items():
             if size <= capacity:
                 return name
     return "memory"
@@ -58,4 +58,4 @@ def cache_of(size: int, device: str) -> str:
 
 def last_cache() -> int:
     """Returns the bytes of the CPU's last cache; 32 MiB where the system does not tell."""
-    return max(devices.cpu_caches().values(), default=32 * 2**20)
+    return max(environment.cpu_caches().values(), default=32 * 2**20)

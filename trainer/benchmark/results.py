@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from trainer import devices as places
 from trainer.errors import InputError
-from trainer.run import make_directory, write_text
+from trainer.files import write_text
+from trainer.run import make_directory
 
 _PLOT_WIDTH = 64
 

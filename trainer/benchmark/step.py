@@ -15,14 +15,14 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import devices as places
-from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import checks, matmul
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.matmul import Effort, Measurements
 from trainer.benchmark.timing import Measurement, Timing, take_turns
 from trainer.config import Config
 from trainer.data import DataSpec
-from trainer.errors import CheckError, InputError, nearest
+from trainer.errors import CheckError, InputError, did_you_mean
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.tensorflow_internals import xla_refusal
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
@@ -135,16 +135,18 @@ def measure(config: Config, cases: list[Case], effort: Effort) -> Found:
     measured, skipped = [], dict(products.skipped)
     for case in cases:
         _logger.info("preparing %s", case.key.replace("/", " "))
-        setting = assemble(_configured(config, case), Clock(), places.single(case.device))
-        if case.batch_size > (images := setting.data.spec.train):
+        experiment = build_experiment(
+            _configured(config, case), PhaseTimer(), places.single(case.device)
+        )
+        if case.batch_size > (images := experiment.data.spec.train):
             skipped[case.key] = f"there are only {images:,} training images"
             continue
         try:
-            measured.append(_prepare(setting, case, effort))
+            measured.append(_prepare(experiment, case, effort))
         except tf.errors.ResourceExhaustedError:
             skipped[case.key] = f"no memory on {case.device}"
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            refused = xla_refusal(error, setting.loop.layer_names) if case.jit_compile else None
+            refused = xla_refusal(error, experiment.loop.layer_names) if case.jit_compile else None
             if refused is None:
                 raise
             skipped[case.key] = f"XLA cannot compile {refused}"
@@ -153,7 +155,7 @@ def measure(config: Config, cases: list[Case], effort: Effort) -> Found:
     _logger.info("measuring: %d blocks of each, in turns", effort.blocks)
     parts = [part for each in measured for part in (each.loop, each.bare, each.batches)]
     take_turns([*parts, *products.all_references()], blocks=effort.blocks, seed=seed)
-    return Found(measured, products, skipped, setting.data.spec, setting.model.count_params())
+    return Found(measured, products, skipped, experiment.data.spec, experiment.model.count_params())
 
 
 def choose_cases(
@@ -180,7 +182,7 @@ def choose_cases(
     """
     for precision in precisions:
         if precision not in PRECISIONS:
-            raise InputError(f"--precision: {precision!r}: {nearest(precision, PRECISIONS)}")
+            raise InputError(f"--precision: {precision!r}: {did_you_mean(precision, PRECISIONS)}")
     for size in batch_sizes:
         if size < 1:
             raise InputError(f"--batch-size: expected 1 or more, received {size}")
@@ -213,14 +215,14 @@ def _configured(config: Config, case: Case) -> Config:
     )
 
 
-def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
+def _prepare(experiment: Experiment, case: Case, effort: Effort) -> Measured:
     """Makes the three calls of a case, warms them up, and counts the step's arithmetic."""
-    images, labels = setting.data.train.read(slice(case.batch_size))
+    images, labels = experiment.data.train.read(slice(case.batch_size))
     with tf.device(case.device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
-        flops = count_flops(_traced_once(setting, batch))
-    train = setting.batches("train", shuffled=True)
-    bare = bare_epoch(setting, train)
+        flops = count_flops(_traced_once(experiment, batch))
+    train = experiment.batches("train", shuffled=True)
+    bare = bare_epoch(experiment, train)
 
     def bare_calls(steps: int) -> Callable[[], tf.Tensor]:
         turn = _positions(train, steps)
@@ -234,15 +236,15 @@ def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
     run_bare = bare_calls(1)
     once = effort.start(run_bare, _wait)
     most = max(1, int(_CALL_BLOCKS * effort.block_seconds / once.call_seconds))
-    steps = min(setting.loop.steps_per_call, train.steps, most)
-    windows = setting.loop.repeat(train, steps)
+    steps = min(experiment.loop.steps_per_execution, train.steps, most)
+    windows = experiment.loop.repeat(train, steps)
     measured = Measured(
         case,
         steps,
         flops,
         loop=effort.start(lambda: next(windows), _wait),
         bare=effort.start(bare_calls(steps), _wait),
-        batches=effort.start(_batches_alone(setting, train, steps), _wait),
+        batches=effort.start(_batches_alone(experiment, train, steps), _wait),
     )
     checks.check_device(run_bare(), case.device, case.key)
     if not np.isfinite(loss := next(windows).loss).all():
@@ -250,11 +252,11 @@ def _prepare(setting: Setting, case: Case, effort: Effort) -> Measured:
     return measured
 
 
-def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
+def bare_epoch(experiment: Experiment, train: Batches) -> Callable[..., tf.Tensor]:
     """Returns what a person would write by hand for this network, and nothing more.
 
     Args:
-        setting: Its model is trained.
+        experiment: Its model is trained.
         train: The batches, of which the bare epoch takes whole ones alone.
 
     Returns:
@@ -262,8 +264,8 @@ def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
         scalars), which trains on these batches and returns the last loss. No metrics, no records,
         no callbacks.
     """
-    model, training = setting.model, setting.config.training
-    weights, augment = model.trainable_variables, setting.augmentation or tf.identity
+    model, training = experiment.model, experiment.config.training
+    weights, augment = model.trainable_variables, experiment.augmentation or tf.identity
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
@@ -288,9 +290,9 @@ def bare_epoch(setting: Setting, train: Batches) -> Callable[..., tf.Tensor]:
     return cast("Callable[..., tf.Tensor]", tf.function(steps))
 
 
-def _traced_once(setting: Setting, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
+def _traced_once(experiment: Experiment, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
     """Returns the graph of forward and backward pass, with this batch's shapes."""
-    model = setting.model
+    model = experiment.model
 
     def derive(images: tf.Tensor, labels: tf.Tensor) -> Any:
         with tf.GradientTape() as tape:
@@ -311,9 +313,9 @@ def _positions(train: Batches, steps: int) -> Iterator[tuple[Any, tf.Tensor]]:
             yield state, tf.constant(first)
 
 
-def _batches_alone(setting: Setting, train: Batches, steps: int) -> Callable[[], Any]:
+def _batches_alone(experiment: Experiment, train: Batches, steps: int) -> Callable[[], Any]:
     """Returns what chooses, gathers and augments the batches of `steps` steps."""
-    augment = setting.augmentation or tf.identity
+    augment = experiment.augmentation or tf.identity
 
     def gather(state: Any, first: tf.Tensor) -> tf.Tensor:
         seen = tf.constant(0, tf.int64)
@@ -328,7 +330,7 @@ def _batches_alone(setting: Setting, train: Batches, steps: int) -> Callable[[],
     compiled = cast("Callable[..., tf.Tensor]", tf.function(gather))
 
     def gather_next() -> tf.Tensor:
-        with tf.device(setting.devices.names[0]):
+        with tf.device(experiment.devices.names[0]):
             return compiled(*next(turn))
 
     return gather_next

@@ -15,7 +15,7 @@ from trainer.benchmark.results import Result, skipped_gpus, terminal_plot, time_
 from trainer.benchmark.step import Found, Measured
 from trainer.benchmark.timing import Timing
 from trainer.config import Config
-from trainer.run import environment
+from trainer.environment import describe_environment
 
 _LEGEND = (
     "step: a step of the loop, as fit runs it; GFLOP/s: of its matrix products and convolutions, "
@@ -70,7 +70,7 @@ def benchmark_step(
         table=[_shown(row) for row in rows],
         skipped=found.skipped | skipped_gpus(names) | (_LEFT_OUT if quick else {}),
         settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(effort)},
-        environment=environment(tuple(names), found.data.fingerprint),
+        environment=describe_environment(tuple(names), found.data.fingerprint),
         notes=[_LEGEND, *(_told(name, crossover) for name, crossover in crossovers.items())],
         facts={"crossovers": {name: asdict(c) for name, c in crossovers.items()}},
         references=found.products.reference_facts(),
@@ -102,7 +102,7 @@ def _row(measured: Measured, found: Found) -> dict[str, Any]:
         "overhead": beyond.median - 1,
         "overhead_interval": [share - 1 for share in beyond.interval],
         "batches_share": seconds["batches"] / seconds["loop"],
-        "steps_per_call": measured.steps,
+        "steps_per_execution": measured.steps,
         "timing": timings["loop"].facts(),
         "bare_timing": timings["bare"].facts(),
         "batches_timing": timings["batches"].facts(),

@@ -263,7 +263,7 @@ def load(config: DataConfig) -> Dataset:
     source = _without_unlabelled(source)
     for split in ("train", "validation", "test"):
         _check(source, split, getattr(source, split))
-    dataset = _divide(source, config)
+    dataset = _make_splits(source, config)
     _warn_of_untrained_classes(dataset)
     return dataset
 
@@ -367,7 +367,7 @@ def _warn_of_untrained_classes(dataset: Dataset) -> None:
         )
 
 
-def _divide(source: Source, config: DataConfig) -> Dataset:
+def _make_splits(source: Source, config: DataConfig) -> Dataset:
     """Holds out what the source has not apart already, by a permutation drawn from the seed."""
     # RandomState's stream is frozen for good, unlike default_rng's: the same seed holds out the
     # same images under every version of numpy.

@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.data import Images, Source
 from trainer.errors import InputError
-from trainer.run import sha256
+from trainer.files import sha256
 
 _DESCRIPTION = "prepared.json"
 
 # What numpy raises for a file that is no array: it reads the header as Python literals.
-DAMAGED_ARRAY = (
+NPY_ERRORS = (
     *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
     *(SyntaxError, tokenize.TokenError),
 )
@@ -161,7 +161,7 @@ def open_prepared(folder: Path) -> Source:
         try:
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-        except DAMAGED_ARRAY as error:
+        except NPY_ERRORS as error:
             raise InputError(f"prepared data in {folder} is damaged ({error}); {remedy}") from None
         return images, labels
 

@@ -33,8 +33,8 @@ from trainer.data._prepared import (
     refuse_foreign,
     write_prepared,
 )
-from trainer.errors import InputError, nearest
-from trainer.run import sha256
+from trainer.errors import InputError, did_you_mean
+from trainer.files import sha256
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def load(config: DataConfig) -> Source:
         InputError: The set is unknown, is no image classification, is damaged, or cannot be had.
     """
     if not re.fullmatch(r"\w+([/:]\w[\w.+-]*)*", config.name):
-        raise InputError(f"unknown data set {config.name!r}: {nearest(config.name, names())}")
+        raise InputError(f"unknown data set {config.name!r}: {did_you_mean(config.name, names())}")
     folder = prepared_folder(config)
     if not folder.exists() and not prepare(config):
         _log.warning(
@@ -243,7 +243,7 @@ def _builder(config: DataConfig) -> Any:
         *_prepared_names(ours),
         *_prepared_names(Path(tfds.core.constants.DATA_DIR).expanduser()),
     }
-    raise InputError(f"unknown data set {config.name!r}: {nearest(config.name, known)}")
+    raise InputError(f"unknown data set {config.name!r}: {did_you_mean(config.name, known)}")
 
 
 def _prepared_names(directory: Path) -> Iterator[str]:
@@ -322,17 +322,17 @@ def _reachable(config: DataConfig, builder: Any) -> bool:
         return False
     raise InputError(
         f"data set {config.name!r} is not to be had: it is not prepared in {config.directory}, "
-        f"no archives were given (data.files or TRAINER_DATA_FILES), and {url} does not answer"
+        f"no archives were given (data.archives or TRAINER_DATA_FILES), and {url} does not answer"
         + (" (data.allow_sample = false)" if config.name == "mnist" else "")
     )
 
 
 def _archives(config: DataConfig, builder: Any) -> Path | None:
     """Returns the folder that holds every archive of the set, each with the right SHA-256."""
-    given = config.files or os.environ.get("TRAINER_DATA_FILES")
+    given = config.archives or os.environ.get("TRAINER_DATA_FILES")
     if not given:
         return None
-    setting = "data.files" if config.files else "TRAINER_DATA_FILES"
+    setting = "data.archives" if config.archives else "TRAINER_DATA_FILES"
     if not os.path.isdir(given):  # noqa: PTH112 - answers for a name that is too long, too
         raise InputError(f"{setting} = {given!r}: there is no such folder")
     wanted = {info.filename or Path(url).name: info for url, info in builder.url_infos.items()}
@@ -342,9 +342,9 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
         if missing != list(wanted):
             break
     else:
-        if config.files:  # named for this set; the variable may be there for others
+        if config.archives:  # named for this set; the variable may be there for others
             raise InputError(
-                f"{given} (data.files) holds no archive of {config.name}: expected "
+                f"{given} (data.archives) holds no archive of {config.name}: expected "
                 f"{', '.join(wanted) or 'none, as it is not made from archives'}"
             )
         _log.warning(

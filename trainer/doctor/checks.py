@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer import devices
+from trainer import devices, environment
 from trainer.config import Config, DataConfig
+from trainer.console import import_module
 from trainer.errors import InputError, MissingError, install_command
-from trainer.run import require_writable
+from trainer.files import require_writable
 
 _TIMEOUT_SECONDS = 120.0
 _LOW_BYTES = 1e9
@@ -104,10 +105,11 @@ def _packages(distribution: str = "trainer") -> Result:
 def _cpu() -> Result:
     import psutil
 
-    flags = " ".join(flag for flag in devices.cpu_flags() if flag in _CPU_FLAGS)
+    cpus = f"{environment.usable_cpus()} of {os.cpu_count()} CPUs"
+    flags = " ".join(flag for flag in environment.cpu_flags() if flag in _CPU_FLAGS)
     memory = psutil.virtual_memory()
-    value = f"{devices.cpu_model()}; {devices.usable_cpus()} of {os.cpu_count()} CPUs; {flags}"
-    value += f"; {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory available"
+    available = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory available"
+    value = f"{environment.cpu_model()}; {cpus}; {flags}; {available}"
     return "ok", value, ""
 
 
@@ -128,7 +130,7 @@ def _data(config: DataConfig) -> Result:
     folder = tfds.prepared_folder(config)
     if folder.exists():
         return "ok", f"{config.name} is {_prepared.open_prepared(folder).origin}", ""
-    source = config.files or os.environ.get("TRAINER_DATA_FILES")
+    source = config.archives or os.environ.get("TRAINER_DATA_FILES")
     remedy = "`trainer data prepare` with the same configuration"
     if source or tfds.network_answers(tfds.DOWNLOADS):
         return "note", f"{config.name} is not prepared; source: {source or 'the network'}", remedy
@@ -168,6 +170,7 @@ def _tensorflow(fault: str) -> Result:
     if fault:
         remedy = f"`{install_command(options='--force-reinstall')}` on a CPU with AVX"
         return "problem", f"the import fails: {fault}", remedy
+    import_module("trainer.experiment")  # TensorFlow and Keras, quickly and without messages
     import tensorflow as tf
 
     names = [device.name.removeprefix("/device:") for device in tf.config.list_logical_devices()]
@@ -176,7 +179,7 @@ def _tensorflow(fault: str) -> Result:
 
 
 def _gpu(missing: list[str]) -> Result:
-    usable = devices.gpu_models()
+    usable = environment.gpu_models()
     if usable:
         return "ok", "; ".join(usable), ""
     # /dev/kfd belongs to the driver of AMD, which CUDA cannot use.
@@ -221,8 +224,8 @@ def _traced_step(config: Config, *, jit_compile: bool) -> Any:
     import keras
     import tensorflow as tf
 
-    from trainer.assembly import Clock, assemble
     from trainer.data import names, tfds
+    from trainer.experiment import PhaseTimer, build_experiment
 
     if not tf.sysconfig.get_build_info()["is_cuda_build"]:
         raise MissingError("this TensorFlow was built without CUDA")
@@ -235,6 +238,6 @@ def _traced_step(config: Config, *, jit_compile: bool) -> Any:
             raise MissingError(f"{data.name} is not prepared")
         changes["data.name"] = "mnist_sample"
     keras.utils.clear_session()  # layers get the same names as in `trainer fit`
-    setting = assemble(config.with_changes(changes), Clock())
-    setting.loop.trace(setting.batches("train", shuffled=True))
-    return setting.loop
+    experiment = build_experiment(config.with_changes(changes), PhaseTimer())
+    experiment.loop.trace(experiment.batches("train", shuffled=True))
+    return experiment.loop

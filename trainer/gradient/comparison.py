@@ -16,10 +16,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
+from trainer.files import write_text
 from trainer.gradient.differences import element_names, number_text
 from trainer.gradient.expression import Expression, evaluate, largest_part, parse, parse_values
-from trainer.run import make_directory, write_text
+from trainer.run import make_directory
 
 DEFAULT_EXPRESSION, DEFAULT_AT, DEFAULT_WRT = "a*w**2 + b*w + c", "a=1,b=2,c=3,w=4", "w"
 MOST_ORDER = 4
@@ -310,7 +311,7 @@ def _variables(expression: Expression, wrt: str | None) -> tuple[str, ...]:
     names = tuple(name.strip() for name in wrt.split(","))
     for name in names:
         if name not in expression.at:
-            known = nearest(name, expression.at) if expression.at else "there is none"
+            known = did_you_mean(name, expression.at) if expression.at else "there is none"
             raise InputError(f"--wrt: {name!r} has no value: {known}")
     if len(set(names)) < len(names):
         raise InputError(f"--wrt: expected each name once, received {wrt}")

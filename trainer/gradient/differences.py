@@ -240,16 +240,16 @@ def _compare_sides(
     Both sides' quotients differ by about h times the next derivative, which two steps take away:
     what is left at h = 0, and stays as large where the steps are halved, is a jump.
     """
-    wide, near, nearest = (
+    wide, near, did_you_mean = (
         _sides(function, point, number, order, h) for h in (step, step / 2, step / 4)
     )
-    finite = np.isfinite(wide) & np.isfinite(near) & np.isfinite(nearest)  # [sides, outputs]
+    finite = np.isfinite(wide) & np.isfinite(near) & np.isfinite(did_you_mean)  # [sides, outputs]
     if not finite.all():
         side = "right" if finite[0].all() else "left"
         faulty: Any = ~finite.all(axis=0)
         nowhere = np.zeros_like(faulty)
         return _Sides(nowhere, faulty, nowhere, f"it is not finite beside it, on the {side}")
-    left, right = 2 * nearest - near  # extrapolated to a step of zero
+    left, right = 2 * did_you_mean - near  # extrapolated to a step of zero
     jump, former = abs(right - left), abs(np.diff(2 * near - wide, axis=0)[0])
     largest = np.maximum(abs(left), abs(right))
     rounding = 2 ** (order + 6) * noise / (step / 4) ** order

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
 
 Shape = tuple[int, ...]
 Values = dict[str, NDArray[np.float64]]
@@ -321,13 +321,13 @@ class _Builder:
             return Node("name", (), column, self._at[name].shape, name=name)
         if name in _ARGUMENTS:
             raise _mistake(column, f"{name} is a function: expected {name}(...)")
-        known = nearest(name, [*self._at, *CONSTANTS])
+        known = did_you_mean(name, [*self._at, *CONSTANTS])
         raise _mistake(column, f"the name {name!r} has no value: expected --at {name}=...; {known}")
 
     def _call(self, name: str, arguments: list[ast.expr], column: int, depth: int) -> Node:
         if name not in _ARGUMENTS:
             raise _mistake(
-                column, f"unknown function {name!r}: {nearest(name, _ARGUMENTS, shown=30)}"
+                column, f"unknown function {name!r}: {did_you_mean(name, _ARGUMENTS, shown=30)}"
             )
         if len(arguments) != _ARGUMENTS[name]:
             raise _mistake(

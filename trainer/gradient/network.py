@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from trainer import data as datasets
 from trainer import devices
-from trainer.assembly import compiled_model
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
-from trainer.run import make_directory, write_text
+from trainer.experiment import compiled_model
+from trainer.files import write_text
+from trainer.run import make_directory
 from trainer.training.step import compute_loss
 
 TOLERANCE = 1e-5

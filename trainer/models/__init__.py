@@ -17,7 +17,7 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.config import ModelConfig, call_with_options
 from trainer.data import DataSpec
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
 
 # What TensorFlow takes for the name of a scope.
 _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
@@ -35,7 +35,7 @@ def find(config: ModelConfig) -> Callable[..., Any]:
         InputError: There is no such module, or it has no such function.
     """
     if config.name not in names():
-        raise InputError(f"unknown model {config.name!r}: {nearest(config.name, names())}")
+        raise InputError(f"unknown model {config.name!r}: {did_you_mean(config.name, names())}")
     module = importlib.import_module(f"{__name__}.{config.name}")
     function = getattr(module, "build", None)
     if not callable(function):
@@ -73,7 +73,7 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         raise InputError(
             f"model {config.name!r} does not fit into memory: lower its options"
         ) from None
-    except keras_objects.REFUSALS as error:
+    except keras_objects.KERAS_ERRORS as error:
         reason = keras_objects.explain(error)
         raise InputError(f"model {config.name!r} cannot be built: {reason}") from error
     if not isinstance(model, keras.Model) or not model.built:

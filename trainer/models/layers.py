@@ -44,7 +44,7 @@ def build(
         layer = keras_objects.make("layer", described)
         try:
             x = layer(x)
-        except keras_objects.REFUSALS as error:
+        except keras_objects.KERAS_ERRORS as error:
             reason = keras_objects.explain(error)
             raise InputError(
                 f"model.options.layers.{i}: {described.name} does not fit its input "

@@ -28,12 +28,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import data as datasets
 from trainer import keras_objects
-from trainer.assembly import require_data, restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec, Images, Labels
 from trainer.errors import CheckError, InputError, shell_command
+from trainer.experiment import require_data, restore, spec_of
+from trainer.files import require_writable, sha256
 from trainer.report import markdown_text
-from trainer.run import Run, open_run, require_writable, sha256
+from trainer.run import Run, open_run
 from trainer.saving import runtimes
 from trainer.saving.formats import FILE_CHANNELS, Format, Probabilities, Source, find_format
 from trainer.saving.safety import check_saved_model
@@ -101,7 +102,7 @@ def export(
     *,
     name: str | None = None,
     directory: str = "saved_models",
-    runs: str = "runs",
+    runs_directory: str = "runs",
 ) -> tuple[Path, Exported]:
     """Writes a new version of an exported model, verified before anyone can see it.
 
@@ -111,7 +112,7 @@ def export(
         name: Of the model; the data set's and the network's where it is None. A format other than
             saved_model is added to it, so that a server finds one format under one name.
         directory: Folder that holds the exported models.
-        runs: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
 
     Returns:
         The folder of the new version, and what its export.json holds.
@@ -123,7 +124,7 @@ def export(
     """
     format_ = find_format(kind)
     format_.require()
-    run = open_run(reference, directory=runs)
+    run = open_run(reference, runs_directory=runs_directory)
     name = name or re.sub(r"[^\w.-]+", "-", f"{spec_of(run).name}-{run.config().model.name}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise InputError(f"--name: expected letters, digits, '.', '_' and '-', received {name!r}")

@@ -10,11 +10,12 @@ import h5py
 import keras
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.assembly import restore, spec_of
 from trainer.config import Config
 from trainer.data import DataSpec
 from trainer.errors import InputError
-from trainer.run import Run, open_run, write_whole
+from trainer.experiment import restore, spec_of
+from trainer.files import write_atomic
+from trainer.run import Run, open_run
 from trainer.training.checkpoint import save_weights
 
 ENDINGS = (".keras", ".weights.h5")
@@ -45,7 +46,7 @@ class Origin(BaseModel):
 
 
 def save(
-    reference: str, path: str | Path, *, overwrite: bool = False, runs: str = "runs"
+    reference: str, path: str | Path, *, overwrite: bool = False, runs_directory: str = "runs"
 ) -> dict[str, Any]:
     """Writes the model of a run into one file.
 
@@ -53,7 +54,7 @@ def save(
         reference: A run directory, its name, or "latest".
         path: Ends in `.keras` (the whole model with its optimizer) or `.weights.h5`.
         overwrite: Replace a file that is there.
-        runs: Folder that holds the run directories.
+        runs_directory: Folder that holds the run directories.
 
     Returns:
         What was written: path, bytes, parameters and run.
@@ -70,7 +71,7 @@ def save(
         raise InputError(f"{path} lies in a run directory, which keeps its own files: elsewhere")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
-    run = open_run(reference, directory=runs)
+    run = open_run(reference, runs_directory=runs_directory)
     model = restore(run, compiled=True)
     origin = Origin.of(run).model_dump_json()
     if len(origin) > _MOST_BYTES:
@@ -114,6 +115,6 @@ def _save_keras(path: Path, model: keras.Model, origin: str) -> None:
             archive.comment = origin.encode()
 
     try:
-        write_whole(path, write)
+        write_atomic(path, write)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer import keras_objects
 from trainer.data import DataSpec, Images
-from trainer.errors import InputError, nearest, require_packages
+from trainer.errors import InputError, did_you_mean, require_packages
 from trainer.saving.runtimes import RUNTIMES, Predict
 
 Probabilities = NDArray[np.float32]
@@ -90,7 +90,7 @@ def find_format(name: str) -> Format:
         InputError: There is none of that name.
     """
     if name not in FORMATS:
-        raise InputError(f"unknown format {name!r}: {nearest(name, FORMATS)}")
+        raise InputError(f"unknown format {name!r}: {did_you_mean(name, FORMATS)}")
     return FORMATS[name]
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
-from trainer.assembly import restore
 from trainer.data import Images
 from trainer.errors import InputError, shell_command
+from trainer.experiment import restore
 from trainer.run import Run, open_run
 from trainer.saving import safety
 from trainer.saving.export import artefact_files, find_version, read_facts

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from trainer.errors import InputError, nearest, require_packages
+from trainer.errors import InputError, did_you_mean, require_packages
 from trainer.saving.export import is_version, read_facts, versions
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _find_model(name: str, directory: Path) -> Path:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if folder is None:
         known = [path.name for path in directory.glob("*") if versions(path)]
-        there = nearest(name, known) if known else "none is there: `trainer export` makes one"
+        there = did_you_mean(name, known) if known else "none is there: `trainer export` makes one"
         raise InputError(f"there is no exported model {name!r} in {directory}: {there}")
     found = versions(folder)
     newest = folder if is_version(folder) else found[max(found)]

@@ -79,7 +79,7 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
                 f"received {list(shape[1:])}"
             )
         _try_on_images(chain, images[:_TRIED_IMAGES])
-    except keras_objects.REFUSALS as error:
+    except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from error
     return Augmentation(chain)
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.training.loop import Logs, Window
+from trainer.training.loop import CallRecord, Logs
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class StepTimes:
         self.step_ms: list[float] = []
         self.images_per_second: list[float] = []
 
-    def __call__(self, window: Window) -> None:
+    def __call__(self, record: CallRecord) -> None:
         """Takes a window."""
-        if window.warm:
-            self.step_ms.append(1000 * window.seconds / window.steps)
-            self.images_per_second.append(window.images / window.seconds)
+        if record.warm:
+            self.step_ms.append(1000 * record.seconds / record.steps)
+            self.images_per_second.append(record.images / record.seconds)
 
     def summary(self) -> dict[str, Any]:
         """Returns medians and quartiles; None where nothing was measured."""
@@ -77,14 +77,14 @@ class ProgressBar(keras.callbacks.Callback):
         )
         self._task = self._bar.add_task("", total=steps * epochs, epoch=1, epochs=epochs, text="")
 
-    def __call__(self, window: Window) -> None:
+    def __call__(self, record: CallRecord) -> None:
         """Moves the bar to the end of a window."""
-        logs = shown(window.logs)
+        logs = shown(record.logs)
         self._bar.update(
             self._task,
-            completed=window.first_step + window.steps,
-            epoch=window.epoch + 1,
-            text=f"{logs}  {window.images / window.seconds:,.0f} images/s",
+            completed=record.first_step + record.steps,
+            epoch=record.epoch + 1,
+            text=f"{logs}  {record.images / record.seconds:,.0f} images/s",
         )
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
@@ -114,11 +114,11 @@ class MetricsFile(keras.callbacks.Callback):
         self._step, self._learning_rate = 0, 0.0
         self._times = StepTimes()
 
-    def __call__(self, window: Window) -> None:
+    def __call__(self, record: CallRecord) -> None:
         """Remembers what the epoch's line needs."""
-        self._step = window.first_step + window.steps
-        self._learning_rate = float(window.learning_rate[-1])
-        self._times(window)
+        self._step = record.first_step + record.steps
+        self._learning_rate = float(record.learning_rate[-1])
+        self._times(record)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the line of an epoch."""
@@ -153,27 +153,27 @@ class TensorBoardCurves(keras.callbacks.Callback):
         self._learning_rate = 0.0
         self._write_steps: Callable[[tf.Tensor, tf.Tensor], None] | None = None
 
-    def __call__(self, window: Window) -> None:
+    def __call__(self, record: CallRecord) -> None:
         """Writes the points of a window."""
-        self._learning_rate = float(window.learning_rate[-1])
-        curves = {"loss": window.loss, "learning_rate": window.learning_rate}
-        curves |= {k: values for k, values in window.metrics.items() if len(values) == window.steps}
-        end = window.first_step + window.steps
+        self._learning_rate = float(record.learning_rate[-1])
+        curves = {"loss": record.loss, "learning_rate": record.learning_rate}
+        curves |= {k: values for k, values in record.metrics.items() if len(values) == record.steps}
+        end = record.first_step + record.steps
         with self._writers["train"].as_default():
             if self._write_steps is None:
                 self._write_steps = _step_writer(list(curves))
             values = np.stack(list(curves.values()), axis=1)  # [steps, curves]
-            self._write_steps(tf.constant(values), tf.constant(window.first_step + 1, tf.int64))
-            for name in window.metrics.keys() - curves.keys():
-                tf.summary.scalar(f"step/{name}", window.metrics[name][-1], step=end)
-            if window.warm:
-                tf.summary.scalar("step_ms", 1000 * window.seconds / window.steps, step=end)
-                tf.summary.scalar("images_per_second", window.images / window.seconds, step=end)
-                if len(window.worker_seconds) > 1:
-                    for worker, seconds in enumerate(1000 * window.worker_seconds / window.steps):
+            self._write_steps(tf.constant(values), tf.constant(record.first_step + 1, tf.int64))
+            for name in record.metrics.keys() - curves.keys():
+                tf.summary.scalar(f"step/{name}", record.metrics[name][-1], step=end)
+            if record.warm:
+                tf.summary.scalar("step_ms", 1000 * record.seconds / record.steps, step=end)
+                tf.summary.scalar("images_per_second", record.images / record.seconds, step=end)
+                if len(record.worker_seconds) > 1:
+                    for worker, seconds in enumerate(1000 * record.worker_seconds / record.steps):
                         tf.summary.scalar(f"worker_{worker}/step_ms", seconds, step=end)
-        if window.gradient_norms is not None:
-            self._gradient_norms.append(window.gradient_norms)
+        if record.gradient_norms is not None:
+            self._gradient_norms.append(record.gradient_norms)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the points of an epoch."""
@@ -223,7 +223,7 @@ class Profiler:
         self._folder = folder
         self._calls = 0
 
-    def __call__(self, window: Window) -> None:  # noqa: ARG002 - only counted
+    def __call__(self, record: CallRecord) -> None:  # noqa: ARG002 - only counted
         """Starts the trace after the first call and stops it after the second."""
         self._calls += 1
         if self._calls == 1:

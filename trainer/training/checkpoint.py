@@ -32,10 +32,11 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
+from trainer.files import write_atomic
 from trainer.keras_internals import CALLBACK_ATTRIBUTES
 from trainer.keras_objects import nested_layers
-from trainer.run import Run, write_whole
-from trainer.training.loop import Logs, Position, Window
+from trainer.run import Run
+from trainer.training.loop import CallRecord, Logs, Progress
 from trainer.training.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Checkpoint:
             freeze some. None in checkpoints of earlier versions.
     """
 
-    position: Position
+    progress: Progress
     stopped: bool
     fingerprint: str
     best_loss: float | None
@@ -114,7 +115,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._every_seconds = every_seconds
         self._signals = signals
         self._saved = saved
-        self._position = Position()
+        self._position = Progress()
         self._training = False
         self._last_time = 0.0
         self._fresh: list[dict[str, Any]] = []
@@ -133,12 +134,12 @@ class Checkpoints(keras.callbacks.Callback):
         if self._saved is not None:
             self._restore(self._saved)
 
-    def __call__(self, window: Window) -> None:
+    def __call__(self, record: CallRecord) -> None:
         """Saves after a call, where it is time to."""
-        if not np.isfinite(window.loss).all():
+        if not np.isfinite(record.loss).all():
             return  # from there no training could go on
-        step = window.first_step + window.steps - window.epoch * self.params["steps"]
-        self._position = Position(window.epoch, step, window.logs)
+        step = record.first_step + record.steps - record.epoch * self.params["steps"]
+        self._position = Progress(record.epoch, step, record.logs)
         # Every worker of a cluster saves at the same place: what it saves, all take part in.
         late = time.monotonic() - self._last_time >= self._every_seconds
         if self._signals.agree(due=late) or self._signals.agreed:
@@ -158,7 +159,7 @@ class Checkpoints(keras.callbacks.Callback):
         if loss is not None and (self._best_loss is None or loss < self._best_loss):
             self._best_loss = float(loss)
             save_weights(self._run.checkpoints / "best.weights.h5", self.model)
-        self._position = Position(epoch + 1)
+        self._position = Progress(epoch + 1)
         self._save()
         self._signals.stop_if_received()
 
@@ -179,7 +180,7 @@ class Checkpoints(keras.callbacks.Callback):
             for each, fresh in zip(self._watched, self._fresh, strict=True)
         ]
         checkpoint = Checkpoint(
-            position=self._position,
+            progress=self._position,
             stopped=self.model.stop_training,
             fingerprint=self._fingerprint,
             best_loss=self._best_loss,
@@ -297,7 +298,7 @@ def save_weights(
             file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
 
     try:
-        write_whole(path, write)
+        write_atomic(path, write)
     except OSError as error:
         raise _not_written(path, size, error) from None
 
@@ -326,7 +327,7 @@ def _write(run: Run, checkpoint: Checkpoint, *, steps: int) -> None:
     """Writes a checkpoint beside its place, renames it, and removes those no longer kept."""
     arrays: dict[str, NDArray[Any]] = {f"v {i}": v for i, v in enumerate(checkpoint.variables)}
     facts = {
-        "position": _packed(asdict(checkpoint.position), "position", arrays),
+        "position": _packed(asdict(checkpoint.progress), "position", arrays),
         "stopped": checkpoint.stopped,
         "fingerprint": checkpoint.fingerprint,
         "best_loss": checkpoint.best_loss,
@@ -346,7 +347,7 @@ def _write(run: Run, checkpoint: Checkpoint, *, steps: int) -> None:
             np.savez(file, allow_pickle=False, **arrays)
 
     try:
-        write_whole(path, write)
+        write_atomic(path, write)
         for old in sorted(run.checkpoints.glob("step-*.npz"))[:-_KEPT]:
             old.unlink()
     except OSError as error:
@@ -362,7 +363,7 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError("its checksum differs")
     facts = json.loads(arrays["facts"].tobytes())
     return Checkpoint(
-        position=Position(**_unpacked(facts["position"], arrays)),
+        progress=Progress(**_unpacked(facts["position"], arrays)),
         stopped=facts["stopped"],
         fingerprint=facts["fingerprint"],
         best_loss=facts["best_loss"],

@@ -37,7 +37,7 @@ Logs = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Position:
+class Progress:
     """Where a training stands, between two calls.
 
     Attributes:
@@ -52,7 +52,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Window:
+class CallRecord:
     """The steps of one call, with the device waited for at both ends.
 
     Attributes:
@@ -111,7 +111,7 @@ class Loop:
         model: keras.Model,
         devices: Devices,
         *,
-        steps_per_call: int = 50,
+        steps_per_execution: int = 50,
         clip_norm: float | None = None,
         jit_compile: bool = False,
         augment: Callable[[tf.Tensor], tf.Tensor] | None = None,
@@ -122,7 +122,7 @@ class Loop:
         Args:
             model: Built and compiled inside the scope of the devices.
             devices: One device or several.
-            steps_per_call: The most steps in one call.
+            steps_per_execution: The most steps in one call.
             clip_norm: Largest global norm of the gradients, or None; not for a model with a
                 `train_step` of its own.
             jit_compile: Compile the step with XLA. Choosing, gathering and augmenting the images is
@@ -138,7 +138,7 @@ class Loop:
         self.model = model
         self.devices = devices
         self.strategy = devices.strategy
-        self.steps_per_call = steps_per_call
+        self.steps_per_execution = steps_per_execution
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
         self._traced: Any = None
@@ -202,9 +202,9 @@ class Loop:
         *,
         epochs: int,
         callbacks: Sequence[keras.callbacks.Callback] = (),
-        observers: Sequence[Callable[[Window], None]] = (),
+        observers: Sequence[Callable[[CallRecord], None]] = (),
         warmup_calls: int = 1,
-        start: Position | None = None,
+        start: Progress | None = None,
     ) -> dict[str, list[float]]:
         """Trains the model.
 
@@ -241,17 +241,17 @@ class Loop:
             self._timed("callbacks", callback_list.on_train_begin)
         except OSError as error:
             raise InputError(f"a callback cannot write: {error}") from None
-        start = start or Position()
+        start = start or Progress()
         # A training that a callback had stopped does not begin another epoch when it is resumed.
-        stopped = model.stop_training and start != Position() and start.step == 0
+        stopped = model.stop_training and start != Progress() and start.step == 0
         logs: Logs = {}
         diverged, epoch = None, start.epoch
         for epoch in range(start.epoch, start.epoch if stopped else epochs):
-            position = start if epoch == start.epoch else Position(epoch)
-            if position.step == 0:
+            progress = start if epoch == start.epoch else Progress(epoch)
+            if progress.step == 0:
                 model.reset_metrics()
                 self._timed("callbacks", callback_list.on_epoch_begin, epoch)
-            logs, diverged = self._epoch(train, position, callback_list, observers)
+            logs, diverged = self._epoch(train, progress, callback_list, observers)
             if diverged is not None:
                 break
             if validation is not None:
@@ -339,7 +339,7 @@ class Loop:
         """Returns the operations of the traced training step that XLA has no GPU kernel for."""
         return check_xla(self.step_graph, self.layer_names)
 
-    def repeat(self, train: Batches, steps: int) -> Iterator[Window]:
+    def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
         """Trains without end, and without validation and callbacks: what a benchmark measures.
 
         Args:
@@ -380,8 +380,8 @@ class Loop:
         self.model.reset_metrics()
         state = batches.start_epoch(0)
         outputs, logs = [], {}
-        for first in range(0, batches.steps, self.steps_per_call):
-            count = min(self.steps_per_call, batches.steps - first)
+        for first in range(0, batches.steps, self.steps_per_execution):
+            count = min(self.steps_per_execution, batches.steps - first)
             if callbacks is not None:
                 callbacks.on_test_batch_begin(first)
             probabilities, results = self._run(call, state, first, count)
@@ -402,26 +402,26 @@ class Loop:
     def _epoch(
         self,
         train: Batches,
-        position: Position,
+        progress: Progress,
         callbacks: keras.callbacks.CallbackList,
-        observers: Sequence[Callable[[Window], None]],
+        observers: Sequence[Callable[[CallRecord], None]],
     ) -> tuple[Logs, tuple[int, float] | None]:
         """Trains one epoch; returns its logs, and the step and value of a loss that diverged."""
-        epoch, logs = position.epoch, dict(position.logs)
-        state = train.start_epoch(epoch, position.step)
-        for first in range(position.step, train.steps, self.steps_per_call):
+        epoch, logs = progress.epoch, dict(progress.logs)
+        state = train.start_epoch(epoch, progress.step)
+        for first in range(progress.step, train.steps, self.steps_per_execution):
             if first and self.model.stop_training:  # the first call always runs, as in Keras
                 break
-            count = min(self.steps_per_call, train.steps - first)
+            count = min(self.steps_per_execution, train.steps - first)
             self._timed("callbacks", callbacks.on_train_batch_begin, first)
-            window = self._run_call(train, state, epoch, first, count)
-            logs = dict(window.logs)
+            record = self._run_call(train, state, epoch, first, count)
+            logs = dict(record.logs)
             self._timed("callbacks", callbacks.on_train_batch_end, first + count - 1, logs)
             for observer in observers:
-                self._timed("callbacks", observer, window)
-            bad = np.flatnonzero(~np.isfinite(window.loss))
+                self._timed("callbacks", observer, record)
+            bad = np.flatnonzero(~np.isfinite(record.loss))
             if len(bad):
-                return logs, (window.first_step + int(bad[0]) + 1, float(window.loss[bad[0]]))
+                return logs, (record.first_step + int(bad[0]) + 1, float(record.loss[bad[0]]))
             if first + count == train.steps or self.model.stop_training:
                 logs |= self._metrics_now(logs)
         return logs, None
@@ -438,7 +438,9 @@ class Loop:
             results = metric_tensors(self.model.get_metrics_result())
         return _as_logs(results) if results.keys() == logs.keys() else {}
 
-    def _run_call(self, train: Batches, state: Any, epoch: int, first: int, count: int) -> Window:
+    def _run_call(
+        self, train: Batches, state: Any, epoch: int, first: int, count: int
+    ) -> CallRecord:
         """Runs `count` steps and waits for the device."""
         call = self._training_call(train)
         start = time.perf_counter()
@@ -452,13 +454,13 @@ class Loop:
         self.seconds.training += seconds
         self._calls += 1
         values = {name: value.numpy() for name, value in recorded.items()}
-        return Window(
+        return CallRecord(
             epoch=epoch,
             first_step=epoch * train.steps + first,
             steps=count,
             images=min(train.images - first * train.batch_size, count * train.batch_size),
             seconds=seconds,
-            worker_seconds=self.devices.exchange([seconds])[:, 0],
+            worker_seconds=self.devices.all_gather([seconds])[:, 0],
             warm=self._calls > self._warmup_calls,
             loss=values.pop("loss"),
             learning_rate=values.pop("learning_rate"),
@@ -477,7 +479,7 @@ class Loop:
     def _trace_training(self, train: Batches) -> Any:
         """Builds the graph of a call: as many steps as its argument says."""
 
-        def step(images: tf.Tensor, labels: tf.Tensor, share: Any) -> dict[str, Any]:
+        def step(images: tf.Tensor, labels: tf.Tensor, batch_fraction: Any) -> dict[str, Any]:
             self.step_graph = images.graph  # what TensorBoard draws: the step, without the loop
             if self._own_train_step:
                 logs = metric_tensors(self.model.train_step((images, labels)))
@@ -486,7 +488,7 @@ class Loop:
                 self.model,
                 images,
                 labels,
-                share=share,
+                batch_fraction=batch_fraction,
                 clip_norm=self._clip_norm,
                 gradient_norms=self._gradient_norms,
             )
@@ -494,12 +496,12 @@ class Loop:
         compiled_step = tf.function(step, jit_compile=True) if self._jit_compile else step
 
         def one_replica(batch: Any) -> dict[str, Any]:
-            local, share = self._local_batch(train, batch)
+            local, batch_fraction = self._local_batch(train, batch)
             images = local.images
             if self._augment is not None:
                 with tf.name_scope("augment"):
                     images = self._augment(images)
-            return compiled_step(images, local.labels, share)
+            return compiled_step(images, local.labels, batch_fraction)
 
         own_logs = self._own_logs(one_replica, train, "train_step")
         shapes = own_logs or self._metric_ranks()
@@ -588,13 +590,15 @@ class Loop:
         """Builds the graph of a call that scores as many batches as its argument says."""
 
         def one_replica(batch: Any) -> dict[str, Any]:
-            local, share = self._local_batch(batches, batch)
+            local, batch_fraction = self._local_batch(batches, batch)
             if self._own_test_step:
                 logs = metric_tensors(self.model.test_step((local.images, local.labels)))
                 outputs = self.model(local.images, training=False) if collect else tf.zeros((1, 0))
             else:
-                outputs, logs = test_step(self.model, local.images, local.labels, share=share)
-            if share is not None and collect:
+                outputs, logs = test_step(
+                    self.model, local.images, local.labels, batch_fraction=batch_fraction
+                )
+            if batch_fraction is not None and collect:
                 # Also for a smaller batch as many rows as in the others: shapes must not change.
                 rest = batches.batch_size - local.first - local.count
                 outputs = tf.pad(outputs[: local.count], ((local.first, rest), (0, 0)))

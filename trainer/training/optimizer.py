@@ -55,7 +55,7 @@ def try_optimizer(config: OptimizerConfig) -> None:
     variable = keras.Variable([[1.0]])
     try:
         optimizer.apply([keras.ops.ones_like(variable)], [variable])
-    except keras_objects.REFUSALS as error:
+    except keras_objects.KERAS_ERRORS as error:
         reason = keras_objects.explain(error)
         raise InputError(f"optimizer {config.name!r} cannot take a step: {reason}") from error
 

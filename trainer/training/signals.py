@@ -6,24 +6,24 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.devices import Exchange, alone
+from trainer.devices import AllGather, single_worker
 from trainer.errors import StoppedError
 
 
 class Signals:
     """The signal that asked the training to stop, if one did."""
 
-    def __init__(self, advice: str, exchange: Exchange = alone) -> None:
+    def __init__(self, advice: str, all_gather: AllGather = single_worker) -> None:
         """Waits for none yet.
 
         Args:
             advice: How to go on, for the message.
-            exchange: Tells the other workers of a cluster: all stop at the same place.
+            all_gather: Tells the other workers of a cluster: all stop at the same place.
         """
         self.agreed: int | None = None
         self._received: int | None = None
         self._advice = advice
-        self._exchange = exchange
+        self._exchange = all_gather
 
     def agree(self, *, due: bool = False) -> bool:
         """Sets `agreed` to the signal that any worker has received; all must call it together.

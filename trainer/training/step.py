@@ -29,7 +29,7 @@ def train_step(
     labels: tf.Tensor,
     sample_weight: tf.Tensor | None = None,
     *,
-    share: tf.Tensor | None = None,
+    batch_fraction: tf.Tensor | None = None,
     clip_norm: float | None = None,
     gradient_norms: bool = False,
 ) -> dict[str, Any]:
@@ -40,9 +40,9 @@ def train_step(
         images: This replica's part of the batch, [rows, H, W, C].
         labels: int64 [rows].
         sample_weight: float32 [rows], or None.
-        share: This replica's part of the rows of the global batch, float32 scalar in [0, 1];
-            None where there is one replica. A replica whose share is 0 still gets one row, because
-            every replica must take part in the exchange of gradients.
+        batch_fraction: This replica's fraction of the rows of the global batch, float32 scalar in
+            [0, 1]; None for one replica. A replica with fraction 0 still receives one row, because
+            every replica must take part in the sum of gradients.
         clip_norm: Largest global norm of the gradients of the whole batch; None: not clipped.
         gradient_norms: Also return the norm of each weight's gradient.
 
@@ -60,8 +60,10 @@ def train_step(
             outputs = model(images, training=True)
         with tf.name_scope("loss"):
             loss = compute_loss(model, images, labels, outputs, sample_weight, training=True)
-            mean_loss = loss if share is None else loss * replicas  # Keras divides by the replicas
-            part = mean_loss if share is None else mean_loss * share
+            mean_loss = (
+                loss if batch_fraction is None else loss * replicas
+            )  # Keras divides by the replicas
+            part = mean_loss if batch_fraction is None else mean_loss * batch_fraction
             # mixed_float16 multiplies the loss so that small gradients do not vanish; the optimizer
             # divides them again. Left out, it would divide gradients that were never multiplied.
             scaled = optimizer.scale_loss(part)
@@ -77,7 +79,7 @@ def train_step(
         optimizer.apply(gradients, weights)
     with tf.name_scope("metrics"):
         arguments = (images, labels, outputs, sample_weight)
-        result["logs"] = _update_metrics(model, *arguments, mean_loss, share)
+        result["logs"] = _update_metrics(model, *arguments, mean_loss, batch_fraction)
     return result
 
 
@@ -87,7 +89,7 @@ def test_step(
     labels: tf.Tensor,
     sample_weight: tf.Tensor | None = None,
     *,
-    share: tf.Tensor | None = None,
+    batch_fraction: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, dict[str, Any]]:
     """Updates the metrics of a compiled model.
 
@@ -96,7 +98,7 @@ def test_step(
         images: This replica's part of the batch, [rows, H, W, C].
         labels: int64 [rows].
         sample_weight: float32 [rows], or None.
-        share: As in `train_step`.
+        batch_fraction: As in `train_step`.
 
     Returns:
         The probabilities, float32 [rows, classes], and logs as in `train_step`.
@@ -104,9 +106,9 @@ def test_step(
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     outputs = model(images, training=False)
     loss = compute_loss(model, images, labels, outputs, sample_weight, training=False)
-    mean_loss = loss if share is None else loss * replicas
+    mean_loss = loss if batch_fraction is None else loss * replicas
     arguments = (images, labels, outputs, sample_weight)
-    return outputs, _update_metrics(model, *arguments, mean_loss, share)
+    return outputs, _update_metrics(model, *arguments, mean_loss, batch_fraction)
 
 
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
@@ -160,7 +162,7 @@ def _update_metrics(
     outputs: tf.Tensor,
     sample_weight: tf.Tensor | None,
     mean_loss: tf.Tensor,
-    share: tf.Tensor | None,
+    batch_fraction: tf.Tensor | None,
 ) -> dict[str, Any]:
     """Tracks the loss, weighted by rows, and whatever metrics the model was compiled with."""
 
@@ -174,8 +176,8 @@ def _update_metrics(
     def update_shared() -> None:
         update()
 
-    if share is None:
+    if batch_fraction is None:
         return update()
     # The one row that a replica without a share was given belongs to another replica.
-    tf.cond(share > 0, update_shared, lambda: None)
+    tf.cond(batch_fraction > 0, update_shared, lambda: None)
     return {}

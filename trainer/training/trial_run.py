@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer import keras_objects
 from trainer.config import KerasObject
-from trainer.errors import InputError, nearest
+from trainer.errors import InputError, did_you_mean
 
 # Options that name a file or folder: the trial writes elsewhere.
 _PATHS = ("filepath", "filename", "log_dir")
@@ -51,12 +51,12 @@ def try_callback(described: KerasObject, model: keras.Model, logs: Mapping[str, 
             keras_objects.make("callback", described)  # whose message names the user's own paths
             moved = _elsewhere(described.options, Path(folder))
             _run([kind(**moved)], _small_network(model), logs)
-        except (*keras_objects.REFUSALS, UserWarning) as error:
+        except (*keras_objects.KERAS_ERRORS, UserWarning) as error:
             reason, monitor = keras_objects.explain(error), described.options.get("monitor")
             if isinstance(monitor, str) and monitor not in logs:
                 reason = (
-                    f"monitor = {monitor!r}: {nearest(monitor, logs)} (a callback that adds a log "
-                    "comes before one that monitors it)"
+                    f"monitor = {monitor!r}: {did_you_mean(monitor, logs)} (a callback that adds a "
+                    "log must come before one that monitors it)"
                 )
             raise InputError(f"callback {described.name!r} cannot be used: {reason}") from None
 

@@ -29,6 +29,7 @@ from keras_tuner.src.distribute.oracle_client import OracleClient
 
 from trainer.config import Config
 from trainer.errors import InputError, MissingError, StoppedError
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import SearchFolder
 from trainer.tuning.oracles import quiet
 from trainer.tuning.trial import run_trials
@@ -145,9 +146,9 @@ def work(folder: SearchFolder, config: Config, member: Member) -> None:
     own = folder.config()
     folder.require_same(
         config.with_changes(
-            {"tuning.direction": own.tuning.direction, "data.name": own.data.name}
+            {"tuning.direction": own.table(TuningConfig).direction, "data.name": own.data.name}
             if config.data.name in (own.data.name, "mnist")  # which may have come as its sample
-            else {"tuning.direction": own.tuning.direction}
+            else {"tuning.direction": own.table(TuningConfig).direction}
         )
     )
     beat = _Heart(client, member.name)

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from trainer.config import Config, parse_config
 from trainer.errors import InputError
-from trainer.run import write_text
+from trainer.files import write_text
 
 # What a person may change between two starts of one search.
 _CHANGEABLE = {"trials", "seconds", "keep", "stop_on_failure"}

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorboard.plugins.hparams import api, api_pb2, summary
 
 from trainer.config import Config
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import Record, SearchFolder
 from trainer.tuning.space import is_whole, values_of
 
@@ -27,11 +28,12 @@ def write_domains(folder: SearchFolder, config: Config, metrics: Sequence[str]) 
     if any(folder.tensorboard.glob("*.tfevents.*")):
         return
     parameters = [
-        api.HParam(_name(config, key), _domain(config, key)) for key in config.tuning.space
+        api.HParam(_name(config, key), _domain(config, key))
+        for key in config.table(TuningConfig).space
     ]
-    if config.tuning.algorithm == "hyperband":
+    if config.table(TuningConfig).algorithm == "hyperband":
         parameters.append(api.HParam(_EPOCHS, api.IntInterval(1, config.training.epochs)))
-    ordered = sorted(metrics, key=lambda name: name != config.tuning.objective)
+    ordered = sorted(metrics, key=lambda name: name != config.table(TuningConfig).objective)
     shown = [api.Metric(name) for name in [*ordered, "seconds"]]
     with tf.summary.create_file_writer(str(folder.tensorboard)).as_default(step=0):
         api.hparams_config(hparams=parameters, metrics=shown)
@@ -50,7 +52,7 @@ def write_session(folder: SearchFolder, config: Config, record: Record, begin: f
     if path.exists():
         shutil.rmtree(path)
     shown = {_name(config, key): _shown(config, key, value) for key, value in record.values.items()}
-    if config.tuning.algorithm == "hyperband":
+    if config.table(TuningConfig).algorithm == "hyperband":
         shown[_EPOCHS] = record.epochs
     failed = record.status == "failed"
     status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
@@ -68,7 +70,7 @@ def write_session(folder: SearchFolder, config: Config, record: Record, begin: f
 
 
 def _domain(config: Config, key: str) -> Any:
-    parameter = config.tuning.space[key]
+    parameter = config.table(TuningConfig).space[key]
     values = values_of(parameter)
     if values is not None:
         return api.Discrete([_shown(config, key, value) for value in values])
@@ -94,5 +96,5 @@ def _name(config: Config, key: str) -> str:
 
 
 def _is_number(config: Config, key: str) -> bool:
-    values = values_of(config.tuning.space[key])
+    values = values_of(config.table(TuningConfig).space[key])
     return values is None or all(type(value) in (int, float) for value in values)

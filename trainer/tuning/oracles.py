@@ -25,7 +25,8 @@ from keras_tuner.oracles import BayesianOptimizationOracle, HyperbandOracle, Ran
 
 from trainer.config import Config
 from trainer.errors import InputError
-from trainer.run import write_text
+from trainer.files import write_text
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.space import hyperparameters
 
 _log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def direction_of(config: Config) -> str:
     Raises:
         InputError: Keras does not know a metric of the objective's name.
     """
-    tuning = config.tuning
+    tuning = config.table(TuningConfig)
     found = _inferred_direction(tuning.objective)
     if tuning.direction != "auto":
         if found not in (None, tuning.direction):
@@ -165,7 +166,7 @@ def make_oracle(config: Config, folder: Path) -> keras_tuner.Oracle:
     Raises:
         InputError: They are damaged.
     """
-    tuning = config.tuning
+    tuning = config.table(TuningConfig)
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
         "hyperparameters": hyperparameters(config),
@@ -175,10 +176,10 @@ def make_oracle(config: Config, folder: Path) -> keras_tuner.Oracle:
     if tuning.algorithm == "hyperband":
         # Brackets after brackets, until the trials are used up.
         oracle = _Hyperband(max_epochs=config.training.epochs, hyperband_iterations=None, **options)
-        oracle.max_trials = tuning.trials
+        oracle.max_trials = tuning.max_trials
     else:
         kinds = {"random": _Random, "bayesian": _Bayesian, "grid": Grid}
-        oracle = kinds[tuning.algorithm](max_trials=tuning.trials, **options)
+        oracle = kinds[tuning.algorithm](max_trials=tuning.max_trials, **options)
     oracle.verbose = 0
     oracle._set_project_dir(str(folder.parent), folder.name)
     if (folder / "oracle.json").exists():

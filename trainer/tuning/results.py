@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.errors import CheckError
-from trainer.run import write_text
+from trainer.files import write_text
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import Record, SearchFolder, ranked
 from trainer.tuning.space import trial_config, values_of
 
@@ -22,12 +23,12 @@ _EXPLAINED = 0.3  # of the scores' variance, below which what a forest learned i
 def write_best(folder: SearchFolder, config: Config) -> None:
     """Writes best.toml: the best trial's configuration, as `trainer fit` takes it."""
     records = folder.records()
-    best = next(iter(ranked(records, config.tuning.direction)), None)
+    best = next(iter(ranked(records, config.table(TuningConfig).direction)), None)
     if best is None:
         return
-    tuning = config.tuning
+    tuning = config.table(TuningConfig)
     epochs = best.epochs if tuning.algorithm == "hyperband" else None
-    of = f", mean of {tuning.executions} seeds" if tuning.executions > 1 else ""
+    of = f", mean of {tuning.executions_per_trial} seeds" if tuning.executions_per_trial > 1 else ""
     head = (
         f"# Trial {best.trial} of tune-{folder.name}, the best of {len(records)}: "
         f"{tuning.objective} {best.score:.6g}{of}.\n"
@@ -41,7 +42,7 @@ def write_results(folder: SearchFolder, config: Config) -> dict[str, Any]:
     Raises:
         CheckError: No trial has a score.
     """
-    records, tuning = folder.records(), config.tuning
+    records, tuning = folder.records(), config.table(TuningConfig)
     best = next(iter(ranked(records, tuning.direction)), None)
     if best is None:
         raise CheckError(f"none of {len(records)} trials came to an end with a score")
@@ -77,8 +78,8 @@ def importances(config: Config, records: list[Record]) -> tuple[dict[str, float]
         Shares by key, the largest first, and how far they can be believed; None where they cannot.
     """
     scored = [record for record in records if record.score is not None]
-    keys = list(config.tuning.space)
-    if config.tuning.algorithm == "hyperband":
+    keys = list(config.table(TuningConfig).space)
+    if config.table(TuningConfig).algorithm == "hyperband":
         keys.append("training.epochs")
     needed = max(10, _TRIALS_A_PARAMETER * len(keys))
     if len(scored) < needed:
@@ -107,10 +108,10 @@ def _forest(columns: NDArray[Any], scores: NDArray[Any]) -> tuple[NDArray[Any], 
 
 def _number(config: Config, record: Record, key: str) -> float:
     """Returns a value as a tree can split it; -1 where a condition ruled the parameter out."""
-    if key not in config.tuning.space:
+    if key not in config.table(TuningConfig).space:
         return float(record.epochs)
     if key not in record.values:
         return -1.0
-    values = values_of(config.tuning.space[key])
+    values = values_of(config.table(TuningConfig).space[key])
     value = record.values[key]
     return float(value) if values is None else float(values.index(value))

@@ -17,14 +17,22 @@ import numpy as np
 from rich.console import Console
 
 from trainer import devices, workflow
-from trainer.assembly import Clock, Setting, assemble, compiled_model, make_callbacks
 from trainer.cluster import read_cluster
 from trainer.config import Config, load_config
-from trainer.errors import CheckError, InputError, MissingError, StoppedError, nearest
-from trainer.run import Run, require_writable, write_text
+from trainer.errors import CheckError, InputError, MissingError, StoppedError, did_you_mean
+from trainer.experiment import (
+    Experiment,
+    PhaseTimer,
+    build_experiment,
+    compiled_model,
+    make_callbacks,
+)
+from trainer.files import require_writable, write_text
+from trainer.run import Run
 from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
 from trainer.tuning import cluster, hparams, results
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import Record, SearchFolder, ranked
 from trainer.tuning.oracles import Grid, direction_of, make_oracle
 from trainer.tuning.space import check_space, decode, extremes, short_names
@@ -83,7 +91,7 @@ def tune(
         with _stopped_with(advice):
             cluster.work(folder, config, member)
         return None
-    config, metrics = _rehearse(config)
+    config, metrics = _check_forward(config)
     folder.require_same(config)
     with folder.locked(), _stopped_with(advice):
         folder.create(config)
@@ -108,7 +116,7 @@ def tune(
     return document
 
 
-def _rehearse(config: Config) -> tuple[Config, list[str]]:
+def _check_forward(config: Config) -> tuple[Config, list[str]]:
     """Builds everything that the space's ends and choices make, before any of it is trained.
 
     Returns:
@@ -118,18 +126,18 @@ def _rehearse(config: Config) -> tuple[Config, list[str]]:
     Raises:
         InputError: Something does not fit.
     """
-    setting = assemble(config, Clock())
+    experiment = build_experiment(config, PhaseTimer())
     metrics = [
         f"val_{name}"
-        for name, value in setting.model.get_metrics_result().items()
+        for name, value in experiment.model.get_metrics_result().items()
         if np.ndim(value) == 0
     ]
-    if config.tuning.objective not in metrics:
-        objective = config.tuning.objective
-        raise InputError(f"tuning.objective = {objective!r}: {nearest(objective, metrics)}")
+    if config.table(TuningConfig).objective not in metrics:
+        objective = config.table(TuningConfig).objective
+        raise InputError(f"tuning.objective = {objective!r}: {did_you_mean(objective, metrics)}")
     resolved = {
         "tuning.direction": direction_of(config),
-        "data.name": setting.config.data.name,
+        "data.name": experiment.config.data.name,
     }
     config = config.with_changes(resolved)
     built = []
@@ -138,25 +146,25 @@ def _rehearse(config: Config) -> tuple[Config, list[str]]:
         if parts not in built and extreme.data.image_size == config.data.image_size:
             built.append(parts)
             try:
-                _build(extreme, setting)
+                _build(extreme, experiment)
             except (InputError, MissingError) as error:
                 raise type(error)(f"tuning.space, {named}: {error}") from None
     keras.utils.clear_session()
     return config, metrics
 
 
-def _build(config: Config, setting: Setting) -> None:
+def _build(config: Config, experiment: Experiment) -> None:
     """Builds the network, and tries all else that one configuration names."""
-    if config.training.batch_size > setting.data.spec.train:
+    if config.training.batch_size > experiment.data.spec.train:
         raise InputError(
-            f"expected batches of {setting.data.spec.train} training images or fewer, "
+            f"expected batches of {experiment.data.spec.train} training images or fewer, "
             f"received {config.training.batch_size}"
         )
     chosen = devices.select(config.training.device)
     with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
-        compiled_model(config, setting.data.spec)
-        make_augmentation(config.data.augmentation, setting.data)
-    make_callbacks(replace(setting, config=config), Path("run"))
+        compiled_model(config, experiment.data.spec)
+        make_augmentation(config.data.augmentation, experiment.data)
+    make_callbacks(replace(experiment, config=config), Path("run"))
     try_optimizer(config.optimizer)
 
 
@@ -187,10 +195,11 @@ def _require_whole(folder: SearchFolder, config: Config, oracle: keras_tuner.Ora
 
 def _say_what_is_left_out(config: Config, oracle: keras_tuner.Oracle) -> None:
     """Says so where a grid has more points than are to be tried."""
-    trials = config.tuning.trials
+    trials = config.table(TuningConfig).max_trials
     if isinstance(oracle, Grid) and any(True for _ in islice(oracle.combinations(), trials, None)):
         _log.warning(
-            "The grid has more than tuning.trials = %d points: the first of them are tried.", trials
+            "The grid has more than tuning.max_trials = %d points: the first of them are tried.",
+            trials,
         )
 
 
@@ -205,7 +214,7 @@ class _Watch:
         self._failures = 0
         self._before, self._begin = folder.seconds(), time.monotonic()
         if self._told:
-            done, wanted = len(self._told), config.tuning.trials
+            done, wanted = len(self._told), config.table(TuningConfig).max_trials
             _log.info("going on with %s: %d of %d trials are done", folder.path, done, wanted)
 
     @contextlib.contextmanager
@@ -230,7 +239,7 @@ class _Watch:
             if record is not None:
                 self._tell(record)
         if ended:
-            tuning = self._config.tuning
+            tuning = self._config.table(TuningConfig)
             self._folder.keep_best(tuning.keep, tuning.direction)
             results.write_best(self._folder, self._config)
             self._note_seconds()
@@ -238,17 +247,17 @@ class _Watch:
 
     def tell_the_end(self) -> None:
         """Says why there are fewer trials than were wanted, if so."""
-        done, tuning = len(self._folder.records()), self._config.tuning
-        if done < tuning.trials:
-            late = tuning.seconds is not None and self._elapsed() > tuning.seconds
-            why = "tuning.seconds are over" if late else "the space has no more to try"
-            _log.info("%s: %d of %d trials", why, done, tuning.trials)
+        done, tuning = len(self._folder.records()), self._config.table(TuningConfig)
+        if done < tuning.max_trials:
+            late = tuning.max_seconds is not None and self._elapsed() > tuning.max_seconds
+            why = "tuning.max_seconds are over" if late else "the space has no more to try"
+            _log.info("%s: %d of %d trials", why, done, tuning.max_trials)
 
     def _tell(self, record: Record) -> None:
-        tuning = self._config.tuning
+        tuning = self._config.table(TuningConfig)
         names = short_names(tuning.space)
         values = "  ".join(f"{names[key]} {value}" for key, value in record.values.items())
-        number = f"trial {record.trial} ({len(self._told)} of {tuning.trials})"
+        number = f"trial {record.trial} ({len(self._told)} of {tuning.max_trials})"
         if record.score is None:
             _log.warning("%s failed: %s\n%s", number, record.error, values)
             self._failures += 1
@@ -273,7 +282,7 @@ class _Watch:
         self._folder.write_json("seconds.json", {"seconds": round(self._elapsed(), 1)})
 
     def _end_in_time(self) -> None:
-        limit = self._config.tuning.seconds
+        limit = self._config.table(TuningConfig).max_seconds
         if limit is not None and self._elapsed() > limit:
             # keras-tuner knows a budget of trials alone: those that were begun are all there are.
             self._oracle.max_trials = max(1, len(self._oracle.trials))

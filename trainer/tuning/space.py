@@ -9,14 +9,15 @@ second.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, Parameter
+from trainer.config import Config
 from trainer.errors import InputError
+from trainer.tuning.config import Parameter, TuningConfig
 
 if TYPE_CHECKING:
     import keras_tuner
 
-# Trials are compared by the same scores of the same images, each in a directory that the search
-# names; and no seed is better than another: the best of several is luck (tuning.executions).
+# Trials are compared by the same scores of the same images, and the search names their directories.
+# No seed is better than another: the best of several is luck (tuning.executions_per_trial).
 _FIXED = (
     "data",
     "logging",
@@ -36,7 +37,7 @@ def check_space(config: Config) -> None:
     Raises:
         InputError: With one line that names the key.
     """
-    tuning = config.tuning
+    tuning = config.table(TuningConfig)
     if not tuning.space:
         raise InputError(
             "tuning.space is empty: expected keys to search over, for example "
@@ -67,7 +68,7 @@ def _within(key: str, tables: tuple[str, ...]) -> bool:
 
 
 def _check_hyperband(config: Config) -> None:
-    if "training.epochs" in config.tuning.space:
+    if "training.epochs" in config.table(TuningConfig).space:
         raise InputError("tuning.space: training.epochs is what hyperband itself chooses")
     if config.training.epochs < 3:
         raise InputError(
@@ -82,7 +83,7 @@ def extremes(config: Config) -> Iterator[tuple[str, Config]]:
     Raises:
         InputError: The configuration does not take one.
     """
-    space = config.tuning.space
+    space = config.table(TuningConfig).space
     for key, parameter in space.items():
         values = values_of(parameter) or [parameter.low, parameter.high]
         for value in values:
@@ -124,9 +125,12 @@ def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":
     from keras_tuner.src.engine.conditions import Parent
 
     space = keras_tuner.HyperParameters()
-    for key, parameter in config.tuning.in_order().items():
+    for key, parameter in config.table(TuningConfig).in_order().items():
         conditions = [
-            Parent(other, [(config.tuning.space[other].choices or []).index(v) for v in values])
+            Parent(
+                other,
+                [(config.table(TuningConfig).space[other].choices or []).index(v) for v in values],
+            )
             for other, values in parameter.when.items()
         ]
         values = values_of(parameter)
@@ -145,11 +149,11 @@ def hyperparameters(config: Config) -> "keras_tuner.HyperParameters":
 
 def is_whole(config: Config, key: str) -> bool:
     """Says whether a range is of whole numbers: both ends are, and the key is not of fractions."""
-    parameter = config.tuning.space[key]
+    parameter = config.table(TuningConfig).space[key]
     if not (isinstance(parameter.low, int) and isinstance(parameter.high, int)):
         return False
     tree: Any = config.with_changes(
-        _conditions(config.tuning.space, key) | {key: parameter.low}
+        _conditions(config.table(TuningConfig).space, key) | {key: parameter.low}
     ).model_dump()
     for name in key.split("."):
         tree = tree[name]
@@ -164,7 +168,7 @@ def decode(config: Config, chosen: Mapping[str, Any]) -> dict[str, Any]:
         chosen: A trial's hyperparameters by name; those that no condition rules out.
     """
     found: dict[str, Any] = {}
-    for key, parameter in config.tuning.in_order().items():
+    for key, parameter in config.table(TuningConfig).in_order().items():
         if key not in chosen:
             continue
         values = values_of(parameter)
@@ -221,7 +225,7 @@ def trial_config(config: Config, values: Mapping[str, Any], epochs: int | None =
 
 
 def _early_stopping(config: Config) -> dict[str, Any] | None:
-    tuning = config.tuning
+    tuning = config.table(TuningConfig)
     if not tuning.patience:
         return None
     options = {

@@ -21,6 +21,7 @@ from trainer.errors import CheckError, StoppedError, TrainerError
 from trainer.run import Run
 from trainer.training.loop import Logs
 from trainer.tuning import hparams
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import Record, SearchFolder
 from trainer.tuning.oracles import COMPLETED, FAILED, IDLE, STOPPED, quiet
 from trainer.tuning.space import decode, trial_config
@@ -103,7 +104,9 @@ def run_trials(
         record = run_trial(folder, config, trial.trial_id, trial.hyperparameters.values)
         with quiet():
             if record.score is not None:
-                oracle.update_trial(trial.trial_id, {config.tuning.objective: record.score})
+                oracle.update_trial(
+                    trial.trial_id, {config.table(TuningConfig).objective: record.score}
+                )
             trial.status = COMPLETED if record.score is not None else FAILED
             oracle.end_trial(trial)
         after()
@@ -172,12 +175,14 @@ def _freed() -> Iterator[None]:
 
 
 def _train(folder: SearchFolder, config: Config, record: Record, epochs: int | None) -> Record:
-    tuning = config.tuning
+    tuning = config.table(TuningConfig)
     own = trial_config(config, record.values, epochs)
     summaries: list[dict[str, Any]] = []
     pruned = False
-    for execution in range(tuning.executions):
-        name = record.trial if tuning.executions == 1 else f"{record.trial}-{execution + 1}"
+    for execution in range(tuning.executions_per_trial):
+        name = (
+            record.trial if tuning.executions_per_trial == 1 else f"{record.trial}-{execution + 1}"
+        )
         run = Run(folder.trials / name)
         pruning = Pruning(folder, tuning.objective, tuning.direction, run.path / "pruned")
         seed = (own.training.seed + execution) % 2**31
@@ -206,7 +211,9 @@ def _train(folder: SearchFolder, config: Config, record: Record, epochs: int | N
 def _execute(run: Run, config: Config, pruning: Pruning, search: Config) -> dict[str, Any]:
     """Trains once, from the beginning or from where it was interrupted; returns the summary."""
     # Hyperband prunes by itself: its trials of few epochs are to be compared with each other.
-    prunes = search.tuning.pruning and search.tuning.algorithm != "hyperband"
+    prunes = (
+        search.table(TuningConfig).pruning and search.table(TuningConfig).algorithm != "hyperband"
+    )
     callbacks = [pruning] if prunes else []
     if run.finished:
         return run.read_json("summary.json")

@@ -19,7 +19,7 @@ from trainer.saving.operations import allowed_operations, find_forbidden
 from trainer.saving.safety import check_saved_model
 from trainer.serving.servable import Servable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")
 
 
@@ -373,10 +373,7 @@ def test_a_graph_of_tensorflow_1_is_refused(branches: Path) -> None:
 
 def test_a_wheel_holds_the_files_that_are_no_modules() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = {
-        ROOT / package.replace(".", "/") / name
-        for package, names in settings["tool"]["setuptools"]["package-data"].items()
-        for name in names
-    }
+    patterns = settings["tool"]["setuptools"]["package-data"]["*"]
+    listed = {path for pattern in patterns for path in (ROOT / "trainer").rglob(pattern)}
     files = {path for path in (ROOT / "trainer").rglob("*") if path.is_file()}
     assert listed == {path for path in files if path.suffix not in (".py", ".pyc")}

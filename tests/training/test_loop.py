@@ -17,17 +17,22 @@ from trainer.data import load
 from trainer.errors import CheckError
 from trainer.models import build
 from trainer.training.batches import make_batches
-from trainer.training.loop import Loop, Window
+from trainer.training.loop import CallRecord, Loop
 
 Make = Callable[..., Any]
 
 
 def keras_fit(
-    model: keras.Model, tiny: Any, *, epochs: int, callbacks: list[Any], steps_per_call: int = 4
+    model: keras.Model,
+    tiny: Any,
+    *,
+    epochs: int,
+    callbacks: list[Any],
+    steps_per_execution: int = 4,
 ) -> dict[str, list[float]]:
     """Trains by Keras's own fit: 8 batches of 8 images, validated on 4 batches of 5 and fewer."""
     images, labels = tiny.train.read()
-    model.steps_per_execution = steps_per_call
+    model.steps_per_execution = steps_per_execution
     fitted = model.fit(
         images,
         labels,
@@ -88,7 +93,7 @@ def both_ways(
     """Trains equal models by Keras's fit and by our loop; returns histories and models."""
     theirs, ours = compiled_model(**options), compiled_model(one_device, **options)
     wanted = keras_fit(theirs, tiny, epochs=epochs, callbacks=callbacks("keras"))
-    found = Loop(ours, one_device, steps_per_call=4).fit(
+    found = Loop(ours, one_device, steps_per_execution=4).fit(
         batches_of(tiny.train, one_device, 8),
         batches_of(tiny.test, one_device, 5),
         epochs=epochs,
@@ -248,7 +253,7 @@ def test_weights_averaged_by_the_optimizer_are_those_at_the_end(
         one_device, optimizer=lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.75)
     )
     weights: list[Any] = []
-    Loop(model, one_device, steps_per_call=1).fit(
+    Loop(model, one_device, steps_per_execution=1).fit(
         batches_of(tiny.train, one_device, 16),
         epochs=1,
         observers=[lambda _: weights.append(model.get_weights())],
@@ -278,15 +283,15 @@ def test_metric_of_several_values_reaches_callbacks_as_under_keras_fit(
     np.testing.assert_array_equal(seen[0], [64, 128])
 
 
-def test_steps_per_call_repetition_and_validation_change_no_bit(
+def test_steps_per_execution_repetition_and_validation_change_no_bit(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
     ends = []
-    for steps_per_call, validation in [(1, None), (50, None), (50, tiny.validation)]:
+    for steps_per_execution, validation in [(1, None), (50, None), (50, tiny.validation)]:
         model = compiled_model(one_device, dropout=0.5)
         train = batches_of(tiny.train, one_device, 7, seed=5)
         scored = validation and batches_of(validation, one_device, 3)
-        loop = Loop(model, one_device, steps_per_call=steps_per_call)
+        loop = Loop(model, one_device, steps_per_execution=steps_per_execution)
         history = loop.fit(train, scored, epochs=2)
         assert ("val_loss" in history) == (validation is not None)
         ends.append([*model.get_weights(), history["loss"], history["accuracy"]])
@@ -321,9 +326,9 @@ def infinite_at(label: int) -> Callable[[Any, Any], Any]:
     return loss
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
 def test_infinite_loss_names_the_step(
-    steps_per_call: int, tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
+    steps_per_execution: int, tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
     labels = tiny.train.labels.copy()
     labels[labels == 2] = 1
@@ -331,7 +336,7 @@ def test_infinite_loss_names_the_step(
     split = type(tiny.train)(tiny.train.images, labels, tiny.train.rows)
     model = compiled_model(one_device, loss=infinite_at(2))
     recorder, windows = Recorder(), []
-    loop = Loop(model, one_device, steps_per_call=steps_per_call)
+    loop = Loop(model, one_device, steps_per_execution=steps_per_execution)
     with pytest.raises(CheckError, match=r"the loss became inf at step 6 \(epoch 1 of 3\)"):
         loop.fit(
             batches_of(split, one_device, 8),
@@ -340,7 +345,7 @@ def test_infinite_loss_names_the_step(
             observers=[windows.append],
         )
     # What was recorded is still handed out, and callbacks may close their files.
-    losses = np.concatenate([window.loss for window in windows])
+    losses = np.concatenate([record.loss for record in windows])
     assert np.isfinite(losses[:5]).all()
     assert losses[5] == np.inf
     assert recorder.calls[-1][0] == "on_train_end"
@@ -353,7 +358,7 @@ def test_loss_that_is_no_number_names_the_step(
     rates = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 if epoch == 0 else float("inf"))
     stop = keras.callbacks.TerminateOnNaN()
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(0.1))
-    loop = Loop(model, one_device, steps_per_call=4)
+    loop = Loop(model, one_device, steps_per_execution=4)
     with pytest.raises(CheckError, match=r"the loss became nan at step 10 \(epoch 2 of 3\)"):
         loop.fit(batches_of(tiny.train, one_device, 8), epochs=3, callbacks=[rates, stop])
     assert model.stop_training  # TerminateOnNaN saw it in the logs
@@ -364,8 +369,8 @@ def test_windows_add_up_and_tell_rate_and_metrics_of_each_step(
 ) -> None:
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 12], [0.5, 0.05, 0.005])
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
-    loop = Loop(model, one_device, steps_per_call=4)
-    windows: list[Window] = []
+    loop = Loop(model, one_device, steps_per_execution=4)
+    windows: list[CallRecord] = []
     train = batches_of(tiny.train, one_device, 7)  # ten batches, the last of one image
     loop.fit(train, epochs=2, observers=[windows.append])
 
@@ -384,9 +389,9 @@ def test_windows_add_up_and_tell_rate_and_metrics_of_each_step(
     for epoch in range(2):
         mean = np.average(losses[10 * epoch : 10 * (epoch + 1)], weights=sizes)
         assert windows[3 * epoch + 2].logs["loss"] == pytest.approx(mean, rel=1e-5)
-    for window in windows:
-        assert window.metrics["accuracy"].shape == (window.steps,)
-        assert window.metrics["accuracy"][-1] == pytest.approx(window.logs["accuracy"])
+    for record in windows:
+        assert record.metrics["accuracy"].shape == (record.steps,)
+        assert record.metrics["accuracy"][-1] == pytest.approx(record.logs["accuracy"])
 
 
 def test_each_recorded_rate_is_the_one_that_moved_the_weights(
@@ -396,10 +401,10 @@ def test_each_recorded_rate_is_the_one_that_moved_the_weights(
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [0.0, 0.5, 0.0])
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
     weights = [model.get_weights()]
-    windows: list[Window] = []
+    windows: list[CallRecord] = []
     observers = [windows.append, lambda _: weights.append(model.get_weights())]
     train = batches_of(tiny.train, one_device, 8, limit_batches=4)
-    Loop(model, one_device, steps_per_call=1).fit(train, epochs=1, observers=observers)
+    Loop(model, one_device, steps_per_execution=1).fit(train, epochs=1, observers=observers)
     moved = [
         any((a != b).any() for a, b in zip(x, y, strict=True))
         for x, y in itertools.pairwise(weights)
@@ -415,8 +420,8 @@ def test_observers_stop_flag_ends_the_epoch(
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
             self.model.stop_training = batch >= 3
 
-    windows: list[Window] = []
-    loop = Loop(compiled_model(one_device), one_device, steps_per_call=2)
+    windows: list[CallRecord] = []
+    loop = Loop(compiled_model(one_device), one_device, steps_per_execution=2)
     history = loop.fit(
         batches_of(tiny.train, one_device, 8),
         epochs=3,
@@ -430,7 +435,7 @@ def test_observers_stop_flag_ends_the_epoch(
 @pytest.fixture(scope="module")
 def trained(tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any) -> Any:
     """A loop whose model has seen one epoch."""
-    loop = Loop(compiled_model(one_device, regularizer="l2"), one_device, steps_per_call=3)
+    loop = Loop(compiled_model(one_device, regularizer="l2"), one_device, steps_per_execution=3)
     loop.fit(batches_of(tiny.train, one_device, 8), epochs=1)
     return loop
 
@@ -482,7 +487,7 @@ def test_evaluate_on_two_devices_equals_one(
 ) -> None:
     model = compiled_model(two_devices, regularizer="l2")
     model.set_weights(trained.model.get_weights())
-    scores, probabilities = Loop(model, two_devices, steps_per_call=3).evaluate(
+    scores, probabilities = Loop(model, two_devices, steps_per_execution=3).evaluate(
         batches_of(tiny.train, two_devices, 7), collect=True
     )
     expected, wanted = trained.evaluate(batches_of(tiny.train, one_device, 7), collect=True)
@@ -520,10 +525,10 @@ def golden_run() -> Iterator[float]:
         model = build(ModelConfig(name="cnn", options=options), dataset.spec)
         model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
     train = make_batches(dataset.train, config, chosen, batch_size=15, seed=1)
-    windows: list[Window] = []
+    windows: list[CallRecord] = []
     Loop(model, chosen).fit(train, epochs=2, observers=[windows.append])
-    for window in windows:
-        yield from window.loss.tolist()
+    for record in windows:
+        yield from record.loss.tolist()
 
 
 # A change that should not move numbers moves none of these. To write them anew after one that

@@ -51,7 +51,7 @@ def test_the_default_prints_ten_three_ways(command: Callable[..., Any], in_tmp_p
     assert "tape.watch" in out
     (run,) = (in_tmp_path / "runs").iterdir()
     assert run.name.endswith("-gradient")
-    assert f"kept in runs/{run.name}" in out
+    assert f"saved in runs/{run.name}" in out
     document = json.loads((run / "gradient.json").read_text())
     assert document["methods"]["tf.GradientTape"] == {"value": 27, "derivative": 10}
     assert (run / "function.png").read_bytes().startswith(b"\x89PNG")

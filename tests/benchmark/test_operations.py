@@ -50,7 +50,7 @@ def test_operations_are_measured_and_kept(
     )
     assert code == 0, err
     assert "embedding" in out
-    folder = Path(out.split("kept in ")[1].split(";")[0])
+    folder = Path(out.split("saved in ")[1].split(";")[0])
     document = json.loads((folder / "operations.json").read_text())
     rows = {(row["operation"], row["gradient"]): row for row in document["rows"]}
     assert len(rows) == 8

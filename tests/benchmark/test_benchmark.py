@@ -159,7 +159,7 @@ def test_formats_are_compared(
         )
         assert row["bytes"] == size - ours
         assert f"{row['bytes']:,}" in said
-    folder = Path(said.split("kept in ")[1].split(";")[0])
+    folder = Path(said.split("saved in ")[1].split(";")[0])
     assert json.loads((folder / "formats.json").read_text()) == document
     assert len((folder / "formats.csv").read_text().splitlines()) == 4
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,8 @@ import pytest
 from rich.console import Console
 
 import trainer
-from trainer import assembly, workflow
+from trainer import experiment as experiment_module
+from trainer import workflow
 from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
 from trainer.training import checkpoint
@@ -43,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     },
     "training.epochs": 3,
     "training.batch_size": 16,
-    "training.steps_per_call": 4,
+    "training.steps_per_execution": 4,
     "training.checkpoint_seconds": 0.0,
     "training.deterministic": True,
     "training.precision": "float32",
@@ -271,12 +272,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     else:
         content = {"cut": whole[: len(whole) // 2], "empty": b"", "foreign": b"PK\x03\x04 no zip"}
         two.write_bytes(content[how])
-    expected = checkpoint._read(one).position
+    expected = checkpoint._read(one).progress
     trainer_log = "trainer.training.checkpoint"
     with caplog.at_level("WARNING", logger=trainer_log):
         found = checkpoint.newest_checkpoint(run)
     assert found is not None
-    assert found.position == expected
+    assert found.progress == expected
     (said,) = [record.getMessage() for record in caplog.records if record.name == trainer_log]
     assert str(two) in said
     assert "going back to the one before" in said
@@ -291,11 +292,11 @@ def test_a_directory_that_another_process_makes_first_is_left_to_it(
     """A second `fit`, started in the same second, is faster once."""
     faster: list[Path] = []
 
-    def make_callbacks(setting: Any, folder: Path, given: Any) -> Any:
+    def make_callbacks(experiment: Any, folder: Path, given: Any) -> Any:
         if not faster:
             folder.mkdir(parents=True)
             faster.append(folder)
-        return assembly.make_callbacks(setting, folder, given)
+        return experiment_module.make_callbacks(experiment, folder, given)
 
     monkeypatch.setattr(workflow, "make_callbacks", make_callbacks)
     fitted = fit(logging__name="same", training__epochs=1)
@@ -418,7 +419,7 @@ def test_where_it_is_trained_may_change(fit: Fit, undisturbed: dict[str, Any]) -
         "training.device": "cpu",
         "training.checkpoint_seconds": 1e9,
         "data.directory": "there",
-        "data.files": "archives",
+        "data.archives": "archives",
         "data.placement": "stream",
         "logging.tensorboard": False,
     }
@@ -607,7 +608,7 @@ def test_checkpoints_without_the_newer_states_are_taken(
         "optimizer__options": {"use_ema": True},
         "logging__tensorboard": False,
         "training__checkpoint_seconds": 0.0,
-        "training__steps_per_call": 1,
+        "training__steps_per_execution": 1,
     }
     whole = contents(fit(Bomb(), **options).run)
     with pytest.raises(Killed):

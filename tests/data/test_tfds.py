@@ -573,7 +573,7 @@ ARCHIVES = [
 ERROR_PAGE = b"<html>403 Forbidden</html>"
 
 
-@pytest.fixture(params=["data.files", "TRAINER_DATA_FILES"])
+@pytest.fixture(params=["data.archives", "TRAINER_DATA_FILES"])
 def give(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -583,8 +583,8 @@ def give(
     """Names a folder of archives, by the configuration or by the environment."""
 
     def configure(folder: Path) -> DataConfig:
-        if request.param == "data.files":
-            return mnist(tmp_path / "data", files=str(folder))
+        if request.param == "data.archives":
+            return mnist(tmp_path / "data", archives=str(folder))
         monkeypatch.setenv("TRAINER_DATA_FILES", str(folder))
         return mnist(tmp_path / "data")
 
@@ -628,7 +628,7 @@ def test_folder_that_lacks_an_archive_is_refused(
 def test_folder_that_does_not_exist_is_refused(
     give: Callable[[Path], DataConfig], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"(data\.files|TRAINER_DATA_FILES) = .*no such folder"):
+    with pytest.raises(InputError, match=r"(data\.archives|TRAINER_DATA_FILES) = .*no such folder"):
         load(give(tmp_path / "archives"))
 
 
@@ -641,10 +641,10 @@ def test_folder_without_any_archive_is_refused_or_noticed(
     config = give(folder).model_copy(update={"allow_sample": False})
     with pytest.raises(InputError) as refused:
         load(config)
-    if config.files:  # named for this very set
+    if config.archives:  # named for this very set
         expected = ", ".join(sorted(ARCHIVES))
         assert str(refused.value) == (
-            f"{folder} (data.files) holds no archive of mnist: expected {expected}"
+            f"{folder} (data.archives) holds no archive of mnist: expected {expected}"
         )
     else:
         assert re.search("not prepared in .*no archives were given", str(refused.value))

@@ -20,6 +20,7 @@ import pytest
 from trainer.config import Config, load_config
 from trainer.errors import InputError, MissingError
 from trainer.tuning import cluster
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import SearchFolder
 from trainer.tuning.oracles import make_oracle, quiet
 
@@ -40,7 +41,7 @@ precision = "float32"
 name = "s"
 tensorboard = false
 [tuning]
-trials = 3
+max_trials = 3
 patience = 0
 pruning = false
 direction = "max"
@@ -100,7 +101,7 @@ def _require_whole(trials: int = 3) -> None:
 def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
     search: Config, command: Callable[..., Any]
 ) -> None:
-    assert search.tuning.trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     killed = []
 
     def kill() -> None:
@@ -170,7 +171,7 @@ def test_a_signal_saves_the_trial_and_says_how_to_go_on(
         _soon(_under_way)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert search.tuning.trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     thread = threading.Thread(target=stop)
     thread.start()
     code, _, err = command("tune", "s.toml")
@@ -235,7 +236,7 @@ def test_a_chief_without_workers_and_one_without_a_port_say_so(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert search.tuning.trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for variable, value in zip(
@@ -260,7 +261,7 @@ def test_a_chief_without_workers_and_one_without_a_port_say_so(
 def test_chief_and_workers_find_each_other_by_three_variables(
     search: Config, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert search.tuning.trials == 3
+    assert search.table(TuningConfig).max_trials == 3
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

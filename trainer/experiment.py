@@ -23,7 +23,8 @@ from trainer.config import Config, KerasObject
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
 from trainer.errors import InputError
-from trainer.run import Run, sha256
+from trainer.files import sha256
+from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
@@ -40,7 +41,7 @@ _RESERVED = {
 }
 
 
-class Clock:
+class PhaseTimer:
     """Seconds of each named part, one after the other."""
 
     def __init__(self, import_seconds: float | None = None) -> None:
@@ -68,7 +69,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Experiment:
     """Everything that a training or an evaluation needs.
 
     Attributes:
@@ -119,25 +120,25 @@ class Setting:
             limit_batches=training.limit_batches,
         )
 
-    def training_batches(self, clock: "Clock") -> tuple[Batches, Batches]:
+    def training_batches(self, timer: "PhaseTimer") -> tuple[Batches, Batches]:
         """Brings train and validation to the device."""
-        with clock.part("to_device"):
+        with timer.part("to_device"):
             return self.batches("train", shuffled=True), self.batches("validation")
 
 
-def assemble(
+def build_experiment(
     config: Config,
-    clock: Clock,
+    timer: PhaseTimer,
     chosen: Devices | None = None,
     *,
     cluster: Cluster | None = None,
     restored: Run | None = None,
-) -> Setting:
+) -> Experiment:
     """Chooses devices, loads data, builds and compiles the network; resolves what was left open.
 
     Args:
         config: The experiment.
-        clock: Takes the seconds of each part.
+        timer: Takes the seconds of each part.
         chosen: Devices that take the place of the configuration's.
         cluster: The workers to train with, each by the same configuration on the same data.
         restored: A finished run whose network takes the place of a new one, to be evaluated.
@@ -147,7 +148,7 @@ def assemble(
         MissingError: The device that was asked for is not here.
         CheckError: The outputs are not on the device asked for.
     """
-    with clock.part("devices"):
+    with timer.part("devices"):
         chosen = chosen or devices.select(
             config.training.device,
             cluster,
@@ -157,12 +158,12 @@ def assemble(
     # Before the data, which may have to be fetched first.
     models.find(config.model)
     try_optimizer(config.optimizer)
-    with clock.part("data"):
+    with timer.part("data"):
         data = datasets.load(config.data)
     if restored is not None:
         require_data(restored, spec_of(restored).fingerprint, data.spec)
     settings = {f"{s}.{k}": v for s, table in config.model_dump().items() for k, v in table.items()}
-    chosen.require_alike(settings | {"the data itself": data.spec.fingerprint})
+    chosen.require_same(settings | {"the data itself": data.spec.fingerprint})
     resolved: dict[str, Any] = {
         "data": datasets.resolve(config.data).model_dump(),
         "model": models.resolve(config.model).model_dump(),
@@ -170,7 +171,7 @@ def assemble(
     }
     if data.spec.name == "mnist_sample":
         resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
-    with clock.part("model"):
+    with timer.part("model"):
         keras.utils.set_random_seed(config.training.seed)
         if config.training.deterministic:
             tf.config.experimental.enable_op_determinism()
@@ -180,22 +181,22 @@ def assemble(
                 augmentation = make_augmentation(config.data.augmentation, data)
             else:
                 model, augmentation = restore(restored, chosen, compiled=True), None
-        placed = _rehearse(model, data, chosen)
+        placed = _check_forward(model, data, chosen)
         resolved["training.jit_compile"] = _resolve_jit_compile(config, model, chosen)
         config = config.with_changes(resolved)
         loop = Loop(
             model,
             chosen,
-            steps_per_call=config.training.steps_per_call,
+            steps_per_execution=config.training.steps_per_execution,
             clip_norm=config.training.clip_norm,
             jit_compile=bool(config.training.jit_compile),
             augment=augmentation,
             gradient_norms=config.logging.histograms,
         )
-    return Setting(config, data, chosen, placed, model, loop, augmentation)
+    return Experiment(config, data, chosen, placed, model, loop, augmentation)
 
 
-def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
+def _check_forward(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
     """Sends a few images through network, loss and metrics: what does not fit is known at once.
 
     Returns:
@@ -214,7 +215,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
             outputs = strategy.experimental_local_results(
                 strategy.run(lambda images: model(images, training=False), args=(images,))
             )
-    except keras_objects.REFUSALS as error:
+    except keras_objects.KERAS_ERRORS as error:
         reason = keras_objects.explain(error)
         raise InputError(f"the network cannot be run on images of the data: {reason}") from error
     placed = devices.check_placement(outputs, chosen)
@@ -224,7 +225,7 @@ def _rehearse(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
             model.compute_metrics(images, labels, outputs[0])
             logs = metric_tensors(model.get_metrics_result())
             model.reset_metrics()
-    except keras_objects.REFUSALS as error:
+    except keras_objects.KERAS_ERRORS as error:
         reason = keras_objects.explain(error)
         raise InputError(
             "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
@@ -388,12 +389,12 @@ def spec_of(run: Run) -> DataSpec:
 
 
 def make_callbacks(
-    setting: Setting, folder: Path, given: Sequence[keras.callbacks.Callback] = ()
+    experiment: Experiment, folder: Path, given: Sequence[keras.callbacks.Callback] = ()
 ) -> list[keras.callbacks.Callback]:
     """Makes the callbacks of the configuration, and checks them and those given in Python.
 
     Args:
-        setting: Its configuration names them; its model says what they can monitor.
+        experiment: Its configuration names them; its model says what they can monitor.
         folder: The run directory, which takes the place of "{run}" in an option.
         given: Callbacks that follow those of the configuration.
 
@@ -403,17 +404,17 @@ def make_callbacks(
     Raises:
         InputError: One is unknown, refuses its options, or would fail or do harm in training.
     """
-    described = [_in_folder(callback, folder) for callback in setting.config.training.callbacks]
+    described = [_in_folder(callback, folder) for callback in experiment.config.training.callbacks]
     kinds = [keras_objects.find("callback", each.name) for each in described]
     for kind in (*kinds, *map(type, given)):
-        _check_kind(setting, kind)
-    logs = _epoch_logs(setting.model)
+        _check_kind(experiment, kind)
+    logs = _epoch_logs(experiment.model)
     for i, each in enumerate(described):
         # Callbacks of a user's own may add logs, for those that come after them.
         own = any(not kind.__module__.startswith("keras.") for kind in kinds[:i])
         monitor = each.options.get("monitor")
         added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
-        try_callback(each, setting.model, added | logs)
+        try_callback(each, experiment.model, added | logs)
     return [*(keras_objects.make("callback", each) for each in described), *given]
 
 
@@ -453,7 +454,7 @@ def _epoch_logs(model: keras.Model) -> dict[str, Any]:
     }
 
 
-def _check_kind(setting: Setting, kind: type) -> None:
+def _check_kind(experiment: Experiment, kind: type) -> None:
     """Refuses callbacks that lose a user's work or that act against a part of the workflow."""
     name = kind.__name__
     if issubclass(kind, keras.callbacks.BackupAndRestore):
@@ -467,7 +468,7 @@ def _check_kind(setting: Setting, kind: type) -> None:
             "kept without it"
         )
     setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
-    schedule = setting.config.optimizer.schedule
+    schedule = experiment.config.optimizer.schedule
     if schedule is not None and issubclass(kind, setters):
         raise InputError(
             f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer.errors import InputError
 from trainer.training import step
-from trainer.training.loop import Loop, Window
+from trainer.training.loop import CallRecord, Loop
 
 Make = Callable[..., Any]
 
@@ -117,9 +117,9 @@ def keras_over_two_epochs(
     return run_steps(keras_own, model, batches, reset=10), model.get_weights()
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 50])
+@pytest.mark.parametrize("steps_per_execution", [1, 50])
 def test_loop_equals_keras_own_step(
-    steps_per_call: int,
+    steps_per_execution: int,
     tiny: Any,
     compiled_model: Make,
     batches_of: Make,
@@ -128,13 +128,13 @@ def test_loop_equals_keras_own_step(
 ) -> None:
     expected, weights = keras_over_two_epochs
     model = compiled_model(one_device)
-    loop = Loop(model, one_device, steps_per_call=steps_per_call)
-    windows: list[Window] = []
+    loop = Loop(model, one_device, steps_per_execution=steps_per_execution)
+    windows: list[CallRecord] = []
     loop.fit(batches_of(tiny.train, one_device, 7), epochs=2, observers=[windows.append])
-    assert len(windows) == (20 if steps_per_call == 1 else 2)
-    for window in windows:
-        wanted = expected[window.first_step + window.steps - 1]
-        assert window.logs == pytest.approx(wanted, rel=1e-6)
+    assert len(windows) == (20 if steps_per_execution == 1 else 2)
+    for record in windows:
+        wanted = expected[record.first_step + record.steps - 1]
+        assert record.logs == pytest.approx(wanted, rel=1e-6)
     for found, wanted in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
 
@@ -256,10 +256,10 @@ def test_two_devices_equal_one_on_the_same_batches(
     results = []
     for chosen in (one_device, two_devices):
         model = compiled_model(chosen, **model_options)
-        loop = Loop(model, chosen, steps_per_call=5, **loop_options)
+        loop = Loop(model, chosen, steps_per_execution=5, **loop_options)
         # 64 rows: nine batches of 7 (3 rows and 4), then one of a single row (none and 1).
         train = batches_of(tiny.train, chosen, 7, placement=placement, seed=3)
-        windows: list[Window] = []
+        windows: list[CallRecord] = []
         loop.fit(train, epochs=2, observers=[windows.append])
         assert int(model.optimizer.iterations.numpy()) == 20
         results.append((model.get_weights(), windows))

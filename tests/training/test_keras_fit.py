@@ -14,7 +14,7 @@ from test_loop import Recorder, compare_histories, compare_weights, keras_fit
 from trainer.errors import InputError
 from trainer.training.averaging import AveragedWeights
 from trainer.training.callbacks import MetricsFile, TensorBoardCurves
-from trainer.training.loop import Loop, Window
+from trainer.training.loop import CallRecord, Loop
 
 Make = Callable[..., Any]
 EPOCHS = 3
@@ -64,7 +64,7 @@ def both(
             epochs=EPOCHS,
             callbacks=[*(keras_callbacks or callbacks)(), recorders[0]],
         )
-        found = Loop(ours, one_device, steps_per_call=4).fit(
+        found = Loop(ours, one_device, steps_per_execution=4).fit(
             batches_of(tiny.train, one_device, 8),
             batches_of(tiny.test, one_device, 5),
             epochs=EPOCHS,
@@ -256,7 +256,7 @@ def test_a_list_of_results_is_an_array(
             return [self.count, self.count * 2.0]
 
     model = compiled_model(one_device, metrics=[Lists("several")])
-    windows: list[Window] = []
+    windows: list[CallRecord] = []
     history = Loop(model, one_device).fit(
         batches_of(tiny.train, one_device, 32), epochs=1, observers=[windows.append]
     )
@@ -350,12 +350,12 @@ def test_a_step_of_a_models_own_is_recorded_step_by_step(
 ) -> None:
     model = of_class(OwnStep, compiled_model)(one_device)
     loop = Loop(model, one_device, gradient_norms=True)
-    windows: list[Window] = []
+    windows: list[CallRecord] = []
     loop.fit(batches_of(tiny.train, one_device, 8), epochs=1, observers=[windows.append])
-    (window,) = windows
-    assert window.loss.shape == window.metrics["error"].shape == (8,)
-    assert window.gradient_norms is None
-    assert len(set(window.loss.tolist())) == 8
+    (record,) = windows
+    assert record.loss.shape == record.metrics["error"].shape == (8,)
+    assert record.gradient_norms is None
+    assert len(set(record.loss.tolist())) == 8
     scores, probabilities = loop.evaluate(batches_of(tiny.test, one_device, 5), collect=True)
     images, labels = tiny.test.read()
     wanted = np.eye(3)[labels]
@@ -444,7 +444,7 @@ def test_several_optimizers_in_one(
 
     both(optimizer=two)
     model = compiled_model(one_device, optimizer=two)
-    windows: list[Window] = []
+    windows: list[CallRecord] = []
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     curves = TensorBoardCurves(tmp_path, histograms=False)
     Loop(model, one_device).fit(

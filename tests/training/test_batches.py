@@ -83,7 +83,7 @@ def test_both_placements_train_to_the_same_weights(
     for placement in ("device", "stream"):
         model = compiled_model(one_device, dropout=0.5)
         train = batches_of(tiny.train, one_device, 7, placement=placement, seed=4)
-        Loop(model, one_device, steps_per_call=4).fit(train, epochs=2)
+        Loop(model, one_device, steps_per_execution=4).fit(train, epochs=2)
         ends.append(model.get_weights())
     for resident, streamed in zip(*ends, strict=True):
         np.testing.assert_array_equal(resident, streamed)

@@ -20,6 +20,7 @@ import trainer
 from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError
 from trainer.run import Run
+from trainer.tuning.config import TuningConfig
 from trainer.tuning.folder import Record, SearchFolder, ranked
 from trainer.tuning.oracles import COMPLETED, STOPPED, make_oracle, quiet
 from trainer.tuning.results import importances
@@ -41,11 +42,11 @@ options = { weight_decay = 0.01 }
 [training]
 epochs = 3
 batch_size = 16
-steps_per_call = 5
+steps_per_execution = 5
 device = "cpu"
 precision = "float32"
 [tuning]
-trials = 4
+max_trials = 4
 patience = 2
 [tuning.space]
 optimizer.learning_rate = { low = 0.001, high = 0.1, scale = "log" }
@@ -78,8 +79,11 @@ RATE = "tuning.space.optimizer.learning_rate"
     [
         ("tuning.space={}", "tuning.space is empty: expected keys to search over"),
         ("tuning.algorithm=tpe", "expected 'random', 'bayesian', 'hyperband' or 'grid'"),
-        ("tuning.trials=0", "tuning.trials: expected greater than or equal to 1, received 0"),
-        ("tuning.trails=3", "unknown key 'tuning.trails': did you mean 'trials'?"),
+        (
+            "tuning.max_trials=0",
+            "tuning.max_trials: expected greater than or equal to 1, received 0",
+        ),
+        ("tuning.max_trails=3", "unknown key 'tuning.max_trails': did you mean 'max_trials'?"),
         (f"{RATE}={{low=1, hihg=2}}", f"unknown key '{RATE}.hihg': did you mean 'high'?"),
         (f"{RATE}={{low=nan, high=1}}", "low: expected a finite number, received nan"),
         (f"{RATE}={{low='a', high=1}}", "low: expected a valid number, received 'a'"),
@@ -215,7 +219,7 @@ def test_the_direction_of_an_unknown_metric_must_be_told(search: Callable[..., C
 
 def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
     def values(text: str) -> Any:
-        space = search(f"tuning.space.optimizer.clip={text}").tuning.space
+        space = search(f"tuning.space.optimizer.clip={text}").table(TuningConfig).space
         return values_of(space["optimizer.clip"])
 
     assert values("{low=0.1, high=0.5, step=0.1}") == [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -245,7 +249,7 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
         "patience": 2,
         "restore_best_weights": True,
     }
-    assert own.tuning == Config().tuning
+    assert own.table(TuningConfig) == TuningConfig()
     assert "[tuning]" not in own.to_toml()
     kept = trial_config(config, decode(config, {rate: 0.1, name: 0, units: 0}))
     assert kept.optimizer.options == {"weight_decay": 0.01}  # of the same optimizer
@@ -297,7 +301,7 @@ DISCRETE = (f"{RATE}={{choices=[0.1, 0.01]}}", "tuning.direction=max")
 def test_a_grid_is_gone_through_once_whatever_interrupts_it(
     search: Callable[..., Config], tmp_path: Path
 ) -> None:
-    config = search("tuning.algorithm=grid", "tuning.trials=99", *DISCRETE)
+    config = search("tuning.algorithm=grid", "tuning.max_trials=99", *DISCRETE)
     together: list[dict[str, Any]] = []
     while taken := _take(make_oracle(config, tmp_path / "oracle"), 3):  # a new process each
         together += taken
@@ -309,7 +313,7 @@ def test_a_grid_is_gone_through_once_whatever_interrupts_it(
 def test_an_interrupted_search_chooses_what_it_would_have_chosen(
     search: Callable[..., Config], tmp_path: Path, algorithm: str
 ) -> None:
-    config = search(f"tuning.algorithm={algorithm}", "tuning.direction=max", "tuning.trials=9")
+    config = search(f"tuning.algorithm={algorithm}", "tuning.direction=max", "tuning.max_trials=9")
     at_once = _take(make_oracle(config, tmp_path / "a"), 9)
     in_parts: list[dict[str, Any]] = []
     for count in (2, 3, 9):
@@ -350,7 +354,7 @@ def test_the_bayesian_search_does_not_repeat_itself(
     search: Callable[..., Config], tmp_path: Path
 ) -> None:
     choices = f"{RATE}={{choices=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}}"
-    bayesian = ("tuning.algorithm=bayesian", "tuning.trials=99", "tuning.space={}")
+    bayesian = ("tuning.algorithm=bayesian", "tuning.max_trials=99", "tuning.space={}")
     config = search(*bayesian, choices, *DISCRETE[1:])
     taken = _take(make_oracle(config, tmp_path / "oracle"), 9)
     assert len({json.dumps(values) for values in taken}) == len(taken) == 7
@@ -405,7 +409,7 @@ def test_a_pruned_trial_that_was_killed_before_its_record_stays_pruned(
     search: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two executions each: one that goes on would be trained a second time, by another seed."""
-    config = search("tuning.executions=2", "tuning.patience=0", "tuning.direction=max")
+    config = search("tuning.executions_per_trial=2", "tuning.patience=0", "tuning.direction=max")
     folder = SearchFolder("runs", "p")
     folder.create(config)
     for trial in range(5):
@@ -613,7 +617,7 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
     options = [
         *("tune", "s.toml", "--json", "--trials", "6"),
         *("--set", 'training.callbacks=[{name="bomb:Bomb"}]', "--set", "tuning.algorithm=grid"),
-        *("--set", "tuning.executions=2", "--set", "training.epochs=1"),
+        *("--set", "tuning.executions_per_trial=2", "--set", "training.epochs=1"),
         *("--set", "tuning.space={}", "--set", "logging.tensorboard=false"),
     ]
     steps = ["--set", "tuning.space.training.batch_size={choices=[16, 32]}"]  # 9 of 16
@@ -632,7 +636,7 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
     assert code == 4
     assert "trial 0 failed, and it ends the search: RuntimeError: the bomb went off" in err
     # Time is up before the second: a search in time ends well.
-    last = ["--set", "tuning.seconds=0.001", "--set", "tuning.executions=1"]
+    last = ["--set", "tuning.max_seconds=0.001", "--set", "tuning.executions_per_trial=1"]
     steps = ["--set", "tuning.space.training.batch_size={choices=[32, 36]}"]
     code, out, err = command(*options, "--name", "d", *steps, *last)
     assert code == 0, err
@@ -642,7 +646,7 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
 def test_many_failures_in_a_row_end_the_search(search: Callable[..., Config]) -> None:
     from trainer.tuning.search import _Watch
 
-    config = search("tuning.direction=max", "tuning.trials=99")
+    config = search("tuning.direction=max", "tuning.max_trials=99")
     folder = SearchFolder("runs", "w")
     folder.create(config)
     oracle: Any = SimpleNamespace(end_order=[], trials={}, max_trials=99)
@@ -722,7 +726,7 @@ def test_a_search_that_lost_a_part_is_refused_and_the_rest_is_left(
     search: Callable[..., Config],
     command: Callable[..., Any],
 ) -> None:
-    config = search("tuning.direction=max", "logging.name=s", "tuning.trials=1")
+    config = search("tuning.direction=max", "logging.name=s", "tuning.max_trials=1")
     folder = SearchFolder("runs", "s")
     folder.create(config)
     folder.write_json("seconds.json", {"seconds": 1.0})

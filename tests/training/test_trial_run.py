@@ -12,9 +12,9 @@ import pytest
 import tensorflow as tf
 
 import trainer
-from trainer.assembly import Clock, Setting, assemble, make_callbacks
 from trainer.config import Config
 from trainer.errors import InputError
+from trainer.experiment import Experiment, PhaseTimer, build_experiment, make_callbacks
 from trainer.training.callbacks import scalars
 
 TINY = {
@@ -28,17 +28,17 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def setting() -> Setting:
-    return assemble(Config().with_changes(TINY), Clock())
+def experiment() -> Experiment:
+    return build_experiment(Config().with_changes(TINY), PhaseTimer())
 
 
 @pytest.fixture
-def make(setting: Setting, in_tmp_path: Path) -> Callable[..., list[Any]]:
+def make(experiment: Experiment, in_tmp_path: Path) -> Callable[..., list[Any]]:
     """Makes one callback of the configuration; the working directory stays empty."""
 
     def make_one(name: str, *given: Any, **options: Any) -> list[Any]:
         described = {"training.callbacks": [{"name": name, "options": options}]}
-        changed = replace(setting, config=setting.config.with_changes(described))
+        changed = replace(experiment, config=experiment.config.with_changes(described))
         made = make_callbacks(changed, in_tmp_path / "run", given)
         assert not list(in_tmp_path.iterdir())
         return made
@@ -102,7 +102,7 @@ class Adds(keras.callbacks.Callback):
 
 
 def test_a_log_that_a_users_callback_adds_can_be_monitored_after_it(
-    setting: Setting, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = {"name": "EarlyStopping", "options": {"monitor": "val_own", "mode": "min"}}
     monkeypatch.setitem(sys.modules, "adding", sys.modules[__name__])
@@ -110,12 +110,12 @@ def test_a_log_that_a_users_callback_adds_can_be_monitored_after_it(
 
     def make_all(*callbacks: Any) -> list[Any]:
         described = {"training.callbacks": list(callbacks)}
-        changed = replace(setting, config=setting.config.with_changes(described))
+        changed = replace(experiment, config=experiment.config.with_changes(described))
         return make_callbacks(changed, in_tmp_path / "run")
 
     assert [type(each).__name__ for each in make_all(own, stop)] == ["Adds", "EarlyStopping"]
     for wrong in ([stop, own], [stop]):
-        with pytest.raises(InputError, match=r"'val_own'.*comes before one that monitors it"):
+        with pytest.raises(InputError, match=r"'val_own'.*must come before one that monitors it"):
             make_all(*wrong)
 
 
@@ -174,4 +174,4 @@ def test_metrics_with_a_name_of_our_own_are_refused(
     monkeypatch.setitem(sys.modules, "named", sys.modules[__name__])
     metrics = {"training.metrics": [{"name": name, "options": options}]}
     with pytest.raises(InputError, match="is a name of our own: choose another"):
-        assemble(Config().with_changes(TINY | metrics), Clock())
+        build_experiment(Config().with_changes(TINY | metrics), PhaseTimer())

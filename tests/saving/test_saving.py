@@ -116,7 +116,7 @@ def test_evaluate_refuses_what_it_cannot_do_with_a_saved_model(
     result = command("evaluate", exported["onnx"], "--split", "all")
     assert "expected a split: train, validation or test; received 'all'" in refused(result)
     result = command("evaluate", exported["onnx"], "--device", "cpu")
-    assert "is no run; a saved model is scored by its own runtime" in refused(result)
+    assert "is not a run; a saved model is scored by its own runtime" in refused(result)
 
 
 def test_tensorflow_s_own_program_runs_the_saved_model(

@@ -209,7 +209,7 @@ def test_the_command_measures_keeps_and_compares(
     assert code == 0
     assert "square 64" in out
     assert "left out: GPU: TensorFlow finds none" in out
-    folder = Path(out.split("kept in ")[1].split(";")[0])
+    folder = Path(out.split("saved in ")[1].split(";")[0])
     assert {path.name for path in folder.iterdir()} == {
         *("matmul.json", "matmul.csv", "dot.png", "square.png", "tensorboard"),
     }

@@ -13,13 +13,13 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import devices
-from trainer.assembly import Clock, Setting, assemble
 from trainer.benchmark import step
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.matmul import Effort
 from trainer.benchmark.timing import Timing
 from trainer.config import Config
 from trainer.errors import CheckError
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 
 TINY = Effort((), (128,), blocks=3, block_seconds=0.002, warm_up_seconds=0.01)
 
@@ -37,9 +37,9 @@ def config(**training: Any) -> Config:
     )
 
 
-def prepared(**training: Any) -> Setting:
+def prepared(**training: Any) -> Experiment:
     """The same, assembled on the second logical CPU."""
-    return assemble(config(**training), Clock(), devices.single("CPU:1"))
+    return build_experiment(config(**training), PhaseTimer(), devices.single("CPU:1"))
 
 
 def graph_of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> tf.Graph:
@@ -119,14 +119,14 @@ def test_a_bare_epoch_trains_as_the_loop_does() -> None:
 
 
 def test_the_loop_repeats_epochs_in_calls_of_equal_length() -> None:
-    setting = prepared(batch_size=64, steps_per_call=2)
-    train = setting.batches("train", shuffled=True)
-    windows = list(islice(setting.loop.repeat(train, 2), 5))
+    experiment = prepared(batch_size=64, steps_per_execution=2)
+    train = experiment.batches("train", shuffled=True)
+    windows = list(islice(experiment.loop.repeat(train, 2), 5))
     assert train.steps == 5  # the fifth step, which makes no whole call, is left out
     assert [(w.epoch, w.first_step, w.steps) for w in windows] == [
         *[(0, 0, 2), (0, 2, 2), (1, 5, 2), (1, 7, 2), (2, 10, 2)]
     ]
-    assert int(setting.model.optimizer.iterations) == 10
+    assert int(experiment.model.optimizer.iterations) == 10
 
 
 def test_steps_are_measured_and_kept(
@@ -140,7 +140,7 @@ def test_steps_are_measured_and_kept(
         *("--batch-size", "20", "--batch-size", "50", "--batch-size", "1000"),
     )
     assert code == 0, err
-    folder = Path(out.split("kept in ")[1].split(";")[0])
+    folder = Path(out.split("saved in ")[1].split(";")[0])
     document = json.loads((folder / "step.json").read_text())
     rows = {(row["device"], row["batch_size"]): row for row in document["rows"]}
     assert rows.keys() == {(f"CPU:{i}", size) for i in (0, 1) for size in (20, 50)}

@@ -1,0 +1,238 @@
+"""What all verbs share: options, printing, notices, and errors as one line.
+
+Nothing heavy is imported here, so that `trainer --help` answers at once.
+"""
+
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Column, Table
+from rich.text import Text
+
+from trainer.errors import shell_command
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+DEFAULT_CONFIG = Path("configs/mnist.toml")
+# A pipe has no width; rich needs a number.
+_PIPE_WIDTH = 1_000_000
+# Lines that TensorFlow prints when it is imported, before its log level takes effect.
+_IMPORT_MESSAGES = re.compile(
+    r"WARNING: All log messages before absl|I0000 |To enable the following instruct"
+)
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A TOML file", show_default=True)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; repeatable"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto | cpu | gpu | gpu:N | all")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help='A run directory, its name, or "latest"')
+]
+RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Allow code and any operation in the model: know its author"),
+]
+
+
+def load_config(
+    path: Path,
+    overrides: Sequence[str] | None,
+    flags: dict[str, Any] | None = None,
+    *,
+    stored: bool = False,
+) -> "Config":
+    """Reads a configuration and applies the options of a verb.
+
+    Args:
+        path: A TOML file.
+        overrides: Values of `--set`.
+        flags: Values of other options by dotted key; None: the option was not given.
+        stored: The file belongs to a run, perhaps of an earlier version.
+    """
+    from trainer.config import load_config as load
+
+    config = load(path, overrides or (), stored=stored)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    return config.with_changes(given) if given else config
+
+
+def require(device: str, run: str | None = None, runs: str = "runs") -> None:
+    """Checks that a device and a run exist before TensorFlow is imported, which takes seconds.
+
+    Args:
+        device: "auto", "cpu", "gpu", "gpu:N" or "all".
+        run: A run directory, its name, or "latest"; None: no run is needed.
+        runs: Folder that holds the run directories.
+    """
+    from trainer.devices import require_driver
+    from trainer.run import open_run
+
+    require_driver(device)
+    if run is not None:
+        open_run(run, runs_directory=runs)
+
+
+def import_module(name: str) -> Any:
+    """Imports a module that imports TensorFlow, quietly and without what it rarely needs."""
+    from trainer.devices import gpu_driver_files
+    from trainer.startup import lean_imports
+
+    # Errors are printed if there is a GPU driver; without one, the missing CUDA is not an error.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if gpu_driver_files() else "3")
+    with _without_import_messages(), lean_imports():
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _without_import_messages() -> Iterator[None]:
+    """Removes TensorFlow's messages about itself from stderr while it is imported.
+
+    It writes them to file descriptor 2 before its log level takes effect. All other lines are
+    printed at the end. TF_CPP_MIN_LOG_LEVEL=0 shows everything.
+    """
+    if sys.stderr is None or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.writelines(line for line in lines if not _IMPORT_MESSAGES.match(line))
+            sys.stderr.flush()
+
+
+def stdout_to_stderr() -> AbstractContextManager[Any]:
+    """Sends what callbacks and users' modules print to stderr: stdout is for the result."""
+    return redirect_stdout(sys.stderr)
+
+
+def start_logging() -> Console:
+    """Shows the log of the package on stderr, warnings in a frame.
+
+    Returns:
+        The console of stderr, for a progress bar.
+    """
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            """Raises; rich would end the process. A training continues without a reader."""
+            raise BrokenPipeError
+
+    console = Terminal(stderr=True)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            try:
+                if record.levelno >= logging.WARNING:
+                    console.print(Panel(Text(message), title="NOTICE", border_style="bold yellow"))
+                else:
+                    console.print(message, highlight=False, markup=False, soft_wrap=True)
+            except OSError:  # the terminal was closed: the training continues, log.txt has it all
+                logging.getLogger("trainer").removeHandler(self)
+
+    logger = logging.getLogger("trainer")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # tensorflow-datasets adds a handler to the root logger
+    logger.handlers = [Handler(logging.INFO)]
+    logging.getLogger("absl").setLevel(logging.ERROR)  # tensorflow-datasets logs every step
+    return console
+
+
+def escape_unencodable() -> None:
+    r"""Makes stdout and stderr print a character that their encoding lacks as `\u2026`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_line(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Prints a line at once, in the encoding of the stream (typer.echo may use another)."""
+    print(text, end=end, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def print_json(content: Any) -> None:
+    """Prints a JSON document on stdout, in ASCII: it reads the same in every locale."""
+    print_line(json.dumps(content, indent=2, allow_nan=False))
+
+
+def print_table(facts: dict[str, Any], *, as_json: bool = False) -> None:
+    """Prints names and values, one per line, or as one JSON document."""
+    if as_json:
+        print_json(facts)
+        return
+    rows = []
+    for key, value in facts.items():
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = ", ".join(map(str, value))
+        rows.append((Text(key, "bold"), text))
+    print_rows(rows)
+
+
+def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] = ()) -> None:
+    """Prints a table on stdout. A terminal wraps long cells; a pipe gets them on one line.
+
+    Args:
+        rows: The cells. Strings are printed without rich's markup.
+        titles: Titles of the columns; none: a table without a head.
+    """
+    style: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 1)}
+    if titles:
+        style = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    table = Table(*(Column(Text(title)) for title in titles), **style)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    for column in table.columns:
+        column.overflow = "fold"
+    size: dict[str, Any] = {} if sys.stdout.isatty() else {"width": _PIPE_WIDTH, "height": 1}
+    Console(**size).print(table)
+
+
+def print_run(run: Path, *, tensorboard: bool) -> None:
+    """Prints the folder of a result, and the command that shows it."""
+    command = f"; see it with `{tensorboard_command(run.parent)}`" if tensorboard else ""
+    print_line(f"saved in {run}{command}")
+
+
+def tensorboard_command(runs: Path) -> str:
+    """Returns the command that opens TensorBoard on a folder of runs."""
+    options: list[str | Path] = [] if runs == Path("runs") else ["--runs", runs]
+    return shell_command("tensorboard", *options)
+
+
+def format_scores(summary: dict[str, Any]) -> str:
+    """Returns the test scores of a summary as text."""
+    numbers = {k: v for k, v in summary["test"].items() if isinstance(v, float)}
+    return ", ".join(f"test {name} {value:.4f}" for name, value in numbers.items())

@@ -1,0 +1,120 @@
+"""The machine and the software that a result depends on: versions, CPU, GPU, git revision."""
+
+import contextlib
+import functools
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "trainer")
+
+
+def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, Any]:
+    """Describes what a run's numbers depend on besides its configuration.
+
+    Args:
+        device_names: The devices of the run.
+        fingerprint: Of the data.
+    """
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "cpu": cpu_model(),
+        "cpus": usable_cpus(),
+        "cpu_flags": [f for f in cpu_flags() if f.startswith(("avx", "amx", "fma", "neon"))],
+        "gpus": gpu_models(),
+        "devices": list(device_names),
+        "variables": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("TF_", "CUDA_", "XLA_", "OMP_")) and not k.startswith("TF_CLI_")
+        },
+        "git": _git_state(),
+        "data_fingerprint": fingerprint,
+    }
+
+
+@functools.cache
+def cpu_flags() -> tuple[str, ...]:
+    """Returns the instruction sets the CPU lists, sorted; empty where the system has no list."""
+    for line in _cpuinfo():
+        if line.startswith(("flags", "Features")):
+            return tuple(sorted(line.partition(":")[2].split()))
+    if platform.system() == "Darwin":
+        return tuple(sorted(_sysctl("machdep.cpu.features").lower().split()))
+    return ()
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Returns the CPU's name as the system gives it."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    if platform.system() == "Darwin":
+        return _sysctl("machdep.cpu.brand_string")
+    return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Returns how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def cpu_caches() -> dict[str, int]:
+    """Returns the bytes of each cache of the first CPU, smallest first; empty where not told."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        names = ("level", "type", "size")
+        level, kind, size = ((folder / name).read_text().strip() for name in names)
+        if kind != "Instruction":
+            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
+            found[f"L{level}"] = int(size.rstrip("KMG")) * unit
+    return found
+
+
+def gpu_models() -> list[str]:
+    """Returns a line for each GPU that TensorFlow can use: its name and compute capability."""
+    import tensorflow as tf
+
+    lines = []
+    for gpu in tf.config.list_physical_devices("GPU"):
+        details = tf.config.experimental.get_device_details(gpu)
+        capability = ".".join(map(str, details.get("compute_capability", ("unknown",))))
+        lines.append(f"{details.get('device_name', gpu.name)} (compute capability {capability})")
+    return lines
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _sysctl(name: str) -> str:
+    run = subprocess.run(
+        ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip()
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Returns the revision of this code and whether it was changed; None where it is not in git."""
+    checkout = str(Path(__file__).resolve().parent.parent)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", checkout, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return {
+            "revision": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain").strip()),
+        }
+    return None

@@ -83,8 +83,8 @@ def trace_everything(experiment: Experiment) -> None:
         state, zero = train.start_epoch(0), tf.constant(0)
         step.bare_epoch(experiment, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
         images, labels = experiment.data.train.read(slice(4))
-        step._traced_once(experiment, (tf.constant(images), tf.constant(labels)))
-        step._batches_alone(experiment, train, 1)()
+        step.trace_gradients(experiment, (tf.constant(images), tf.constant(labels)))
+        step.bare_epoch(experiment, train, training=False)(state, zero, tf.constant(1))
 
 
 def on_the_host(graphs: list[tf.Graph], experiment: Experiment) -> set[str]:

@@ -174,10 +174,10 @@ def test_training_on_the_second_device_equals_the_first() -> None:
 def test_the_benchmark_reads_batches_where_it_measures() -> None:
     experiment = prepared("device", devices.single("CPU:1"))
     train = experiment.batches("train", shuffled=True)
-    with partitions() as graphs:
-        step._batches_alone(experiment, train, 2)()
-        with experiment.devices.scope():
-            step.bare_epoch(experiment, train)(train.start_epoch(0), tf.constant(0), tf.constant(2))
+    with partitions() as graphs, experiment.devices.scope():
+        for training in (False, True):
+            epoch = step.bare_epoch(experiment, train, training=training)
+            epoch(train.start_epoch(0), tf.constant(0), tf.constant(2))
     gathers = [node for graph in graphs for node in graph.node if "Gather" in node.op]
     assert {node.device[-5:] for node in gathers} == {"CPU:1"}
     kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}

@@ -1,6 +1,5 @@
 """Which operations a GPU has no kernel for: found in any graph, and none in ours."""
 
-import functools
 import itertools
 import json
 import sys
@@ -11,12 +10,12 @@ from typing import Any
 import keras
 import pytest
 import tensorflow as tf
+from graphs import host_operations, prepare_mnist, traced_graphs
 
 from trainer import devices
-from trainer.benchmark import step
 from trainer.config import Config, load_config
 from trainer.errors import InputError
-from trainer.experiment import Experiment, PhaseTimer, build_experiment
+from trainer.experiment import Experiment, PhaseTimer
 from trainer.tensorflow_internals import check_kernels
 from trainer.training.callbacks import TensorBoardCurves
 
@@ -34,64 +33,18 @@ if not tf.sysconfig.get_build_info()["is_cuda_build"]:
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[tf.Graph]]]:
-    """Returns what gives the graph of every `tf.function` that was traced since."""
-    functions: list[Any] = []
-    real = tf.function
-
-    def recorded(function: Any = None, **options: Any) -> Any:
-        if function is None:
-            return functools.partial(recorded, **options)
-        made = real(function, **options)
-        if function.__module__.startswith("trainer."):  # Keras makes some that it seldom traces
-            functions.append(made)
-        return made
-
-    def graphs() -> list[tf.Graph]:
-        concrete = [f for function in functions for f in function._list_all_concrete_functions()]
-        return [function.graph for function in concrete]
-
-    monkeypatch.setattr(tf, "function", recorded)
-    yield graphs
-    keras.utils.clear_session()
-
-
-def prepared(path: Path, placement: str, precision: str, count: str, **changes: Any) -> Experiment:
-    """Assembles a configuration on small data of the shape of MNIST."""
-    config = load_config(path).with_changes(
-        {
-            "data.name": "synthetic",
-            "data.options": {"examples": 200, "height": 28, "width": 28, "classes": 10},
-            "data.placement": placement,
-            "training.precision": precision,
-            "training.batch_size": 32,
-            "training.device": "all" if count == "two" else "cpu",
-            "logging.histograms": True,
-            **changes,
-        }
-    )
-    return build_experiment(config, PhaseTimer())
+def traced() -> Iterator[Callable[[], list[tf.Graph]]]:
+    """Returns the graphs that were traced so far."""
+    with traced_graphs() as graphs:
+        yield graphs
 
 
 def trace_everything(experiment: Experiment) -> None:
-    """Builds the graphs of training, of both kinds of evaluation, and of the benchmark."""
+    """Builds the graphs of training and of both kinds of evaluation."""
     train, validation = experiment.batches("train", shuffled=True), experiment.batches("validation")
     experiment.loop.trace(train)
     for collect in (False, True):
         experiment.loop._trace_evaluation(validation, collect)
-    if experiment.devices.replicas == 1:  # the benchmark measures one device at a time
-        state, zero = train.start_epoch(0), tf.constant(0)
-        step.bare_epoch(experiment, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
-        images, labels = experiment.data.train.read(slice(4))
-        step.trace_gradients(experiment, (tf.constant(images), tf.constant(labels)))
-        step.bare_epoch(experiment, train, training=False)(state, zero, tf.constant(1))
-
-
-def on_the_host(graphs: list[tf.Graph], experiment: Experiment) -> set[str]:
-    names = experiment.devices.names if experiment.devices.replicas > 1 else ()
-    reports = [check_kernels(graph, "GPU", traced_on=names) for graph in graphs]
-    assert sum(report.operations for report in reports) > 300
-    return {str(each) for report in reports for each in report.host}
 
 
 def cases(every: bool) -> list[Any]:
@@ -108,11 +61,11 @@ def cases(every: bool) -> list[Any]:
 def test_every_operation_of_our_graphs_has_a_gpu_kernel(
     path: Path, placement: str, precision: str, count: str, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    experiment = prepared(path, placement, precision, count)
+    experiment = prepare_mnist(path, placement, precision, count)
     trace_everything(experiment)
     graphs = traced()
-    assert len(graphs) == (6 if count == "one" else 3)
-    assert on_the_host(graphs, experiment) == set()
+    assert len(graphs) == 3
+    assert host_operations(graphs, experiment) == set()
 
 
 @pytest.mark.slow
@@ -120,15 +73,15 @@ def test_every_operation_of_our_graphs_has_a_gpu_kernel(
 def test_every_combination_has_gpu_kernels(
     path: Path, placement: str, precision: str, count: str, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    experiment = prepared(path, placement, precision, count)
+    experiment = prepare_mnist(path, placement, precision, count)
     trace_everything(experiment)
-    assert on_the_host(traced(), experiment) == set()
+    assert host_operations(traced(), experiment) == set()
 
 
 def test_only_summaries_run_on_the_host_in_a_training(
     tmp_path: Path, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    experiment = prepared(CONFIGS[0], "device", "float32", "one")
+    experiment = prepare_mnist(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
     train, validation = experiment.training_batches(PhaseTimer())
     experiment.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
@@ -181,7 +134,7 @@ def own_layers(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return in_tmp_path
 
 
-def test_fit_on_another_device_reports_what_runs_on_the_host(
+def test_fit_on_another_device_reports_what_runs_host_operations(
     own_layers: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import trainer
@@ -241,7 +194,7 @@ def test_xla_compiles_every_network_loss_and_batch(name: str, placement: str) ->
             changes["model.options"] = {"dropout": 0.0}
             changes["data.augmentation"] = [layer.model_dump() for layer in augmentation]
         path = CONFIGS[0].with_name(f"{name}.toml")
-        experiment = prepared(path, placement, "float32", "one", **changes)
+        experiment = prepare_mnist(path, placement, "float32", "one", **changes)
         assert experiment.config.training.jit_compile is compiled
         found.append(losses(experiment))
     assert len(found[0]) == 4

@@ -1,17 +1,15 @@
 """What a step reads lies on the device that reads it: seen on two logical CPU devices."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.eager import context
+from graphs import partitions
 
 from trainer import devices
-from trainer.benchmark import step
 from trainer.config import Config
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.training.batches import ResidentBatches
@@ -34,19 +32,6 @@ def prepared(placement: str, chosen: devices.Devices | None) -> Experiment:
         "training.batch_size": BATCH_SIZE,
     }
     return build_experiment(Config().with_changes(changes), PhaseTimer(), chosen)
-
-
-@contextmanager
-def partitions() -> Iterator[list[Any]]:
-    """Collects the graphs of each device, as TensorFlow cuts those of functions that it calls."""
-    graphs: list[Any] = []
-    context.enable_graph_collection()
-    try:
-        yield graphs
-        collected = context.export_run_metadata().function_graphs
-        graphs += [part for function in collected for part in function.partition_graphs]
-    finally:
-        context.disable_graph_collection()
 
 
 def sent(graphs: list[Any], traced: list[tf.Graph]) -> dict[str, int]:
@@ -169,19 +154,6 @@ def test_training_on_the_second_device_equals_the_first() -> None:
     for other in ends[1:]:
         for a, b in zip(ends[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def test_the_benchmark_reads_batches_where_it_measures() -> None:
-    experiment = prepared("device", devices.single("CPU:1"))
-    train = experiment.batches("train", shuffled=True)
-    with partitions() as graphs, experiment.devices.scope():
-        for training in (False, True):
-            epoch = step.bare_epoch(experiment, train, training=training)
-            epoch(train.start_epoch(0), tf.constant(0), tf.constant(2))
-    gathers = [node for graph in graphs for node in graph.node if "Gather" in node.op]
-    assert {node.device[-5:] for node in gathers} == {"CPU:1"}
-    kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}
-    assert "uint8" not in kinds
 
 
 def test_a_streamed_epoch_may_end_before_its_time(

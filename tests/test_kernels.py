@@ -15,7 +15,7 @@ from graphs import host_operations, prepare_mnist, traced_graphs
 from trainer import devices
 from trainer.config import Config, load_config
 from trainer.errors import InputError
-from trainer.experiment import Experiment, PhaseTimer
+from trainer.experiment import Experiment
 from trainer.tensorflow_internals import check_kernels
 from trainer.training.callbacks import TensorBoardCurves
 
@@ -83,8 +83,9 @@ def test_only_summaries_run_on_the_host_in_a_training(
 ) -> None:
     experiment = prepare_mnist(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
-    train, validation = experiment.training_batches(PhaseTimer())
-    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
+    train = experiment.batches("train", shuffled=True)
+    validation = experiment.batches("validation")
+    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves])
     found = [(graph.name, check_kernels(graph, "GPU").host) for graph in traced()]
     # A call of training steps, one of validation, and what writes the points.
     assert sorted(name for name, _ in found) == ["call", "call", "write"]

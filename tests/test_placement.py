@@ -147,7 +147,8 @@ def test_training_on_the_second_device_equals_the_first() -> None:
     for name in ("CPU:0", "CPU:1"):
         for placement in ("device", "stream"):
             experiment = prepared(placement, devices.single(name))
-            train, validation = experiment.training_batches(PhaseTimer())
+            train = experiment.batches("train", shuffled=True)
+            validation = experiment.batches("validation")
             experiment.loop.fit(train, validation, epochs=2)
             scores, probabilities = experiment.loop.evaluate(validation, collect=True)
             ends.append([*experiment.model.get_weights(), scores["loss"], probabilities])

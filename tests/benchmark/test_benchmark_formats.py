@@ -13,8 +13,8 @@ from trainer.benchmark import formats
 from trainer.benchmark.formats import BATCH
 from trainer.benchmark.timing import Timing
 from trainer.errors import MissingError
-from trainer.saving.export import read_facts
 from trainer.saving.formats import FORMATS
+from trainer.saving.versions import read_record
 
 
 def test_timings_of_several_processes_are_joined() -> None:
@@ -39,7 +39,7 @@ def test_formats_are_compared(
         if kind == "litert_int8":
             raise MissingError("litert_int8 needs a missing package")
         version = shutil.copytree(exported[kind], Path(directory) / f"{name}-{kind}" / "1")
-        return version, read_facts(version)
+        return version, read_record(version)
 
     monkeypatch.setattr(formats, "export", export)
     monkeypatch.setattr(formats, "QUICK", {"processes": 1, "calls": 40})
@@ -54,7 +54,7 @@ def test_formats_are_compared(
     assert [row["format"] for row in document["rows"]] == ["saved_model", "litert", "onnx"]
     for row in document["rows"]:
         kind = row["format"]
-        verified = read_facts(exported[kind]).verified
+        verified = read_record(exported[kind]).verified
         assert row["accuracy"] == verified.accuracy
         assert row["largest_difference"] == verified.largest_difference
         assert row["timing"]["blocks"] == 40

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.benchmark.timing import Budget, Measurement
-from trainer.saving.runtimes import MODULES, RUNTIMES
+from trainer.saving.runtimes import RUNTIMES
 
 _BATCH_SECONDS = 1.0
 _MIN_BLOCKS = 5
@@ -26,9 +26,10 @@ def main(kind: str, path: str, images_file: str, calls: str) -> None:
     """Loads a model, then times single calls at batch 1 and blocks of calls with all images."""
     images = np.load(images_file)
     start = time.perf_counter()
-    importlib.import_module(MODULES[kind])
+    module, open_model = RUNTIMES[kind]
+    importlib.import_module(module)
     imported = time.perf_counter()
-    predict = RUNTIMES[kind](Path(path))
+    predict = open_model(Path(path))
     loaded = time.perf_counter()
     # Blocks are as short as the clock allows: a percentile is that of requests, not of means.
     one = Measurement(lambda: predict(images[:1]), budget=Budget(block_seconds=0))

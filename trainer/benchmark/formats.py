@@ -20,8 +20,9 @@ from trainer.benchmark.timing import Timing
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import open_run
-from trainer.saving.export import Verified, artefact_files, export
+from trainer.saving.export import export
 from trainer.saving.formats import FORMATS
+from trainer.saving.versions import Verification, artefact_files
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ def benchmark_formats(
     )
 
 
-def _export_all(run: str, folder: str, skipped: dict[str, str]) -> dict[str, tuple[Path, Verified]]:
+def _export_all(
+    run: str, folder: str, skipped: dict[str, str]
+) -> dict[str, tuple[Path, Verification]]:
     """Exports to every format; adds a format whose packages are missing to `skipped`."""
     artefacts = {}
     for kind, format_ in FORMATS.items():
@@ -120,14 +123,13 @@ def _measure(kind: str, artefact: Path, folder: str, calls: int) -> dict[str, An
 
 
 def _row(
-    kind: str, artefact: Path, measured: list[dict[str, Any]], verified: Verified
+    kind: str, artefact: Path, measured: list[dict[str, Any]], verified: Verification
 ) -> dict[str, Any]:
     one, many = (_join([Timing(**m[key]) for m in measured]) for key in ("one", "many"))
-    folder = artefact if artefact.is_dir() else artefact.parent
     return {
         "key": kind,
         "format": kind,
-        "bytes": sum((folder / n).stat().st_size for n in artefact_files(folder, artefact)),
+        "bytes": sum(file.stat().st_size for file in artefact_files(artefact)),
         "import_seconds": float(np.median([m["import_seconds"] for m in measured])),
         "load_seconds": float(np.median([m["load_seconds"] for m in measured])),
         "first_call_seconds": one.first_seconds,

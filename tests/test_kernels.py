@@ -17,7 +17,8 @@ from trainer.config import Config, load_config
 from trainer.errors import InputError
 from trainer.experiment import Experiment
 from trainer.tensorflow_internals import check_kernels
-from trainer.training.callbacks import TensorBoardCurves
+from trainer.training.callbacks import Callback, TensorBoardCurves
+from trainer.training.loop import CallRecord
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
@@ -163,11 +164,22 @@ def test_on_a_cpu_nothing_is_reported(run: Any) -> None:
     assert run.config().training.jit_compile is False
 
 
-def losses(loop_setting: Experiment) -> list[float]:
-    train = loop_setting.batches("train", shuffled=True)
-    windows: list[Any] = []
-    loop_setting.loop.fit(train, epochs=1, observers=[windows.append])
-    return [float(loss) for window in windows for loss in window.loss]
+class RecordedLosses(Callback):
+    """Records the loss of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+
+    def on_call_end(self, record: CallRecord) -> None:
+        self.values += record.loss.tolist()
+
+
+def losses(experiment: Experiment) -> list[float]:
+    recorded = RecordedLosses()
+    train = experiment.batches("train", shuffled=True)
+    experiment.loop.fit(train, epochs=1, callbacks=[recorded])
+    return recorded.values
 
 
 @pytest.mark.parametrize(

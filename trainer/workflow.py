@@ -4,7 +4,6 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,11 +16,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from rich.console import Console
 
-from trainer import data as datasets
 from trainer import devices, images, report
 from trainer.cluster import Cluster, read_cluster
-from trainer.config import Config, DataConfig
-from trainer.data import tfds
+from trainer.config import Config
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
 from trainer.experiment import (
@@ -33,14 +30,13 @@ from trainer.experiment import (
     restore,
     spec_of,
 )
-from trainer.figure_process import FigureProcess
 from trainer.files import require_writable, sha256
 from trainer.run import ExistsError, Run, new_runs, open_run
 from trainer.tensorflow_internals import KernelReport
 from trainer.training import callbacks as training_callbacks
 from trainer.training.averaging import AveragedWeights, averages_weights
 from trainer.training.batches import Batches
-from trainer.training.callbacks import Callback, scalars, to_json
+from trainer.training.callbacks import Callback, to_json
 from trainer.training.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -81,7 +77,6 @@ def fit(
     dry_run: bool = False,
     console: Console | None = None,
     import_seconds: float | None = None,
-    draw: FigureProcess | None = None,
     run: Run | None = None,
     score_test: bool = True,
 ) -> FitResult:
@@ -96,7 +91,6 @@ def fit(
         dry_run: Run one batch of train, validation and test, and write nothing.
         console: Shows the progress bar; None: no bar.
         import_seconds: The seconds that importing took, for the summary.
-        draw: Draws the pictures; None: one is started for this training.
         run: The run directory to create; None: one whose name begins with the time.
         score_test: False: the test images are not used, for trainings among which the validation
             images decide. No pictures are drawn then.
@@ -127,8 +121,8 @@ def fit(
             resumable = experiment.devices.broadcast(str(run.path))
         training = _Training(experiment, run, resumable, batches, made, timer, console)
         training.score_test = score_test
-        with run.locked(), run.logging(), _drawing(draw, training.draws) as draw:
-            return training.run_to_end(draw)
+        with run.locked(), run.logging():
+            return training.run_to_end()
 
 
 def resume(
@@ -138,7 +132,6 @@ def resume(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     console: Console | None = None,
     import_seconds: float | None = None,
-    draw: FigureProcess | None = None,
     runs_directory: str = "runs",
     score_test: bool = True,
 ) -> FitResult:
@@ -151,7 +144,6 @@ def resume(
         callbacks: The same as for `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
-        draw: As in `fit`.
         runs_directory: Folder that holds the run directories.
         score_test: As in `fit`.
 
@@ -169,7 +161,12 @@ def resume(
     config = before if changed is None else run.continued(changed)
     longer = config.training.epochs > before.training.epochs
     if run.finished and not longer:
-        _refuse_finished(run, before.training.epochs)
+        trained, asked = run.trained_epochs, before.training.epochs
+        stopped = f" of {asked} epochs (a callback stopped it)" if trained < asked else " epochs"
+        raise InputError(
+            f"run {run.name} is finished, after {trained}{stopped}: train it for longer with "
+            f"--epochs {asked + 1} or more"
+        )
     chief = cluster is None or cluster.chief  # the other workers only read the run
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
         with _watched(cluster, str(run.path)):
@@ -199,8 +196,7 @@ def resume(
                 roll_back(run, saved)
             else:
                 own.create(experiment.config)
-            with _drawing(draw, training.draws) as draw:
-                return training.run_to_end(draw)
+            return training.run_to_end()
 
 
 def evaluate(
@@ -298,43 +294,6 @@ def predict(
     ]
 
 
-def prepare_data(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Prepares a data set if that was not done yet.
-
-    Args:
-        config: Names the data set.
-        overwrite: Prepare it again; the old files are replaced when the new ones are complete.
-
-    Returns:
-        The `DataSpec` as a dictionary.
-    """
-    if config.name not in datasets.names() and not tfds.prepare(config, overwrite=overwrite):
-        raise InputError(
-            f"data set {config.name!r} could not be prepared: no archives were found and the "
-            "network does not answer (`fit` would train on the sample)"
-        )
-    return datasets.load(config).spec.model_dump(mode="json")
-
-
-def describe_data(config: DataConfig) -> dict[str, Any]:
-    """Loads a data set, reads all of it and verifies its checksums.
-
-    Returns:
-        The `DataSpec` as a dictionary, with the number of images per class and split.
-
-    Raises:
-        InputError: The data set is not available, or a file has changed since it was prepared.
-    """
-    data = datasets.load(config)
-    tfds.check(config)
-    classes = data.spec.class_names
-    counts = {
-        name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
-        for name in ("train", "validation", "test")
-    }
-    return data.spec.model_dump(mode="json") | {"class_counts": counts}
-
-
 def _dry_run(
     experiment: Experiment, callbacks: Sequence[keras.callbacks.Callback], timer: PhaseTimer
 ) -> FitResult:
@@ -397,7 +356,6 @@ class _Training:
         self._train, self._validation = batches
         self._callbacks, self._timer, self._console = callbacks, timer, console
         self._saved: Checkpoint | None = None
-        self._samples: Future[bytes] | None = None
         self.score_test = True
         self._times = training_callbacks.StepTimes()
         self._kernels = _KernelCheck(experiment.loop)
@@ -421,11 +379,6 @@ class _Training:
             "seconds": experiment.loop.seconds,
         }
 
-    @property
-    def draws(self) -> bool:
-        """Whether pictures are drawn."""
-        return self.score_test and self._experiment.devices.chief
-
     def continue_from(self, saved: Checkpoint) -> None:
         """Sets the checkpoint to continue from.
 
@@ -434,17 +387,17 @@ class _Training:
         """
         self._saved = replace(saved, states=saved.named_states(list(self._watched)))
 
-    def run_to_end(self, draw: FigureProcess | None) -> FitResult:
+    def run_to_end(self) -> FitResult:
         """Trains, scores and reports."""
         cluster = self._experiment.devices.cluster
         with self._signals.noted(), _watched(cluster, self._resumable):
-            self._begin(draw)
+            self._begin()
             self._fit()
-            result = self._finish(draw)
+            result = self._finish()
             self._experiment.devices.all_gather([0])  # no worker leaves before the others
             return result
 
-    def _begin(self, draw: FigureProcess | None) -> None:
+    def _begin(self) -> None:
         """Logs and writes what is known before training."""
         experiment, run, spec = self._experiment, self._run, self._experiment.data.spec
         config, cluster = experiment.config, experiment.devices.cluster
@@ -472,9 +425,7 @@ class _Training:
         run.write_json("environment.json", facts)
         if config.logging.tensorboard:
             with self._timer.phase("report"):
-                report.write_start(run, config, facts)
-                if draw is not None:
-                    self._samples = report.draw_samples(draw, config, experiment.data)
+                report.write_start(run, config, facts, experiment.data)
 
     def _fit(self) -> None:
         """Runs the loop with all callbacks, and closes their files in any case."""
@@ -521,25 +472,19 @@ class _Training:
         if epochs < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 
-    def _finish(self, draw: FigureProcess | None) -> FitResult:
+    def _finish(self) -> FitResult:
         """Scores the saved weights, which need not be those of the last epoch, and reports."""
         experiment, run, timer = self._experiment, self._run, self._timer
-        if self._samples is not None:
-            report.write_samples(run, self._samples.result())
-        scores, probabilities, drawn = {}, None, None
+        scores, probabilities = {}, None
         if self.score_test:
             with self._evaluating():
-                test = experiment.batches("test")
-                scores, probabilities = self._score(test, collect=True)
-            if draw is not None and probabilities is not None:
-                split, spec = experiment.scored("test"), experiment.data.spec
-                drawn = report.draw_results(draw, experiment.config, split, spec, probabilities)
+                scores, probabilities = self._score(experiment.batches("test"), collect=True)
         with self._evaluating():
             validation, _ = self._score(self._validation)
         summary = _summary(experiment, validation, scores, timer) | self._times.summary()
-        if not experiment.devices.chief:
-            cluster = experiment.devices.cluster
-            return FitResult(summary, experiment.model, None, cluster.index if cluster else 0)
+        cluster = experiment.devices.cluster
+        if cluster is not None and not cluster.chief:
+            return FitResult(summary, experiment.model, None, cluster.index)
         host = self._kernels.report
         summary |= {
             "run": str(run.path),
@@ -547,15 +492,18 @@ class _Training:
             "train_images": self._train.images,  # fewer than there are, with limit_batches
             "host_operations": None if host is None else [asdict(each) for each in host.host],
         }
-        if drawn is not None and probabilities is not None:
+        if probabilities is not None:
             summary["test_images"] = len(probabilities)
             run.write_json("summary.json", summary)  # the run is finished, even without a report
+            split, graph = experiment.scored("test"), experiment.loop.step_graph
             with timer.phase("report"):
-                _report(experiment, run, summary, drawn)
-            summary["seconds"] |= {"report": timer.seconds["report"]}
-            summary["seconds"] |= {"import": timer.import_seconds}
+                report.write_results(run, experiment.config, summary, split, probabilities, graph)
+            summary["seconds"]["report"] = timer.seconds["report"]
         earlier = {} if self._saved is None else self._saved.states["seconds"]
-        summary["seconds"]["total"] = timer.total() + sum(earlier.values())
+        summary["seconds"] |= {
+            "import": timer.import_seconds,
+            "total": timer.total() + sum(earlier.values()),
+        }
         run.write_json("summary.json", summary)
         # The terminal has the scores on stdout.
         _log.debug("test     %s", training_callbacks.format_metrics(scores))
@@ -603,15 +551,6 @@ def _create_run(
     return run, made
 
 
-def _drawing(
-    draw: FigureProcess | None, needed: bool
-) -> AbstractContextManager[FigureProcess | None]:
-    """Starts a process that draws, to be ended here, where one is needed and none was given."""
-    if not needed:
-        return nullcontext()
-    return FigureProcess() if draw is None else nullcontext(draw)
-
-
 def _watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
     """Raises InputError if a worker of a cluster is lost, with the command that continues."""
     if cluster is None:
@@ -632,17 +571,6 @@ def _scratch_directory(experiment: Experiment) -> Iterator[Experiment]:
     with tempfile.TemporaryDirectory() as folder:
         config = experiment.config.with_changes({"logging.directory": folder})
         yield replace(experiment, config=config)
-
-
-def _refuse_finished(run: Run, asked: int) -> None:
-    trained = run.trained_epochs
-    epochs = f"{trained} epochs"
-    if trained < asked:
-        epochs = f"{trained} of {asked} epochs (a callback stopped it)"
-    raise InputError(
-        f"run {run.name} is finished, after {epochs}: "
-        f"train it for longer with --epochs {asked + 1} or more"
-    )
 
 
 def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None:
@@ -701,16 +629,3 @@ def _summary(
         **training_callbacks.StepTimes().summary(),
         "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
     }
-
-
-def _report(experiment: Experiment, run: Run, summary: dict[str, Any], drawn: report.Drawn) -> None:
-    """Writes the model card and TensorBoard's pictures."""
-    classes = drawn.classes.result()
-    run.write_json("classes.json", classes)
-    card = report.model_card(run.path, summary, classes, experiment.config)
-    run.write_text("README.md", card)
-    if experiment.config.logging.tensorboard:
-        scores = scalars(summary["test"])
-        report.write_graph(run, experiment.loop.step_graph)
-        report.write_hparams(run, experiment.config, scores)
-        report.write_end(run, scores, drawn.pictures, summary["epochs"])

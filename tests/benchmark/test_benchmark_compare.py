@@ -80,6 +80,8 @@ def test_crossovers_compare_the_first_device_with_each_other_device() -> None:
     axes = Figure().subplots()
     curves.draw(axes, "dot")
     assert len(axes.lines) == 4 + 1  # only a certain crossover is drawn
+    assert [line.get_linestyle() for line in axes.lines[:4]] == ["-", "-", "--", "-."]
+    assert {line.get_marker() for line in axes.lines[:4]} == {"."}
     axes = Figure().subplots()
     curves.draw(axes, "dot/tf32", mark="dot/tf32")
     assert len(axes.lines) == 1

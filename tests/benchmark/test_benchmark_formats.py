@@ -44,11 +44,11 @@ def test_formats_are_compared(
     monkeypatch.setattr(formats, "export", export)
     monkeypatch.setattr(formats, "QUICK", {"processes": 1, "calls": 40})
     out = tmp_path / "result.json"
-    code, said, _ = command(
+    code, stdout, _ = command(
         *("benchmark", "formats", run.path, "--quick", "--runs", home / "runs", "--json", out)
     )
     assert code == 0
-    assert "skipped: litert_int8: litert_int8 needs a missing package" in said
+    assert "skipped: litert_int8: litert_int8 needs a missing package" in stdout
     document = json.loads(out.read_text())
     assert document["skipped"].keys() == {"litert_int8"}
     assert [row["format"] for row in document["rows"]] == ["saved_model", "litert", "onnx"]
@@ -66,8 +66,8 @@ def test_formats_are_compared(
             (exported[kind] / n).stat().st_size for n in ("README.md", "export.json", "check.npz")
         )
         assert row["bytes"] == size - ours
-        assert f"{row['bytes']:,}" in said
-    folder = Path(said.split("saved in ")[1].split(";")[0])
+        assert f"{row['bytes']:,}" in stdout
+    folder = Path(stdout.split("saved in ")[1].split(";")[0])
     assert json.loads((folder / "formats.json").read_text()) == document
     assert (folder / "formats.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())

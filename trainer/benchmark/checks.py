@@ -26,6 +26,21 @@ def check_device(tensor: tf.Tensor, device: str, name: str) -> str:
     return found
 
 
+def check_random(tensor: tf.Tensor, name: str) -> None:
+    """Requires random normal numbers, because zeros and ones can be multiplied faster.
+
+    Raises:
+        CheckError: Mean or standard deviation differ from 0 and 1 by more than six standard errors.
+    """
+    values = tf.cast(tf.reshape(tensor, [-1])[:1_000_000], tf.float32).numpy()
+    mean, deviation, error = values.mean(), values.std(), 6 / math.sqrt(len(values))
+    if len(values) > 1 and not (abs(mean) <= error and abs(deviation - 1) < min(error, 1)):
+        raise CheckError(
+            f"{name}: expected random normal numbers (mean 0, standard deviation 1), received "
+            f"mean {mean:.3g}, standard deviation {deviation:.3g}"
+        )
+
+
 def check_product(
     a: NDArray[np.float32], b: NDArray[np.float32], product: NDArray[np.float32], dtype: str
 ) -> float:

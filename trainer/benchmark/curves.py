@@ -93,9 +93,9 @@ class Curves:
         for (device, label), timings in shown.items():
             low, high = zip(*(timing.quartiles for timing in timings.values()), strict=True)
             colour = f"C{devices.index(device)}"
-            style = _STYLES[labels.index(label) % len(_STYLES)] + "."
+            look = {"color": colour, "linestyle": _STYLES[labels.index(label) % len(_STYLES)]}
             medians = [timing.median for timing in timings.values()]
-            axes.loglog([*timings], medians, style, color=colour, label=f"{device} {label}")
+            axes.loglog([*timings], medians, marker=".", label=f"{device} {label}", **look)
             axes.fill_between([*timings], low, high, color=colour, alpha=0.2, linewidth=0)
         for key, crossover in self.crossovers.items():
             if crossover.size and crossover.interval and key.startswith(mark):

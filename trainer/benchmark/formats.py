@@ -29,10 +29,6 @@ _logger = logging.getLogger(__name__)
 BATCH = 256
 QUICK = {"processes": 2, "calls": 200}  # calls: at batch 1, in each process
 FULL = {"processes": 5, "calls": 1000}
-_LEGEND = (
-    "stable: the warm-up settled, and the interquartile range is within 10% of the median; "
-    "difference: the largest difference of any probability from the float32 model"
-)
 
 
 def benchmark_formats(
@@ -77,7 +73,6 @@ def benchmark_formats(
         subject=f"{run.name}: {data.spec.name}, {config.model.name}",
         rows=rows,
         columns=_COLUMNS,
-        notes=[_LEGEND],
         skipped=skipped,
         settings={"batch": BATCH, "seed": seed, **budget},
         environment=describe_environment(("CPU:0",), data.spec.fingerprint),
@@ -180,15 +175,13 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 def _figure(rows: list[dict[str, Any]]) -> Figure:
     """Draws latency, throughput and size of each format, side by side."""
     figure = Figure(figsize=(11, 0.45 * len(rows) + 0.8), layout="constrained")
-    panels = {
-        "ms for one image: p50": ("latency_p50_ms", "{:.3f}"),
-        f"images/s in batches of {BATCH}": ("images_per_second", "{:,.0f}"),
-        "bytes": ("bytes", "{:,}"),
-    }
-    for axes, (title, (key, text)) in zip(
-        figure.subplots(1, 3, sharey=True), panels.items(), strict=True
-    ):
-        bars = axes.barh([row["format"] for row in rows], [row[key] for row in rows])
+    panels = (
+        ("ms for one image: p50", "latency_p50_ms", "{:.3f}"),
+        (f"images/s in batches of {BATCH}", "images_per_second", "{:,.0f}"),
+        ("bytes", "bytes", "{:,}"),
+    )
+    for axes, (title, column, text) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+        bars = axes.barh([row["format"] for row in rows], [row[column] for row in rows])
         axes.bar_label(bars, fmt=text, padding=3)
         axes.set_title(title, fontsize=10)
         axes.margins(x=0.3)

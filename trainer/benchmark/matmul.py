@@ -29,11 +29,6 @@ from trainer.environment import describe_environment
 
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
 QUICK = Budget(7, 0.004, 0.05, tuple(4**k for k in range(6)), (1, 100, 10**4, 10**6, 10**7))
-_LEGEND = (
-    "rate: bytes read per second (dot) or operations per second (square); share: rate relative to "
-    "the fastest block in this run, numpy and sums included; from: the cache that holds the "
-    "operands"
-)
 _BOOK = (
     "book: the clock stops after the last call; awaited: after the device has finished. A GPU "
     "executes calls later, so the book's time is only that of the calls, the same at every size. "
@@ -83,7 +78,7 @@ def benchmark_matmul(
         subject=f"matrix products on {', '.join(names)}",
         rows=rows,
         columns=_COLUMNS,
-        notes=[_LEGEND, *curves.notes()],
+        notes=curves.notes(),
         skipped=products.skipped | skipped_gpus(names),
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
         environment=describe_environment(tuple(names), fingerprint="")
@@ -135,7 +130,6 @@ def textbook_matmul(
             "book's GFLOP/s": lambda row: f"{2 * row['n'] / row['book_seconds'] / 1e9:.3g}",
         },
         notes=[_BOOK],
-        skipped={},
         settings={"seed": seed, "devices": names, "calls": 10},
         environment=describe_environment(tuple(names), fingerprint=""),
     )

@@ -28,10 +28,6 @@ FULL, QUICK = Budget(15, 0.02, 0.3, (1024, 2048), _DOTS), Budget(7, 0.004, 0.05,
 _SIZES = ("small", "large")
 # The gradient of a matrix product takes two more products of the same size.
 _PRODUCTS = ("matmul", "conv2d", "depthwise_conv2d", "dense", "lstm", "attention")
-_LEGEND = (
-    "share: rate relative to the roofline, the most that arithmetic and memory allow for this "
-    "ratio of operations to bytes"
-)
 
 
 class Operation(NamedTuple):
@@ -91,7 +87,12 @@ def operations(size: str) -> list[Operation]:
 def benchmark_operations(
     words: list[str], *, quick: bool = False, seed: int = 0
 ) -> BenchmarkResult:
-    """Measures every operation, forward and with gradient; the CLI documents the arguments.
+    """Measures every operation, forward and with gradient, at a small and a large size.
+
+    Args:
+        words: Devices, see `trainer.devices.select_each`.
+        quick: Measure less, and only the small size.
+        seed: Random seed for inputs, weights and order.
 
     Raises:
         InputError: A device is unknown.
@@ -115,7 +116,6 @@ def benchmark_operations(
         subject=f"operations on {', '.join(names)}",
         rows=rows,
         columns=_COLUMNS,
-        notes=[_LEGEND],
         skipped=products.skipped | skipped_gpus(names) | skipped,
         settings={"seed": seed, "devices": names, **asdict(budget)},
         environment=describe_environment(tuple(names), fingerprint=""),

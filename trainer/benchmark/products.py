@@ -17,7 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer import environment
-from trainer.benchmark.checks import check_device, check_product
+from trainer.benchmark.checks import check_device, check_product, check_random
 from trainer.benchmark.timing import Budget, Measurement
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def prepare_products(
         seed: Random seed for the operands.
 
     Raises:
-        CheckError: A tensor is on another device, or a product is wrong.
+        CheckError: A tensor is not random or on another device, or a product is wrong.
     """
     generator, products = np.random.default_rng(seed), Products()
     free_bytes = psutil.virtual_memory().available / 2
@@ -203,8 +203,10 @@ def multiply_on(device: str, pairs: list[Pair]) -> Callable[[], tf.Tensor]:
 def _measure(
     row: dict[str, Any], pairs: list[Pair], operands: Operands, budget: Budget
 ) -> Measurement:
-    """Warms up a product, and checks its result."""
+    """Warms up a product, and checks its operands and its result."""
     multiply = multiply_on(row["device"], pairs)
+    for operand in itertools.chain(*pairs):
+        check_random(operand, f"{row['key']}: operand")
 
     def wait() -> None:
         tf.test.experimental.sync_devices()

@@ -30,10 +30,10 @@ class BenchmarkResult:
     subject: str  # title of the table
     rows: list[dict[str, Any]]  # plain values, one dictionary for each measured thing
     columns: dict[str, Callable[[dict[str, Any]], str]]  # titles and texts of the printed table
-    notes: list[str]  # lines below the table
-    skipped: dict[str, str]  # the reason for each thing that was not measured
     settings: dict[str, Any]
     environment: dict[str, Any]  # versions, processors and other conditions
+    skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped thing
+    notes: list[str] = field(default_factory=list)  # results that are sentences
     facts: dict[str, Any] = field(default_factory=dict)  # further results
     baselines: list[Measurement] = field(default_factory=list)  # they make two results comparable
     figure: Figure | None = None
@@ -60,8 +60,9 @@ class BenchmarkResult:
         return [list(line) for line in zip(*lines, strict=True)] if self.transposed else lines
 
     def lines(self) -> list[str]:
-        """Returns the notes, and a line for each thing that was skipped."""
-        return [*self.notes, *(f"skipped: {key}: {why}" for key, why in self.skipped.items())]
+        """Returns the lines below the table."""
+        skipped = [f"skipped: {key}: {reason}" for key, reason in self.skipped.items()]
+        return [*self.notes, *skipped, "docs/benchmark.md explains the columns"]
 
     def write(self, runs: str) -> Path:
         """Writes a new directory for the result into the folder `runs`, and returns its path.
@@ -82,8 +83,7 @@ class BenchmarkResult:
     def _write_tensorboard(self, path: Path) -> None:
         import tensorflow as tf
 
-        from trainer.figures import as_png
-        from trainer.report import write_image
+        from trainer.report import write_figure
 
         titles, *rows = self.table()
         lines = [titles, ["---"] * len(titles), *rows]
@@ -92,7 +92,7 @@ class BenchmarkResult:
             text = "\n\n".join([table, *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
             if self.figure is not None:
-                write_image(f"benchmark/{self.name}", as_png(self.figure))
+                write_figure(f"benchmark/{self.name}", self.figure)
         # One TensorBoard run for each device: devices are drawn in the same charts.
         scalars = [(row, self.scalars(row)) for row in self.rows]
         for device in dict.fromkeys(row["device"] for row, found in scalars if found):

@@ -36,12 +36,6 @@ FULL, QUICK = Budget(11, 0.05, 1.0, (1024, 2048)), Budget(7, 0.02, 0.2, (1024,))
 _VARIED = ("batch_size", "precision", "jit_compile")  # of the configuration's [training]
 _BATCH_SIZES = (32, 128, 512, 2048)
 _BLOCKS_PER_CALL = 5  # a call of the loop lasts at most as long as this many blocks
-_LEGEND = (
-    "step: a step of the loop, as fit runs it; GFLOP/s: of its matrix products and convolutions, "
-    "also relative to the fastest square product of that type; loop: additional time of a step "
-    "compared with a bare tf.function that trains the same network on the same batches; data: "
-    "choosing, gathering and augmenting the batches alone, relative to a step"
-)
 
 
 def benchmark_step(
@@ -91,7 +85,7 @@ def benchmark_step(
         subject=f"training step of {config.model.name} ({parameters:,} parameters) on {spec.name}",
         rows=rows,
         columns=_COLUMNS,
-        notes=[_LEGEND, *curves.notes()],
+        notes=curves.notes(),
         skipped=skipped | skipped_gpus(names),
         settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(budget)},
         environment=describe_environment(tuple(names), spec.fingerprint),

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.data import NPY_ERRORS, DataSpec, Images
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 
 # An image with more pixels is refused before it is decoded.
 _MAX_PIXELS = 50_000_000
@@ -73,11 +73,9 @@ def _read_array(path: Path, spec: DataSpec) -> Images:
         raise InputError(f"{path} is not a .npy array: {error}") from None
     array = found[..., np.newaxis] if found.shape[-2:] == spec.image_shape[:2] else found
     array = array[np.newaxis] if array.ndim == 3 else array
-    if array.dtype != np.uint8 or array.shape[1:] != spec.image_shape or not len(array):
-        raise InputError(
-            f"{path}: expected one or more images, uint8 (0 to 255) of shape "
-            f"{list(spec.image_shape)}, received {found.dtype} {list(found.shape)}"
-        )
+    fits = array.dtype == np.uint8 and array.shape[1:] == spec.image_shape and len(array)
+    expected = f"one or more images, uint8 (0 to 255) of shape {list(spec.image_shape)}"
+    expect(fits, str(path), expected, f"{found.dtype} {list(found.shape)}")
     return np.array(array)  # a copy, because the file may change
 
 
@@ -91,14 +89,11 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
             warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
             Image.open(path, formats=("PNG", "JPEG")) as image,
         ):
-            if image.width * image.height > _MAX_PIXELS:
-                raise InputError(
-                    f"{path}: expected at most {_MAX_PIXELS} pixels, "
-                    f"received {image.width}x{image.height}"
-                )
+            fits, size = image.width * image.height <= _MAX_PIXELS, f"{image.width}x{image.height}"
+            expect(fits, str(path), f"at most {_MAX_PIXELS} pixels", size)
             # A phone's JPEG (MPO) may contain more views or a preview: the first is the photograph.
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise InputError(f"{path} is an animation: expected one image")
+            one = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
+            expect(one, str(path), "one image", "an animation")
             image.load()
             image = ImageOps.exif_transpose(image)  # turns a photograph upright
             given = f"{image.height}x{image.width} {image.mode}"

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config import KerasObject
-from trainer.errors import InputError, MissingError, did_you_mean, explain_user_code
+from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code
 
 # Errors of Keras and TensorFlow for options that do not work.
 KERAS_ERRORS = (
@@ -57,11 +57,8 @@ def find(kind: str, name: str) -> Any:
             raise InputError(f"unknown {kind} {name!r}: {did_you_mean(name, classes)}")
     if kind == "loss" and inspect.isfunction(found):
         return lambda: found  # Keras also accepts a function of labels and outputs as a loss
-    if not fits(found):
-        received = getattr(found, "__name__", repr(found))
-        raise InputError(
-            f"{kind} {name!r}: expected a subclass of keras {base.__name__}, received {received}"
-        )
+    expected, received = f"a subclass of keras {base.__name__}", getattr(found, "__name__", found)
+    expect(fits(found), f"{kind} {name!r}", expected, received)
     return found
 
 

@@ -209,7 +209,7 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     content = encoded(frames[0], save_all=True, append_images=frames[1:])
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(InputError, match="is an animation: expected one image"):
+    with pytest.raises(InputError, match="expected one image, received an animation"):
         read_pictures(tmp_path / "a.png", of_shape(1))
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError, explain_user_code
+from trainer.errors import InputError, expect, explain_user_code
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
@@ -211,11 +211,8 @@ def load(config: DataConfig) -> Dataset:
     except (OSError, MemoryError) as error:
         reason = explain_user_code(error) or str(error)
         raise InputError(f"data set {config.name!r} cannot be read: {reason}") from error
-    if not isinstance(source, Source):
-        raise InputError(
-            f"data set {config.name!r}: expected load() to return a Source, "
-            f"received {type(source).__name__}"
-        )
+    where = f"data set {config.name!r}"
+    expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
     check_class_names(source.name, source.class_names)
     usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
     dataset = _make_splits(replace(source, **usable), config)
@@ -267,20 +264,19 @@ def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
     """
     labels: dict[str, int] = {}
     for label, name in enumerate(class_names):
-        where = f"data set {data_set!r}, class {label}: expected a name"
-        if not isinstance(name, str):
-            raise InputError(f"{where} of type str, received {type(name).__name__}")
+        where = f"data set {data_set!r}, class {label}"
+        expect(isinstance(name, str), where, "a name of type str", type(name).__name__)
         shown = ascii(name[:40])
-        unprintable = [f"U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)]
-        if unprintable or not name.strip(f" {_JOINERS}"):
-            found = f" with {unprintable[0]}" if unprintable else ""
-            raise InputError(f"{where} that can be printed, received {shown}{found}")
+        unprintable = [
+            f" with U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)
+        ]
+        printable = not unprintable and name.strip(f" {_JOINERS}")
+        expect(printable, where, "a name that can be printed", shown + "".join(unprintable[:1]))
         printed = " ".join(unicodedata.normalize("NFC", name).split())
-        if labels.setdefault(printed, label) != label:
-            raise InputError(
-                f"data set {data_set!r}: expected classes of different names, received {shown} "
-                f"for the classes {labels[printed]} and {label}"
-            )
+        other = labels.setdefault(printed, label)
+        expect(
+            other == label, where, "a name that no other class has", f"{shown} as for class {other}"
+        )
 
 
 def fingerprint(examples: Sequence[Examples]) -> str:
@@ -370,28 +366,25 @@ def _usable_examples(source: Source, split: str) -> Examples | None:
     Raises:
         InputError: The arrays do not fit the contract of `Source`.
     """
-
-    def require(fits: Any, expected: str, received: str) -> None:
-        if not fits:
-            where = f"data set {source.name!r}, {split}"
-            raise InputError(f"{where}: expected {expected}, received {received}")
-
     if getattr(source, split) is None:
         return None
     images, labels = getattr(source, split)
+    where = f"data set {source.name!r}, {split}"
     for array in (images, labels):
-        require(isinstance(array, np.ndarray), "numpy arrays", type(array).__name__)
-    require(
+        expect(isinstance(array, np.ndarray), where, "numpy arrays", type(array).__name__)
+    expect(
         images.dtype == np.uint8 and images.ndim == 4,
+        where,
         "images as uint8 [n, height, width, channels]",
         f"{images.dtype} {list(images.shape)}",
     )
-    require(
+    expect(
         images.size > 0 and labels.shape == (len(images),),
+        where,
         "as many labels as images and at least one",
         f"{len(images)} images and labels of shape {list(labels.shape)}",
     )
-    require(np.issubdtype(labels.dtype, np.integer), "integer labels", str(labels.dtype))
+    expect(np.issubdtype(labels.dtype, np.integer), where, "integer labels", labels.dtype)
     lowest, highest, most = labels.min(), labels.max(), len(source.class_names) - 1
     if highest < 0 and split != "train":
         _log.warning(
@@ -400,7 +393,8 @@ def _usable_examples(source: Source, split: str) -> Examples | None:
             *(split, source.name, split),
         )
         return None
-    require(0 <= lowest <= highest <= most, f"labels from 0 to {most}", f"{lowest} to {highest}")
-    shape, train = images.shape[1:], source.train[0].shape[1:]
-    require(shape == train, f"images of shape {list(train)} as in train", str(list(shape)))
+    fit = 0 <= lowest <= highest <= most
+    expect(fit, where, f"labels from 0 to {most}", f"{lowest} to {highest}")
+    shape, train = list(images.shape[1:]), list(source.train[0].shape[1:])
+    expect(shape == train, where, f"images of shape {train} as in train", shape)
     return images, labels

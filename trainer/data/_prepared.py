@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from trainer.data import NPY_ERRORS, SPLITS, Examples, Source
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 from trainer.files import sha256
 
 _DESCRIPTION = "prepared.json"
@@ -94,8 +94,8 @@ def not_writable(folder: Path, error: OSError) -> InputError:
 
 def refuse_foreign(folder: Path) -> None:
     """Refuses a path with anything but prepared data, which would be lost."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder}: expected a folder of prepared data, found a file or link")
+    is_folder = not folder.is_symlink() and (folder.is_dir() or not folder.exists())
+    expect(is_folder, str(folder), "a folder of prepared data", "a file or link")
     own = re.compile(rf"{re.escape(_DESCRIPTION)}|({'|'.join(SPLITS)})_(images|labels)\.npy")
     foreign = sorted(p.name for p in folder.glob("*") if not own.fullmatch(p.name))
     if foreign:
@@ -150,17 +150,15 @@ def _write_split(
     digest: Any,
 ) -> None:
     """Writes the images of a split behind an .npy header with the final shape, then the labels."""
-    all_labels = []
+    all_labels, where = [], f"split {split!r}"
     with (folder / f"{split}_images.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         digest.update(repr((count, *shape)).encode())
         for images, labels in batches:
-            if images.dtype != np.uint8 or images.shape[1:] != shape:
-                raise InputError(
-                    f"split {split!r}: expected batches of uint8 images of shape {list(shape)}, "
-                    f"received {images.dtype} {list(images.shape[1:])}"
-                )
+            fits = images.dtype == np.uint8 and images.shape[1:] == shape
+            received = f"{images.dtype} {list(images.shape[1:])}"
+            expect(fits, where, f"batches of uint8 images of shape {list(shape)}", received)
             data = np.ascontiguousarray(images).data
             file.write(data)
             digest.update(data)
@@ -168,7 +166,6 @@ def _write_split(
         file.flush()
         os.fsync(file)
     together = np.concatenate(all_labels)
-    if len(together) != count:
-        raise InputError(f"split {split!r}: expected {count} images, received {len(together)}")
+    expect(len(together) == count, where, f"{count} images", len(together))
     digest.update(together.data)
     np.save(folder / f"{split}_labels.npy", together)

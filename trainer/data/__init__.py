@@ -267,16 +267,12 @@ def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
         where = f"data set {data_set!r}, class {label}"
         expect(isinstance(name, str), where, "a name of type str", type(name).__name__)
         shown = ascii(name[:40])
-        unprintable = [
-            f" with U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)
-        ]
-        printable = not unprintable and name.strip(f" {_JOINERS}")
-        expect(printable, where, "a name that can be printed", shown + "".join(unprintable[:1]))
+        wrong = [f" with U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)]
+        printable = not wrong and name.strip(f" {_JOINERS}")
+        expect(printable, where, "a name that can be printed", shown + "".join(wrong[:1]))
         printed = " ".join(unicodedata.normalize("NFC", name).split())
         other = labels.setdefault(printed, label)
-        expect(
-            other == label, where, "a name that no other class has", f"{shown} as for class {other}"
-        )
+        expect(other == label, where, "a different name", f"{shown} as for class {other}")
 
 
 def fingerprint(examples: Sequence[Examples]) -> str:

@@ -89,8 +89,8 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
             warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
             Image.open(path, formats=("PNG", "JPEG")) as image,
         ):
-            fits, size = image.width * image.height <= _MAX_PIXELS, f"{image.width}x{image.height}"
-            expect(fits, str(path), f"at most {_MAX_PIXELS} pixels", size)
+            fits, pixels = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
+            expect(fits, str(path), f"at most {_MAX_PIXELS} pixels", pixels)
             # A phone's JPEG (MPO) may contain more views or a preview: the first is the photograph.
             one = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
             expect(one, str(path), "one image", "an animation")
@@ -112,5 +112,5 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
     except _DAMAGED_IMAGE as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
     wanted = f"{height}x{width} {mode}"
-    pixels = np.asarray(image, dtype=np.uint8).reshape(spec.image_shape)
-    return Picture(str(path), pixels, "" if given == wanted else f"{given} to {wanted}")
+    array = np.asarray(image, dtype=np.uint8).reshape(spec.image_shape)
+    return Picture(str(path), array, "" if given == wanted else f"{given} to {wanted}")

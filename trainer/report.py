@@ -29,7 +29,7 @@ A `{model}` network of {parameters:,} parameters, trained on **{data[name]}** {d
 ({data[origin]}).
 
 - Test: {scores} ({test_images:,} images, scored once, after training)
-- Trained on {train_images:,} images for {epochs} epoch{plural}; {held_out}
+- Training: {train_images:,} images, epochs: {epochs}; {held_out}
 - Device: {device_names}; precision: {precision}; seed: {seed}
 - Training took {seconds[training]:.1f} s{step}
 - Data fingerprint (SHA-256): `{data[fingerprint]}`
@@ -197,10 +197,9 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
 
 def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
     """Returns the README.md of a run from the content of summary.json and classes.json."""
-    step, validation = summary["step_ms"], f"{summary['data']['validation']:,}"
-    held_out = f"{validation} more were held out for validation"
+    step, held_out = summary["step_ms"], f"{summary['data']['validation']:,} more for validation"
     if config.data.train_on_validation:
-        held_out = f"this includes the {validation} validation images"
+        held_out = "including the validation images"
     rows = [
         f"| {markdown_text(name)} | {row['precision']:.4f} | {row['recall']:.4f} "
         f"| {row['f1-score']:.4f} | {row['support']:.0f} |"
@@ -210,7 +209,6 @@ def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], con
         **summary,
         name=path.name,
         scores=", ".join(f"{key} {value:.4f}" for key, value in _numbers(summary["test"]).items()),
-        plural="" if summary["epochs"] == 1 else "s",
         held_out=held_out,
         device_names=", ".join(summary["devices"]),
         step=f", {step:.2f} ms per step (median of {summary['windows']} windows)" if step else "",

@@ -65,9 +65,8 @@ def load(config: DataConfig) -> Source:
         try:
             prepare(config)
         except _UnavailableError as error:
-            if config.name != "mnist" or not config.allow_sample:
-                raise
-            if config.archives or config.image_size:  # the sample would not be what was asked for
+            other = config.archives or config.image_size  # the user wants other images
+            if config.name != "mnist" or not config.allow_sample or other:
                 raise
             _log.warning(
                 "Training on a SAMPLE, 5,000 of MNIST's 70,000 images (mnist_sample): %s. For all "

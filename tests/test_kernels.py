@@ -81,7 +81,7 @@ def trace_everything(experiment: Experiment) -> None:
     train, validation = experiment.batches("train", shuffled=True), experiment.batches("validation")
     experiment.loop.trace(train)
     for collect in (False, True):
-        experiment.loop._trace_evaluation(validation, collect)
+        experiment.loop.evaluate(validation, collect=collect)
     if experiment.devices.replicas == 1:  # the benchmark measures one device at a time
         state, zero = train.start_epoch(0), tf.constant(0)
         step.bare_epoch(experiment, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def test_only_summaries_run_on_the_host_in_a_training(
     experiment = prepared(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
     train, validation = experiment.training_batches(PhaseTimer())
-    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
+    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves])
     found = [(graph.name, check_kernels(graph, "GPU").host) for graph in traced()]
     # A call of training steps, one of validation, and what writes the points.
     assert sorted(name for name, _ in found) == ["call", "call", "write"]
@@ -393,7 +393,9 @@ def test_on_a_cpu_nothing_is_reported(run: Any) -> None:
 def losses(loop_setting: Experiment) -> list[float]:
     train = loop_setting.batches("train", shuffled=True)
     windows: list[Any] = []
-    loop_setting.loop.fit(train, epochs=1, observers=[windows.append])
+    recorder = keras.callbacks.Callback()
+    recorder.on_call_end = windows.append
+    loop_setting.loop.fit(train, epochs=1, callbacks=[recorder])
     return [float(loss) for window in windows for loss in window.loss]
 
 

@@ -101,7 +101,7 @@ def run_call(experiment: Experiment, batches: Any) -> list[Any]:
     """Runs one call of three steps; returns the graphs of each device."""
     call, state = experiment.loop.trace(batches), batches.start_epoch(0)
     with partitions() as graphs:
-        experiment.loop._run(call, state, 0, 3)
+        call(state, 0, 3)
     return graphs
 
 
@@ -111,7 +111,7 @@ def test_no_images_cross_between_devices_in_a_step(placement: str, where: str) -
     experiment = prepared(placement, devices.single("CPU:1") if where == "second" else None)
     batches = experiment.batches("train", shuffled=True)
     graphs = run_call(experiment, batches)
-    traced = [experiment.loop.step_graph, experiment.loop._traced.graph]
+    traced = [experiment.loop.step_graph, experiment.loop.trace(batches).graph]
     crossing = sent(graphs, traced)
     assert len(crossing) > 3  # counters of the loop, at least
     assert sum(crossing.values()) < 1000

@@ -221,6 +221,11 @@ class TrainingConfig(Section):
     clip_norm: float | None = Field(
         default=None, gt=0, description="Largest global norm of the gradients"
     )
+    step: str = Field(
+        default="trainer.training.step:train_step",
+        pattern=r"^[^:]+:[^:]+$",
+        description="The function of one training step, as package.module:function",
+    )
     steps_per_execution: int = Field(
         default=50, ge=1, lt=2**31, description="Steps in one call of the compiled loop"
     )

@@ -29,9 +29,9 @@ from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.checkpoint import load_weights
-from trainer.training.loop import Loop, metric_tensors
+from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
-from trainer.training.step import compute_loss
+from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
 from trainer.training.trial_run import try_callback
 
 # What a metric cannot be called: it would take the place of a number of our own.
@@ -158,6 +158,7 @@ def build_experiment(
     # Before the data, which may have to be fetched first.
     models.find(config.model)
     try_optimizer(config.optimizer)
+    step = find_step(config.training.step) if restored is None else train_step
     with timer.part("data"):
         data = datasets.load(config.data)
     if restored is not None:
@@ -187,6 +188,7 @@ def build_experiment(
         loop = Loop(
             model,
             chosen,
+            step=step,
             steps_per_execution=config.training.steps_per_execution,
             clip_norm=config.training.clip_norm,
             jit_compile=bool(config.training.jit_compile),

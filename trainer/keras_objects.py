@@ -42,7 +42,7 @@ def find(kind: str, name: str) -> Any:
     """
     module, base = _KINDS[kind]
     if ":" in name:
-        found = _import(kind, name)
+        found = import_object(kind, name)
     else:
         classes = {
             n: c for n, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base)
@@ -138,7 +138,8 @@ def explain(error: Exception) -> str:
     return reason[:300] or type(error).__name__
 
 
-def _import(kind: str, name: str) -> Any:
+def import_object(kind: str, name: str) -> Any:
+    """Returns the object "package.module:Name"; `kind` is named in the message of an InputError."""
     module_name, _, attribute = name.partition(":")
     if not module_name or module_name.startswith("."):
         raise InputError(f"{kind} {name!r}: expected package.module:Name")

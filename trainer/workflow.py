@@ -496,14 +496,16 @@ class _Training:
             signals=self._signals,
             saved=self._saved,
         )
+        others = keras.callbacks.Callback()
+        plain = [*(o for o in observers if o not in watchers), self._write_samples]
+        others.on_call_end = lambda record: [o(record) for o in (*plain, self._check_kernels)]
         try:
             experiment.loop.fit(
                 self._train,
                 self._validation,
                 epochs=experiment.config.training.epochs,
                 # After the user's callbacks, the history has what they add to the logs.
-                callbacks=[averaging, *self._callbacks, history, *watchers, checkpoints],
-                observers=[*observers, self._write_samples, self._check_kernels, checkpoints],
+                callbacks=[averaging, *self._callbacks, history, *watchers, others, checkpoints],
                 warmup_calls=2 if experiment.config.logging.profile else 1,
                 start=None if self._saved is None else self._saved.progress,
             )

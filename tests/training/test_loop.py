@@ -48,6 +48,13 @@ def keras_fit(
     return history
 
 
+def at_call_end(*functions: Callable[[CallRecord], Any]) -> keras.callbacks.Callback:
+    """Returns a callback that calls each function with the record of each call."""
+    callback = keras.callbacks.Callback()
+    callback.on_call_end = lambda record: [function(record) for function in functions]
+    return callback
+
+
 class Recorder(keras.callbacks.Callback):
     """A user's own callback: writes down which method was called with what."""
 
@@ -256,7 +263,7 @@ def test_weights_averaged_by_the_optimizer_are_those_at_the_end(
     Loop(model, one_device, steps_per_execution=1).fit(
         batches_of(tiny.train, one_device, 16),
         epochs=1,
-        observers=[lambda _: weights.append(model.get_weights())],
+        callbacks=[at_call_end(lambda _: weights.append(model.get_weights()))],
     )
     for i, found in enumerate(model.get_weights()):
         average = weights[0][i]
@@ -341,8 +348,7 @@ def test_infinite_loss_names_the_step(
         loop.fit(
             batches_of(split, one_device, 8),
             epochs=3,
-            callbacks=[recorder, keras.callbacks.TerminateOnNaN()],
-            observers=[windows.append],
+            callbacks=[recorder, keras.callbacks.TerminateOnNaN(), at_call_end(windows.append)],
         )
     # What was recorded is still handed out, and callbacks may close their files.
     losses = np.concatenate([record.loss for record in windows])
@@ -372,7 +378,7 @@ def test_windows_add_up_and_tell_rate_and_metrics_of_each_step(
     loop = Loop(model, one_device, steps_per_execution=4)
     windows: list[CallRecord] = []
     train = batches_of(tiny.train, one_device, 7)  # ten batches, the last of one image
-    loop.fit(train, epochs=2, observers=[windows.append])
+    loop.fit(train, epochs=2, callbacks=[at_call_end(windows.append)])
 
     assert [w.epoch for w in windows] == [0, 0, 0, 1, 1, 1]
     assert [w.first_step for w in windows] == [0, 4, 8, 10, 14, 18]
@@ -402,9 +408,9 @@ def test_each_recorded_rate_is_the_one_that_moved_the_weights(
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
     weights = [model.get_weights()]
     windows: list[CallRecord] = []
-    observers = [windows.append, lambda _: weights.append(model.get_weights())]
+    callback = at_call_end(windows.append, lambda _: weights.append(model.get_weights()))
     train = batches_of(tiny.train, one_device, 8, limit_batches=4)
-    Loop(model, one_device, steps_per_execution=1).fit(train, epochs=1, observers=observers)
+    Loop(model, one_device, steps_per_execution=1).fit(train, epochs=1, callbacks=[callback])
     moved = [
         any((a != b).any() for a, b in zip(x, y, strict=True))
         for x, y in itertools.pairwise(weights)
@@ -413,7 +419,7 @@ def test_each_recorded_rate_is_the_one_that_moved_the_weights(
     assert [bool(np.any(w.learning_rate)) for w in windows] == moved
 
 
-def test_observers_stop_flag_ends_the_epoch(
+def test_stop_flag_of_a_callback_ends_the_epoch(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
     class StopAtOnce(keras.callbacks.Callback):
@@ -425,8 +431,7 @@ def test_observers_stop_flag_ends_the_epoch(
     history = loop.fit(
         batches_of(tiny.train, one_device, 8),
         epochs=3,
-        callbacks=[StopAtOnce()],
-        observers=[windows.append],
+        callbacks=[StopAtOnce(), at_call_end(windows.append)],
     )
     assert [w.first_step for w in windows] == [0, 2]
     assert len(history["loss"]) == 1
@@ -526,7 +531,7 @@ def golden_run() -> Iterator[float]:
         model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
     train = make_batches(dataset.train, config, chosen, batch_size=15, seed=1)
     windows: list[CallRecord] = []
-    Loop(model, chosen).fit(train, epochs=2, observers=[windows.append])
+    Loop(model, chosen).fit(train, epochs=2, callbacks=[at_call_end(windows.append)])
     for record in windows:
         yield from record.loss.tolist()
 

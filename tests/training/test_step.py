@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_loop import at_call_end
 
 from trainer.errors import InputError
 from trainer.training import step
@@ -130,7 +131,9 @@ def test_loop_equals_keras_own_step(
     model = compiled_model(one_device)
     loop = Loop(model, one_device, steps_per_execution=steps_per_execution)
     windows: list[CallRecord] = []
-    loop.fit(batches_of(tiny.train, one_device, 7), epochs=2, observers=[windows.append])
+    loop.fit(
+        batches_of(tiny.train, one_device, 7), epochs=2, callbacks=[at_call_end(windows.append)]
+    )
     assert len(windows) == (20 if steps_per_execution == 1 else 2)
     for record in windows:
         wanted = expected[record.first_step + record.steps - 1]
@@ -260,7 +263,7 @@ def test_two_devices_equal_one_on_the_same_batches(
         # 64 rows: nine batches of 7 (3 rows and 4), then one of a single row (none and 1).
         train = batches_of(tiny.train, chosen, 7, placement=placement, seed=3)
         windows: list[CallRecord] = []
-        loop.fit(train, epochs=2, observers=[windows.append])
+        loop.fit(train, epochs=2, callbacks=[at_call_end(windows.append)])
         assert int(model.optimizer.iterations.numpy()) == 20
         results.append((model.get_weights(), windows))
     (wanted_weights, wanted_windows), (weights, windows) = results

@@ -87,6 +87,8 @@ class ProgressBar(keras.callbacks.Callback):
             text=f"{logs}  {record.images / record.seconds:,.0f} images/s",
         )
 
+    on_call_end = __call__
+
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Shows the bar."""
         self._bar.start()
@@ -119,6 +121,8 @@ class MetricsFile(keras.callbacks.Callback):
         self._step = record.first_step + record.steps
         self._learning_rate = float(record.learning_rate[-1])
         self._times(record)
+
+    on_call_end = __call__
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the line of an epoch."""
@@ -174,6 +178,8 @@ class TensorBoardCurves(keras.callbacks.Callback):
                         tf.summary.scalar(f"worker_{worker}/step_ms", seconds, step=end)
         if record.gradient_norms is not None:
             self._gradient_norms.append(record.gradient_norms)
+
+    on_call_end = __call__
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the points of an epoch."""

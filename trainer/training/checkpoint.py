@@ -145,6 +145,8 @@ class Checkpoints(keras.callbacks.Callback):
             self._save()
         self._signals.stop_if_agreed()
 
+    on_call_end = __call__
+
     def on_test_batch_end(self, batch: int, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Saves between two calls of a validation, where a signal came."""
         self._signals.agree()

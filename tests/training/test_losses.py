@@ -52,5 +52,5 @@ def test_a_saved_model_keeps_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="label_smoothing: expected 0 <= share < 1"):
+    with pytest.raises(ValueError, match="label_smoothing: expected 0 <= x < 1"):
         SmoothedCrossentropy(share)

@@ -33,7 +33,7 @@ def find(kind: str, name: str) -> Any:
 
     Args:
         kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
-        name: A Keras name in any case ("adam", "Conv2D"), one of this package ("FusedAdam"), the
+        name: A Keras name in any case ("adam", "Conv2D"), one of this package ("SmoothedCrossentropy"), the
             name a class was registered under with `keras.saving.register_keras_serializable`, or
             "package.module:Name".
 

@@ -11,7 +11,9 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
 from trainer.errors import InputError
-from trainer.training import fused_adam  # noqa: F401 - registers its class by name
+
+# Runs and models of earlier versions name a subclass of Adam that had the same options and state.
+keras.saving.get_custom_objects()["trainer>FusedAdam"] = keras.optimizers.Adam
 
 # For batches that grow with the devices: "linear" is Goyal et al. 2017, "sqrt" Krizhevsky 2014.
 _SCALE: dict[str, Callable[[int], float]] = {

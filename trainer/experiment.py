@@ -28,16 +28,26 @@ from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
+from trainer.training.callback_options import check_callback
 from trainer.training.checkpoint import load_weights
 from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
-from trainer.training.trial_run import try_callback
 
 # What a metric cannot be called: it would take the place of a number of our own.
 _RESERVED = {
     *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
-    *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
+    *(
+        "outputs",
+        "gradient_norms",
+        "images_per_second",
+        "run",
+        "data",
+        "split",
+        "images",
+        "devices",
+        "precision",
+    ),
 }
 
 
@@ -416,7 +426,7 @@ def make_callbacks(
         own = any(not kind.__module__.startswith("keras.") for kind in kinds[:i])
         monitor = each.options.get("monitor")
         added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
-        try_callback(each, experiment.model, added | logs)
+        check_callback(each, added | logs)
     return [*(keras_objects.make("callback", each) for each in described), *given]
 
 

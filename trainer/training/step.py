@@ -181,7 +181,8 @@ def bind_step(
             logs = metric_tensors(result)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}") from None
-        if "loss" not in logs or logs["loss"].shape != ():
+        loss = logs.get("loss")
+        if loss is None or loss.shape != () or not loss.dtype.is_floating:
             received = ", ".join(f"{key} {value.shape}" for key, value in logs.items()) or "none"
             raise InputError(
                 f"{name}: expected logs that have 'loss' (a number), received {received}"

@@ -31,9 +31,8 @@ class LocalBatch(NamedTuple):
         images: uint8 [rows, height, width, channels].
         labels: int64 [rows].
         first: Position of the first row in the global batch, int32 scalar.
-        count: Rows that belong to this replica, int32 scalar. 0 if the global batch has fewer rows
-            than there are replicas: then `images` has one row that belongs to another replica,
-            because every replica must take part in the sum of gradients.
+        count: Rows that belong to this replica, int32 scalar. If it is 0, `images` has one row of
+            another replica, because every replica must take part in the sum of gradients.
         size: Rows of the global batch, int32 scalar.
         fraction: `count / size`, float32 scalar; None with one replica.
     """
@@ -63,13 +62,17 @@ class Batches(ABC):
         seed: int | None,
         limit_batches: int | None,
     ) -> None:
-        """Calculates the number of steps; see `make_batches`."""
+        """Stores the arguments of `make_batches`."""
         self._split = split
         self._devices = devices
         self._seed = seed
         self.batch_size = batch_size
         self.steps = steps_per_epoch(len(split), batch_size, limit_batches)
         self.images = min(len(split), self.steps * batch_size)
+        self._place(split, devices)
+
+    def _place(self, split: Split, devices: Devices) -> None:
+        """Copies to the devices what stays there for the whole training."""
 
     @abstractmethod
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
@@ -176,20 +179,7 @@ def local_rows(size: Any, replica: Any, replicas: int) -> tuple[Any, Any]:
 class ResidentBatches(Batches):
     """All images on each device, gathered inside the graph."""
 
-    def __init__(
-        self,
-        split: Split,
-        devices: Devices,
-        batch_size: int,
-        seed: int | None,
-        limit_batches: int | None,
-    ) -> None:
-        """Copies the split to every device.
-
-        Raises:
-            InputError: It does not fit in the memory of a device.
-        """
-        super().__init__(split, devices, batch_size, seed, limit_batches)
+    def _place(self, split: Split, devices: Devices) -> None:
         available = free_bytes("CPU:0")  # all rows are read into host memory first
         if available is not None and split.nbytes > available:
             raise _too_large(split, "CPU:0")

@@ -78,8 +78,8 @@ def test_documented_options_are_accepted(
         ("ModelCheckpoint", {"filepath": "a"}, r"'a'.*must end in `.keras`"),
         ("TensorBoard", {"histogram_freq": "1"}, "histogram_freq: expected int"),
         ("ModelCheckpoint", {"filepath": "a.keras", "save_best_only": "yes"}, "expected bool"),
-        ("BackupAndRestore", {"backup_dir": "b"}, "removes its folder"),
-        ("SwapEMAWeights", {}, "averaged weights are scored and kept without it"),
+        ("BackupAndRestore", {"backup_dir": "b"}, "deletes its folder"),
+        ("SwapEMAWeights", {}, "averaged weights are scored and saved without it"),
     ],
 )
 def test_options_that_keras_ignores_or_rejects_late_are_refused(
@@ -173,5 +173,5 @@ def test_metrics_with_a_name_of_our_own_are_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "named", sys.modules[__name__])
     metrics = {"training.metrics": [{"name": name, "options": options}]}
-    with pytest.raises(InputError, match="is a name of our own: choose another"):
+    with pytest.raises(InputError, match="is reserved: choose another"):
         build_experiment(Config().with_changes(TINY | metrics), PhaseTimer())

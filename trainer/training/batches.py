@@ -71,7 +71,7 @@ class Batches(ABC):
         self.images = min(len(split), self.steps * batch_size)
         self._place(split, devices)
 
-    def _place(self, split: Split, devices: Devices) -> None:
+    def _place(self, split: Split, devices: Devices) -> None:  # noqa: B027 - not always needed
         """Copies to the devices what stays there for the whole training."""
 
     @abstractmethod

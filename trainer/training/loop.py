@@ -14,10 +14,17 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer import kernels
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
 from trainer.keras_objects import nested_layers
+from trainer.tensorflow_internals import (
+    HostOperation,
+    KernelReport,
+    check_kernels,
+    check_xla,
+    profiler_step,
+    xla_refusal,
+)
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
 from trainer.training.call import Call, Logs, as_logs, metric_results
@@ -203,14 +210,9 @@ class Loop:
         return history
 
     def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
-        """Trains without end, validation and callbacks, for benchmarks.
+        """Yields the records of endless calls of `steps` steps (at most those of an epoch).
 
-        Args:
-            train: Batches to train on.
-            steps: Steps per call, at most those of an epoch.
-
-        Yields:
-            The record of each call.
+        There is no validation and no callback: this is what benchmarks measure.
         """
         for epoch in itertools.count():
             state = train.start_epoch(epoch)
@@ -264,7 +266,7 @@ class Loop:
         self._training_call = self._call("train", train)
         return self._training_call
 
-    def check_kernels(self, device_type: str | None = None) -> kernels.KernelReport:
+    def check_kernels(self, device_type: str | None = None) -> KernelReport:
         """Finds operations of the traced training step that run on the CPU.
 
         Args:
@@ -272,11 +274,11 @@ class Loop:
         """
         names = self.devices.names if self.devices.replicas > 1 else ()
         kind, graph = device_type or self.devices.type, self._training_call.graph
-        return kernels.check_kernels(graph, kind, layers=self.layer_names, traced_on=names)
+        return check_kernels(graph, kind, layers=self.layer_names, traced_on=names)
 
-    def check_xla_kernels(self) -> tuple[kernels.HostOperation, ...]:
+    def check_xla_kernels(self) -> tuple[HostOperation, ...]:
         """Returns the operations of the traced training step without an XLA kernel for GPUs."""
-        return kernels.check_xla(self.step_graph, self.layer_names)
+        return check_xla(self.step_graph, self.layer_names)
 
     @property
     def layer_names(self) -> list[str]:
@@ -342,15 +344,12 @@ class Loop:
             )
 
     def _changed_metrics(self, logs: Logs) -> Logs:
-        """Returns the metrics after the callbacks of the last call, which may change them.
-
-        Several workers read their metrics only inside a call. Logs with other names come from the
-        step itself.
-        """
-        if self.devices.workers > 1:
+        """Returns the metrics after the callbacks of the last call, which may change them."""
+        if self.devices.workers > 1:  # they read their metrics only inside a call
             return {}
         results = metric_results(self.model, self.devices)
-        return as_logs(results) if results.keys() == logs.keys() else {}
+        own = results.keys() != logs.keys()  # logs of the step itself
+        return {} if own else as_logs(results)
 
     def _run_call(
         self, train: Batches, state: Any, epoch: int, first: int, count: int
@@ -358,7 +357,7 @@ class Loop:
         """Runs `count` steps and waits for the device."""
         call = self.trace(train)
         start = time.perf_counter()
-        rows, metrics, _ = self._run(call, state, first, count)
+        rows, metrics, _ = self._start(call, state, first, count)
         for name in self.devices.names:
             with tf.device(name):
                 tf.raw_ops.SyncDevice()
@@ -384,16 +383,17 @@ class Loop:
             logs=logs,
         )
 
-    def _run(self, call: Call, state: Any, first: int, count: int) -> Any:
-        """Runs a call.
+    def _start(self, call: Call, state: Any, first: int, count: int) -> Any:
+        """Starts a call of training steps.
 
         Raises:
             InputError: XLA cannot compile the step.
         """
         try:
-            return call(state, first, count)
+            with profiler_step(first):
+                return call(state, first, count)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            refused = kernels.xla_refusal(error, self.layer_names) if self._jit_compile else None
+            refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
             if refused is None:
                 raise
             raise InputError(
@@ -403,9 +403,7 @@ class Loop:
     def _call(self, kind: str, batches: Batches) -> Call:
         """Returns a traced call, traced again if something that it depends on has changed.
 
-        Args:
-            kind: "train", "evaluate", or "collect" to evaluate and return the probabilities.
-            batches: The batches to trace it for.
+        The kinds are "train", "evaluate", and "collect" to also return the probabilities.
         """
         traced_for, call = self._calls.get((kind, batches), (None, None))
         if call is None or not _same(traced_for, self._depends_on(kind)):
@@ -453,9 +451,6 @@ class Loop:
 
         Keras creates them at their first use. That would be inside the graph of one replica, where
         a strategy cannot create variables.
-
-        Raises:
-            InputError: The optimizer has no state for a weight that is to be trained.
         """
         model, trained = self.model, self.model.trainable_variables
         with self.devices.scope():

@@ -83,8 +83,19 @@ class Batches(ABC):
         """Returns the batch of a step (int32 scalar) of the epoch before its rows are split."""
 
     @abstractmethod
+    def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns images and labels of some rows of a global batch, without its size."""
+
     def local_batch(self, batch: Any) -> LocalBatch:
         """Returns the rows of a global batch for the replica that calls this."""
+        *source, size = batch
+        first, last, fraction = 0, size, None
+        if self._devices.replicas > 1:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            first, last = local_rows(size, replica, self._devices.replicas)
+            fraction = tf.cast(last - first, tf.float32) / tf.cast(size, tf.float32)
+        images, labels = self._read(source, first, tf.maximum(last, first + 1))
+        return LocalBatch(images, labels, first, last - first, size, fraction)
 
     def join(self, local: LocalBatch, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the outputs of a replica at their rows of the batch, and 0 at all other rows.
@@ -107,16 +118,6 @@ class Batches(ABC):
 
     def _order(self, epoch: int) -> tf.Tensor:
         return epoch_order(len(self._split), self._seed, epoch)
-
-    def _rows_here(self, size: Any) -> tuple[Any, Any, Any, tf.Tensor | None]:
-        """Returns the last four fields of `LocalBatch` for the replica that calls this."""
-        replicas = self._devices.replicas
-        if replicas == 1:
-            return 0, size, size, None
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        first, last = local_rows(size, replica, replicas)
-        count = last - first
-        return first, count, size, tf.cast(count, tf.float32) / tf.cast(size, tf.float32)
 
 
 def make_batches(
@@ -208,12 +209,10 @@ class ResidentBatches(Batches):
         """Returns images, labels and order of each device, and which part of the order to use."""
         return *self._data, state, step * self.batch_size, self.size(step)
 
-    def local_batch(self, batch: Any) -> LocalBatch:
-        """Gathers the rows of this replica."""
-        images, labels, order, start, size = batch
-        first, count, *rest = self._rows_here(size)
-        rows = order[start + first : start + first + tf.maximum(count, 1)]
-        return LocalBatch(tf.gather(images, rows), tf.gather(labels, rows), first, count, *rest)
+    def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        images, labels, order, start = source
+        rows = order[start + first : start + last]
+        return tf.gather(images, rows), tf.gather(labels, rows)
 
 
 class StreamedBatches(Batches):
@@ -228,10 +227,9 @@ class StreamedBatches(Batches):
         """Returns the iterators, which count the steps themselves, and the rows of the batch."""
         return state, self.size(step)
 
-    def local_batch(self, batch: Any) -> LocalBatch:
-        """Returns the rows of this replica, which its iterator has read in advance."""
-        iterator, size = batch
-        return LocalBatch(*iterator.get_next(), *self._rows_here(size))
+    def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:  # noqa: ARG002
+        images, labels = source[0].get_next()  # the iterator has read only these rows
+        return images, labels
 
     def _pipeline(self, order: Any, step: int, replica: int) -> tf.data.Dataset:
         """Reads a replica's rows of each batch and copies them to its device."""

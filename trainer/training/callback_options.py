@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import Any
 
 import keras
 
@@ -14,7 +15,7 @@ from trainer.errors import InputError, did_you_mean
 _NEED_FUNCTIONS = (keras.callbacks.LearningRateScheduler, keras.callbacks.LambdaCallback)
 
 
-def check_callback(described: KerasObject, logs: Iterable[str]) -> None:
+def check_callback(described: KerasObject, logs: Collection[Any]) -> None:
     """Refuses options that Keras would ignore, or would reject only during the training.
 
     Callbacks of the user are not checked, because they may do anything when they are made.

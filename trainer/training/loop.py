@@ -27,7 +27,8 @@ from trainer.tensorflow_internals import (
 )
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
-from trainer.training.call import Call, Logs, as_logs, metric_results
+from trainer.training.call import Call, as_logs, metric_results
+from trainer.training.call import Logs as Logs
 from trainer.training.replicas import require_addable, require_mean_loss
 from trainer.training.step import bind_step, test_step, train_step
 
@@ -148,7 +149,6 @@ class Loop:
         self._augment = augment
         self._jit_compile = jit_compile
         self._calls: dict[tuple[str, Batches], tuple[list[Any], Call]] = {}
-        self._training_call: Any = None
         self._calls_run, self._warmup_calls, self._epochs = 0, 1, 0
         self._optimizer: Any = None
         self._optimized: list[Any] = []
@@ -244,7 +244,8 @@ class Loop:
         call = self._call("collect" if collect else "evaluate", batches)
         self.model.reset_metrics()
         state = batches.start_epoch(0)
-        outputs, logs = [], {}
+        outputs: list[NDArray[np.float32]] = []
+        logs: Logs = {}
         for first in range(0, batches.steps, self.steps_per_execution):
             count = min(self.steps_per_execution, batches.steps - first)
             hooks.on_test_batch_begin(first)
@@ -263,8 +264,8 @@ class Loop:
 
     def trace(self, train: Batches) -> Call:
         """Returns the traced training call; `fit` and `repeat` trace it themselves."""
-        self._training_call = self._call("train", train)
-        return self._training_call
+        call = self._training_call = self._call("train", train)
+        return call
 
     def check_kernels(self, device_type: str | None = None) -> KernelReport:
         """Finds operations of the traced training step that run on the CPU.
@@ -367,7 +368,8 @@ class Loop:
         values, logs = call.read(rows, metrics)
         curves = {name: value for name, value in values.items() if value.ndim == 1}
         if self.devices.workers > 1:
-            curves = {name: np.float32([v]) for name, v in logs.items() if np.ndim(v) == 0} | curves
+            numbers = {name: value for name, value in logs.items() if np.ndim(value) == 0}
+            curves = {n: np.array([value], np.float32) for n, value in numbers.items()} | curves
         return CallRecord(
             epoch=epoch,
             first_step=epoch * train.steps + first,
@@ -405,7 +407,7 @@ class Loop:
 
         The kinds are "train", "evaluate", and "collect" to also return the probabilities.
         """
-        traced_for, call = self._calls.get((kind, batches), (None, None))
+        traced_for, call = self._calls.get((kind, batches), ([], None))
         if call is None or not _same(traced_for, self._depends_on(kind)):
             self._build()
             call = self._timed("tracing", self._trace, kind, batches)

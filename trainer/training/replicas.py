@@ -1,5 +1,7 @@
 """Refuses models whose results on several devices cannot be added up to those of one device."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -20,7 +22,7 @@ def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
             raise InputError(
                 f"a model with its own {method}: expected one device, received several"
             )
-    options = {"training.jit_compile": jit_compile}
+    options: dict[str, Any] = {"training.jit_compile": jit_compile}
     for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
         options[name] = getattr(model.optimizer, name, None)
     for name, value in options.items():

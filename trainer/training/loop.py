@@ -59,13 +59,12 @@ class CallRecord:
         images: Images in the call.
         seconds: Duration, from an idle device until the device has finished.
         worker_seconds: Duration on each worker of a cluster, float64 [workers].
-        warm: False for calls at the start of a run that set up the device's kernels or are traced
-            by the profiler. Their duration does not measure the step.
+        warm: False for the first calls, which also set up kernels or are traced by the profiler.
         loss: Loss of the batch of each step, float32 [steps].
         learning_rate: Learning rate of each step, float32 [steps].
         metrics: Each metric after each step, since the start of the epoch, float32 [steps]. With
             several workers only after the last step, [1], because reading it needs communication.
-        gradient_norms: float32 [steps, weights], or None if they were not requested.
+        gradient_norms: float32 [steps, weights], or None.
         logs: Loss and metrics since the start of the epoch, as Keras passes them to callbacks.
     """
 
@@ -124,15 +123,13 @@ class Loop:
         Args:
             model: Built and compiled inside the scope of the devices.
             devices: One device or several.
-            step: Trains the model on one batch; see `trainer.training.step`. A model with its own
-                `train_step` uses that method instead.
+            step: Trains the model on one batch; see `trainer.training.step`.
             steps_per_execution: Largest number of steps in one call.
             clip_norm: Largest global norm of the gradients, or None.
-            jit_compile: Compile the step with XLA. Gathering and augmenting the images is not
-                compiled: three of Keras's augmentation layers have no XLA kernel.
+            jit_compile: Compile the step with XLA, but not the augmentation: three of Keras's
+                layers for it have no XLA kernel.
             augment: Changes training images, uint8 [rows, H, W, C], same shape returned.
-            gradient_norms: Record the norm of each weight's gradient at each step, if the step
-                supports it.
+            gradient_norms: Record the norm of each weight's gradient, if the step returns it.
 
         Raises:
             InputError: The step does not fit the model and the options, or the results of several
@@ -175,8 +172,7 @@ class Loop:
                 `steps_per_execution`. A method `on_call_end(record)` receives each `CallRecord`
                 after all `on_train_batch_end`.
             warmup_calls: Number of calls at the start that are not `warm`.
-            start: Position from which a checkpoint is continued. A callback restores the state in
-                `on_train_begin`.
+            start: Position of the checkpoint whose state a callback restores.
 
         Returns:
             The value of each metric after each epoch, by name.

@@ -22,9 +22,6 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.errors import InputError
 
-# Takes images, labels and batch_fraction.
-BoundStep = Callable[[tf.Tensor, tf.Tensor, tf.Tensor | None], dict[str, tf.Tensor]]
-
 
 def overrides(model: keras.Model, method: str) -> bool:
     """Returns whether a model or its class replaces a method of `keras.Model`."""
@@ -48,9 +45,8 @@ def train_step(
         images: Rows of the batch for this replica, [rows, H, W, C].
         labels: int64 [rows].
         sample_weight: float32 [rows], or None.
-        batch_fraction: This replica's fraction of the rows of the global batch, float32 scalar in
-            [0, 1]; None for one replica. A replica with fraction 0 still receives one row, because
-            every replica must take part in the sum of gradients.
+        batch_fraction: `LocalBatch.fraction`; None for one replica. A replica with fraction 0
+            still receives one row, because it must take part in the sum of gradients.
         clip_norm: Largest global norm of the gradients of the whole batch; None: not clipped.
         gradient_norms: Also return the norm of each weight's gradient.
 
@@ -118,12 +114,10 @@ def test_step(
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
     """Returns the loss of a model, also if its `compute_loss` has no parameter `training`.
 
-    Such methods were written before Keras 3.3.
-
     Args:
         model: Compiled.
         arguments: Images, labels, outputs and sample weights or None, as `compute_loss` takes them.
-        training: Whether the model is trained or evaluated.
+        training: Whether the model is trained or evaluated. Keras 3.3 added this parameter.
     """
     options = {"training": training} if _accepts(model.compute_loss, "training") else {}
     return model.compute_loss(*arguments, **options)
@@ -147,15 +141,14 @@ def find_step(name: str) -> Callable[..., Any]:
 
 def bind_step(
     step: Callable[..., Any], model: keras.Model, *, replicas: int = 1, **options: Any
-) -> BoundStep:
-    """Returns the training step of a model: its own `train_step`, or else the given function.
+) -> Callable[..., dict[str, tf.Tensor]]:
+    """Returns the step of a model as a function of images, labels and batch_fraction.
 
     Args:
-        step: As `find_step` returns it.
+        step: As `find_step` returns it. A model with its own `train_step` uses that instead.
         model: Compiled.
         replicas: Number of devices that train together.
-        options: `clip_norm` and `gradient_norms` of `train_step`. A step without the parameter
-            `gradient_norms` is called without it.
+        options: `clip_norm` and `gradient_norms` of `train_step`.
 
     Raises:
         InputError: Two steps are given, or the step lacks a parameter that is needed.
@@ -163,11 +156,11 @@ def bind_step(
     for method in ("make_train_function", "make_test_function"):
         if overrides(model, method):
             raise InputError(f"a model with its own {method}: expected train_step or test_step")
-    name = f"training.step {step.__module__}:{step.__name__}"
+    name = f"training.step {getattr(step, '__name__', step)}"
     if overrides(model, "train_step"):
         if step is not train_step:
             raise InputError(f"{name}: expected a model without its own train_step")
-        name, step = "train_step", _model_train_step
+        name, step = "train_step", lambda model, *data: model.train_step(data)
     if options.get("clip_norm") is not None and not _accepts(step, "clip_norm"):
         raise InputError(f"training.clip_norm: {name} has no parameter clip_norm")
     if replicas > 1 and not _accepts(step, "batch_fraction"):
@@ -192,10 +185,6 @@ def bind_step(
     return bound
 
 
-def _model_train_step(model: keras.Model, images: tf.Tensor, labels: tf.Tensor) -> Any:
-    return model.train_step((images, labels))
-
-
 def _accepts(function: Callable[..., Any], option: str) -> bool:
     parameters = inspect.signature(function).parameters.values()
     return any(p.name == option or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -205,8 +194,7 @@ def metric_tensors(logs: Any) -> dict[str, tf.Tensor]:
     """Returns logs as tensors. As in Keras, each entry of a nested dictionary is a log.
 
     Raises:
-        TypeError: The logs are not a dictionary, or a value is not a number or a list of numbers.
-        ValueError: As TypeError.
+        TypeError, ValueError: The logs are not a dictionary of numbers and lists of numbers.
     """
     if not isinstance(logs, dict):
         raise TypeError(f"expected a dictionary of logs, received {type(logs).__name__}")
@@ -265,9 +253,7 @@ def _clip_whole_batch(
 def _update_metrics(model: keras.Model, *data: Any) -> dict[str, Any]:
     """Updates the metrics of a model, and its mean loss weighted by rows.
 
-    Args:
-        model: Compiled.
-        data: Images, labels, outputs, sample weights, mean loss and batch fraction.
+    `data` is images, labels, outputs, sample weights, mean loss and batch fraction.
     """
     *arguments, mean_loss, batch_fraction = data
 

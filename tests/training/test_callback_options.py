@@ -91,7 +91,7 @@ def test_options_that_keras_ignores_or_rejects_late_are_refused(
 
 
 class Adds(keras.callbacks.Callback):
-    """A user's own callback: adds a log, and has an attribute of a common name."""
+    """A user's callback: adds a log, and has an attribute with a common name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_every_number_that_a_callback_adds_is_shown() -> None:
 @pytest.mark.parametrize(
     "callback", [keras.callbacks.BackupAndRestore("backup"), keras.callbacks.SwapEMAWeights()]
 )
-def test_callbacks_that_do_harm_are_refused_from_python(callback: Any, in_tmp_path: Path) -> None:
+def test_harmful_callbacks_are_refused_from_python(callback: Any, in_tmp_path: Path) -> None:
     config = Config().with_changes(TINY)
     for dry_run in (True, False):
         with pytest.raises(InputError, match=type(callback).__name__):
@@ -135,7 +135,7 @@ def test_callbacks_that_do_harm_are_refused_from_python(callback: Any, in_tmp_pa
     assert not list(in_tmp_path.rglob("*.npz"))
 
 
-def test_a_run_keeps_the_averaged_weights_that_it_scored(in_tmp_path: Path) -> None:
+def test_a_run_saves_the_averaged_weights_that_it_scored(in_tmp_path: Path) -> None:
     ema = {"use_ema": True, "ema_momentum": 0.5}
     stop = {"name": "EarlyStopping", "options": {"patience": 0, "restore_best_weights": True}}
     changes = {
@@ -156,7 +156,7 @@ def test_a_run_keeps_the_averaged_weights_that_it_scored(in_tmp_path: Path) -> N
 
 
 class Named(keras.metrics.Mean):
-    """Its result is a dictionary that takes the place of the loss."""
+    """Its result is a dictionary that replaces the loss."""
 
     def update_state(self, *_: Any, **__: Any) -> None:
         super().update_state(1.0)
@@ -168,7 +168,7 @@ class Named(keras.metrics.Mean):
 @pytest.mark.parametrize(
     ("name", "options"), [("named:Named", {"name": "own"}), ("Mean", {"name": "epoch"})]
 )
-def test_metrics_with_a_name_of_our_own_are_refused(
+def test_metrics_with_a_reserved_name_are_refused(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "named", sys.modules[__name__])

@@ -69,10 +69,6 @@ class Batches(ABC):
         self.batch_size = batch_size
         self.steps = steps_per_epoch(len(split), batch_size, limit_batches)
         self.images = min(len(split), self.steps * batch_size)
-        self._place(split, devices)
-
-    def _place(self, split: Split, devices: Devices) -> None:  # noqa: B027 - not always needed
-        """Copies to the devices what stays there for the whole training."""
 
     @abstractmethod
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
@@ -98,14 +94,10 @@ class Batches(ABC):
         return LocalBatch(images, labels, first, last - first, size, fraction)
 
     def join(self, local: LocalBatch, outputs: tf.Tensor) -> tf.Tensor:
-        """Returns the outputs of a replica at their rows of the batch, and 0 at all other rows.
+        """Returns the outputs of a replica, [rows, n], at their rows of a batch of zeros.
 
         The sum over the replicas has the outputs of the global batch in its first `size` rows.
         Smaller batches have as many rows as the others, because the shape must not change.
-
-        Args:
-            local: The rows of this replica.
-            outputs: Of these rows, [rows, n].
         """
         if local.fraction is None:
             return outputs
@@ -115,9 +107,6 @@ class Batches(ABC):
     def size(self, step: Any) -> Any:
         """Returns the number of rows of the global batch of a step."""
         return tf.minimum(self.batch_size, self.images - step * self.batch_size)
-
-    def _order(self, epoch: int) -> tf.Tensor:
-        return epoch_order(len(self._split), self._seed, epoch)
 
 
 def make_batches(
@@ -180,7 +169,13 @@ def local_rows(size: Any, replica: Any, replicas: int) -> tuple[Any, Any]:
 class ResidentBatches(Batches):
     """All images on each device, gathered inside the graph."""
 
-    def _place(self, split: Split, devices: Devices) -> None:
+    def __init__(self, split: Split, devices: Devices, *options: Any) -> None:
+        """Copies all images to every device.
+
+        Raises:
+            InputError: They do not fit in the memory of a device.
+        """
+        super().__init__(split, devices, *options)
         available = free_bytes("CPU:0")  # all rows are read into host memory first
         if available is not None and split.nbytes > available:
             raise _too_large(split, "CPU:0")
@@ -202,7 +197,7 @@ class ResidentBatches(Batches):
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - needs no start
         """Returns the order of the epoch on each device, int64 [n]."""
-        order = self._order(epoch)
+        order = epoch_order(len(self._split), self._seed, epoch)
         return self._devices.on_each(lambda _: tf.identity(order))
 
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
@@ -220,7 +215,7 @@ class StreamedBatches(Batches):
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
         """Returns an iterator for each device over its rows of the batches of an epoch."""
-        order = self._order(epoch).numpy()
+        order = epoch_order(len(self._split), self._seed, epoch).numpy()
         return self._devices.on_each(lambda replica: iter(self._pipeline(order, step, replica)))
 
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:

@@ -290,7 +290,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 'model.options.layers=[{name="Flatten",x=1}]',
             ],
             2,
-            "unknown key 'layers.0.x': available: name, options",
+            "layers.0: unknown key 'x': available: name, options",
         ),
         (["fit", "configs/debug.toml", "--set", "data.image_size=[8, 8]"], 2, "data.image_size"),
         (["fit", "--set", "data.name='..'"], 2, "unknown data set"),

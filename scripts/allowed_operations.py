@@ -49,7 +49,7 @@ from tensorflow.python.framework import op_def_registry
 
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
-from trainer.saving.formats import FORMATS, Source
+from trainer.saving.formats import FORMATS, ExportSource
 from trainer.saving.operations import SAVER_OPERATIONS
 
 # ---------------------------------------------------------------- what is harmless, by review
@@ -552,7 +552,7 @@ def _of_exports(folder: Path) -> set[str]:
         ).spec
         model = models.build(ModelConfig(name=name), spec)
         target = folder / f"{name}-{channels}"
-        FORMATS["saved_model"].write(Source(model, spec, tf.zeros(0)), target)
+        FORMATS["saved_model"].write(ExportSource(model, spec, tf.zeros(0)), target)
         found |= _saved_operations(target)
     return found
 

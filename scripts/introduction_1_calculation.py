@@ -8,7 +8,7 @@ First of three; `trainer benchmark matmul` measures the same with everything tha
 import numpy as np
 import tensorflow as tf
 
-from trainer.benchmark.results import time_text
+from trainer.benchmark.result import time_text
 from trainer.benchmark.timing import Measurement
 from trainer.devices import select_each
 
@@ -27,7 +27,7 @@ def time_product(device: str, n: int) -> tuple[float, float]:
         measurement = Measurement(lambda: tf.matmul(a, b), tf.test.experimental.sync_devices)
         for _ in range(9):
             measurement.run_block()
-    seconds = measurement.timing().median
+    seconds = measurement.median
     return seconds, 2 * n**3 / seconds / 1e9  # n additions and n products for each of n^2 numbers
 
 

@@ -1,10 +1,10 @@
-"""Kills the chief and the workers of a search at random moments, and looks whether all is there.
+"""Kills the chief and workers of a search at random moments, and checks that nothing is lost.
 
     python scripts/kill_and_tune.py configs/mnist_tune.toml --name killed
 
-The search is started, killed, started again by the same command, and so on: the chief once, a
-worker at each other time. In the end there must be as many trials as were asked for, none twice,
-each epoch of each trial once. Ends with 1 and says what is wrong if not.
+The same command starts the search again after each kill: the chief is killed once, a worker each
+other time. At the end, the search must have all configured trials, none of them twice, and each
+epoch of each trial once. Otherwise the script prints what is wrong and ends with exit code 1.
 """
 
 import collections
@@ -24,18 +24,18 @@ import typer
 def main(
     config: Path,
     *,
-    name: Annotated[str, typer.Option(help="Of the search")],
+    name: Annotated[str, typer.Option(help="Name of the search")],
     workers: Annotated[int, typer.Option(min=1)] = 2,
     kills: Annotated[int, typer.Option(min=1)] = 3,
     runs: Annotated[Path, typer.Option(help="Folder that holds the run directories")] = Path(
         "runs"
     ),
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="As `trainer tune` takes it")
+        list[str] | None, typer.Option("--set", help="The same as for `trainer tune`")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the moments")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the moments")] = 0,
 ) -> None:
-    """Kills, goes on, compares, and says what it saw."""
+    """Kills and continues a search, and prints the result of the checks."""
     moments = random.Random(seed)
     folder = runs / f"tune-{name}"
     if folder.exists():
@@ -71,7 +71,7 @@ def main(
 
 
 def _wait(folder: Path, process: subprocess.Popen[str], moments: random.Random) -> None:
-    """Waits until some more trials are done, and a while into the next."""
+    """Waits until some more trials are done, plus a random time."""
     expected = len(_records(folder)) + moments.randint(2, 6)
     while process.poll() is None and len(_records(folder)) < expected:
         time.sleep(0.05)
@@ -79,7 +79,7 @@ def _wait(folder: Path, process: subprocess.Popen[str], moments: random.Random) 
 
 
 def _kill(process: subprocess.Popen[str], victim: str, moments: random.Random) -> str:
-    """Sends SIGKILL, and returns to whom."""
+    """Sends SIGKILL, and returns the name of the victim."""
     if victim == "chief":
         process.kill()
         return "the chief"
@@ -92,20 +92,22 @@ def _kill(process: subprocess.Popen[str], victim: str, moments: random.Random) -
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("records/*.json"))]
+    # Other names belong to files that are being written.
+    paths = [path for path in folder.glob("records/*.json") if path.stem.isdecimal()]
+    return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
 def _faults(folder: Path) -> list[str]:
-    """Returns what is missing or there twice."""
+    """Returns one line for everything that is missing or doubled."""
     config = tomllib.loads((folder / "search.toml").read_text())
-    asked, records = config["tuning"]["trials"], _records(folder)
+    asked, records = config["tuning"]["max_trials"], _records(folder)
     faults = []
     if len(records) != asked:
-        faults.append(f"{len(records)} trials, {asked} were asked for")
+        faults.append(f"{len(records)} trials, expected {asked}")
     oracle = json.loads((folder / "oracle" / "oracle.json").read_text())
     names = sorted(record["trial"] for record in records)
     faults += [
-        f"{order} of the oracle is not that of the trials"
+        f"{order} of the oracle differs from the trials"
         for order in ("start_order", "end_order")
         if sorted(oracle[order]) != names
     ]

@@ -32,10 +32,10 @@ import numpy as np
 from PIL import Image
 
 import trainer
-from trainer.saving.export import read_facts
+from trainer.saving.versions import read_record
 
 PATH = "/v1/models/model:predict"
-MOST_BYTES = 1_000_000
+MAX_BODY_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def good_requests(images: Any) -> list[Request]:
 
 
 def bad_requests(images: Any) -> list[Request]:
-    """What a client can get wrong, with the status it has to hear."""
+    """Returns invalid requests, with the expected status."""
     row = images[0].tolist()
     files = "serving_files"
     bodies: dict[str, Any] = {
@@ -104,7 +104,7 @@ def bad_requests(images: Any) -> list[Request]:
         Request("no JSON", 400, b"{"),
         Request("no UTF-8", 400, b"\xff\xfe\xfa"),
         Request("deep", 400, b"[" * 50_000),
-        Request("too large", 413, b" " * (MOST_BYTES + 1)),
+        Request("too large", 413, b" " * (MAX_BODY_BYTES + 1)),
         Request("another model", 404, b"{}", path="/v1/models/other:predict"),
         Request("another version", 404, b"{}", path="/v1/models/model/versions/7:predict"),
         Request("another verb", 404, b"{}", path="/v1/models/model:classify"),
@@ -116,7 +116,7 @@ def bad_requests(images: Any) -> list[Request]:
 def server(directory: Path) -> Iterator[tuple[str, int]]:
     """Runs `trainer serve` and stops it by SIGTERM."""
     command = [sys.executable, "-m", "trainer", "serve", "model", "--port", "0"]
-    command += ["--directory", str(directory), "--most-bytes", str(MOST_BYTES)]
+    command += ["--directory", str(directory), "--max-body-bytes", str(MAX_BODY_BYTES)]
     said = directory / "stderr.txt"
     with said.open("w") as stderr:
         process = subprocess.Popen(command, stderr=stderr)
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=32)
     options = parser.parse_args()
 
-    spec = read_facts(options.first).spec
+    spec = read_record(options.first).spec
     images = np.random.default_rng(0).integers(0, 256, (64, *spec.image_shape), dtype=np.uint8)
     good, bad = itertools.cycle(good_requests(images)), itertools.cycle(bad_requests(images))
     requests = [next(bad) if i % 5 == 4 else next(good) for i in range(options.requests)]

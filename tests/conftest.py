@@ -49,17 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     tf.config.set_logical_device_configuration(cpu, halves)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_drawing_process() -> Iterator[Any]:
-    """Lets one process draw for all trainings of a test process: each start takes a second."""
-    from trainer import figure_process, workflow
-
-    with figure_process.FigureProcess() as shared, pytest.MonkeyPatch.context() as patch:
-        for module in (figure_process, workflow):
-            patch.setattr(module, "FigureProcess", lambda: contextlib.nullcontext(shared))
-        yield shared
-
-
 @pytest.fixture(scope="session")
 def one_device() -> Any:
     """The first of the two CPU devices."""

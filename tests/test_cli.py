@@ -91,7 +91,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "load": "path --evaluate --trust --json",
         "predict": "run images --invert --device --runs --json",
         "save": "run path --overwrite --runs --json",
-        "serve": "name --directory --host --port --most-bytes --trust",
+        "serve": "name --directory --host --port --max-body-bytes --trust",
         "tensorboard": "--runs --port",
         "tune": "config --name --set --trials --workers --refit --json",
         "verify": "path --trust --json",
@@ -272,7 +272,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 ("{name='EarlyStopping',options={mode='x'}}", "'EarlyStopping'"),
                 ("{name='ModelCheckpoint',options={filepath=3}}", "'ModelCheckpoint'"),
                 ("{name='CSVLogger',options={filename='a',separator=3}}", "'CSVLogger' cannot be"),
-                ("{name='BackupAndRestore',options={backup_dir='a'}}", "'BackupAndRestore' rem"),
+                ("{name='BackupAndRestore',options={backup_dir='a'}}", "'BackupAndRestore' del"),
                 ("{name='SwapEMAWeights'}", "'SwapEMAWeights' is not needed"),
             )
         ),
@@ -282,7 +282,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 'model.options.layers=["StringLookup"]',
             ],
             2,
-            "the network cannot be run on images of the data: ",
+            "the model cannot be run on images of the data: ",
         ),
         (
             [
@@ -296,7 +296,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
         (["fit", "--set", "data.name='..'"], 2, "unknown data set"),
         (["fit", "configs/debug.toml", "--set", "logging.directory=a_file"], 2, "a_file"),
         (["fit", "configs/debug.toml", "--device", "gpu:x"], 2, "training.device"),
-        (["evaluate", "nothing"], 2, "nothing"),
+        (["evaluate", "nothing"], 2, "there is no run in runs"),
         (["evaluate", "unfinished", "--runs", "others"], 2, "not finished"),
         (["predict", "latest", "a_file"], 2, "there is no run"),
         (["tensorboard", "--runs", "nothing"], 2, "nothing"),
@@ -415,4 +415,4 @@ def test_a_name_of_our_own_is_refused_for_a_metric(run: Run) -> None:
     metric = '[{name="SparseCategoricalAccuracy",options={name="loss"}}]'
     result = run("fit", "configs/debug.toml", "--set", f"training.metrics={metric}")
     assert result.code == 2
-    assert "loss is a name of our own" in result.err
+    assert "loss is reserved" in result.err

@@ -396,7 +396,7 @@ def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
     (run,) = (tmp_path / "runs").iterdir()
     for index in (0, 1):
         assert (
-            f"[{index}] trainer: stopped by SIGTERM; go on with "
+            f"[{index}] trainer: stopped by SIGTERM; continue with "
             f"`trainer fit --resume runs/{run.name}` on every worker" in err
         )
 

@@ -1,4 +1,4 @@
-"""The three small programs for readers of an introduction run, and say what is true."""
+"""The three introductory programs run and print correct results."""
 
 import re
 import runpy
@@ -18,6 +18,7 @@ def _run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 def test_calculation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trainer.benchmark")
     out = _run("1_calculation", monkeypatch, capsys)
     rates = re.findall(r"^ +(\d+) .* ([\d.e+-]+) GFLOP/s$", out, flags=re.MULTILINE)
     assert [int(n) for n, _ in rates] == [10, 100, 1000]
@@ -26,6 +27,7 @@ def test_calculation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_gradients(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trainer.gradient")
     out = _run("2_gradients", monkeypatch, capsys)
     assert re.findall(r"(?:is|:) ([\d.]+)$", out, flags=re.MULTILINE)[:4] == ["10"] * 4
     assert "the three agree" in out
@@ -34,6 +36,7 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_networks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trainer.saving")
     out = _run("3_networks", monkeypatch, capsys)
     assert "(3, 784) -> (3, 10) by 7850 weights" in out
     accuracy = float(re.search(r"test accuracy ([\d.]+)", out)[1])  # type: ignore[index]

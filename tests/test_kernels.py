@@ -14,7 +14,6 @@ import pytest
 import tensorflow as tf
 
 from trainer import devices, kernels
-from trainer.benchmark import step
 from trainer.config import Config, load_config
 from trainer.doctor import checks as doctor
 from trainer.errors import InputError
@@ -77,17 +76,11 @@ def prepared(path: Path, placement: str, precision: str, count: str, **changes: 
 
 
 def trace_everything(experiment: Experiment) -> None:
-    """Builds the graphs of training, of both kinds of evaluation, and of the benchmark."""
+    """Builds the graphs of training and of both kinds of evaluation."""
     train, validation = experiment.batches("train", shuffled=True), experiment.batches("validation")
     experiment.loop.trace(train)
     for collect in (False, True):
         experiment.loop._trace_evaluation(validation, collect)
-    if experiment.devices.replicas == 1:  # the benchmark measures one device at a time
-        state, zero = train.start_epoch(0), tf.constant(0)
-        step.bare_epoch(experiment, train).get_concrete_function(state, zero, tf.constant(1))  # type: ignore[attr-defined]
-        images, labels = experiment.data.train.read(slice(4))
-        step._traced_once(experiment, (tf.constant(images), tf.constant(labels)))
-        step._batches_alone(experiment, train, 1)()
 
 
 def on_the_host(graphs: list[tf.Graph], experiment: Experiment) -> set[str]:
@@ -114,7 +107,7 @@ def test_every_operation_of_our_graphs_has_a_gpu_kernel(
     experiment = prepared(path, placement, precision, count)
     trace_everything(experiment)
     graphs = traced()
-    assert len(graphs) == (6 if count == "one" else 3)
+    assert len(graphs) == 3
     assert on_the_host(graphs, experiment) == set()
 
 
@@ -133,8 +126,9 @@ def test_only_summaries_run_on_the_host_in_a_training(
 ) -> None:
     experiment = prepared(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
-    train, validation = experiment.training_batches(PhaseTimer())
-    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves], observers=[curves])
+    train = experiment.batches("train", shuffled=True)
+    validation = experiment.batches("validation")
+    experiment.loop.fit(train, validation, epochs=1, callbacks=[curves])
     found = [(graph.name, check_kernels(graph, "GPU").host) for graph in traced()]
     # A call of training steps, one of validation, and what writes the points.
     assert sorted(name for name, _ in found) == ["call", "call", "write"]

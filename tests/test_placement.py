@@ -11,7 +11,6 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 from trainer import devices
-from trainer.benchmark import step
 from trainer.config import Config
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.training.batches import ResidentBatches
@@ -162,26 +161,14 @@ def test_training_on_the_second_device_equals_the_first() -> None:
     for name in ("CPU:0", "CPU:1"):
         for placement in ("device", "stream"):
             experiment = prepared(placement, devices.single(name))
-            train, validation = experiment.training_batches(PhaseTimer())
+            train = experiment.batches("train", shuffled=True)
+            validation = experiment.batches("validation")
             experiment.loop.fit(train, validation, epochs=2)
             scores, probabilities = experiment.loop.evaluate(validation, collect=True)
             ends.append([*experiment.model.get_weights(), scores["loss"], probabilities])
     for other in ends[1:]:
         for a, b in zip(ends[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def test_the_benchmark_reads_batches_where_it_measures() -> None:
-    experiment = prepared("device", devices.single("CPU:1"))
-    train = experiment.batches("train", shuffled=True)
-    with partitions() as graphs:
-        step._batches_alone(experiment, train, 2)()
-        with experiment.devices.scope():
-            step.bare_epoch(experiment, train)(train.start_epoch(0), tf.constant(0), tf.constant(2))
-    gathers = [node for graph in graphs for node in graph.node if "Gather" in node.op]
-    assert {node.device[-5:] for node in gathers} == {"CPU:1"}
-    kinds = {tf.as_dtype(n.attr["T"].type).name for g in graphs for n in g.node if "Send" in n.op}
-    assert "uint8" not in kinds
 
 
 def test_a_streamed_epoch_may_end_before_its_time(

@@ -40,7 +40,7 @@ def test_the_command_that_goes_on_with_a_run_names_it(name: str, in_tmp_path: Pa
     run = in_tmp_path / name / "20260102T030405Z-a"
     Run(run).create(Config())
     for refused in (lambda: open_run("latest", runs_directory=name), lambda: load(run)):
-        with pytest.raises(InputError, match="is not finished: go on with `trainer") as error:
+        with pytest.raises(InputError, match="is not finished: continue it with `trainer") as error:
             refused()
         ((verb, option, path),) = words(str(error.value))
         assert (verb, option) == ("fit", "--resume")

@@ -94,7 +94,7 @@ def test_a_default_may_change_in_the_code_after_a_run(own_code: Write) -> None:
     path = run.path / "config.toml"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith(("options", "unset"))))
-    with pytest.raises(InputError, match="the data is not what"):
+    with pytest.raises(InputError, match="the data differs from"):
         trainer.evaluate("latest")
     own_code(DATA, NETWORK)
     assert trainer.evaluate("latest")["loss"] == scores["loss"]

@@ -58,7 +58,7 @@ def create(monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> Create:
                 return moment.astimezone(tz or timezone(timedelta(hours=5)))
 
         monkeypatch.setattr(run_module, "datetime", Frozen)
-        run = next(new_runs(config, name))
+        run = next(new_runs(config.logging.directory, name))
         run.create(config)
         if finished:
             run.write_json("summary.json", {"accuracy": 0.5})
@@ -85,7 +85,7 @@ def test_a_new_run_has_its_layout(create: Create) -> None:
 
 def test_the_time_of_a_run_is_now(in_tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
-    run = next(new_runs(CONFIG, "x"))
+    run = next(new_runs(CONFIG.logging.directory, "x"))
     run.create(CONFIG)
     time = datetime.strptime(run.name, "%Y%m%dT%H%M%SZ-x").replace(tzinfo=UTC)
     assert before <= time <= datetime.now(UTC)
@@ -100,7 +100,7 @@ def test_an_existing_run_is_left_as_it_is(create: Create) -> None:
     assert [other.name for other in others] == [f"{run.name}-2", f"{run.name}-3"]
     assert content(run.path) == before
     message = refused(run.create, CONFIG)  # another process was quicker
-    assert message.startswith(f"{run.path} exists already and is left as it is")
+    assert message.startswith(f"{run.path} exists already and is not changed")
     assert "--name" in message
     assert content(run.path) == before
     shutil.rmtree(run.path)

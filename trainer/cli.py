@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -92,9 +92,6 @@ def fit(
     json_: JsonOption = False,
 ) -> None:
     """Train a network, score it on the test images, and write a run directory."""
-    from trainer.cluster import read_cluster
-    from trainer.figure_process import FigureProcess
-
     flags = {
         "training.device": device,
         "training.epochs": epochs,
@@ -108,13 +105,11 @@ def fit(
         given = {"CONFIG": config, "--dry-run": dry_run}
         resume, loaded = _load_resumed(resume, set_, flags, given)
     require(loaded.training.device)
-    cluster = read_cluster()
     console = start_logging()
-    draws = not dry_run and (cluster is None or cluster.chief)
-    with FigureProcess() if draws else nullcontext() as draw, stdout_to_stderr():
+    with stdout_to_stderr():
         workflow = import_module("trainer.workflow")
         seconds = time.perf_counter() - _START
-        options = {"console": console, "import_seconds": seconds, "draw": draw}
+        options = {"console": console, "import_seconds": seconds}
         if resume is None:
             result = workflow.fit(loaded, dry_run=dry_run, **options)
         else:
@@ -230,7 +225,7 @@ def data_prepare(
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
-        spec = import_module("trainer.workflow").prepare_data(loaded.data, overwrite=overwrite)
+        spec = import_module("trainer.data").prepare(loaded.data, overwrite=overwrite)
     print_table(spec, as_json=json_)
 
 
@@ -242,7 +237,7 @@ def data_info(
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
-        spec = import_module("trainer.workflow").describe_data(loaded.data)
+        spec = import_module("trainer.data").describe(loaded.data)
     print_table(spec, as_json=json_)
 
 

@@ -322,6 +322,11 @@ class Config(Section):
         found = [table for table in (self.model_extra or {}).values() if isinstance(table, kind)]
         return found[0] if found else kind()
 
+    def flat(self) -> dict[str, Any]:
+        """Returns the value of every key, by dotted name."""
+        tables = self.model_dump()
+        return {f"{t}.{key}": value for t, table in tables.items() for key, value in table.items()}
+
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
         """Returns a copy with some keys changed, checked again.
 

@@ -1,6 +1,6 @@
-"""Everything that a training or an evaluation needs, built from a configuration.
+"""From a configuration to an experiment: devices, data, model and loop, built and checked.
 
-What does not fit together is found out here, before anything is written and trained.
+What does not fit together is refused here, before anything is trained or written.
 """
 
 import logging
@@ -28,13 +28,13 @@ from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
-from trainer.training.checkpoint import load_weights
 from trainer.training.loop import Loop, metric_tensors
 from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.step import compute_loss
 from trainer.training.trial_run import try_callback
+from trainer.training.weights import load_weights
 
-# What a metric cannot be called: it would take the place of a number of our own.
+# Names that a metric cannot have: they would replace another number.
 _RESERVED = {
     *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
     *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
@@ -42,7 +42,7 @@ _RESERVED = {
 
 
 class PhaseTimer:
-    """Seconds of each named part, one after the other."""
+    """Seconds of each phase of a command."""
 
     def __init__(self, import_seconds: float | None = None) -> None:
         """Starts.
@@ -59,8 +59,8 @@ class PhaseTimer:
         return time.perf_counter() - self._start + (self.import_seconds or 0.0)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds the seconds of what is within to a part."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -73,13 +73,13 @@ class Experiment:
     """Everything that a training or an evaluation needs.
 
     Attributes:
-        config: With "auto" and fallbacks resolved.
-        data: The splits and what is known about them.
-        devices: The chosen ones.
-        placed: Where the outputs were found.
+        config: The configuration; "auto" and fallbacks are resolved.
+        data: The splits and their description.
+        devices: The selected devices.
+        placed: The devices that the outputs were found on.
         model: Built and compiled.
         loop: Trains and evaluates the model.
-        augmentation: What alters training images, if anything does.
+        augmentation: Changes training images; None: no augmentation.
     """
 
     config: Config
@@ -92,11 +92,11 @@ class Experiment:
 
     @property
     def random_state(self) -> list[Any]:
-        """Variables that are not the model's own: of augmentation."""
+        """Variables of the augmentation."""
         return [] if self.augmentation is None else self.augmentation.variables
 
     def scored(self, split: str) -> Split:
-        """Returns the images of a split that are scored: under `limit_batches` a fixed sample."""
+        """Returns the images of a split that are scored: with `limit_batches`, a fixed sample."""
         training, images = self.config.training, self.data.split(split)
         if training.limit_batches is None:
             return images
@@ -104,11 +104,12 @@ class Experiment:
         return images.sample(count, self.config.data.split_seed)
 
     def batches(self, split: str, *, shuffled: bool = False) -> Batches:
-        """Returns the batches of a split: all in its order (`scored`), or shuffled anew each epoch.
+        """Returns the batches of a split.
 
         Args:
             split: "train", "validation" or "test".
-            shuffled: `limit_batches` then takes the first batches of each epoch.
+            shuffled: In another order in each epoch, of which `limit_batches` takes the first
+                batches; otherwise those of `scored`, in their order.
         """
         training = self.config.training
         return make_batches(
@@ -120,152 +121,77 @@ class Experiment:
             limit_batches=training.limit_batches,
         )
 
-    def training_batches(self, timer: "PhaseTimer") -> tuple[Batches, Batches]:
-        """Brings train and validation to the device."""
-        with timer.part("to_device"):
-            return self.batches("train", shuffled=True), self.batches("validation")
-
 
 def build_experiment(
     config: Config,
     timer: PhaseTimer,
-    chosen: Devices | None = None,
+    selected: Devices | None = None,
     *,
     cluster: Cluster | None = None,
     restored: Run | None = None,
 ) -> Experiment:
-    """Chooses devices, loads data, builds and compiles the network; resolves what was left open.
+    """Selects devices, loads data, builds and compiles the model, and checks that they fit.
 
     Args:
         config: The experiment.
-        timer: Takes the seconds of each part.
-        chosen: Devices that take the place of the configuration's.
-        cluster: The workers to train with, each by the same configuration on the same data.
-        restored: A finished run whose network takes the place of a new one, to be evaluated.
+        timer: Receives the seconds of each phase.
+        selected: Devices to use in place of the configuration's.
+        cluster: The workers that train together, each with the same configuration and data.
+        restored: A finished run whose model is restored instead of building a new one.
 
     Raises:
-        InputError: Something in the configuration does not fit the rest.
-        MissingError: The device that was asked for is not here.
-        CheckError: The outputs are not on the device asked for.
+        InputError: Parts of the configuration do not fit together.
+        MissingError: The requested device is missing.
+        CheckError: The outputs are not on the requested device.
     """
-    with timer.part("devices"):
-        chosen = chosen or devices.select(
-            config.training.device,
-            cluster,
-            cluster_timeout_seconds=config.training.cluster_timeout_seconds,
+    training = config.training
+    with timer.phase("devices"):
+        selected = selected or devices.select(
+            training.device, cluster, cluster_timeout_seconds=training.cluster_timeout_seconds
         )
-        precision = devices.choose_precision(config.training.precision, chosen)
-    # Before the data, which may have to be fetched first.
+        precision = devices.choose_precision(training.precision, selected)
+    # Before the data, which may have to be downloaded first.
     models.find(config.model)
     try_optimizer(config.optimizer)
-    with timer.part("data"):
+    with timer.phase("data"):
         data = datasets.load(config.data)
     if restored is not None:
         require_data(restored, spec_of(restored).fingerprint, data.spec)
-    settings = {f"{s}.{k}": v for s, table in config.model_dump().items() for k, v in table.items()}
-    chosen.require_same(settings | {"the data itself": data.spec.fingerprint})
+    selected.require_same(config.flat() | {"the data itself": data.spec.fingerprint})
     resolved: dict[str, Any] = {
         "data": datasets.resolve(config.data).model_dump(),
         "model": models.resolve(config.model).model_dump(),
         "training.precision": precision,
     }
     if data.spec.name == "mnist_sample":
-        resolved["data.name"] = data.spec.name  # what evaluate shall load, even with a network
-    with timer.part("model"):
-        keras.utils.set_random_seed(config.training.seed)
-        if config.training.deterministic:
+        resolved["data.name"] = data.spec.name  # `evaluate` must load the same data later
+    with timer.phase("model"):
+        keras.utils.set_random_seed(training.seed)
+        if training.deterministic:
             tf.config.experimental.enable_op_determinism()
-        with devices.dtype_policy(precision), chosen.scope():
+        with devices.dtype_policy(precision), selected.scope():
             if restored is None:
                 model = compiled_model(config, data.spec)
                 augmentation = make_augmentation(config.data.augmentation, data)
             else:
-                model, augmentation = restore(restored, chosen, compiled=True), None
-        placed = _check_forward(model, data, chosen)
-        resolved["training.jit_compile"] = _resolve_jit_compile(config, model, chosen)
+                model, augmentation = restore(restored, selected, compiled=True), None
+        placed = _check_forward(model, data, selected)
+        resolved["training.jit_compile"] = _resolve_jit_compile(config, model, selected)
         config = config.with_changes(resolved)
         loop = Loop(
             model,
-            chosen,
-            steps_per_execution=config.training.steps_per_execution,
-            clip_norm=config.training.clip_norm,
+            selected,
+            steps_per_execution=training.steps_per_execution,
+            clip_norm=training.clip_norm,
             jit_compile=bool(config.training.jit_compile),
             augment=augmentation,
             gradient_norms=config.logging.histograms,
         )
-    return Experiment(config, data, chosen, placed, model, loop, augmentation)
-
-
-def _check_forward(model: keras.Model, data: Dataset, chosen: Devices) -> list[str]:
-    """Sends a few images through network, loss and metrics: what does not fit is known at once.
-
-    Returns:
-        Where the outputs were found.
-
-    Raises:
-        InputError: The loss or a metric does not fit what the network gives.
-        CheckError: The outputs are not on the devices asked for.
-    """
-    # Unlike the number of classes, so that no loss fits by chance of broadcasting.
-    few = 4 if data.spec.class_count == 3 else 3
-    images, labels = data.train.read(slice(few))
-    strategy = chosen.strategy
-    try:
-        with _without_advice(), chosen.scope():
-            outputs = strategy.experimental_local_results(
-                strategy.run(lambda images: model(images, training=False), args=(images,))
-            )
-    except keras_objects.KERAS_ERRORS as error:
-        reason = keras_objects.explain(error)
-        raise InputError(f"the network cannot be run on images of the data: {reason}") from error
-    placed = devices.check_placement(outputs, chosen)
-    try:
-        with chosen.scope():
-            loss = compute_loss(model, images, labels, outputs[0], None, training=False)
-            model.compute_metrics(images, labels, outputs[0])
-            logs = metric_tensors(model.get_metrics_result())
-            model.reset_metrics()
-    except keras_objects.KERAS_ERRORS as error:
-        reason = keras_objects.explain(error)
-        raise InputError(
-            "training.loss or training.metrics does not fit: expected what takes labels (int [n]) "
-            f"and probabilities (float [n, {data.spec.class_count}]): {reason}"
-        ) from error
-    strange = [name for name, value in logs.items() if not _is_number(value.dtype)]
-    if strange:
-        raise InputError(f"training.metrics: expected numbers, received text in {strange[0]!r}")
-    _refuse_reserved(logs.keys() - {"loss"})
-    for metric in keras_objects.compiled_metrics(model):
-        if isinstance(result := metric.result(), dict):  # whose names are those of logs
-            _refuse_reserved(metric_tensors(result))
-    sums = outputs[0].numpy().sum(axis=1)
-    if not np.allclose(sums, 1, atol=0.01):
-        raise InputError(
-            "expected a network that returns probabilities, each row adding up to 1; received "
-            f"rows that add up to {sums.round(3).tolist()} (does it end in a softmax?)"
-        )
-    if loss.shape != ():
-        raise InputError(
-            f"training.loss: expected one number for a batch, received {list(loss.shape)}: "
-            "its reduction is 'none'"
-        )
-    return placed
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keeps TensorFlow from advising a graph where several devices do something once."""
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return Experiment(config, data, selected, placed, model, loop, augmentation)
 
 
 def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
-    """Builds and compiles the network of a configuration, for a data set.
+    """Builds and compiles the model of a configuration for a data set.
 
     Raises:
         InputError: A name is unknown, or an option is refused.
@@ -273,7 +199,10 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     training = config.training
     model = models.build(config.model, spec)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-        _normalize_by_the_whole_batch(model)
+        # Several devices then normalize as one device does.
+        for layer in keras_objects.nested_layers(model.layers):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.synchronized = True
     metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
     _refuse_reserved(metric.name for metric in metrics)
     steps = steps_per_epoch(spec.train, training.batch_size, training.limit_batches)
@@ -286,51 +215,115 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     return model
 
 
-def _resolve_jit_compile(config: Config, model: keras.Model, chosen: Devices) -> bool:
-    """Resolves "auto": Keras's rule on one GPU; off elsewhere.
-
-    On a CPU, XLA makes the step 4 to 6 times slower (docs/performance.md).
-    """
+def _resolve_jit_compile(config: Config, model: keras.Model, selected: Devices) -> bool:
+    """Resolves "auto": Keras's rule on one GPU, off elsewhere (docs/performance.md)."""
     wanted = config.training.jit_compile
     if wanted == "auto":
-        # Keras's own "auto", which it has resolved by now: can every layer be compiled?
-        wanted = chosen.type == "GPU" and chosen.replicas == 1 and bool(model.jit_compile)
+        # model.compile has replaced its own "auto" by whether every layer can be compiled.
+        wanted = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
     if not wanted:
-        model.jit_compile = False  # for Keras's own fit() and evaluate(), too
+        model.jit_compile = False  # also for Keras's own fit() and evaluate()
     return wanted
 
 
-def _normalize_by_the_whole_batch(model: keras.Model) -> None:
-    """Makes several devices normalize as one device does, and keep the same averages."""
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = True
+def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list[str]:
+    """Sends a few images through model, loss and metrics, and checks the results.
+
+    Returns:
+        The devices that the outputs were found on.
+
+    Raises:
+        InputError: The data, the loss or a metric does not fit the model.
+        CheckError: The outputs are not on the requested devices.
+    """
+    # Not the number of classes, so that no loss fits by accident of broadcasting.
+    few = 4 if data.spec.class_count == 3 else 3
+    images, labels = data.train.read(slice(few))
+    strategy = selected.strategy
+    refusing = _refusing("the model cannot be run on images of the data")
+    with refusing, _without_warnings(), selected.scope():
+        outputs = strategy.experimental_local_results(
+            strategy.run(lambda images: model(images, training=False), args=(images,))
+        )
+    placed = devices.check_placement(outputs, selected)
+    with (
+        _refusing(
+            "training.loss or training.metrics does not fit: expected one that accepts labels (int "
+            f"[n]) and probabilities (float [n, {data.spec.class_count}])"
+        ),
+        selected.scope(),
+    ):
+        loss = compute_loss(model, images, labels, outputs[0], None, training=False)
+        model.compute_metrics(images, labels, outputs[0])
+        logs = metric_tensors(model.get_metrics_result())
+        model.reset_metrics()
+    for name, value in logs.items():
+        if not (value.dtype.is_floating or value.dtype.is_integer or value.dtype.is_bool):
+            raise InputError(f"training.metrics: expected numbers, received text in {name!r}")
+    _refuse_reserved(logs.keys() - {"loss"})
+    for metric in keras_objects.compiled_metrics(model):
+        if isinstance(result := metric.result(), dict):  # its keys become names of logs
+            _refuse_reserved(metric_tensors(result))
+    sums = outputs[0].numpy().sum(axis=1)
+    if not np.allclose(sums, 1, atol=0.01):
+        raise InputError(
+            "expected a model that returns probabilities, each row with the sum 1; received "
+            f"sums of {sums.round(3).tolist()} (does it end in a softmax?)"
+        )
+    if loss.shape != ():
+        raise InputError(
+            "training.loss: expected one number for a batch, received shape "
+            f"{list(loss.shape)}: its reduction is 'none'"
+        )
+    return placed
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Raises InputError for errors of Keras objects."""
+    try:
+        yield
+    except keras_objects.KERAS_ERRORS as error:
+        raise InputError(f"{what}: {keras_objects.explain(error)}") from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides TensorFlow's advice to use a graph when several devices run something once."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def restore(
     run: Run,
-    chosen: Devices | None = None,
+    selected: Devices | None = None,
     *,
     precision: str | None = None,
     compiled: bool = False,
 ) -> keras.Model:
-    """Builds the network of a finished run with its weights.
+    """Builds the model of a finished run with its weights.
 
-    Only its module of `trainer/models` is called: what else the training needed may be gone.
+    Unless it is compiled, only its module of `trainer/models` is called: other objects that the
+    training used may be gone.
 
     Args:
         run: A finished run.
-        chosen: Devices that hold the network; None: the default device.
-        precision: Of the network; None: as it was trained.
+        selected: Devices that hold the model; None: the default device.
+        precision: Precision of the model; None: the precision it was trained with.
         compiled: Also restore loss, metrics and the optimizer with its state.
 
     Raises:
-        InputError: The run is damaged, or something that its network is built from is missing.
+        InputError: The run is damaged, or its model cannot be built any more.
     """
     config, spec = run.config(), spec_of(run)
     policy = devices.dtype_policy(precision or config.training.precision)
     try:
-        with policy, nullcontext() if chosen is None else chosen.scope():
+        with policy, nullcontext() if selected is None else selected.scope():
             if compiled:
                 model = compiled_model(config, spec)
                 model.optimizer.build(model.trainable_variables)
@@ -338,8 +331,25 @@ def restore(
                 model = models.build(config.model, spec)
     except InputError as error:
         raise InputError(f"run {run.name} cannot be restored: {error}") from error
-    _load_final_weights(run, model)
+    expected = run.read_json("summary.json").get("weights_sha256")
+    found = sha256(run.weights) if run.weights.is_file() else "no file"
+    if found != expected:
+        raise InputError(f"{run.weights} is damaged: expected sha256 {expected}, found {found}")
+    load_weights(run.weights, model)
     return model
+
+
+def spec_of(run: Run) -> DataSpec:
+    """Returns the description of the data of a finished run, without loading the data.
+
+    Raises:
+        InputError: Its summary.json is damaged.
+    """
+    try:
+        return DataSpec.model_validate(run.read_json("summary.json")["data"])
+    except (KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{run.path / 'summary.json'} is damaged: {reason}") from None
 
 
 def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
@@ -355,37 +365,9 @@ def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
     """
     if found.fingerprint != expected:
         raise InputError(
-            f"the data is not what {run.name} was trained on: expected fingerprint {expected}, "
-            f"found {found.fingerprint} ({found.origin})"
+            f"the data differs from the data that {run.name} was trained on: expected fingerprint "
+            f"{expected}, found {found.fingerprint} ({found.origin})"
         )
-
-
-def _load_final_weights(run: Run, model: keras.Model) -> None:
-    """Reads the weights of a finished run, if they are what was written.
-
-    Raises:
-        InputError: They are missing, were changed, or are of another architecture.
-    """
-    expected = run.read_json("summary.json").get("weights_sha256")
-    found = sha256(run.weights) if run.weights.is_file() else None
-    if found != expected:
-        raise InputError(
-            f"{run.weights} is damaged: expected sha256 {expected}, found {found or 'no file'}"
-        )
-    load_weights(run.weights, model)
-
-
-def spec_of(run: Run) -> DataSpec:
-    """Returns what a finished run knows of its data, without loading it.
-
-    Raises:
-        InputError: Its summary.json is damaged.
-    """
-    try:
-        return DataSpec.model_validate(run.read_json("summary.json")["data"])
-    except (KeyError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{run.path / 'summary.json'} is damaged: {reason}") from None
 
 
 def make_callbacks(
@@ -394,23 +376,26 @@ def make_callbacks(
     """Makes the callbacks of the configuration, and checks them and those given in Python.
 
     Args:
-        experiment: Its configuration names them; its model says what they can monitor.
-        folder: The run directory, which takes the place of "{run}" in an option.
+        experiment: Its configuration names the callbacks; its model has what they can monitor.
+        folder: The run directory, which replaces "{run}" in an option.
         given: Callbacks that follow those of the configuration.
 
     Returns:
-        All of them, in order.
+        All callbacks, in order.
 
     Raises:
-        InputError: One is unknown, refuses its options, or would fail or do harm in training.
+        InputError: A callback is unknown, its options are refused, or it would fail or damage the
+            run during training.
     """
-    described = [_in_folder(callback, folder) for callback in experiment.config.training.callbacks]
+    described = [_in_folder(each, folder) for each in experiment.config.training.callbacks]
     kinds = [keras_objects.find("callback", each.name) for each in described]
     for kind in (*kinds, *map(type, given)):
-        _check_kind(experiment, kind)
-    logs = _epoch_logs(experiment.model)
+        _check_kind(experiment.config, kind)
+    results = metric_tensors(experiment.model.get_metrics_result())
+    values = {name: np.full(value.shape, 0.5)[()] for name, value in results.items()}
+    logs = values | {f"val_{name}": value for name, value in values.items()}
     for i, each in enumerate(described):
-        # Callbacks of a user's own may add logs, for those that come after them.
+        # A user's callback may add logs for the callbacks after it.
         own = any(not kind.__module__.startswith("keras.") for kind in kinds[:i])
         monitor = each.options.get("monitor")
         added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
@@ -419,58 +404,41 @@ def make_callbacks(
 
 
 def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
-    """Puts the run directory in place of "{run}", and refuses the files of the run itself."""
+    """Replaces "{run}" by the run directory, and refuses the files of the run itself."""
     options = {
         key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
         for key, value in callback.options.items()
     }
     for key, value in options.items():
         if isinstance(value, str) and Run(folder).owns(Path(value)):
-            raise InputError(f"callback {callback.name!r}: {key} = {value!r} is the run's own")
+            raise InputError(f"callback {callback.name!r}: {key} = {value!r} is a file of the run")
     return callback.model_copy(update={"options": options})
 
 
+def _check_kind(config: Config, kind: type) -> None:
+    """Refuses callbacks that would delete a user's work or act against a part of the workflow."""
+    callbacks, schedule = keras.callbacks, config.optimizer.schedule
+    reasons = {
+        callbacks.BackupAndRestore: "deletes its folder at the end, with everything in it; "
+        "checkpoints are written without it, and `trainer fit --resume` continues from them",
+        callbacks.SwapEMAWeights: "is not needed: with use_ema, the averaged weights are scored "
+        "and saved without it",
+    }
+    if schedule is not None:
+        reason = (
+            f"sets the learning rate, as optimizer.schedule = {schedule.name!r} does: expected one "
+            "of them (a file without optimizer.schedule)"
+        )
+        reasons |= dict.fromkeys(
+            (callbacks.ReduceLROnPlateau, callbacks.LearningRateScheduler), reason
+        )
+    for refused, reason in reasons.items():
+        if issubclass(kind, refused):
+            raise InputError(f"callback {kind.__name__!r} {reason}")
+
+
 def _refuse_reserved(names: Iterable[str]) -> None:
-    """Refuses names of metrics that would take the place of a number of our own."""
+    """Refuses names of metrics that would replace another number."""
     taken = sorted(_RESERVED.intersection(names))
     if taken:
-        raise InputError(
-            f"training.metrics: {', '.join(taken)} is a name of our own: choose another"
-        )
-
-
-def _is_number(dtype: tf.DType) -> bool:
-    return bool(dtype.is_floating or dtype.is_integer or dtype.is_bool)
-
-
-def _epoch_logs(model: keras.Model) -> dict[str, Any]:
-    """Returns logs such as a callback finds at the end of an epoch."""
-    results = metric_tensors(model.get_metrics_result())
-    values = {name: np.full(value.shape, 0.5) for name, value in results.items()}
-    return {
-        f"{split}{name}": value if value.ndim else 0.5
-        for split in ("", "val_")
-        for name, value in values.items()
-    }
-
-
-def _check_kind(experiment: Experiment, kind: type) -> None:
-    """Refuses callbacks that lose a user's work or that act against a part of the workflow."""
-    name = kind.__name__
-    if issubclass(kind, keras.callbacks.BackupAndRestore):
-        raise InputError(
-            f"callback {name!r} removes its folder at the end, whatever is in it: checkpoints are "
-            "written without it, and `trainer fit --resume` goes on from them"
-        )
-    if issubclass(kind, keras.callbacks.SwapEMAWeights):
-        raise InputError(
-            f"callback {name!r} is not needed: with use_ema, the averaged weights are scored and "
-            "kept without it"
-        )
-    setters = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
-    schedule = experiment.config.optimizer.schedule
-    if schedule is not None and issubclass(kind, setters):
-        raise InputError(
-            f"callback {name!r} sets the learning rate, and so does optimizer.schedule = "
-            f"{schedule.name!r}: expected one of them (a file without optimizer.schedule)"
-        )
+        raise InputError(f"training.metrics: {', '.join(taken)} is reserved: choose another name")

@@ -1,69 +1,88 @@
-"""Figures and tables of a run, drawn without TensorFlow: by matplotlib and scikit-learn."""
+"""The pictures of a run, drawn with Pillow: grids of images and the confusion matrix.
 
-import io
+matplotlib would add 0.4 s to every training, most of it for its import; only its font is used here.
+"""
+
+from functools import cache
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
-from trainer.data import DataSpec, Images, Labels
+from trainer.data import DataSpec, Images
 
-# The most characters of a class name beside a matrix and above a picture.
-_TICK_CHARACTERS, _TITLE_CHARACTERS = 24, 14
+# Maximum length of a class name beside the matrix and above an image.
+TICK_CHARACTERS, TITLE_CHARACTERS = 24, 14
 
-# Of a picture with its title, in inches.
-_CELL_WIDTH, _CELL_HEIGHT = 1.5, 1.8
+# Sizes in a grid, in pixels: width of a cell, longer side of an image, two lines of title, font.
+_CELL_WIDTH, _IMAGE_SIZE, _TITLE_HEIGHT, _FONT_SIZE = 180, 150, 40, 12
+
+# Colours of the confusion matrix: no mistakes, most mistakes.
+_WHITE, _RED = np.array([255, 245, 240]), np.array([180, 10, 20])
 
 
-def confusion_figure(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> Figure:
-    """Draws how often each class was taken for each other one."""
-    from sklearn.metrics import confusion_matrix
+@cache
+def _font_path() -> str:
+    from matplotlib.font_manager import FontProperties, findfont
 
-    matrix = confusion_matrix(labels, guesses, labels=np.arange(spec.class_count))
-    size = min(4 + 0.4 * spec.class_count, 20)
-    figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.add_subplot()
-    # Coloured by the mistakes: the diagonal, hundreds of times larger, would hide them.
-    mistakes = matrix * (1 - np.eye(spec.class_count, dtype=matrix.dtype))
-    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
-    # More names than this could not be read, and take a minute to draw.
-    ticks = np.arange(spec.class_count if spec.class_count <= 100 else 0)
-    # Names are text: matplotlib would take what is between two dollars for a formula.
-    names = drawn_names(spec, _TICK_CHARACTERS)[: len(ticks)]
-    rotation = 0 if max(map(len, names), default=0) <= 3 else 90
-    axes.set_xticks(ticks, names, rotation=rotation, parse_math=False)
-    axes.set_yticks(ticks, names, parse_math=False)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
-    right = np.trace(matrix)
-    axes.set_title(f"{matrix.sum() - right} mistakes in {matrix.sum()} test images")
-    if spec.class_count <= 30:
-        for row, column in np.ndindex(*matrix.shape):
-            value, strong = matrix[row, column], mistakes[row, column] > mistakes.max() / 2
-            axes.text(
-                column,
-                row,
-                str(value) if value else "",
-                ha="center",
-                va="center",
-                color="white" if strong else ("black" if row != column else "gray"),
-            )
-    return figure
+    return str(findfont(FontProperties()))
+
+
+def confusion_image(matrix: NDArray[Any], names: list[str]) -> NDArray[np.uint8]:
+    """Draws a confusion matrix.
+
+    Args:
+        matrix: int [classes, classes]: rows are true classes, columns predicted classes.
+        names: Class names as `drawn_names` returns them.
+
+    Returns:
+        RGB pixels, uint8 [height, width, 3]. Numbers are drawn for up to 30 classes, names for up
+        to 100.
+    """
+    classes, font = len(matrix), ImageFont.truetype(_font_path(), _FONT_SIZE)
+    size = 44 if classes <= 30 else 18 if classes <= 100 else 1200 // classes + 1
+    # Only mistakes are coloured: the diagonal is hundreds of times larger and would hide them.
+    mistakes = matrix * (1 - np.eye(classes, dtype=matrix.dtype))
+    strength = mistakes / max(1, mistakes.max())
+    colors = _WHITE + strength[..., np.newaxis] * (_RED - _WHITE)
+    cells = Image.fromarray(colors.astype(np.uint8))
+    # Columns have only their labels, because names are too long; rows have both.
+    rows = [name if name == str(label) else f"{name}  {label}" for label, name in enumerate(names)][
+        : classes if classes <= 100 else 0
+    ]
+    left, top = 20 + max((round(font.getlength(row)) for row in rows), default=0), 70
+    width, height = max(320, left + classes * size + 20), top + classes * size + 20
+    picture = Image.new("RGB", (width, height), "white")
+    picture.paste(cells.resize((classes * size,) * 2, Image.Resampling.NEAREST), (left, top))
+    draw = ImageDraw.Draw(picture)
+    centers = size * (np.arange(classes) + 0.5)
+    for label, (row, center) in enumerate(zip(rows, centers, strict=False)):
+        draw.text((left - 6, top + center), row, "black", font, "rm")
+        draw.text((left + center, top - 5), str(label), "black", font, "md")
+    for row, column in np.argwhere(matrix) if classes <= 30 else ():
+        color = "gray" if row == column else "white" if strength[row, column] > 0.5 else "black"
+        place = left + centers[column], top + centers[row]
+        draw.text(place, str(matrix[row, column]), color, font, "mm")
+    title = f"{mistakes.sum():,} mistakes in {matrix.sum():,} test images"
+    axes = "rows: true class, columns: predicted class"
+    draw.multiline_text((20, 8), f"{title}\n{axes}", "black", font)
+    return np.asarray(picture)
 
 
 def drawn_names(spec: DataSpec, characters: int) -> list[str]:
-    """Returns class names as figures show them.
+    """Returns the class names for a picture.
 
-    A name that is too long is cut, and one with characters that the font lacks is left out. Both
-    get their label, for example "tench, Ti… #0" or "#3", so that different classes look different.
+    A long name is cut. A name with characters that the font lacks is left out. Both get their
+    label, for example "tench, Ti… #0" or "#3", so that different classes look different.
 
     Args:
-        spec: Gives the names.
-        characters: The most characters of a name.
+        spec: Contains the names.
+        characters: Maximum length of a name.
     """
-    font = get_font(findfont(FontProperties()))
+    from matplotlib.font_manager import get_font
+
+    font = get_font(_font_path())
     names = []
     for label, name in enumerate(spec.class_names):
         if not all(font.get_char_index(ord(character)) for character in name):
@@ -76,77 +95,33 @@ def drawn_names(spec: DataSpec, characters: int) -> list[str]:
     return names
 
 
-def picture_grid(images: Images, titles: list[str]) -> Figure:
-    """Draws images in rows, each under its title."""
+def image_grid(images: Images, titles: list[str]) -> NDArray[np.uint8]:
+    """Draws images in rows, each below its title.
+
+    Args:
+        images: uint8 [n, height, width, channels], n >= 1. Of 2 or more than 4 channels, only the
+            first is drawn.
+        titles: The n titles.
+
+    Returns:
+        RGB pixels, uint8 [height, width, 3].
+    """
+    height, width, channels = images.shape[1:]
+    scale = _IMAGE_SIZE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Enlarged pixels keep their edges; smaller copies are averaged.
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
     columns = min(len(images), max(5, round(len(images) ** 0.5)))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(_CELL_WIDTH * columns, _CELL_HEIGHT * rows))
-    # One pair of axes for all, in inches: one for each takes five times as long to draw.
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    inches = 0.9 * _CELL_WIDTH / max(images.shape[1:3])  # a pixel
-    height, width = inches * images.shape[1], inches * images.shape[2]
+    rows, cell_height = -(-len(images) // columns), size[1] + _TITLE_HEIGHT
+    grid = Image.new("RGB", (columns * _CELL_WIDTH, rows * cell_height), "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.truetype(_font_path(), _FONT_SIZE)
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
-        row, column = divmod(i, columns)
-        middle, bottom = _CELL_WIDTH * (column + 0.5), _CELL_HEIGHT * (row + 1) - 0.05
-        top = bottom - height
-        extent = (middle - width / 2, middle + width / 2, bottom, top)
-        if image.shape[-1] in (3, 4):
-            axes.imshow(image, extent=extent)
-        else:
-            axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255, extent=extent)
-        axes.text(middle, top - 0.04, title, fontsize=8, ha="center", va="bottom", parse_math=False)
-    axes.set_xlim(0, _CELL_WIDTH * columns)
-    axes.set_ylim(_CELL_HEIGHT * rows, 0)
-    return figure
-
-
-def class_table(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> dict[str, Any]:
-    """Returns precision, recall and F1 of each class, by its name."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(
-        labels,
-        guesses,
-        labels=np.arange(spec.class_count),
-        zero_division=0.0,
-    )
-    names = ("precision", "recall", "f1-score", "support")
-    return {
-        class_name: {name: float(value) for name, value in zip(names, row, strict=True)}
-        for class_name, row in zip(spec.class_names, zip(*columns, strict=True), strict=True)
-    }
-
-
-def as_png(figure: Figure) -> bytes:
-    """Returns a figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
-def png_of_samples(images: Images, labels: Labels, spec: DataSpec) -> bytes:
-    """Returns images under the names of their classes as a PNG file."""
-    names = drawn_names(spec, _TITLE_CHARACTERS)
-    return as_png(picture_grid(images, [names[label] for label in labels]))
-
-
-def png_of_mistakes(
-    images: Images,
-    labels: Labels,
-    guesses: NDArray[Any],
-    confidences: NDArray[Any],
-    spec: DataSpec,
-) -> bytes:
-    """Returns images under their class, the class they were taken for and its probability."""
-    names = drawn_names(spec, _TITLE_CHARACTERS)
-    titles = [
-        f"{names[label]}, taken for\n{names[guess]} ({confidence:.0%})"
-        for label, guess, confidence in zip(labels, guesses, confidences, strict=True)
-    ]
-    return as_png(picture_grid(images, titles))
-
-
-def png_of_confusion(labels: Labels, guesses: NDArray[Any], spec: DataSpec) -> bytes:
-    """Returns `confusion_figure` as a PNG file."""
-    return as_png(confusion_figure(labels, guesses, spec))
+        left, top = i % columns * _CELL_WIDTH, i // columns * cell_height + _TITLE_HEIGHT - 4
+        middle = left + _CELL_WIDTH // 2
+        shown = Image.fromarray(image if channels in (3, 4) else image[..., 0])
+        shown = shown.resize(size, resampling)
+        grid.paste(shown, (middle - size[0] // 2, top), shown if channels == 4 else None)
+        place = (middle, top - 3)
+        draw.multiline_text(place, title, fill="black", font=font, anchor="md", align="center")
+    return np.asarray(grid)

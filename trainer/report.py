@@ -1,240 +1,253 @@
-"""Pictures, tables and words about a run: what TensorBoard and the model card show."""
+"""Pictures, tables and text about a run, for TensorBoard and the model card."""
 
 import json
 import re
-import struct
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from trainer import figures
 from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Labels, Split
 from trainer.errors import shell_command
-from trainer.figure_process import FigureProcess
 from trainer.run import Run
 
-# What of [training] tells runs apart; the rest says how they are run.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The keys of [training] that the HParams page compares.
 _HPARAMS = {"epochs", "batch_size", "seed", "device", "precision", "clip_norm"}
 
+_MODEL_CARD = """\
+# {name}
 
-@dataclass(frozen=True)
-class Drawn:
-    """What is being drawn of the test images.
+A `{model}` network of {parameters:,} parameters, trained on **{data[name]}** {data[version]} \
+({data[origin]}).
 
-    Attributes:
-        classes: Precision, recall and F1 of each class, by its name.
-        pictures: PNG files by tag: confusion matrix and most confident mistakes.
-    """
+- Test: {scores} ({test_images:,} images, scored once, after training)
+- Trained on {train_images:,} images for {epochs} epoch{plural}; {held_out}
+- Device: {device_names}; precision: {precision}; seed: {seed}
+- Training took {seconds[training]:.1f} s{step}
+- Data fingerprint (SHA-256): `{data[fingerprint]}`
 
-    classes: Future[dict[str, Any]]
-    pictures: dict[str, Future[bytes]]
+| class | precision | recall | F1 | test images |
+| --- | --- | --- | --- | --- |
+{rows}
+
+Score the run again, or predict the class of an image:
+
+```sh
+{evaluate}
+{predict}
+```
+
+```toml
+{config}
+```
+"""
 
 
-def write_start(run: Run, config: Config, environment: dict[str, Any]) -> None:
-    """Writes what is known before training: configuration and environment."""
+def write_start(run: Run, config: Config, environment: dict[str, Any], data: Dataset) -> None:
+    """Writes the configuration, the environment and sample images to TensorBoard."""
     with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
-        tf.summary.text("configuration", _indented(config.to_toml()))
-        tf.summary.text("environment", _indented(json.dumps(environment, indent=2)))
+        tf.summary.text("configuration", _code_block(config.to_toml()))
+        tf.summary.text("environment", _code_block(json.dumps(environment, indent=2)))
+        count = min(config.logging.sample_images, len(data.train))
+        if count:
+            images, labels = data.train.read(np.linspace(0, len(data.train) - 1, count, dtype=int))
+            names = figures.drawn_names(data.spec, figures.TITLE_CHARACTERS)
+            grid = figures.image_grid(images, [names[label] for label in labels])
+            tf.summary.image("sample_images", grid[np.newaxis])
 
 
-def draw_samples(draw: FigureProcess, config: Config, data: Dataset) -> Future[bytes] | None:
-    """Has some training images drawn with their classes; None where none are asked for."""
-    count = min(config.logging.sample_images, len(data.train))
-    if not count:
-        return None
-    positions = np.linspace(0, len(data.train) - 1, count).astype(np.int64)
-    images, labels = data.train.read(positions)
-    return draw.call("png_of_samples", images, labels, data.spec)
-
-
-def write_samples(run: Run, png: bytes) -> None:
-    """Writes the picture of `draw_samples`."""
-    with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
-        write_image("sample_images", png)
-
-
-def draw_results(
-    draw: FigureProcess,
+def write_results(
+    run: Run,
     config: Config,
+    summary: dict[str, Any],
     split: Split,
-    spec: DataSpec,
     probabilities: NDArray[Any],
-) -> Drawn:
-    """Starts drawing the results on the test images.
+    graph: tf.Graph | None,
+) -> None:
+    """Writes classes.json, the model card and, if configured, the results in TensorBoard.
 
     Args:
-        draw: Draws in another process.
-        config: Says what is drawn.
-        split: The images that were scored.
-        spec: Gives the class names.
+        run: The run.
+        config: The configuration of the run.
+        summary: The content of summary.json.
+        split: The test images that were scored.
         probabilities: float [n, classes], in the order of the split.
+        graph: The graph of one training step; None: it was not traced.
     """
-    labels = split.labels[split.rows]
-    guesses = probabilities.argmax(axis=1)
-    classes = draw.call("class_table", labels, guesses, spec)
+    spec = DataSpec.model_validate(summary["data"])
+    labels, predicted = split.labels[split.rows], probabilities.argmax(axis=1)
+    matrix = tf.math.confusion_matrix(labels, predicted, spec.class_count).numpy()
+    classes = class_table(matrix, spec.class_names)
+    run.write_json("classes.json", classes)
+    run.write_text("README.md", model_card(run.path, summary, classes, config))
     if not config.logging.tensorboard:
-        return Drawn(classes, {})
-    drawn = {"confusion_matrix": draw.call("png_of_confusion", labels, guesses, spec)}
-    wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
-    if len(wrong):
-        drawn["confident_mistakes"] = draw.call(
-            "png_of_mistakes",
-            split.read(wrong)[0],
-            *(labels[wrong], guesses[wrong], probabilities[wrong].max(axis=1), spec),
-        )
-    return Drawn(classes, drawn)
+        return
+    if graph is not None:
+        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+            tf.summary.graph(_without_loop(graph.as_graph_def()))
+    scores = _numbers(summary["test"])
+    write_hparams(run, config, scores)
+    writer = tf.summary.create_file_writer(str(run.tensorboard / "test"))
+    with writer.as_default(step=summary["epochs"]):
+        for name, value in scores.items():
+            tf.summary.scalar(f"epoch/{name}", value)
+        names = figures.drawn_names(spec, figures.TICK_CHARACTERS)
+        picture = figures.confusion_image(matrix, names)
+        tf.summary.image("confusion_matrix", picture[np.newaxis])
+        wrong = most_confident_mistakes(labels, probabilities, config.logging.mistakes)
+        if len(wrong):
+            names = figures.drawn_names(spec, figures.TITLE_CHARACTERS)
+            titles = [
+                f"{names[labels[i]]}, predicted\n"
+                f"{names[predicted[i]]} ({probabilities[i].max():.0%})"
+                for i in wrong
+            ]
+            grid = figures.image_grid(split.read(wrong)[0], titles)
+            tf.summary.image("confident_mistakes", grid[np.newaxis])
+
+
+def write_figure(tag: str, figure: "Figure") -> None:
+    """Writes a figure to TensorBoard with the default summary writer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    tf.summary.image(tag, np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3])
 
 
 def most_confident_mistakes(
     labels: Labels, probabilities: NDArray[Any], count: int
 ) -> NDArray[np.int64]:
-    """Returns the positions of the mistakes, the most confident first.
+    """Returns the positions of the mistakes with the highest probabilities, highest first.
 
     Args:
         labels: int [n].
         probabilities: float [n, classes].
-        count: The most to return.
+        count: Maximum number of positions.
     """
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     confidence = probabilities[wrong].max(axis=1)
     return wrong[np.argsort(-confidence, kind="stable")][:count]
 
 
-def write_graph(run: Run, graph: tf.Graph | None) -> None:
-    """Writes the graph of one training step."""
-    if graph is not None:
-        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default():
-            tf.summary.graph(_without_loop(graph.as_graph_def()))
+def class_table(matrix: NDArray[Any], class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Returns precision, recall, F1 and the number of images of each class, by class name.
 
-
-def write_end(
-    run: Run, scores: dict[str, float], drawn: dict[str, Future[bytes]], epochs: int
-) -> None:
-    """Writes what the test images showed: scores and pictures."""
-    with tf.summary.create_file_writer(str(run.tensorboard / "test")).as_default(step=epochs):
-        for name, value in scores.items():
-            tf.summary.scalar(f"epoch/{name}", value)
-        for tag, picture in drawn.items():
-            write_image(tag, picture.result())
-
-
-def write_image(tag: str, png: bytes) -> None:
-    """Writes a PNG file as it is; `tf.summary.image` would take pixels, and compress them anew."""
-    from tensorboard.plugins.image import metadata
-
-    size = [str(number) for number in struct.unpack(">II", png[16:24])]  # width, height
-    kind = metadata.create_summary_metadata(display_name=None, description=None)
-    tf.summary.write(tag, tf.constant([*size, png]), metadata=kind)
+    Args:
+        matrix: Confusion matrix, int [classes, classes]: true classes by predicted classes.
+        class_names: In the order of the labels.
+    """
+    correct, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    # A class without images or predictions has the score 0.
+    columns = {
+        "precision": correct / np.maximum(1, predicted),
+        "recall": correct / np.maximum(1, support),
+        "f1-score": 2 * correct / np.maximum(1, support + predicted),
+        "support": support,
+    }
+    return {
+        name: {key: float(column[label]) for key, column in columns.items()}
+        for label, name in enumerate(class_names)
+    }
 
 
 def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
-    """Writes the run's line in TensorBoard's HParams page."""
-    from tensorboard.plugins.hparams import api, api_pb2, summary
+    """Writes the row of the run on TensorBoard's HParams page."""
+    from tensorboard.plugins.hparams import api
 
-    shown: Any = {
+    included: Any = {
         "data": {"name"},
         "model": {"name", "options"},
         "optimizer": True,
         "training": _HPARAMS,
     }
+    # The page shows numbers, text and booleans. Everything else becomes JSON.
     values = {
         f"{section}.{key}": value
-        for section, table in config.model_dump(include=shown).items()
-        for key, value in _hyperparameters(table).items()
+        if isinstance(value, bool | int | float | str | None)
+        else json.dumps(value)
+        for section, table in config.model_dump(include=included).items()
+        for key, value in table.items()
     }
-    with tf.summary.create_file_writer(str(run.tensorboard)).as_default(step=0):
-        # TensorBoard takes its columns from one run: every run names every key. A key without a
-        # value has no cell, because TensorBoard cannot sort a column of numbers and words.
+    writer = tf.summary.create_file_writer(str(run.tensorboard))
+    with writer.as_default(step=0):
+        # TensorBoard reads its columns from one run, so every run lists all keys. A key without a
+        # value has no cell, because TensorBoard cannot sort a column of numbers and text.
         api.hparams_config(
             hparams=[api.HParam(name) for name in values],
             metrics=[api.Metric(f"test/{name}", display_name=f"test {name}") for name in scores],
         )
-        cells = {name: value for name, value in values.items() if value is not None}
-        api.hparams(cells, trial_id=run.name)
         for name, value in scores.items():
             tf.summary.scalar(f"test/{name}", value)
-        end = summary.session_end_pb(api_pb2.STATUS_SUCCESS)
-        tf.summary.experimental.write_raw_pb(end.SerializeToString(), step=0)
+        cells = {name: value for name, value in values.items() if value is not None}
+        session = api.KerasCallback(writer, cells, trial_id=run.name)
+        session.on_train_begin()
+        session.on_train_end()
 
 
-def model_card(run: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
-    """Returns the run's README.md: what was trained on what, how well it does, how to go on."""
-    data = summary["data"]
+def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
+    """Returns the README.md of a run: data, scores, settings and the next commands.
+
+    Args:
+        path: The run directory.
+        summary: The content of summary.json.
+        classes: The content of classes.json.
+        config: The configuration of the run.
+    """
+    step, validation = summary["step_ms"], f"{summary['data']['validation']:,}"
+    held_out = f"{validation} more were held out for validation"
+    if config.data.train_on_validation:
+        held_out = f"this includes the {validation} validation images"
     rows = [
         f"| {markdown_text(name)} | {row['precision']:.4f} | {row['recall']:.4f} "
         f"| {row['f1-score']:.4f} | {row['support']:.0f} |"
         for name, row in classes.items()
     ]
-    scores = ", ".join(
-        f"{name} {value:.4f}" for name, value in summary["test"].items() if isinstance(value, float)
-    )
-    step, epochs = summary["step_ms"], summary["epochs"]
-    held_out = f"{data['validation']:,} more were held out for validation"
-    if config.data.train_on_validation:
-        held_out = f"the {data['validation']:,} validation images among them"
-    return "\n".join(
-        [
-            f"# {run.name}",
-            "",
-            f"A `{summary['model']}` network of {summary['parameters']:,} parameters, trained on "
-            f"**{data['name']}** {data['version']} ({data['origin']}).",
-            "",
-            f"- Test: {scores} ({summary['test_images']:,} images, scored once, after training)",
-            f"- Trained on {summary['train_images']:,} images for {epochs} "
-            f"epoch{'' if epochs == 1 else 's'}; {held_out}",
-            f"- Device: {', '.join(summary['devices'])}; precision: {summary['precision']}; "
-            f"seed: {summary['seed']}",
-            f"- Training took {summary['seconds']['training']:.1f} s"
-            + (f", {step:.2f} ms a step (median of {summary['windows']} windows)" if step else ""),
-            f"- Data fingerprint (SHA-256): `{data['fingerprint']}`",
-            "",
-            "| class | precision | recall | F1 | test images |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            "Score it again, or name the class of an image:",
-            "",
-            "```sh",
-            shell_command("evaluate", run),
-            shell_command("predict", run, "image.png"),
-            "```",
-            "",
-            "```toml",
-            config.to_toml().rstrip(),
-            "```",
-            "",
-        ]
+    return _MODEL_CARD.format(
+        **summary,
+        name=path.name,
+        scores=", ".join(f"{key} {value:.4f}" for key, value in _numbers(summary["test"]).items()),
+        plural="" if summary["epochs"] == 1 else "s",
+        held_out=held_out,
+        device_names=", ".join(summary["devices"]),
+        step=f", {step:.2f} ms per step (median of {summary['windows']} windows)" if step else "",
+        rows="\n".join(rows),
+        evaluate=shell_command("evaluate", path),
+        predict=shell_command("predict", path, "image.png"),
+        config=config.to_toml().rstrip(),
     )
 
 
 def markdown_text(text: str) -> str:
-    """Returns one line of Markdown that shows a text as it is, also within a table."""
+    """Returns one line of text with all Markdown characters escaped, also for table cells."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", text)
 
 
-def _hyperparameters(table: dict[str, Any]) -> dict[str, Any]:
-    """Returns what HParams can show: numbers, words and truth values; the rest as JSON or None."""
-    plain = (bool, int, float, str, type(None))
-    return {key: v if isinstance(v, plain) else json.dumps(v) for key, v in table.items()}
+def _numbers(scores: dict[str, Any]) -> dict[str, float]:
+    """Returns the scores that are one number. A metric may have several or none."""
+    return {name: value for name, value in scores.items() if isinstance(value, int | float)}
 
 
 def _without_loop(graph: Any) -> Any:
-    """Takes "while/", the scope of the loop around the step, out of a GraphDef's names.
+    """Removes "while/", the scope of the loop around the step, from the names of a GraphDef.
 
-    TensorBoard would otherwise draw one box named "while", and the network somewhere inside it.
+    Otherwise TensorBoard draws one box named "while" that hides the network.
     """
     for node in graph.node:
         node.name = re.sub(r"\bwhile/", "", node.name)
         node.input[:] = [re.sub(r"\bwhile/", "", name) for name in node.input]
-        node.attr.pop("_class", None)  # colocations, which name nodes too
+        node.attr.pop("_class", None)  # colocations, which contain names of nodes too
     return graph
 
 
-def _indented(text: str) -> str:
-    # Markdown takes four spaces for code: the lines stay as they are.
+def _code_block(text: str) -> str:
+    # Markdown shows lines that start with four spaces as code, unchanged.
     return "".join(f"    {line}\n" for line in text.splitlines())

@@ -17,7 +17,6 @@ from tensorflow.core.protobuf import saved_model_pb2
 from trainer.errors import InputError
 from trainer.saving.operations import allowed_operations, find_forbidden
 from trainer.saving.safety import check_saved_model
-from trainer.serving.servable import Servable
 
 ROOT = Path(__file__).parents[2]
 IMAGES = tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")
@@ -34,7 +33,7 @@ def script() -> Any:
 
 
 def create(operation: str, *inputs: tf.Tensor, output: Any = None, **attributes: Any) -> Any:
-    """Adds an operation to the graph that is traced; for those that TensorFlow's Python hides."""
+    """Adds an operation without a public Python function to the traced graph."""
     values = {}
     for name, value in attributes.items():
         values[name] = tf.compat.v1.AttrValue()
@@ -49,13 +48,13 @@ def create(operation: str, *inputs: tf.Tensor, output: Any = None, **attributes:
     return graph.create_op(operation, list(inputs), outputs, attrs=values)
 
 
-def write_model(reach_out: Callable[[], Any], folder: Path) -> Path:
-    """Writes a SavedModel that answers like an exported network, and reaches out as it does."""
+def write_model(run_also: Callable[[], Any], folder: Path) -> Path:
+    """Writes a SavedModel with the outputs of an exported network that also runs a function."""
     module = tf.Module()
 
     @tf.function(input_signature=[IMAGES])
     def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        with tf.control_dependencies([reach_out()]):
+        with tf.control_dependencies([run_also()]):
             return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + 0.25}
 
     module.answer = answer
@@ -67,7 +66,7 @@ def read_model(folder: Path) -> Any:
     return saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
 
 
-# ---------------------------------------------------------------- what Keras needs is allowed
+# ---------------------------------------------------------------- operations that Keras needs
 
 
 def test_the_layers_of_keras_need_allowed_operations_only(script: Any) -> None:
@@ -86,7 +85,7 @@ def test_the_layers_of_keras_need_allowed_operations_only(script: Any) -> None:
     assert not unexpected
 
 
-def test_a_vocabulary_that_was_learned_is_loaded_without_trust(script: Any, tmp_path: Path) -> None:
+def test_an_adapted_vocabulary_is_loaded_without_trust(script: Any, tmp_path: Path) -> None:
     for name, model in script.vocabulary_models().items():
         model.export(tmp_path / name, verbose=False)
         check_saved_model(tmp_path / name)
@@ -102,7 +101,7 @@ def test_each_layer_of_keras_is_loaded_without_trust(script: Any, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_list_is_what_the_script_writes() -> None:
+def test_the_script_writes_the_same_list() -> None:
     program = [sys.executable, "scripts/allowed_operations.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -114,7 +113,7 @@ def test_the_list_is_what_the_script_writes() -> None:
 def test_each_allowed_operation_is_harmless_or_reviewed(script: Any) -> None:
     reasons = {name: script.unreviewed(name) for name in allowed_operations()}
     assert {name: reason for name, reason in reasons.items() if reason} == {}
-    assert script.REVIEWED.keys() <= allowed_operations()  # no reason without a need
+    assert script.REVIEWED.keys() <= allowed_operations()  # no unused reason
 
 
 def test_a_function_of_numbers_with_a_path_as_attribute_is_not_harmless(script: Any) -> None:
@@ -124,7 +123,7 @@ def test_a_function_of_numbers_with_a_path_as_attribute_is_not_harmless(script: 
     assert script.unreviewed("Timestamp") == "it has state"
 
 
-# ---------------------------------------------------------------- everything else is refused
+# ---------------------------------------------------------------- all other operations are refused
 
 
 def queue() -> Any:
@@ -233,26 +232,21 @@ def test_a_saved_model_with_another_operation_is_refused_by_name(
     operation: str, tmp_path: Path
 ) -> None:
     folder = write_model(HOSTILE[operation], tmp_path / "1")
-    with pytest.raises(InputError, match=rf"holds the operation {operation} \(in .*--trust"):
+    with pytest.raises(InputError, match=rf"contains the operation {operation} \(in .*--trust"):
         check_saved_model(folder)
     check_saved_model(folder, trust=True)
 
 
 @pytest.mark.parametrize("operation", ["DumpTensor", "RecordInput"])
-def test_load_and_serve_refuse_what_they_are_not_trusted_with(
+def test_load_refuses_an_operation_that_needs_trust(
     operation: str, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
-    folder = write_model(HOSTILE[operation], tmp_path / "m" / "1")
+    folder = write_model(HOSTILE[operation], tmp_path / "m")
     code, out, err = command("load", folder)
     (line,) = [line for line in err.splitlines() if line.startswith("trainer: ")]
     assert (code, out) == (2, "")
-    assert f"holds the operation {operation} (in " in line
+    assert f"contains the operation {operation} (in " in line
     assert command("load", folder, "--trust")[0] == 0
-    with pytest.raises(InputError, match=f"holds the operation {operation} "):
-        Servable(folder, trust=False)
-    code, out, err = command("serve", tmp_path / "m")
-    assert (code, out) == (2, "")
-    assert f"holds the operation {operation} (in " in err
 
 
 def test_every_other_registered_operation_is_refused() -> None:
@@ -297,7 +291,7 @@ def nodes_of(saved: Any, *operations: str) -> list[Any]:
     return [node for node in nodes if node.op in operations]
 
 
-def test_a_call_of_what_is_no_function_of_the_graph_is_refused(branches: Path) -> None:
+def test_a_call_out_of_the_graph_is_refused(branches: Path) -> None:
     """TensorFlow would run the operation of that name."""
     saved = read_model(branches)
     nodes_of(saved, "If", "StatelessIf")[0].attr["then_branch"].func.name = "ReadFile"
@@ -362,7 +356,7 @@ def test_only_the_saver_calls_the_functions_that_save_and_restore(branches: Path
 
 
 def test_a_graph_of_tensorflow_1_is_refused(branches: Path) -> None:
-    """TensorFlow restores it by the operation that its saver names, whatever that does."""
+    """To restore it, TensorFlow would run any operation that its saver names."""
     saved = read_model(branches)
     saved.meta_graphs[0].ClearField("object_graph_def")
     assert find_forbidden(saved) == "a graph of TensorFlow 1"
@@ -371,7 +365,7 @@ def test_a_graph_of_tensorflow_1_is_refused(branches: Path) -> None:
     assert find_forbidden(saved) == "a graph of TensorFlow 1"
 
 
-def test_a_wheel_holds_the_files_that_are_no_modules() -> None:
+def test_a_wheel_contains_all_data_files() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["*"]
     listed = {path for pattern in patterns for path in (ROOT / "trainer").rglob(pattern)}

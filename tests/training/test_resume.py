@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert found.progress == expected
     (said,) = [record.getMessage() for record in caplog.records if record.name == trainer_log]
     assert str(two) in said
-    assert "going back to the one before" in said
+    assert "trying the one before" in said
     damage(one)
     with pytest.raises(InputError, match=r"every checkpoint of .* is damaged"):
         checkpoint.newest_checkpoint(run)
@@ -303,7 +303,7 @@ def test_a_directory_that_another_process_makes_first_is_left_to_it(
     assert fitted.run.path == Path(f"{faster[0]}-2")
     assert list(faster[0].iterdir()) == []
     # A directory that the caller names is not replaced by another.
-    with pytest.raises(InputError, match="exists already and is left as it is"):
+    with pytest.raises(InputError, match="exists already and is not changed"):
         trainer.fit(fitted.run.config(), run=Run(faster[0]))
 
 
@@ -347,7 +347,7 @@ def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(fit: Fit) -> None:
         path.unlink()
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p != run.log}
     longer = run.config().with_changes({"training.epochs": 5})
-    with pytest.raises(InputError, match="holds no checkpoint any more"):
+    with pytest.raises(InputError, match="has no checkpoint any more"):
         trainer.resume("latest", changed=longer)
     assert {
         p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p != run.log
@@ -372,7 +372,7 @@ class Odd(keras.callbacks.Callback):
 def test_what_a_checkpoint_cannot_keep_is_said(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="trainer"):
         fit(Odd(), training__epochs=1)
-    expected = "callback Odd: a checkpoint does not keep itself, large, named, numbers, objects"
+    expected = "callback Odd: checkpoints do not save itself, named, numbers, objects"
     assert expected in caplog.text
 
 
@@ -398,7 +398,7 @@ def test_what_is_trained_may_not_change(fit: Fit) -> None:
         ({"training.precision": "auto"}, "training.precision = 'float32'"),
         ({"training.batch_size": 8}, "training.batch_size = 16"),
         ({"data.split_seed": 8}, "data.split_seed = 0"),
-        ({"data.options": SETTINGS["data.options"] | {"seed": 1}}, "the data is not what"),
+        ({"data.options": SETTINGS["data.options"] | {"seed": 1}}, "the data differs from"),
         ({"model.name": "mlp", "logging.name": "x"}, "model.name = 'layers' .received 'mlp'.; may"),
     ]:
         with pytest.raises(InputError, match=said):
@@ -452,7 +452,7 @@ def test_a_run_of_a_gpu_is_resumed_without_one(
         assert "use --device cpu" in err
         code, _, err = command("fit", "--resume", "latest", "--device", "cpu")
         # The callback that killed it is missing here: devices and configuration were accepted.
-        assert (code, "another number of callbacks" in err) == (2, True)
+        assert (code, "was trained with the callbacks Bomb; received none" in err) == (2, True)
         assert path.read_text() == text  # what is refused changes nothing
         there = {"training.device": "cpu", "training.jit_compile": "auto"}
         changed = run.config().with_changes(there)
@@ -468,7 +468,7 @@ def test_other_data_is_refused(fit: Fit, step: int) -> None:
         fit(Bomb(step=step))
     config = newest().path / "config.toml"
     config.write_text(config.read_text().replace("examples = 200", "examples = 201"))
-    with pytest.raises(InputError, match=r"the data is not what .* was trained on"):
+    with pytest.raises(InputError, match=r"the data differs from the data that .* was trained on"):
         trainer.resume("latest", callbacks=[Bomb()])
 
 
@@ -478,13 +478,13 @@ def test_another_network_is_refused(fit: Fit) -> None:
     config = newest().path / "config.toml"
     text = config.read_text()
     config.write_text(text.replace("units = 8", "units = 9"))
-    with pytest.raises(InputError, match="is of another network or optimizer"):
+    with pytest.raises(InputError, match="belongs to another model or optimizer"):
         trainer.resume("latest", callbacks=[Bomb()])
     config.write_text(text.replace('name = "Adam"', 'name = "SGD"'))
-    with pytest.raises(InputError, match="is of another network or optimizer"):
+    with pytest.raises(InputError, match="belongs to another model or optimizer"):
         trainer.resume("latest", callbacks=[Bomb()])
     config.write_text(text)
-    with pytest.raises(InputError, match="was trained with another number of callbacks"):
+    with pytest.raises(InputError, match="was trained with the callbacks Bomb; received none"):
         trainer.resume("latest")  # without the callback it was trained with
 
 
@@ -527,7 +527,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     run = newest()
     files = sorted(path.name for path in run.checkpoints.glob("*"))
     assert files == ["best.weights.h5", "step-0000000009.npz", "step-0000000013.npz"]
-    trainer.resume("latest", callbacks=[Bomb()])
+    trainer.resume("latest", callbacks=[type("Fills", (Bomb,), {})()])
     assert contents(run) == undisturbed
 
 
@@ -558,11 +558,13 @@ def test_a_signal_is_obeyed_when_the_state_is_saved(
     assert stopped.value.exit_code == 128 + number
     run = newest()
     name = "control-C" if number == signal.SIGINT else "SIGTERM"
-    assert str(stopped.value) == f"stopped by {name}; go on with `trainer fit --resume {run.path}`"
+    assert (
+        str(stopped.value) == f"stopped by {name}; continue with `trainer fit --resume {run.path}`"
+    )
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     steps = {"step": STEPS + 8, "validation": STEPS, "end": 3 * STEPS}[where]
     assert (run.checkpoints / f"step-{steps:010}.npz").exists()
-    trainer.resume("latest", callbacks=[Bomb()])
+    trainer.resume("latest", callbacks=[type("Sends", (Bomb,), {})()])
     assert contents(run) == undisturbed
 
 
@@ -584,16 +586,16 @@ def test_the_newest_run_of_another_folder_is_resumed(
     with contextlib.chdir(tmp_path):
         there = ("--set", "logging.directory=elsewhere")
         _, _, err = command("fit", "--resume", "latest", *there)
-        assert f"trainer: elsewhere/{killed.name} was trained with another number of" in err
+        assert "trainer: the run was trained with the callbacks Bomb; received none" in err
         assert command("fit", "--resume", "latest")[2] == (
-            "trainer: there is no run in runs: `trainer fit` makes one\n"
+            "trainer: there is no run in runs: `trainer fit` creates one\n"
         )
 
 
 def test_a_refused_resume_leaves_a_finished_run_finished(fit: Fit) -> None:
     run = fit(Bomb()).run
     before = {path.name: path.read_bytes() for path in run.path.glob("*.*")}
-    with pytest.raises(InputError, match="was trained with another number of callbacks than 0"):
+    with pytest.raises(InputError, match="was trained with the callbacks Bomb; received none"):
         trainer.resume("latest", changed=run.config().with_changes({"training.epochs": 9}))
     after = {path.name: path.read_bytes() for path in run.path.glob("*.*")}
     assert {**after, "log.txt": b""} == {**before, "log.txt": b""}
@@ -618,7 +620,7 @@ def test_checkpoints_without_the_newer_states_are_taken(
 
     def older(run: Run) -> Any:
         saved = real(run)
-        states = [*saved.states[:1], *saved.states[2:-2], saved.states[-1]]
+        states = [state for name, state in saved.states.items() if name != "averaged_weights"]
         return replace(saved, states=states, trainable=None)
 
     monkeypatch.setattr(workflow, "newest_checkpoint", older)

@@ -77,8 +77,8 @@ def test_documented_options_are_accepted(
         ("LearningRateScheduler", {"schedule": "x"}, "not callable"),
         ("ModelCheckpoint", {"filepath": "a"}, r"'a'.*must end in `.keras`"),
         ("TensorBoard", {"update_freq": "batches"}, "'int' and 'str'"),
-        ("BackupAndRestore", {"backup_dir": "b"}, "removes its folder"),
-        ("SwapEMAWeights", {}, "averaged weights are scored and kept without it"),
+        ("BackupAndRestore", {"backup_dir": "b"}, "deletes its folder"),
+        ("SwapEMAWeights", {}, "averaged weights are scored and saved without it"),
     ],
 )
 def test_options_that_keras_stumbles_over_are_refused(
@@ -173,5 +173,5 @@ def test_metrics_with_a_name_of_our_own_are_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "named", sys.modules[__name__])
     metrics = {"training.metrics": [{"name": name, "options": options}]}
-    with pytest.raises(InputError, match="is a name of our own: choose another"):
+    with pytest.raises(InputError, match="is reserved: choose another"):
         build_experiment(Config().with_changes(TINY | metrics), PhaseTimer())

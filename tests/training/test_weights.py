@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.errors import InputError
 from trainer.run import Run
-from trainer.training.checkpoint import load_weights, save_weights
+from trainer.training.weights import load_weights, save_weights
 
 
 def refused(function: Callable[..., Any], *arguments: Any) -> str:

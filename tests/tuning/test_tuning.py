@@ -1,4 +1,4 @@
-"""The search for settings: its space, what it refuses, how it goes on, and what comes of it."""
+"""Search: its space, refused configurations, continuing after an interruption, and results."""
 
 import gc
 import json
@@ -6,28 +6,25 @@ import re
 import shutil
 import time
 import tomllib
-import urllib.request
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tensorflow as tf
+from keras_tuner.engine.trial import TrialStatus
 
 import trainer
 from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError
 from trainer.run import Run
 from trainer.tuning.config import TuningConfig
-from trainer.tuning.folder import Record, SearchFolder, ranked
-from trainer.tuning.oracles import COMPLETED, STOPPED, make_oracle, quiet
+from trainer.tuning.oracles import direction_of, make_oracle, quiet
 from trainer.tuning.results import importances
-from trainer.tuning.space import check_space, decode, extremes, short_names, trial_config, values_of
+from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.space import check_space, decode, extremes, short_names, trial_config
 from trainer.tuning.trial import Pruning, run_trial
-
-_WEB = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 SEARCH = """
 [data]
@@ -81,9 +78,9 @@ RATE = "tuning.space.optimizer.learning_rate"
         ("tuning.algorithm=tpe", "expected 'random', 'bayesian', 'hyperband' or 'grid'"),
         (
             "tuning.max_trials=0",
-            "tuning.max_trials: expected greater than or equal to 1, received 0",
+            "max_trials: expected greater than or equal to 1, received 0",
         ),
-        ("tuning.max_trails=3", "tuning: unknown key 'max_trails': did you mean 'max_trials'?"),
+        ("tuning.trails=3", "tuning: unknown key 'trails': did you mean 'max_trials'?"),
         (f"{RATE}={{low=1, hihg=2}}", f"{RATE}: unknown key 'hihg': did you mean 'high'?"),
         (f"{RATE}={{low=nan, high=1}}", "low: expected a finite number, received nan"),
         (f"{RATE}={{low='a', high=1}}", "low: expected a valid number, received 'a'"),
@@ -92,8 +89,14 @@ RATE = "tuning.space.optimizer.learning_rate"
         (f"{RATE}={{low=1, high=2, choices=[1]}}", "either choices or low and high, received both"),
         (f"{RATE}={{choices=[]}}", "choices: expected different values, received []"),
         (f"{RATE}={{choices=[1, 2, 1]}}", "choices: expected different values, received [1, 2, 1]"),
-        (f"{RATE}={{low=0, high=1, scale='log'}}", "scale = 'log' expects low > 0, received 0"),
-        (f"{RATE}={{low=1, high=2, step=1, scale='log'}}", "'log' expects step > 1, received 1"),
+        (
+            f"{RATE}={{low=0, high=1, scale='log'}}",
+            "expects low > 0 and step > 1, received low = 0",
+        ),
+        (
+            f"{RATE}={{low=1, high=2, step=1, scale='log'}}",
+            "received low = 1, step = 1",
+        ),
         (f"{RATE}={{low=0.1, high=1, step=0.4}}", "in whole steps (10000 at most), received 2.25"),
         (f"{RATE}={{low=1, high=9, step=2, scale='log'}}", "whole steps (10000 at most), received"),
         (f"{RATE}={{low=1, high=2, step=0}}", "step: expected greater than 0, received 0"),
@@ -104,12 +107,27 @@ RATE = "tuning.space.optimizer.learning_rate"
             "batch_size: expected a valid integ",
         ),
         ("tuning.space.optimizer.warmup_fraction={low=0.1, high=0.2}", "warmup_fraction expects"),
-        ("tuning.space.data.split_seed={choices=[1, 2]}", "split_seed is the same for all trials"),
-        ("tuning.space.data.options.classes={choices=[3, 5]}", "classes is the same for all tria"),
-        ("tuning.space.training.seed={low=0, high=5}", "training.seed is the same for all trials"),
-        ("data.train_on_validation=true", "data.train_on_validation: expected false, since the va"),
-        ("tuning.space.tuning.seed={choices=[1, 2]}", "tuning.seed is the same for all trials"),
-        ("tuning.space.logging.name={choices=['a', 'b']}", "logging.name is the same for all"),
+        (
+            "tuning.space.data.split_seed={choices=[1, 2]}",
+            "split_seed must be the same for all",
+        ),
+        (
+            "tuning.space.data.options.classes={choices=[3, 5]}",
+            "classes must be the same for all",
+        ),
+        (
+            "tuning.space.training.seed={low=0, high=5}",
+            "training.seed must be the same for all",
+        ),
+        (
+            "data.train_on_validation=true",
+            "train_on_validation: expected false, because the va",
+        ),
+        (
+            "tuning.space.tuning.seed={choices=[1, 2]}",
+            "tuning.seed must be the same for all",
+        ),
+        ("tuning.space.logging.name={choices=['a', 'b']}", "logging.name must be the same for all"),
         ("tuning.algorithm=grid", f"{RATE}: a grid expects choices, or a range with a step"),
         (
             f"{RATE}={{low=1, high=2, when={{'optimizer.nam'=['SGD']}}}}",
@@ -141,7 +159,7 @@ def test_what_the_objective_is_may_not_be_searched(search: Callable[..., Config]
         "{name='SmoothedCrossentropy', options={label_smoothing=0.1}}]}"
     )
     said = refused(check_space, search(losses, "tuning.objective=val_loss"))
-    assert "training.loss changes what val_loss is: expected another tuning.objective" in said
+    assert "training.loss changes the meaning of val_loss: set another tuning.objective" in said
     check_space(search(losses))
 
 
@@ -151,14 +169,16 @@ def test_conditions_that_wait_for_each_other_are_refused(search: Callable[..., C
         "tuning.space.optimizer.name={choices=['SGD'], when={'model.options.units'=[[8]]}}",
     )
     said = refused(lambda: search(*circle))
-    assert "optimizer.name, optimizer.options.momentum, model.options.units wait for each" in said
+    assert "the conditions of optimizer.name, model.options.units form a cycle" in said
 
 
 def test_hyperband_chooses_the_epochs_itself(search: Callable[..., Config]) -> None:
     hyperband = "tuning.algorithm=hyperband"
     epochs = "tuning.space.training.epochs={choices=[1, 2]}"
-    assert "hyperband itself chooses" in refused(check_space, search(hyperband, epochs))
-    assert "expected 3 or more" in refused(check_space, search(hyperband, "training.epochs=2"))
+    assert "hyperband itself chooses the epochs" in refused(check_space, search(hyperband, epochs))
+    assert "expected 3 or more in training.epochs" in refused(
+        check_space, search(hyperband, "training.epochs=2")
+    )
     check_space(search(epochs))
 
 
@@ -174,7 +194,7 @@ def test_what_the_project_refuses_later_is_refused_before_anything_is_trained(
         ("tuning.space.optimizer.options.moment={choices=[1.0]}", "refuses the options"),
         (
             "tuning.space.training.batch_size={choices=[16, 5000]}",
-            "training.batch_size = 5000: expected batches of 144",
+            "training.batch_size = 5000: expected batches of at most 144",
         ),
         ("tuning.space.model.options.units={choices=[[8], [-4]]}", "units = [-4]: "),
         ("tuning.space.training.loss={choices=['Nope']}", "loss = 'Nope': unknown loss 'Nope'"),
@@ -201,26 +221,28 @@ def test_a_device_of_the_space_that_is_not_here_is_refused_at_once(
     assert not Path("runs/tune-synthetic-mlp").exists()
 
 
-def test_the_direction_of_an_unknown_metric_must_be_told(search: Callable[..., Config]) -> None:
-    from trainer.tuning.oracles import direction_of
-
-    assert direction_of(search()) == "max"
-    assert direction_of(search("tuning.objective=val_loss")) == "min"
-    assert "Set tuning.direction" in refused(direction_of, search("tuning.objective=val_odd"))
+def test_the_direction_of_an_unknown_metric_must_be_set(search: Callable[..., Config]) -> None:
+    assert direction_of(search().table(TuningConfig)) == "max"
+    assert direction_of(search("tuning.objective=val_loss").table(TuningConfig)) == "min"
+    assert "Set tuning.direction" in refused(
+        direction_of, search("tuning.objective=val_odd").table(TuningConfig)
+    )
     # Keras's own metrics that need arguments, and one that keras-tuner takes for a loss.
     for name in ("val_odd", "val_mean_io_u", "val_precision_at_recall", "val_f1_score"):
-        assert "Set tuning.direction" in refused(direction_of, search(f"tuning.objective={name}"))
+        assert "Set tuning.direction" in refused(
+            direction_of, search(f"tuning.objective={name}").table(TuningConfig)
+        )
         for direction in ("min", "max"):
             told = search(f"tuning.objective={name}", f"tuning.direction={direction}")
-            assert direction_of(told) == direction
+            assert direction_of(told.table(TuningConfig)) == direction
     for name in ("val_mse", "val_mean_squared_error", "val_kl_divergence"):
-        assert direction_of(search(f"tuning.objective={name}")) == "min"
+        assert direction_of(search(f"tuning.objective={name}").table(TuningConfig)) == "min"
 
 
 def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
     def values(text: str) -> Any:
         space = search(f"tuning.space.optimizer.clip={text}").table(TuningConfig).space
-        return values_of(space["optimizer.clip"])
+        return space["optimizer.clip"].values()
 
     assert values("{low=0.1, high=0.5, step=0.1}") == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert values("{low=128, high=512, step=2, scale='log'}") == [128, 256, 512]
@@ -237,9 +259,9 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
         "optimizer.options.momentum",
     )
     chosen = {rate: 0.012345678, name: 1, units: 1, momentum: 3, "tuner/epochs": 3}
-    values = decode(config, chosen)
+    values = decode(config.table(TuningConfig), chosen)
     assert values == {rate: 0.0123457, name: "SGD", units: [16, 8], momentum: 0.9}
-    own = trial_config(config, values, epochs=1)
+    own = trial_config(config, values | {"training.epochs": 1})
     assert (own.optimizer.name, own.optimizer.options) == ("SGD", {"momentum": 0.9})
     assert (own.model.options, own.training.epochs) == ({"units": [16, 8]}, 1)
     (stopping,) = own.training.callbacks
@@ -251,9 +273,9 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
     }
     assert own.table(TuningConfig) == TuningConfig()
     assert "[tuning]" not in own.to_toml()
-    kept = trial_config(config, decode(config, {rate: 0.1, name: 0, units: 0}))
+    kept = trial_config(config, decode(config.table(TuningConfig), {rate: 0.1, name: 0, units: 0}))
     assert kept.optimizer.options == {"weight_decay": 0.01}  # of the same optimizer
-    assert decode(config, {rate: 0.09999999, name: 0})[rate] <= 0.1
+    assert decode(config.table(TuningConfig), {rate: 0.09999999, name: 0})[rate] <= 0.1
     tried = [changed for _, changed in extremes(config)]
     assert {c.optimizer.options.get("momentum") for c in tried} == {None, 0.0, 0.3, 0.6, 0.9}
     assert trial_config(search("tuning.direction=max", EARLY), values).training.callbacks == [
@@ -264,11 +286,9 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
 EARLY = 'training.callbacks=[{name="EarlyStopping", options={patience=9}}]'
 
 
-def test_names_of_a_table_are_short_and_apart() -> None:
+def test_names_of_a_table_are_short_and_unique() -> None:
     keys = ["optimizer.learning_rate", "model.options.rate", "data.options.rate", "model.name"]
-    assert list(short_names(keys).values()) == [
-        *("learning_rate", "model.options.rate", "data.options.rate", "model.name"),
-    ]
+    assert list(short_names(keys).values()) == ["learning_rate", *keys[1:]]
 
 
 def test_the_space_comes_back_from_its_file(search: Callable[..., Config]) -> None:
@@ -279,124 +299,158 @@ def test_the_space_comes_back_from_its_file(search: Callable[..., Config]) -> No
     assert "[tuning]" not in Config().to_toml()
 
 
-def _take(oracle: Any, count: int, score: float | None = 0.5) -> list[dict[str, Any]]:
-    """Does trials of an oracle without training."""
-    taken = []
-    for _ in range(count):
-        with quiet():
+def _take(
+    directory: SearchDirectory, count: int, score: float | None = 0.5
+) -> list[dict[str, Any]]:
+    """Runs trials of a new oracle without training, as a new process would."""
+    directory.create()
+    taken: list[dict[str, Any]] = []
+    with quiet():
+        oracle = make_oracle(directory)
+        while len(taken) < count:
             trial = oracle.create_trial("w")
-            if trial.status == STOPPED:
+            if trial.status == TrialStatus.STOPPED:
                 break
             taken.append(dict(trial.hyperparameters.values))
             if score is not None:
-                oracle.update_trial(trial.trial_id, {oracle.objective.name: score})
-                trial.status = COMPLETED
-                oracle.end_trial(trial)
+                _end(directory, oracle, trial, score)
     return taken
+
+
+def _end(directory: SearchDirectory, oracle: Any, trial: Any, score: float) -> None:
+    values = decode(directory.tuning, trial.hyperparameters.values)
+    directory.write_record(_record(trial.trial_id, score, **values))
+    oracle.update_trial(trial.trial_id, {oracle.objective.name: score})
+    trial.status = TrialStatus.COMPLETED
+    oracle.end_trial(trial)
+
+
+def _record(trial: int | str, score: float | None, **values: Any) -> TrialRecord:
+    return TrialRecord(
+        trial=str(trial),
+        status="failed" if score is None else "completed",
+        values=values,
+        epochs=2,
+        score=score,
+        trained_epochs=2,
+        seconds=1.0,
+        curve=[] if score is None else [score / 2, score],
+        runs=[f"trials/{trial}"],
+    )
 
 
 DISCRETE = (f"{RATE}={{choices=[0.1, 0.01]}}", "tuning.direction=max")
 
 
-def test_a_grid_is_gone_through_once_whatever_interrupts_it(
-    search: Callable[..., Config], tmp_path: Path
-) -> None:
-    config = search("tuning.algorithm=grid", "tuning.max_trials=99", *DISCRETE)
+def test_a_grid_is_searched_once_despite_interruptions(search: Callable[..., Config]) -> None:
+    directory = SearchDirectory(search("tuning.algorithm=grid", "tuning.max_trials=30", *DISCRETE))
     together: list[dict[str, Any]] = []
-    while taken := _take(make_oracle(config, tmp_path / "oracle"), 3):  # a new process each
+    while taken := _take(directory, 3):  # a new process each
         together += taken
-    assert len(together) == 2 * (1 + 4) * 2  # momentum under SGD alone
+    assert len(together) == 2 * (1 + 4) * 2  # momentum only with SGD
     assert len({json.dumps(values, sort_keys=True) for values in together}) == 20
 
 
 @pytest.mark.parametrize("algorithm", ["random", "bayesian", "hyperband"])
-def test_an_interrupted_search_chooses_what_it_would_have_chosen(
-    search: Callable[..., Config], tmp_path: Path, algorithm: str
+def test_an_interrupted_search_makes_the_same_choices(
+    search: Callable[..., Config], algorithm: str
 ) -> None:
     config = search(f"tuning.algorithm={algorithm}", "tuning.direction=max", "tuning.max_trials=9")
-    at_once = _take(make_oracle(config, tmp_path / "a"), 9)
+    at_once = _take(SearchDirectory(config, "a"), 9)
     in_parts: list[dict[str, Any]] = []
     for count in (2, 3, 9):
-        in_parts += _take(make_oracle(config, tmp_path / "b"), count)
+        in_parts += _take(SearchDirectory(config, "b"), count)
     assert len(at_once) == 9
     assert in_parts == at_once
-    another = make_oracle(
-        config.with_changes({"tuning.seed": 1}), tmp_path / "c"
-    )  # 0 is a seed, too
+    another = SearchDirectory(config.with_changes({"tuning.seed": 1}), "c")  # 0 is a seed, too
     assert _take(another, 3) != at_once[:3]
 
 
-def test_no_trial_is_lost_or_done_twice_by_a_kill(
-    search: Callable[..., Config], tmp_path: Path
-) -> None:
-    config = search("tuning.direction=max")
-    folder = tmp_path / "oracle"
-    oracle = make_oracle(config, folder)
-    _take(oracle, 1)
-    assert make_oracle(config, folder)._retry_queue == []  # it has ended, killed as soon as it had
-    (begun,) = _take(oracle, 1, score=None)
-    # Killed between the two files that keras-tuner writes for a new trial: the oracle forgot it.
-    orphan = folder / "trial_2"
-    orphan.mkdir()
-    (orphan / "trial.json").write_text((folder / "trial_1" / "trial.json").read_text())
-    text = (orphan / "trial.json").read_text().replace('"trial_id": "1"', '"trial_id": "2"')
-    (orphan / "trial.json").write_text(text)
-    again = make_oracle(config, folder)
+def test_a_kill_neither_loses_nor_repeats_a_trial(search: Callable[..., Config]) -> None:
+    directory = SearchDirectory(search("tuning.direction=max"))
+    _take(directory, 1)
+    (begun,) = _take(directory, 1, score=None)
+    oracle = make_oracle(directory)
     with quiet():
-        trials = [again.create_trial(worker) for worker in ("x", "y", "z", "u")]
-    assert [trial.trial_id for trial in trials[:3]] == ["1", "2", "3"]
-    assert trials[0].hyperparameters.values == begun  # first what was under way
+        trials = [oracle.create_trial(worker) for worker in ("x", "y", "z", "u")]
+    assert [trial.trial_id for trial in trials[:3]] == ["1", "2", "3"]  # 0 has ended
+    assert trials[0].hyperparameters.values == begun  # first the interrupted one
     assert trials[1].hyperparameters.values != begun
-    assert trials[3].status == STOPPED
+    assert trials[3].status == TrialStatus.STOPPED
 
 
-def test_the_bayesian_search_does_not_repeat_itself(
-    search: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_trial_without_a_record_runs_again(search: Callable[..., Config]) -> None:
+    directory = SearchDirectory(search("tuning.direction=max"))
+    first, second = _take(directory, 2)
+    directory.record_file("0").unlink()
+    assert _take(directory, 1) == [first]
+    oracle = make_oracle(directory)
+    assert sorted(oracle.end_order) == ["0", "1"]
+    assert [t.hyperparameters.values for t in oracle.trials.values()] == [first, second]
+
+
+def test_a_search_of_the_first_version_continues(search: Callable[..., Config]) -> None:
+    """It had a file for each trial, and seconds.json."""
+    config = search("tuning.direction=max")
+    at_once = _take(SearchDirectory(config, "new"), 4)
+    directory = SearchDirectory(config, "old")
+    _take(directory, 2)
+    file = directory.oracle / "oracle.json"
+    state = json.loads(file.read_text())
+    for trial in state.pop("trials"):
+        path = directory.oracle / f"trial_{trial['trial_id']}" / "trial.json"
+        path.write_text(json.dumps(trial))
+    file.write_text(json.dumps({key: state[key] for key in state if key != "seconds"}))
+    (directory.path / "seconds.json").write_text('{"seconds": 99.5}')
+    assert make_oracle(directory).seconds == pytest.approx(99.5, abs=0.4)
+    assert _take(directory, 4) == at_once[2:]
+
+
+def test_the_bayesian_search_does_not_repeat_values(search: Callable[..., Config]) -> None:
     choices = f"{RATE}={{choices=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}}"
-    bayesian = ("tuning.algorithm=bayesian", "tuning.max_trials=99", "tuning.space={}")
-    config = search(*bayesian, choices, *DISCRETE[1:])
-    taken = _take(make_oracle(config, tmp_path / "oracle"), 9)
+    bayesian = ("tuning.algorithm=bayesian", "tuning.max_trials=9", "tuning.space={}")
+    taken = _take(SearchDirectory(search(*bayesian, choices, *DISCRETE[1:])), 9)
     assert len({json.dumps(values) for values in taken}) == len(taken) == 7
-
-
-def _record(trial: int, score: float | None, **values: Any) -> Record:
-    status: Any = "failed" if score is None else "completed"
-    curve = [] if score is None else [score / 2, score]
-    return Record(str(trial), status, score, {}, values, 2, 2, 1.0, curve, [f"trials/{trial}"])
 
 
 def test_a_trial_leaves_no_images_in_memory(search: Callable[..., Config]) -> None:
     config = search("data.options.examples=210", "tuning.direction=max", "training.epochs=1")
-    folder = SearchFolder("runs", "m")
-    folder.create(config)
+    directory = SearchDirectory(config, "m")
+    directory.create()
     for trial in range(2):
         chosen = {"optimizer.learning_rate": 0.01, "optimizer.name": 0, "model.options.units": 0}
-        assert run_trial(folder, config, str(trial), chosen).status == "completed"
+        assert run_trial(directory, str(trial), chosen).status == "completed"
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, tf.Tensor)]
     assert [each for each in tensors if each.shape == (151, 6, 6, 1)] == []
 
 
-def test_a_hopeless_trial_is_pruned(tmp_path: Path) -> None:
-    folder = SearchFolder(str(tmp_path), "p")
-    folder.create(Config())
+def _directory(name: str, **changes: Any) -> SearchDirectory:
+    options = {f"tuning.{key}": value for key, value in {"direction": "max", **changes}.items()}
+    directory = SearchDirectory(Config().with_changes(options), name)
+    directory.create()
+    return directory
+
+
+def test_a_trial_below_the_median_is_pruned(in_tmp_path: Path) -> None:
+    directories = {direction: _directory("p", direction=direction) for direction in ("max", "min")}
 
     def prune(value: float, epoch: int, direction: str = "max") -> bool:
-        mark = tmp_path / "mark"
+        mark = in_tmp_path / "mark"
         mark.unlink(missing_ok=True)
-        pruning = Pruning(folder, "val_accuracy", direction, mark)
+        pruning = Pruning(directories[direction], mark)
         pruning.set_params({"epochs": 3})
         pruning.set_model(SimpleNamespace(stop_training=False))
         pruning.on_epoch_end(epoch, {"val_accuracy": value})
-        assert pruning.model.stop_training == pruning.pruned
-        return pruning.pruned
+        assert pruning.model.stop_training == mark.exists()
+        return mark.exists()
 
+    directory = directories["max"]
     for trial in range(4):
-        folder.write_record(_record(trial, 0.2 + 0.2 * trial))  # 0.2 to 0.8 after two epochs
-    folder.write_record(_record(8, None))
+        directory.write_record(_record(trial, 0.2 + 0.2 * trial))  # 0.2 to 0.8 after two epochs
+    directory.write_record(_record(8, None))
     assert not prune(0.0, 1)  # four are too few to compare with
-    folder.write_record(_record(4, 1.0))
+    directory.write_record(_record(4, 1.0))
     assert prune(0.59, 1)
     assert not prune(0.61, 1)
     assert not prune(0.31, 0)
@@ -410,10 +464,10 @@ def test_a_pruned_trial_that_was_killed_before_its_record_stays_pruned(
 ) -> None:
     """Two executions each: one that goes on would be trained a second time, by another seed."""
     config = search("tuning.executions_per_trial=2", "tuning.patience=0", "tuning.direction=max")
-    folder = SearchFolder("runs", "p")
-    folder.create(config)
+    directory = SearchDirectory(config, "p")
+    directory.create()
     for trial in range(5):
-        folder.write_record(_record(trial, 2.0))  # better than any accuracy
+        directory.write_record(_record(trial, 2.0))  # better than any accuracy
     chosen = {"optimizer.learning_rate": 0.01, "optimizer.name": 0, "model.options.units": 0}
 
     class Killed(BaseException):
@@ -423,37 +477,38 @@ def test_a_pruned_trial_that_was_killed_before_its_record_stays_pruned(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(SearchFolder, "write_record", kill)
+        patch.setattr(SearchDirectory, "write_record", kill)
         with pytest.raises(Killed):
-            run_trial(folder, config, "7", chosen)
-    record = run_trial(folder, config, "7", chosen)
+            run_trial(directory, "7", chosen)
+    record = run_trial(directory, "7", chosen)
     assert (record.status, record.trained_epochs) == ("pruned", 1)
     assert record.runs == ["trials/7-1"]
 
 
-def test_the_best_keep_their_weights(tmp_path: Path) -> None:
-    folder = SearchFolder(str(tmp_path), "k")
-    folder.create(Config())
-    scores = [0.5, 0.9, None, 0.7, 0.9]
-    for trial, score in enumerate(scores):
-        folder.write_record(_record(trial, score))
-        weights = folder.trials / str(trial) / "checkpoints" / "final.weights.h5"
+def test_the_best_keep_their_weights(in_tmp_path: Path) -> None:
+    directory = _directory("k", keep=2)
+    for trial, score in enumerate([0.5, 0.9, None, 0.7, 0.9]):
+        directory.write_record(_record(trial, score))
+        weights = directory.trials / str(trial) / "checkpoints" / "final.weights.h5"
         weights.parent.mkdir(parents=True)
         weights.touch()
-    assert [r.trial for r in ranked(folder.records(), "max")] == ["1", "4", "3", "0"]
-    assert [r.trial for r in ranked(folder.records(), "min")] == ["0", "3", "1", "4"]
-    folder.keep_best(2, "max")
-    left = {path.parent.parent.name for path in folder.trials.rglob("*.h5")}
-    assert left == {"1", "4"}
+    assert [record.trial for record in directory.ranked()] == ["1", "4", "3", "0"]
+    assert [record.trial for record in _directory("k", direction="min").ranked()] == [
+        *("0", "3", "1", "4")
+    ]
+    directory.remove_weights()
+    assert {path.parent.parent.name for path in directory.trials.rglob("*.h5")} == {"1", "4"}
+    assert directory.path.is_relative_to("runs")
+    assert in_tmp_path.is_dir()
 
 
-def test_importance_finds_what_mattered_and_says_when_it_cannot(
+def test_importance_of_parameters_and_refusals(
     search: Callable[..., Config],
 ) -> None:
     config = search()
     rate, name = "optimizer.learning_rate", "optimizer.name"
 
-    def record(trial: int, score: float) -> Record:
+    def record(trial: int, score: float) -> TrialRecord:
         values = {rate: 0.001 * (1 + trial * 7 % 40), name: ("AdamW", "SGD")[trial % 2]}
         return _record(trial, score, **values)
 
@@ -478,6 +533,7 @@ def test_a_search_from_its_beginning_to_the_refit(
     search: Callable[..., Config],
     command: Callable[..., Any],
     tensorboard: Callable[[Path], str],
+    session_groups: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     search()
@@ -486,19 +542,19 @@ def test_a_search_from_its_beginning_to_the_refit(
     result = json.loads(out)
     folder = Path("runs/tune-s")
     assert [trial["trial"] for trial in result["trials"]] == ["0", "1", "2"]
-    assert err.count("val_accuracy") == 3  # a line a trial, and none of the trainings' own
+    assert err.count("val_accuracy") == 3  # a line for each trial, none of the trainings
     for trial in result["trials"]:
         run = Run(folder / "trials" / trial["trial"])
         summary = run.read_json("summary.json")
-        assert summary["test"] == {}  # the validation images choose
+        assert summary["test"] == {}  # the validation images select
         assert trial["score"] == summary["validation"]["accuracy"]
-        assert trial["score"] == pytest.approx(max(trial["curve"]))  # of the weights that are kept
+        assert trial["score"] == pytest.approx(max(trial["curve"]))  # of the kept weights
         assert run.config().optimizer.name == trial["values"]["optimizer.name"]
         assert (run.tensorboard / "validation").is_dir()
     scores = [trial["score"] for trial in result["trials"]]
     assert result["best"]["score"] == max(scores)
 
-    # The best, trained by itself, is the same network.
+    # A separate training of best.toml gives the same network.
     best = load_config(folder / "best.toml")
     assert folder.joinpath("best.toml").read_text().startswith("# Trial ")
     assert best.logging.name == "s"
@@ -507,7 +563,7 @@ def test_a_search_from_its_beginning_to_the_refit(
     again = trainer.evaluate(str(folder / result["best"]["runs"][0]), split="validation")
     assert again["accuracy"] == result["best"]["score"]
 
-    # Another space is another search; more trials are not, and what was done stays.
+    # Another space needs another name. More trials continue the search.
     changed = "tuning.space.model.options.units={choices=[[8], [4]]}"
     code, _, err = command("tune", "s.toml", "--name", "s", "--set", changed)
     assert (code, "tuning.space.model.options.units = " in err, "another --name" in err) == (
@@ -536,67 +592,19 @@ def test_a_search_from_its_beginning_to_the_refit(
     assert re.search(r"4 trials, \d pruned, 0 failed", out)
     assert "trainer fit runs/tune-s/best.toml" in out
 
-    _see_hparams(tensorboard(tmp_path), more["trials"])
-
-
-def _see_hparams(address: str, trials: list[dict[str, Any]]) -> None:
-    """What TensorBoard serves: the domains, and a session for each trial."""
-
-    def ask(path: str, query: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            f"{address}/data/plugin/hparams/{path}",
-            data=json.dumps(query).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with _WEB.open(request, timeout=60) as answer:
-            return json.loads(answer.read())
-
-    query = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": [],
-             "startIndex": 0, "sliceSize": 99}  # fmt: skip
-
-    def groups() -> dict[str, Any]:
-        found = ask("session_groups", query).get("sessionGroups", [])
-        return {g["name"]: g for g in found if "/tensorboard/" in g["sessions"][0]["name"]}
-
-    deadline = time.monotonic() + 60
-    names = {f"s-{trial['trial']}" for trial in trials}
-    while not names <= groups().keys():
+    # TensorBoard serves a session for each trial.
+    address, deadline = tensorboard(tmp_path), time.monotonic() + 60
+    groups: dict[str, Any] = {}
+    while not {f"s-{trial['trial']}" for trial in more["trials"]} <= groups.keys():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    for trial in trials:
-        group = groups()[f"s-{trial['trial']}"]
+        groups = {group["name"]: group for group in session_groups(address)}
+    for trial in more["trials"]:
+        group = groups[f"s-{trial['trial']}"]
         rate = group["hparams"]["optimizer.learning_rate"]
         assert rate == trial["values"]["optimizer.learning_rate"]
         session = group["sessions"][0]
-        assert session["status"] == "STATUS_SUCCESS"
         assert session["startTimeSecs"] <= session["endTimeSecs"]
-
-
-def test_the_hparams_page_of_a_search_has_its_domains(search: Callable[..., Config]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams import plugin_data_pb2
-
-    from trainer.tuning import hparams
-
-    config = search("tuning.space.training.batch_size={low=16, high=32}", "tuning.direction=max")
-    folder = SearchFolder("runs", "h")
-    for _ in range(2):  # gone on with: not written again
-        hparams.write_domains(folder, config, ["val_loss", "val_accuracy"])
-    (path,) = folder.tensorboard.glob("*.tfevents.*")
-    events = EventAccumulator(str(path)).Reload()
-    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
-    domains = {info.name: info for info in experiment.hparam_infos}
-    rate = domains["optimizer.learning_rate"].domain_interval
-    assert (rate.min_value, rate.max_value) == (0.001, 0.1)
-    batch = domains["training.batch_size"].domain_interval
-    assert (batch.min_value, batch.max_value) == (16, 32)
-    units = domains["model.options.units (text)"].domain_discrete
-    assert sorted(units) == ["[16, 8]", "[8]"]  # TensorBoard orders them
-    momentum = domains["optimizer.options.momentum"].domain_discrete
-    assert sorted(momentum) == [0.0, 0.3, 0.6, 0.9]
-    shown = [info.name.tag for info in experiment.metric_infos]
-    assert shown == ["val_accuracy", "val_loss", "seconds"]
 
 
 BOMB = """
@@ -634,8 +642,8 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
 
     code, _, err = command(*options, "--name", "c", *steps, "--set", "tuning.stop_on_failure=true")
     assert code == 4
-    assert "trial 0 failed, and it ends the search: RuntimeError: the bomb went off" in err
-    # Time is up before the second: a search in time ends well.
+    assert "the search ends after 1 failed trials in a row: RuntimeError: the bomb went off" in err
+    # max_seconds is used up after the first trial: exit code 0.
     last = ["--set", "tuning.max_seconds=0.001", "--set", "tuning.executions_per_trial=1"]
     steps = ["--set", "tuning.space.training.batch_size={choices=[32, 36]}"]
     code, out, err = command(*options, "--name", "d", *steps, *last)
@@ -643,23 +651,22 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
     assert len(json.loads(out)["trials"]) == 1
 
 
-def test_many_failures_in_a_row_end_the_search(search: Callable[..., Config]) -> None:
-    from trainer.tuning.search import _Watch
+def test_many_failures_in_a_row_end_the_search(in_tmp_path: Path) -> None:
+    from trainer.tuning.search import _Progress
 
-    config = search("tuning.direction=max", "tuning.max_trials=99")
-    folder = SearchFolder("runs", "w")
-    folder.create(config)
-    oracle: Any = SimpleNamespace(end_order=[], trials={}, max_trials=99)
-    watch = _Watch(folder, config, oracle)
+    directory = _directory("w", max_trials=9)
+    oracle: Any = SimpleNamespace(end_order=[])
+    progress = _Progress(directory, oracle)
     for trial, score in enumerate([None, 0.5, None, None, None, None, None]):
         error = "E: no space left" if score is None else None
-        folder.write_record(replace(_record(trial, score), error=error))
+        directory.write_record(_record(trial, score).model_copy(update={"error": error}))
         oracle.end_order.append(str(trial))
         if trial < 6:
-            watch.look()
-    with pytest.raises(CheckError, match=r"trial 6 failed, and 5 in a row end .*no space left"):
-        watch.look()
-    assert _Watch(folder, config, oracle)._told == {str(trial) for trial in range(7)}
+            progress.report()
+    with pytest.raises(CheckError, match=r"ends after 5 failed trials in a row: .*no space left"):
+        progress.report()
+    _Progress(directory, oracle).report()  # reports only new failures
+    assert in_tmp_path.is_dir()
 
 
 def test_validation_images_can_be_trained_on(tiny: Any) -> None:
@@ -680,73 +687,50 @@ def test_validation_images_can_be_trained_on(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}'])
-def test_a_damaged_search_is_refused(
-    content: str, search: Callable[..., Config], tmp_path: Path
-) -> None:
-    config = search("tuning.direction=max")
-    oracle = make_oracle(config, tmp_path / "oracle")
-    with quiet():
-        oracle.create_trial("w")
-    (tmp_path / "oracle" / "oracle.json").write_text(content)
-    assert "is damaged" in refused(make_oracle, config, tmp_path / "oracle")
-    folder = SearchFolder(str(tmp_path), "x")
-    folder.create(config)
-    folder.write_record(_record(0, 0.5))
-    (record,) = (folder.path / "records").iterdir()
-    record.write_text(content)
-    assert f"{record} is damaged" in refused(folder.records)
+def test_a_damaged_search_is_refused(content: str, search: Callable[..., Config]) -> None:
+    directory = SearchDirectory(search("tuning.direction=max"))
+    _take(directory, 1)
+    (directory.oracle / "oracle.json").write_text(content)
+    assert "oracle is damaged (" in refused(make_oracle, directory)
+    directory.record_file("0").write_text(content)
+    assert f"{directory.record_file('0')} is damaged (" in refused(directory.records)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
         ("search.toml", None, "holds a search without its search.toml"),
-        ("records/0.json", None, "is damaged: it has no record of trial 0: put back"),
         ("records/0.json", {"score": "0.5"}, "0.json is damaged (score: "),
         ("records/0.json", {"score": float("nan")}, "0.json is damaged (score: "),
-        ("records/0.json", {"trial": "1"}, "0.json is damaged (it is of trial 1)"),
-        ("records/0.json", {"values": {}}, "records of other values than its oracle/ chose for "),
-        ("oracle", None, "records of other values than its oracle/ chose for trial 0"),
-        ("oracle", "file", "oracle cannot be written (File exists): move what is there away"),
+        ("records/0.json", {"trial": "1"}, "0.json is damaged (it belongs to trial 1)"),
+        ("oracle", None, "records/ and oracle/ have different values for trial 0"),
+        ("oracle", "file", "oracle cannot be written (File exists): move it away"),
         ("tensorboard", "file", "tensorboard cannot be written (File exists)"),
-        (
-            "oracle/trial_0/trial.json",
-            None,
-            "is damaged (FileNotFoundError: no trial.json of trial",
-        ),
-        ("oracle/trial_0/trial.json", "[]", "oracle is damaged ("),
-        ("seconds.json", "{}", "seconds.json is damaged (seconds: Field required)"),
+        ("oracle/oracle.json", "[]", "oracle is damaged ("),
         ("results.json", "folder", "results.json cannot be written (Is a directory)"),
     ],
 )
-def test_a_search_that_lost_a_part_is_refused_and_the_rest_is_left(
+def test_a_damaged_part_is_refused_and_the_rest_is_kept(
     file: str,
     content: Any,
     said: str,
     search: Callable[..., Config],
     command: Callable[..., Any],
 ) -> None:
-    config = search("tuning.direction=max", "logging.name=s", "tuning.max_trials=1")
-    folder = SearchFolder("runs", "s")
-    folder.create(config)
-    folder.write_json("seconds.json", {"seconds": 1.0})
-    oracle = make_oracle(config, folder.oracle)
-    with quiet():
-        trial = oracle.create_trial("alone")
-        folder.write_record(_record(0, 0.5, **decode(config, trial.hyperparameters.values)))
-        oracle.update_trial("0", {"val_accuracy": 0.5})
-        trial.status = COMPLETED
-        oracle.end_trial(trial)
-    _damage(folder.path / file, content)
-    before = sorted(folder.path.glob("records/*"))
-    code, _, err = command("tune", "s.toml", "--set", "logging.name=s", "--trials", "1")
+    directory = SearchDirectory(search("tuning.direction=max", "tuning.max_trials=1"), "s")
+    _take(directory, 1)
+    if content is None:  # another oracle would choose other values
+        directory.write_record(_record(0, 0.5, **{"optimizer.learning_rate": 0.5}))
+    _damage(directory.path / file, content)
+    before = sorted(directory.path.glob("records/*"))
+    code, _, err = command("tune", "s.toml", "--name", "s", "--trials", "1")
     assert (code, said in err) == (2, True), err
     assert "Traceback" not in err
-    assert sorted(folder.path.glob("records/*")) == before
+    assert sorted(directory.path.glob("records/*")) == before
 
 
 def _damage(path: Path, content: Any) -> None:
-    """Removes a file or folder, puts another kind of it there, or changes what it says."""
+    """Removes a file or folder, replaces it by another kind, or changes its content."""
     if isinstance(content, dict):
         path.write_text(json.dumps(json.loads(path.read_text()) | content))
         return
@@ -768,11 +752,11 @@ def test_a_search_says_why_it_ends_before_its_trials_are_used_up(
     options = [part for change in changes for part in ("--set", change)]
     code, _, err = command("tune", "s.toml", *options)
     assert code == 0, err
-    assert "the space has no more to try: 2 of 4 trials" in err
+    assert "the space has no more values: 2 of 4 trials" in err
     worst = ("--set", "tuning.objective=val_loss", "--set", "tuning.direction=max")
     code, _, err = command("tune", "s.toml", *options, *worst, "--name", "worst", "--trials", "1")
     assert code == 0, err
-    assert "the worst val_loss is looked for" in err
+    assert "searches for the worst val_loss" in err
 
 
 TWO = "{choices=[0.01, 0.02]}"

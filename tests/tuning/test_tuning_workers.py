@@ -1,4 +1,4 @@
-"""A search by several processes, some of which die: real processes, killed."""
+"""A search by several processes, some of which are killed."""
 
 import contextlib
 import json
@@ -19,10 +19,10 @@ import pytest
 
 from trainer.config import Config, load_config
 from trainer.errors import InputError, MissingError
-from trainer.tuning import cluster
+from trainer.tuning import search_directory, workers
 from trainer.tuning.config import TuningConfig
-from trainer.tuning.folder import SearchFolder
 from trainer.tuning.oracles import make_oracle, quiet
+from trainer.tuning.search_directory import SearchDirectory
 
 # Each trial has forty epochs, of some milliseconds each, and a checkpoint after each.
 SEARCH = """
@@ -60,7 +60,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def _under_way() -> str | None:
-    """Returns a trial that has done some epochs and has others before it."""
+    """Returns a trial that is between its first and its last epoch."""
     for path in sorted(FOLDER.glob("trials/*/metrics.jsonl")):
         if 2 <= len(path.read_text().splitlines()) < 30:
             return path.parent.name
@@ -85,7 +85,7 @@ def _workers() -> dict[str, psutil.Process]:
 
 
 def _require_whole(trials: int = 3) -> None:
-    """Nothing is lost and nothing is done twice."""
+    """Checks that no trial is lost and none runs twice."""
     records = [json.loads(path.read_text()) for path in FOLDER.glob("records/*.json")]
     assert sorted(record["trial"] for record in records) == [str(i) for i in range(trials)]
     oracle = json.loads((FOLDER / "oracle" / "oracle.json").read_text())
@@ -98,7 +98,7 @@ def _require_whole(trials: int = 3) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
+def test_a_killed_worker_ends_the_search_and_its_trial_continues(
     search: Config, command: Callable[..., Any]
 ) -> None:
     assert search.table(TuningConfig).max_trials == 3
@@ -117,8 +117,8 @@ def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
     thread.join()
     worker, trial = killed[0]
     assert code == 3
-    assert f"{worker} was killed by SIGKILL during trial {trial}; the search is ended and" in err
-    assert f"gives its trial to another (what it said: runs/tune-s/logs/{worker}.txt)" in err
+    assert f"{worker} was killed by SIGKILL during trial {trial}. The search has ended" in err
+    assert f"gets the trial (last line of runs/tune-s/logs/{worker}.txt: " in err
     assert not _workers()
     assert not (FOLDER / "records" / f"{trial}.json").exists()
 
@@ -132,39 +132,36 @@ def test_a_killed_worker_ends_the_search_and_its_trial_goes_on(
 def test_a_worker_ends_without_its_chief_and_loses_nothing(
     search: Config, command: Callable[..., Any]
 ) -> None:
-    folder = SearchFolder("runs", "s")
-    folder.create(search)
-    servicer = cluster._Servicer(make_oracle(search, folder.oracle))
+    directory = SearchDirectory(search)
+    directory.create()
+    chief = workers.Chief(directory, make_oracle(directory))
     with quiet(), contextlib.ExitStack() as serving:
-        port = serving.enter_context(cluster._serving(servicer, "127.0.0.1", 0))
-        with cluster._started(folder, 1, port) as processes:
+        port = serving.enter_context(chief.serving("127.0.0.1", 0))
+        with chief.workers(1, port):
             trial = _soon(_under_way)
-            serving.close()  # a chief that was killed answers no more
+            serving.close()  # a killed chief does not answer
             with pytest.raises(InputError, match="worker-1 of an earlier start"):
-                _impatient(folder)
-            assert processes["worker-1"].wait(60) == 3
-    said = folder.log("worker-1").read_text()
-    assert f"the chief at 127.0.0.1:{port} answers no more" in said
+                _lock_at_once(directory)
+            assert chief.processes["worker-1"].wait(60) == 3
+    assert f"the chief at 127.0.0.1:{port} does not answer" in directory.log("worker-1").read_text()
 
-    # Meanwhile that trial came to its end, or it was saved; alone, the search goes on.
+    # That trial has ended, or it was saved. One process continues the search.
     code, _, err = command("tune", "s.toml")
     assert code == 0, err
     _require_whole()
-    assert trial in {record.trial for record in folder.records()}
+    assert trial in {record.trial for record in directory.records()}
 
 
-def _impatient(folder: SearchFolder) -> None:
-    """Begins to lead as `SearchFolder.locked` does, without its minute of patience."""
-    from trainer.tuning import folder as module
-
-    patient = module._lock
+def _lock_at_once(directory: SearchDirectory) -> None:
+    """Enters `SearchDirectory.locked` without waiting for workers."""
+    wait = search_directory._lock
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_lock", lambda path, _, taken: patient(path, 0, taken))
-        with folder.locked():
+        patch.setattr(search_directory, "_lock", lambda path, _, message: wait(path, 0, message))
+        with directory.locked():
             pass
 
 
-def test_a_signal_saves_the_trial_and_says_how_to_go_on(
+def test_a_signal_saves_the_trial_and_the_message_has_the_next_step(
     search: Config, command: Callable[..., Any]
 ) -> None:
     def stop() -> None:
@@ -177,60 +174,59 @@ def test_a_signal_saves_the_trial_and_says_how_to_go_on(
     code, _, err = command("tune", "s.toml")
     thread.join()
     assert code == 143
-    assert "stopped by SIGTERM; go on with the same `trainer tune` (runs/tune-s)" in err
+    assert "stopped by SIGTERM; continue with the same `trainer tune` command (runs/tune-s)" in err
     code, _, err = command("tune", "s.toml")
     assert code == 0, err
     _require_whole()
     assert "resumed  at epoch" in "".join(p.read_text() for p in FOLDER.glob("trials/*/log.txt"))
 
 
+def _chief(config: Config, *names: str, ongoing: str) -> workers.Chief:
+    """Returns a chief of some workers, one of which runs trial 7."""
+    ongoing_trials = {ongoing: SimpleNamespace(trial_id="7")}
+    oracle = SimpleNamespace(tuner_ids=set(names), ongoing_trials=ongoing_trials)
+    return workers.Chief(SearchDirectory(config), oracle)
+
+
 @pytest.mark.parametrize("here", [False, True], ids=["elsewhere", "here"])
-def test_a_worker_that_is_silent_is_missed(search: Config, here: bool) -> None:
-    folder = SearchFolder("runs", "s")
-    oracle = SimpleNamespace(
-        tuner_ids={"near", "far"}, ongoing_trials={"far": SimpleNamespace(trial_id="7")}
-    )
+def test_a_silent_worker_is_lost(search: Config, here: bool) -> None:
+    chief = _chief(search, "near", "far", ongoing="far")
     now = time.monotonic()
-    servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": now - 50, "far": now - 50})
+    chief.heartbeats.update({"near": now - 50, "far": now - 50})
     killed: list[str] = []
     hangs: Any = SimpleNamespace(poll=lambda: None, kill=lambda: killed.append("far"))
-    processes = {"far": hangs} if here else {}
-    cluster._require_alive(folder, servicer, processes)
-    servicer.heard["far"] = now - 61
+    chief.processes.update({"far": hangs} if here else {})
+    chief.require_alive()
+    chief.heartbeats["far"] = now - 61
     with pytest.raises(
-        MissingError, match=r"far is silent for 61 s during trial 7; .* to another$"
+        MissingError, match=r"^far sent no heartbeat for 61 s during trial 7\. .* gets the trial$"
     ):
-        cluster._require_alive(folder, servicer, processes)
+        chief.require_alive()
     assert killed == ["far"] * here
-    assert search.logging.name == folder.name
 
 
-def test_a_worker_that_was_killed_is_missed(search: Config) -> None:
-    folder = SearchFolder("runs", "s")
-    oracle = SimpleNamespace(
-        tuner_ids={"near"}, ongoing_trials={"near": SimpleNamespace(trial_id="7")}
-    )
-    servicer: Any = SimpleNamespace(oracle=oracle, heard={"near": time.monotonic()})
+def test_a_killed_worker_is_lost(search: Config) -> None:
+    chief = _chief(search, "near", ongoing="near")
     with subprocess.Popen(["sleep", "60"]) as process:
-        cluster._require_alive(folder, servicer, {"near": process})
+        chief.processes["near"] = process  # type: ignore[assignment]
+        chief.require_alive()
         process.kill()
         process.wait()
         with pytest.raises(
-            MissingError, match=r"^near was killed by SIGKILL during trial 7; .* to another$"
+            MissingError, match=r"^near was killed by SIGKILL during trial 7\. .* gets the trial$"
         ):
-            cluster._require_alive(folder, servicer, {"near": process})
-    assert search.logging.name == folder.name
+            chief.require_alive()
 
 
 def test_two_searches_do_not_share_a_directory(search: Config, command: Callable[..., Any]) -> None:
-    folder = SearchFolder("runs", "s")
-    folder.create(search)
-    with folder.locked():
+    directory = SearchDirectory(search)
+    directory.create()
+    with directory.locked():
         code, _, err = command("tune", "s.toml")
     assert (code, "runs/tune-s is being searched by another process" in err) == (2, True)
 
 
-def test_a_chief_without_workers_and_one_without_a_port_say_so(
+def test_a_chief_without_workers_or_port_ends_with_a_message(
     search: Config,
     command: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -240,22 +236,22 @@ def test_a_chief_without_workers_and_one_without_a_port_say_so(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for variable, value in zip(
-            cluster._VARIABLES, ("chief", "127.0.0.1", str(port)), strict=True
+            workers._VARIABLES, ("chief", "127.0.0.1", str(port)), strict=True
         ):
             monkeypatch.setenv(variable, value)
         code, _, err = command("tune", "s.toml")
-        assert (code, f"127.0.0.1:{port} cannot be listened at: Address already" in err) == (
-            *(2, True),
-        )
+        assert (code, f"cannot listen at 127.0.0.1:{port}: Address already" in err) == (*(2, True),)
         assert "E0000" not in capfd.readouterr().err  # gRPC's own line
-    monkeypatch.setattr(cluster, "_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "_START_SECONDS", 0.5)
     code, _, err = command("tune", "s.toml")
     assert code == 3
     assert f"chief    at 127.0.0.1:{port}, waiting for workers" in err
-    assert f"no worker came to 127.0.0.1:{port} within 0 s: expected `trainer tune` else" in err
+    assert (
+        f"no worker connected to 127.0.0.1:{port} within 0 s: expected `trainer tune` else" in err
+    )
     monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker")
     code, _, err = command("tune", "s.toml")
-    assert (code, f"there is no chief at 127.0.0.1:{port}, after 0 s (" in err) == (3, True)
+    assert (code, f"no chief at 127.0.0.1:{port} within 0 s" in err) == (3, True)
 
 
 def test_chief_and_workers_find_each_other_by_three_variables(

@@ -1,5 +1,3 @@
-"""Measurements that anyone can run again: how long things take here, and how sure that is."""
+"""Measures this machine: matrix products, operations, training steps and export formats."""
 
-from typing import Final
-
-PUBLIC: Final[dict[str, str]] = {}
+PUBLIC: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Says what changed between two results of a benchmark, beyond noise."""
+"""Compares two results of a benchmark: what changed beyond noise."""
 
 import json
 import math
@@ -11,39 +11,40 @@ from trainer.errors import CheckError, InputError
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Reads the JSON file of an earlier result.
+    """Reads the JSON document of an earlier result, of this version or an earlier one.
 
     Raises:
-        InputError: It is missing, or no result of a benchmark.
+        InputError: The file is missing, or is not the result of a benchmark.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         _timings(document)
-        _references(document)
+        _baselines(document)
         str(document["benchmark"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"--compare: {path} is no result of a benchmark ({reason})") from None
+        reason = f"missing key {error}" if isinstance(error, KeyError) else error
+        message = f"--compare: {path} is not the result of a benchmark ({reason})"
+        raise InputError(message) from None
     return dict(document)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> list[str]:
-    """Compares the medians of two results, figure by figure.
+    """Compares the medians of two documents of the same benchmark.
 
-    A figure moved when the 95% intervals of its medians lie apart. What the machine itself can do
-    is measured in each result: its drift between the two is taken out first.
+    A measurement changed if the 95% intervals of its medians do not overlap. Each document has
+    baselines of the machine itself: their change, the drift, is removed first.
 
     Args:
-        old: An earlier document.
-        new: A later one, of the same benchmark.
-        tolerance: The largest share by which a figure may be slower.
+        old: The earlier document.
+        new: The later document.
+        tolerance: The largest accepted slowdown, as a fraction.
 
     Returns:
-        A line for each figure that moved; one that says so where none did.
+        A line for each measurement that changed, and a line about the drift.
 
     Raises:
-        InputError: They are of different benchmarks, or have no figure in common.
-        CheckError: A figure is slower by more than `tolerance`, by intervals.
+        InputError: They are of different benchmarks, or have no measurement in common.
+        CheckError: A measurement is slower by more than `tolerance`, beyond its interval.
     """
     if old["benchmark"] != new["benchmark"]:
         raise InputError(
@@ -53,49 +54,40 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> li
     before, after = _timings(old), _timings(new)
     common = [key for key in after if key in before]
     if not common:
-        raise InputError("--compare: the two results have no figure in common")
-    drift = _drift(_references(old), _references(new))
+        raise InputError("--compare: the two results have no measurement in common")
+    old_baselines, baselines = _baselines(old), _baselines(new)
+    ratios = [baselines[key] / old_baselines[key] for key in baselines if key in old_baselines]
+    drift = float(np.median(ratios)) if ratios else 1.0
     lines, slower = [], []
     for key in common:
-        low, high = (drift * seconds for seconds in before[key]["interval_seconds"])
-        new_low, new_high = after[key]["interval_seconds"]
-        if new_low <= high and low <= new_high:
-            continue
-        ratio = after[key]["median_seconds"] / (drift * before[key]["median_seconds"])
-        lines.append(f"{key}: {ratio:.2f} times the time it took")
+        median, low, high = (drift * seconds for seconds in before[key])
+        new_median, new_low, new_high = after[key]
+        if new_low > high or low > new_high:
+            lines.append(f"{key}: {new_median / median:.2f} times the earlier duration")
         if new_low > high * (1 + tolerance):
             slower.append(lines[-1])
-    told = f"this machine takes {drift:.2f} times as long as it did, by its references"
+    machine = f"the baselines took {drift:.2f} times as long; this drift is removed"
     if slower:
-        raise CheckError(
-            f"slower by more than {tolerance:.0%}: {'; '.join(slower)}; {told}, which is taken out"
-        )
-    if not lines:
-        return [f"nothing moved beyond noise, of {len(common)} figures; {told}"]
-    return [*lines, told + ", which is taken out above"]
+        raise CheckError(f"slower by more than {tolerance:.0%}: {'; '.join(slower)}; {machine}")
+    return [*(lines or [f"no change beyond noise in {len(common)} measurements"]), machine]
 
 
-def _timings(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the timing of each row by its key."""
-    found = {str(row["key"]): row["timing"] for row in document["rows"]}
-    for timing in found.values():
-        low, high = timing["interval_seconds"]
-        if not 0 < low <= timing["median_seconds"] <= high < math.inf:
-            raise ValueError("a timing whose median lies outside of its interval")
-    return found
-
-
-def _references(document: dict[str, Any]) -> dict[str, float]:
-    """Returns the median of each reference, in seconds, by its key."""
+def _timings(document: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Returns median and interval of each row by its key, in seconds."""
     found = {}
-    for key, timing in document.get("references", {}).items():
-        found[key] = float(timing["median_seconds"])
-        if not 0 < found[key] < math.inf:
-            raise ValueError("a reference that took no time")
+    for row in document["rows"]:
+        median, (low, high) = row["timing"]["median_seconds"], row["timing"]["interval_seconds"]
+        if not 0 < low <= median <= high < math.inf:
+            raise ValueError("a median is outside its interval")
+        found[str(row["key"])] = (median, low, high)
     return found
 
 
-def _drift(old: dict[str, float], new: dict[str, float]) -> float:
-    """Returns how much longer the references take; 1 where there are none in common."""
-    ratios = [new[key] / old[key] for key in new if key in old]
-    return float(np.median(ratios)) if ratios else 1.0
+def _baselines(document: dict[str, Any]) -> dict[str, float]:
+    """Returns the median of each baseline by its key, in seconds."""
+    # Before version 0.2, documents called them "references".
+    timings = document.get("baselines", document.get("references", {}))
+    found = {key: float(timing["median_seconds"]) for key, timing in timings.items()}
+    if not all(0 < seconds < math.inf for seconds in found.values()):
+        raise ValueError("a baseline that took no time")
+    return found

@@ -1,63 +1,50 @@
-"""How much arithmetic a graph asks for: the multiplications and additions of its products."""
+"""Counts the multiplications and additions of the matrix products in a graph."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import tensorflow as tf
 
 
 def count_flops(graph: tf.Graph) -> int | None:
-    """Returns the operations of all matrix products and convolutions that a graph's results need.
+    """Returns the operations of all matrix products and convolutions that the results need.
 
-    A multiplication and an addition count as two. What is done for each element (activations,
-    pooling, the optimizer's update) is left out: it is bound by memory, and the peak that the sum
-    is held against is one of products. So does Chowdhery et al. 2022, PaLM, appendix B.
+    A multiplication and an addition count as two. Elementwise work (activations, pooling, the
+    optimizer's update) is not counted: memory limits it, and the count is compared with the peak
+    of products. Chowdhery et al. 2022, PaLM, appendix B, count in the same way.
 
     Args:
-        graph: Of a function, with fixed shapes.
+        graph: Graph of a function, with fixed shapes.
 
     Returns:
-        None where it cannot be known: a shape is open, a loop has products in it (an LSTM's), or
-        two branches differ in theirs.
+        None if the count is unknown: a shape is open, or the graph calls other graphs (loops,
+        branches, functions).
     """
-    counts = [_of_operation(graph, operation) for operation in _needed(graph)]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+    operations = _needed_operations(graph)
+    products = [operation for operation in operations if operation.type in _PRODUCTS]
+    tensors = [tensor for each in products for tensor in (*each.inputs, *each.outputs)]
+    attributes = [value for each in operations for value in each.node_def.attr.values()]
+    calls_graph = any(value.HasField("func") for value in attributes)
+    if calls_graph or not all(tensor.shape.is_fully_defined() for tensor in tensors):
+        return None
+    return sum(2 * _PRODUCTS[operation.type](operation) for operation in products)
 
 
-def _needed(graph: Any) -> set[tf.Operation]:
-    """Returns what leads to the results; the rest (the gradient to the images) is never run."""
+def _needed_operations(graph: tf.Graph) -> set[tf.Operation]:
+    """Returns the operations that lead to the results; the others are never executed."""
     found: set[tf.Operation] = set()
-    left = [*(tensor.op for tensor in graph.outputs), *graph.control_outputs]
-    while left:
-        operation = left.pop()
+    pending = [*(tensor.op for tensor in graph.outputs), *graph.control_outputs]
+    while pending:
+        operation = pending.pop()
         if operation not in found:
             found.add(operation)
-            left += [*operation.control_inputs, *(tensor.op for tensor in operation.inputs)]
+            pending += [*operation.control_inputs, *(tensor.op for tensor in operation.inputs)]
     return found
-
-
-def _of_operation(graph: Any, operation: tf.Operation) -> int | None:
-    names = [operation.get_attr(name).name for name in _PARTS.get(operation.type, ())]
-    if names:
-        inner = {count_flops(graph._get_function(name).graph) for name in names}
-        same = inner.pop() if len(inner) == 1 else None
-        return None if same and operation.type.endswith("While") else same
-    return _counted(operation) if operation.type in _COUNTED else 0
-
-
-def _counted(operation: tf.Operation) -> int | None:
-    tensors = (*operation.inputs, *operation.outputs)
-    if not all(tensor.shape.is_fully_defined() for tensor in tensors):
-        return None
-    return 2 * _COUNTED[operation.type](operation)
 
 
 def _matmul(operation: tf.Operation) -> int:
     name = "transpose_a" if operation.type == "MatMul" else "adj_x"
-    rows_first = operation.get_attr(name)
-    inner = operation.inputs[0].shape[-2 if rows_first else -1]
+    inner = operation.inputs[0].shape[-2 if operation.get_attr(name) else -1]
     return int(math.prod(operation.outputs[0].shape) * inner)
 
 
@@ -72,33 +59,25 @@ def _einsum(operation: tf.Operation) -> int:
 
 
 def _convolution(operation: tf.Operation) -> int:
-    """Every number of the output takes the part of the filter that leads to it; so do gradients."""
+    """Counts one pass of the filter for each output number; both gradients take the same."""
+    kernel, output = operation.inputs[1].shape, operation.outputs[0].shape
     if operation.type.endswith("BackpropFilter"):
         kernel, output = operation.outputs[0].shape, operation.inputs[2].shape
     elif operation.type.endswith("BackpropInput"):
-        kernel, output = operation.inputs[1].shape, operation.inputs[2].shape
-    else:
-        kernel, output = operation.inputs[1].shape, operation.outputs[0].shape
+        output = operation.inputs[2].shape
     depthwise = operation.type.startswith("Depthwise")
     return int(math.prod(output) * math.prod(kernel[:2] if depthwise else kernel[:-1]))
 
 
-_COUNTED: dict[str, Callable[[tf.Operation], int]] = {
+_PRODUCTS: dict[str, Callable[[tf.Operation], int]] = {
     **dict.fromkeys(("MatMul", "BatchMatMulV2", "BatchMatMulV3"), _matmul),
     "Einsum": _einsum,
     **dict.fromkeys(
         (
             *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"),
-            "DepthwiseConv2dNative",
-            *(f"DepthwiseConv2dNativeBackprop{part}" for part in ("Input", "Filter")),
+            *("DepthwiseConv2dNative", "DepthwiseConv2dNativeBackpropInput"),
+            "DepthwiseConv2dNativeBackpropFilter",
         ),
         _convolution,
     ),
-}
-
-# Operations with graphs of their own, and the attributes that name these.
-_PARTS = {
-    **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall"), ("f",)),
-    **dict.fromkeys(("If", "StatelessIf"), ("then_branch", "else_branch")),
-    **dict.fromkeys(("While", "StatelessWhile"), ("body",)),
 }

@@ -1,8 +1,8 @@
-"""Measures one exported model in a process of its own, with nothing but its runtime loaded.
+"""Measures one exported model in a separate process, with only its runtime loaded.
 
     python -P -m trainer.benchmark.format_process FORMAT PATH IMAGES.npy CALLS
 
-IMAGES.npy holds the images of the large batch; a batch of 1 is the first of them. Prints one JSON
+IMAGES.npy holds the images of the large batch; a batch of 1 is its first image. Prints one JSON
 document.
 """
 
@@ -15,38 +15,32 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.benchmark.timing import Measurement
-from trainer.saving.runtimes import MODULES, RUNTIMES
+from trainer.benchmark.timing import Budget, Measurement
+from trainer.saving.runtimes import RUNTIMES
 
-_SECONDS_OF_BATCHES = 1.0
-_FEWEST_BATCHES = 5
+_BATCH_SECONDS = 1.0
+_MIN_BLOCKS = 5
 
 
 def main(kind: str, path: str, images_file: str, calls: str) -> None:
-    """Loads, then times single calls at batch 1 and blocks of calls with all images."""
+    """Loads a model, then times single calls at batch 1 and blocks of calls with all images."""
     images = np.load(images_file)
     start = time.perf_counter()
-    importlib.import_module(MODULES[kind])
+    module, open_model = RUNTIMES[kind]
+    importlib.import_module(module)
     imported = time.perf_counter()
-    predict = RUNTIMES[kind](Path(path))
+    predict = open_model(Path(path))
     loaded = time.perf_counter()
-    # Single calls, as far as the clock can tell them: a percentile is one of requests, not means.
-    one = Measurement(lambda: predict(images[:1]), block_seconds=0)
+    # Blocks are as short as the clock allows: a percentile is that of requests, not of means.
+    one = Measurement(lambda: predict(images[:1]), budget=Budget(block_seconds=0))
     for _ in range(int(calls)):
         one.run_block()
-    many = Measurement(lambda: predict(images), block_seconds=0.05)
-    end = time.perf_counter() + _SECONDS_OF_BATCHES
-    done = 0
-    while time.perf_counter() < end or done < _FEWEST_BATCHES:
+    many = Measurement(lambda: predict(images), budget=Budget(block_seconds=0.05))
+    end = time.perf_counter() + _BATCH_SECONDS
+    while time.perf_counter() < end or len(many.block_seconds) < _MIN_BLOCKS:
         many.run_block()
-        done += 1
-    result = {
-        "import_seconds": imported - start,
-        "load_seconds": loaded - imported,
-        "one": asdict(one.timing()),
-        "many": asdict(many.timing()),
-    }
-    print(json.dumps(result))  # noqa: T201
+    seconds = {"import_seconds": imported - start, "load_seconds": loaded - imported}
+    print(json.dumps(seconds | {"one": asdict(one), "many": asdict(many)}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,55 +1,58 @@
-"""Times a call: in blocks, after it has become steady, with the device waited for at both ends.
+"""Times a call in blocks after a warm-up, and waits for the device at both ends of each block.
 
-Nothing here needs TensorFlow, so that a process that measures another runtime does not load it.
+This module does not import TensorFlow: a process that times another runtime must not load it.
 """
 
+import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# Two blocks in a row agree when they differ by no more than this share.
-_AGREEMENT = 0.05
-# A measurement is called unstable when its quartiles lie further apart than this share of it.
-_WIDE = 0.1
-# How far above the cost of reading the clock a block has to be.
-_CLOCKS_A_BLOCK = 1000
+_logger = logging.getLogger(__name__)
+
+_AGREEMENT = 0.05  # the warm-up ends when two blocks in a row differ by at most this fraction
+_WIDE_IQR = 0.1  # a timing is unstable if its interquartile range is a larger part of the median
+_CLOCK_READINGS = 1000  # a block takes at least as long as reading the clock so many times
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much is measured."""
+
+    blocks: int = 9  # timed blocks of each measurement
+    block_seconds: float = 0.02  # minimum duration of a block
+    warmup_seconds: float = 2.0  # the warm-up ends after this time even if no two blocks agreed
+    square_sizes: tuple[int, ...] = ()  # n of [n, n] x [n, n]
+    dot_sizes: tuple[int, ...] = ()  # n of [1, n] x [n, 1]
+
+
+@dataclass
 class Timing:
-    """How long one call takes.
+    """Duration of one call."""
 
-    Attributes:
-        first_seconds: The first call: tracing, compiling, allocating.
-        block_seconds: Seconds of one call, as the mean of each block.
-        calls_a_block: How many calls a block has.
-        warm_up_blocks: Blocks that were run before and are not counted.
-        settled: Whether two blocks in a row agreed before counting began.
-    """
+    block_seconds: list[float]  # mean duration of a call, for each block
+    first_seconds: float = 0.0  # the first call: tracing, compiling, allocating memory
+    calls_per_block: int = 1
+    warmup_blocks: int = 0
+    settled: bool = True  # whether two blocks in a row agreed at the end of the warm-up
 
-    first_seconds: float
-    block_seconds: tuple[float, ...]
-    calls_a_block: int
-    warm_up_blocks: int
-    settled: bool
-
-    def percentile(self, share: float) -> float:
-        """Returns the seconds that `share` percent of the blocks stayed below."""
-        return float(np.percentile(self.block_seconds, share))
+    def percentile(self, percent: float) -> float:
+        """Returns a percentile of the blocks, in seconds."""
+        return float(np.percentile(self.block_seconds, percent))
 
     @property
     def median(self) -> float:
-        """Seconds of one call."""
+        """Median of the blocks, in seconds."""
         return self.percentile(50)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Seconds that a quarter and three quarters of the blocks stayed below."""
+        """First and third quartile of the blocks, in seconds."""
         return self.percentile(25), self.percentile(75)
 
     @property
@@ -65,96 +68,90 @@ class Timing:
 
     @property
     def stable(self) -> bool:
-        """Whether it settled, and the quartiles lie close to the median."""
+        """Whether the warm-up settled and the interquartile range is small."""
         low, high = self.quartiles
-        return self.settled and high - low <= _WIDE * self.median
-
-    def of_each(self, parts: int) -> "Timing":
-        """Returns what one of so many equal parts of a call takes; the first call stays whole."""
-        return replace(self, block_seconds=tuple(s / parts for s in self.block_seconds))
+        return self.settled and high - low <= _WIDE_IQR * self.median
 
     def relative_to(self, other: "Timing") -> "Timing":
-        """Returns the ratios of blocks that took turns: what slows both down cancels out."""
+        """Returns ratios of interleaved blocks; a slow phase of the machine cancels out."""
         pairs = zip(self.block_seconds, other.block_seconds, strict=True)
-        return replace(self, block_seconds=tuple(own / its for own, its in pairs))
+        return Timing([a / b for a, b in pairs])
 
-    def facts(self) -> dict[str, Any]:
-        """Returns everything above in plain values."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the statistics as plain values."""
         return {
             "median_seconds": self.median,
             "quartiles_seconds": list(self.quartiles),
             "interval_seconds": list(self.interval),
             "first_seconds": self.first_seconds,
             "blocks": len(self.block_seconds),
-            "calls_a_block": self.calls_a_block,
-            "warm_up_blocks": self.warm_up_blocks,
+            "calls_per_block": self.calls_per_block,
+            "warmup_blocks": self.warmup_blocks,
             "stable": self.stable,
         }
 
 
-class Measurement:
-    """One call being measured; blocks of several measurements can take turns."""
+class Measurement(Timing):
+    """A call that is being timed. The blocks of several measurements can be interleaved."""
 
     def __init__(
         self,
         call: Callable[[], Any],
         wait: Callable[[], Any] = lambda: None,
+        budget: Budget | None = None,
+        row: dict[str, Any] | None = None,
         *,
-        block_seconds: float = 0.02,
-        most_warm_up_seconds: float = 2.0,
+        parts: int = 1,
     ) -> None:
-        """Makes the first call, finds out how many calls make a block, and warms up.
+        """Makes the first call, finds the number of calls in a block, and warms up.
 
         Args:
-            call: What to time. Its inputs should be arguments bound before, not made in it.
-            wait: Returns when the device has done all that was asked of it.
-            block_seconds: A block takes at least so long, and never less than 1000 times what
-                reading the clock costs.
-            most_warm_up_seconds: After which counting begins even if no two blocks agreed.
+            call: The call to time. Its inputs are created before, not in the call.
+            wait: Returns when the device has finished all its work.
+            budget: Durations of blocks and warm-up.
+            row: The row of the result: key, device, the work in flops and bytes, and so on.
+            parts: Blocks are timings of one of so many equal parts of a call.
         """
-        self._call, self._wait = call, wait
-        self._calls = 1
-        self._blocks: list[float] = []
-        self._last = 0.0
-        self._first = self._time_block()
-        least = max(block_seconds, _CLOCKS_A_BLOCK * clock_seconds())
+        self._call, self._wait, self._parts, self.row = call, wait, parts, row or {}
+        self.calls_per_block = 1
+        self.call_seconds = first = self._time_block()  # of one call, in the last block
+        budget = budget or Budget()
+        least = max(budget.block_seconds, clock_seconds(_CLOCK_READINGS))
         self._grow(least)
-        self._warm_up_blocks, self._settled = self._warm_up(most_warm_up_seconds)
-        self._grow(least)  # what has become steady is faster than it was
-
-    @property
-    def call_seconds(self) -> float:
-        """Seconds of one call, as last seen."""
-        return self._last
+        warmup_blocks, settled = self._warm_up(budget.warmup_seconds)
+        self._grow(least)  # calls are faster after the warm-up
+        super().__init__([], first, self.calls_per_block, warmup_blocks, settled)
 
     def run_block(self) -> None:
         """Times one block and counts it."""
-        self._blocks.append(self._time_block())
+        self.block_seconds.append(self._time_block() / self._parts)
 
-    def timing(self) -> Timing:
-        """Returns what the blocks so far say; there must be one at least."""
-        return Timing(
-            self._first, tuple(self._blocks), self._calls, self._warm_up_blocks, self._settled
-        )
+    def complete_row(self) -> dict[str, Any]:
+        """Adds timing and rates to the row, and returns it."""
+        self.row["seconds"] = self.median
+        self.row["gflop_per_s"] = self.row["flops"] / self.median / 1e9
+        self.row["gbyte_per_s"] = self.row["bytes"] / self.median / 1e9
+        self.row["timing"] = self.to_json()
+        return self.row
 
     def _time_block(self) -> float:
-        """Returns the mean seconds of the calls of a block."""
-        call, calls = self._call, range(self._calls)
+        """Returns the mean seconds of the calls of one block."""
+        call, calls = self._call, range(self.calls_per_block)
         self._wait()
         start = time.perf_counter()
         for _ in calls:
             call()
         self._wait()
-        self._last = (time.perf_counter() - start) / self._calls
-        return self._last
+        self.call_seconds = (time.perf_counter() - start) / self.calls_per_block
+        return self.call_seconds
 
     def _grow(self, least_seconds: float) -> None:
-        while (seconds := self._time_block() * self._calls) < least_seconds:
-            more = math.ceil(self._calls * least_seconds / max(seconds, 1e-9))
-            self._calls = max(2 * self._calls, more)
+        while (seconds := self._time_block() * self.calls_per_block) < least_seconds:
+            more = math.ceil(self.calls_per_block * least_seconds / max(seconds, 1e-9))
+            self.calls_per_block = max(2 * self.calls_per_block, more)
 
-    def _warm_up(self, most_seconds: float) -> tuple[int, bool]:
-        end = time.perf_counter() + most_seconds
+    def _warm_up(self, max_seconds: float) -> tuple[int, bool]:
+        end = time.perf_counter() + max_seconds
         last, blocks = self._time_block(), 1
         while blocks < 2 or time.perf_counter() < end:
             this, blocks = self._time_block(), blocks + 1
@@ -164,14 +161,12 @@ class Measurement:
         return blocks, False
 
 
-def take_turns(measurements: Iterable[Measurement], *, blocks: int, seed: int) -> None:
-    """Runs blocks of all measurements, each round in another order, so that drift hits all alike.
+def run_interleaved(measurements: Sequence[Measurement], *, blocks: int, seed: int) -> None:
+    """Runs blocks of all measurements in turns, in a new random order for each round.
 
-    Args:
-        measurements: Of what is to be compared.
-        blocks: How many of each.
-        seed: Of the orders.
+    A slow phase of the machine then affects all measurements alike.
     """
+    _logger.info("measuring %d blocks of each call, in turns", blocks)
     order, generator = list(measurements), random.Random(seed)
     for _ in range(blocks):
         generator.shuffle(order)
@@ -179,23 +174,9 @@ def take_turns(measurements: Iterable[Measurement], *, blocks: int, seed: int) -
             measurement.run_block()
 
 
-def clock_seconds(readings: int = 1000) -> float:
-    """Returns what reading the clock costs, in seconds."""
+def clock_seconds(readings: int) -> float:
+    """Returns the duration of so many readings of the clock."""
     start = time.perf_counter()
     for _ in range(readings):
         time.perf_counter()
-    return (time.perf_counter() - start) / readings
-
-
-def joined(timings: Sequence[Timing]) -> Timing:
-    """Returns several timings of the same call, from several processes, as one.
-
-    The first call's seconds are their median; it settled if each did.
-    """
-    return Timing(
-        float(np.median([t.first_seconds for t in timings])),
-        tuple(seconds for t in timings for seconds in t.block_seconds),
-        max(t.calls_a_block for t in timings),
-        sum(t.warm_up_blocks for t in timings),
-        all(t.settled for t in timings),
-    )
+    return time.perf_counter() - start

@@ -322,6 +322,50 @@ def resolve(config: DataConfig) -> DataConfig:
     return config.resolved(_find(config))
 
 
+def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Decodes a data set and stores the arrays, unless that is done already.
+
+    Args:
+        config: Contains the name of the data set.
+        overwrite: Decode it again. The old arrays are removed once the new ones are complete.
+
+    Returns:
+        The `DataSpec` as a dictionary.
+
+    Raises:
+        InputError: The data set is not available.
+    """
+    from trainer.data import tfds
+
+    if config.name not in names() and not tfds.prepare(config, overwrite=overwrite):
+        raise InputError(
+            f"data set {config.name!r} could not be prepared: no archives were found and the "
+            "network does not answer (`fit` would train on the sample)"
+        )
+    return load(config).spec.model_dump(mode="json")
+
+
+def describe(config: DataConfig) -> dict[str, Any]:
+    """Loads a data set and verifies the checksums of all its files.
+
+    Returns:
+        The `DataSpec` as a dictionary, with the number of images of each class in each split.
+
+    Raises:
+        InputError: The data set is not available, or a file has changed since it was prepared.
+    """
+    from trainer.data import tfds
+
+    data = load(config)
+    tfds.check(config)
+    classes = data.spec.class_names
+    counts = {
+        name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
+        for name in ("train", "validation", "test")
+    }
+    return data.spec.model_dump(mode="json") | {"class_counts": counts}
+
+
 def _find(config: DataConfig) -> Callable[..., Any]:
     """Returns the function that loads the data set which a configuration names."""
     name = config.name if config.name in names() else "tfds"

@@ -1,4 +1,4 @@
-"""The life of a model after training: save, load, export, verify."""
+"""Saves, loads, exports and verifies models."""
 
 from typing import Final
 
@@ -6,5 +6,5 @@ PUBLIC: Final = {
     "export": "trainer.saving.export",
     "load": "trainer.saving.loading",
     "save": "trainer.saving.files",
-    "verify": "trainer.saving.export",
+    "verify": "trainer.saving.versions",
 }

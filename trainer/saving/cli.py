@@ -9,6 +9,7 @@ from trainer.console import (
     JsonOption,
     RunArgument,
     RunsOption,
+    TrustOption,
     import_module,
     print_table,
     require,
@@ -25,7 +26,7 @@ def save(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="name.keras or name.weights.h5")],
     *,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that is there")
+        bool, typer.Option("--overwrite", help="Replace an existing file")
     ] = False,
     runs: RunsOption = "runs",
     json_: JsonOption = False,
@@ -34,9 +35,8 @@ def save(
     require("cpu", run, runs)
     start_logging()
     with stdout_to_stderr():
-        result = import_module("trainer.saving.files").save(
-            run, path, overwrite=overwrite, runs_directory=runs
-        )
+        write = import_module("trainer.saving.files").save
+        result = write(run, path, overwrite=overwrite, runs_directory=runs)
     print_table(result, as_json=json_)
 
 
@@ -47,18 +47,16 @@ def load(
     ],
     *,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score it on the test images it was made for")
+        bool, typer.Option("--evaluate", help="Score it on the test images of its data")
     ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Accept code and any operation: know its maker")
-    ] = False,
+    trust: TrustOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Say what a model is; any format will do."""
+    """Print format, input, output, size and origin of a model in any format."""
     start_logging()
     with stdout_to_stderr():
         loaded = import_module("trainer.saving.loading").load(path, trust=trust)
-        result = loaded.facts() | (loaded.evaluate() if evaluate else {})
+        result = loaded.describe() | (loaded.evaluate() if evaluate else {})
     print_table(result, as_json=json_)
 
 
@@ -71,39 +69,36 @@ def export(
     ] = "saved_model",
     name: Annotated[
         str | None,
-        typer.Option(
-            help="Of the model (default: data-network); -FORMAT is added to all but saved_model"
-        ),
+        typer.Option(help="Name of the model (default: data-network); other formats add -FORMAT"),
     ] = None,
     directory: Annotated[
-        str, typer.Option("--directory", help="Folder that holds exported models")
+        str, typer.Option("--directory", help="Folder of the exported models")
     ] = "saved_models",
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
-    """Write a new version of a model for deployment, proven equal in another process."""
+    """Write a new version of a model for deployment, verified in another process."""
     require("cpu", run, runs)
     start_logging()
     with stdout_to_stderr():
-        folder, exported = import_module("trainer.saving.export").export(
-            run, format_, name=name, directory=directory, runs_directory=runs
-        )
-    verified = exported.verified.model_dump()
-    print_table({"path": str(folder), "format": exported.format, **verified}, as_json=json_)
+        write = import_module("trainer.saving.export").export
+        folder, record = write(run, format_, name=name, directory=directory, runs_directory=runs)
+    facts = {"path": str(folder), "format": record.format, **record.verified.model_dump()}
+    print_table(facts, as_json=json_)
 
 
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An exported model or a version")],
     *,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Accept any operation in it: know its maker")
-    ] = False,
+    trust: TrustOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Check an exported model: its sums, and its answers in another process."""
+    """Check an exported model: its checksums, and its predictions in another process."""
     start_logging()
     with stdout_to_stderr():
-        folder, verified = import_module("trainer.saving.export").verify(path, trust=trust)
-    result = {"result": "unchanged, and the same answers to the images kept with it"}
-    print_table({"path": str(folder), **result, **verified.model_dump()}, as_json=json_)
+        compare = import_module("trainer.saving.versions").verify
+        folder, verified = compare(path, trust=trust)
+    result = "unchanged, and the same predictions for the stored images"
+    facts = {"path": str(folder), "result": result, **verified.model_dump()}
+    print_table(facts, as_json=json_)

@@ -1,10 +1,9 @@
-"""The formats a model is exported to: one table for exporting, loading, verifying and measuring."""
+"""The export formats. This table drives export, load, verify and the benchmark."""
 
 import contextlib
 import io
-import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,105 +11,72 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from trainer import keras_objects
 from trainer.data import DataSpec, Images
 from trainer.errors import InputError, did_you_mean, require_packages
 from trainer.saving.runtimes import RUNTIMES, Predict
 
-Probabilities = NDArray[np.float32]
-FILE_CHANNELS = (1, 3, 4)  # what image files have: for others there is no serving_files
+FILE_CHANNELS = (1, 3, 4)  # channels of image files; other models have no serving_files
 
 
 @dataclass(frozen=True)
-class Source:
-    """What an artefact is made from.
+class ExportSource:
+    """The input of an export."""
 
-    Attributes:
-        model: In float32: from images (uint8) to probabilities.
-        spec: Of the data.
-        calibration: Training images by which int8 finds the ranges of its values.
-    """
-
-    model: keras.Model
+    model: keras.Model  # maps uint8 images to probabilities, in float32
     spec: DataSpec
-    calibration: Images
+    calibration: Images  # training images on which int8 measures the range of each value
+
+    def signature(self) -> tf.TensorSpec:
+        """Returns the input of the exported function: uint8 [n, height, width, channels]."""
+        return tf.TensorSpec((None, *self.spec.image_shape), tf.uint8, name="images")
 
 
 @dataclass(frozen=True)
-class Format:
-    """One format.
-
-    Attributes:
-        name: As the command takes it.
-        file: Name of the artefact within a version's folder; "." is the folder itself.
-        write: Makes the artefact.
-        tolerance: The largest difference of a probability from the model's that is accepted.
-        points: The largest loss of test accuracy that is accepted, in percentage points.
-        packages: Modules that it needs, which are no dependency of this package.
-        extra: Brings them.
-    """
+class ExportFormat:
+    """One format."""
 
     name: str
-    file: str
-    write: Callable[[Source, Path], None]
-    tolerance: float
-    points: float
-    packages: tuple[str, ...] = ()
-    extra: str = ""
+    file: str  # name in the version folder; "." is the folder itself
+    write: Callable[[ExportSource, Path], None]
+    max_difference: float  # largest accepted difference of a probability from the float32 model
+    max_points_lost: float  # largest accepted loss of test accuracy, in percentage points
+    packages: tuple[str, ...]  # required modules that are not dependencies of this package
+    extra: str  # extra of this package that installs them
 
     def open(self, path: Path) -> Predict:
-        """Opens an artefact with the format's own runtime.
-
-        Args:
-            path: The artefact: a folder for a SavedModel, else a file.
+        """Opens an exported model (a file, or the folder of a SavedModel) with its runtime.
 
         Raises:
-            InputError: It is damaged, or of another format.
-            MissingError: The runtime is not installed.
+            InputError: The model is damaged or has another format.
         """
-        self.require()
         try:
-            return RUNTIMES[self.name](path)
-        except Exception as error:
-            # Each runtime has errors of its own, some of them plain RuntimeError.
+            return RUNTIMES[self.name][1](path)
+        except Exception as error:  # each runtime raises its own errors
             reason = keras_objects.explain(error)
             raise InputError(f"{path} cannot be read as {self.name}: {reason}") from error
 
-    def require(self) -> None:
-        """Raises MissingError where a package that the format needs is not installed."""
-        require_packages(self.name, self.packages, extra=self.extra)
 
-
-def find_format(name: str) -> Format:
+def find_format(name: str) -> ExportFormat:
     """Returns a format by its name.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: There is no such format.
+        MissingError: A package that it needs is not installed.
     """
     if name not in FORMATS:
         raise InputError(f"unknown format {name!r}: {did_you_mean(name, FORMATS)}")
+    require_packages(name, FORMATS[name].packages, extra=FORMATS[name].extra)
     return FORMATS[name]
 
 
-def _images_function(source: Source) -> Any:
-    """Returns the function of images alone, which every runtime can compute."""
-    spec = tf.TensorSpec((None, *source.spec.image_shape), tf.uint8, name="images")
-
-    @tf.function(input_signature=[spec])
-    def probabilities(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": source.model(images, training=False)}
-
-    return probabilities
-
-
-def _write_saved_model(source: Source, path: Path) -> None:
-    """Writes signatures for arrays and for the bytes of image files, as a server takes them."""
+def _write_saved_model(source: ExportSource, path: Path) -> None:
+    """Writes a SavedModel with one signature for arrays and one for the bytes of image files."""
     model, spec = source.model, source.spec
     height, width, channels = spec.image_shape
 
-    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
+    def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = model(images, training=False)
         label = tf.argmax(probabilities, axis=-1)
         names = tf.gather(tf.constant(spec.class_names), label)
@@ -121,110 +87,59 @@ def _write_saved_model(source: Source, path: Path) -> None:
         image = tf.image.resize(image, (height, width), antialias=True)
         return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
-    def answer_files(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+    def classify_files(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         pixels = tf.TensorSpec((height, width, channels), tf.uint8)
-        return answer(tf.map_fn(decode, image_bytes, fn_output_signature=pixels))
+        return classify(tf.map_fn(decode, image_bytes, fn_output_signature=pixels))
 
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint(
-        "serving_default",
-        answer,
-        input_signature=[tf.TensorSpec((None, *spec.image_shape), tf.uint8, name="images")],
-    )
+    archive.add_endpoint("serving_default", classify, input_signature=[source.signature()])
     if channels in FILE_CHANNELS:
-        archive.add_endpoint(
-            "serving_files",
-            answer_files,
-            input_signature=[tf.TensorSpec((None,), tf.string, name="image_bytes")],
-        )
+        files = tf.TensorSpec((None,), tf.string, name="image_bytes")
+        archive.add_endpoint("serving_files", classify_files, input_signature=[files])
     archive.write_out(str(path), verbose=False)
 
 
-def _write_litert(source: Source, path: Path) -> None:
-    path.write_bytes(_converted(source))
+def _write_litert(source: ExportSource, path: Path, **options: Any) -> None:
+    # LiteRT lacks TensorFlow's own operations, which Keras would allow in the file.
+    builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
+    _export(source, path, "litert", target_spec=builtins, **options)
 
 
-def _write_litert_int8(source: Source, path: Path) -> None:
-    def representative() -> Any:
+def _write_litert_int8(source: ExportSource, path: Path) -> None:
+    def calibrate() -> Iterator[dict[str, Images]]:
         for image in source.calibration:
             yield {"images": image[np.newaxis]}
 
-    path.write_bytes(
-        _converted(
-            source,
-            optimizations=[tf.lite.Optimize.DEFAULT],
-            representative_dataset=tf.lite.RepresentativeDataset(representative),
-        )
-    )
+    dataset = tf.lite.RepresentativeDataset(calibrate)
+    optimizations = [tf.lite.Optimize.DEFAULT]
+    _write_litert(source, path, optimizations=optimizations, representative_dataset=dataset)
 
 
-def _converted(source: Source, **options: Any) -> bytes:
-    """Converts by way of a SavedModel, as Keras does."""
-    archive = keras.export.ExportArchive()
-    archive.track(source.model)
-    function = _images_function(source)
-    archive.add_endpoint("serving_default", function)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        archive.write_out(folder, verbose=False)
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        for name, value in options.items():
-            setattr(converter, name, value)
-        content: bytes = converter.convert()
-    return content
+def _write_onnx(source: ExportSource, path: Path) -> None:
+    _export(source, path, "onnx", opset_version=17)
 
 
-def _write_onnx(source: Source, path: Path) -> None:
-    function = _images_function(source)
-    with _quiet():
-        import tf2onnx
-        from keras.src.export.tf2onnx_lib import patch_tf2onnx
-
-        patch_tf2onnx()  # as Keras itself does: tf2onnx 1.17 does not know numpy 2
-        tf2onnx.convert.from_function(
-            function,
-            input_signature=function.input_signature,
-            opset=17,
-            output_path=str(path),
-        )
+def _export(source: ExportSource, path: Path, kind: str, **options: Any) -> None:
+    """Exports with Keras, with an input `images` and an output `probabilities`."""
+    images = keras.Input(source.spec.image_shape, dtype="uint8", name="images")
+    model = keras.Model(images, {"probabilities": source.model(images, training=False)})
+    # The converters print every step and raise warnings about their own code.
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        signature = [source.signature()]
+        model.export(path, format=kind, input_signature=signature, verbose=False, **options)
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Keeps the converters from telling every step on stdout and in warnings of their own code."""
-    with (
-        warnings.catch_warnings(action="ignore"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        yield
-
-
-# Tolerances: float32 sums in another order differ by a few 1e-7 a layer. int8 keeps 256 values a
-# layer, so it is judged by its accuracy.
+_LITERT = (("ai_edge_litert",), "litert")
+_ONNX = (("tf2onnx", "onnxruntime"), "onnx")
+# Another order of float32 sums changes a result by a few 1e-7 per layer. int8 has only 256 values
+# per layer, so only its accuracy is limited.
 FORMATS = {
     each.name: each
     for each in (
-        Format("saved_model", ".", _write_saved_model, tolerance=1e-5, points=0.02),
-        Format(
-            *("litert", "model.tflite", _write_litert),
-            tolerance=1e-4,
-            points=0.02,
-            packages=("ai_edge_litert",),
-            extra="litert",
-        ),
-        Format(
-            *("litert_int8", "model.tflite", _write_litert_int8),
-            tolerance=1.0,
-            points=0.3,
-            packages=("ai_edge_litert",),
-            extra="litert",
-        ),
-        Format(
-            *("onnx", "model.onnx", _write_onnx),
-            tolerance=1e-4,
-            points=0.02,
-            packages=("tf2onnx", "onnxruntime"),
-            extra="onnx",
-        ),
+        ExportFormat("saved_model", ".", _write_saved_model, 1e-5, 0.02, (), ""),
+        ExportFormat("litert", "model.tflite", _write_litert, 1e-4, 0.02, *_LITERT),
+        ExportFormat("litert_int8", "model.tflite", _write_litert_int8, 1.0, 0.3, *_LITERT),
+        ExportFormat("onnx", "model.onnx", _write_onnx, 1e-4, 0.02, *_ONNX),
     )
 }

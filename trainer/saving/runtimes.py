@@ -1,11 +1,12 @@
-"""Opens exported models, each with its format's own runtime.
+"""Opens exported models, each with the runtime of its format.
 
-This file imports nothing of this package. As a program it makes the package impossible to import,
-which proves that an artefact does not need it:
+This module imports nothing from this package. Run as a program, it blocks the import of the
+package. This proves that an exported model does not need it:
 
     python -P runtimes.py FORMAT PATH IMAGES.npy PROBABILITIES.npz
 
--P keeps this folder out of the path. PYTHONPATH and the packages of the user are found.
+-P keeps the folder of this module out of the import path. PYTHONPATH and the packages of the user
+are still found.
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-# From images, uint8 [n, height, width, channels], to probabilities, float32 [n, classes].
+# Maps images, uint8 [n, height, width, channels], to probabilities, float32 [n, classes].
 Predict = Callable[[Any], Any]
 
 
@@ -30,7 +31,7 @@ def open_saved_model(path: Path) -> Predict:
     def predict(images: Any) -> Any:
         return signature(images=tf.constant(images))["probabilities"].numpy()
 
-    predict.loaded = loaded  # type: ignore[attr-defined]  # its variables live as long as it does
+    predict.loaded = loaded  # type: ignore[attr-defined]  # keeps the variables alive
     return predict
 
 
@@ -38,7 +39,7 @@ def open_litert(path: Path) -> Predict:
     """Opens a .tflite file with LiteRT."""
     from ai_edge_litert.interpreter import Interpreter
 
-    # Of itself it uses one thread: half the speed on two cores, for large batches.
+    # The default is one thread. On two cores, large batches then take twice as long.
     interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
     runner = interpreter.get_signature_runner("serving_default")
     return lambda images: runner(images=images)["probabilities"]
@@ -52,42 +53,38 @@ def open_onnx(path: Path) -> Predict:
     return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
-RUNTIMES: dict[str, Callable[[Path], Predict]] = {
-    "saved_model": open_saved_model,
-    "litert": open_litert,
-    "litert_int8": open_litert,
-    "onnx": open_onnx,
+def of_keras(model: Any) -> Predict:
+    """Returns the predictions of a Keras model as such a function."""
+    return lambda images: model(images, training=False).numpy()
+
+
+# The module that each format imports, and the function that opens it.
+RUNTIMES: dict[str, tuple[str, Callable[[Path], Predict]]] = {
+    "saved_model": ("tensorflow", open_saved_model),
+    "litert": ("ai_edge_litert.interpreter", open_litert),
+    "litert_int8": ("ai_edge_litert.interpreter", open_litert),
+    "onnx": ("onnxruntime", open_onnx),
 }
 
 
-# What each runtime is imported as.
-MODULES = {
-    "saved_model": "tensorflow",
-    "litert": "ai_edge_litert.interpreter",
-    "litert_int8": "ai_edge_litert.interpreter",
-    "onnx": "onnxruntime",
-}
-
-
-def predict_in_batches(predict: Predict, images: Any, size: int) -> Any:
-    """Returns the probabilities of all images, so many at a time; the last batch may be smaller."""
-    return np.concatenate(
-        [predict(images[i : i + size]) for i in range(0, len(images), size)]
-    ).astype(np.float32)
+def predict_in_batches(predict: Predict, images: Any, batch_size: int = 256) -> Any:
+    """Returns the probabilities of all images. The last batch may be smaller."""
+    starts = range(0, len(images), batch_size)
+    return np.concatenate([predict(images[i : i + batch_size]) for i in starts], dtype=np.float32)
 
 
 def main(kind: str, path: str, images_file: str, result_file: str) -> None:
-    """Scores images at three batch sizes: a few at 1 and at 7, and all of them."""
-    predict = RUNTIMES[kind](Path(path))
+    """Scores all images in batches of 256, and 64 of them in batches of 1 and of 7."""
+    predict = RUNTIMES[kind][1](Path(path))
     images = np.load(images_file)
     np.savez(
         result_file,
         one=predict_in_batches(predict, images[:64], 1),
         seven=predict_in_batches(predict, images[:64], 7),
-        all=predict_in_batches(predict, images, 256),
+        all=predict_in_batches(predict, images),
     )
 
 
 if __name__ == "__main__":
-    sys.modules["trainer"] = None  # type: ignore[assignment]  # importing it is an error from here
+    sys.modules["trainer"] = None  # type: ignore[assignment]  # importing it now raises ImportError
     main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Serves an exported SavedModel over HTTP, with the REST interface of TensorFlow Serving."""
+"""Serves an exported SavedModel over HTTP with TensorFlow Serving's REST API."""
 
 from typing import Final
 

@@ -1,13 +1,13 @@
-"""The web application: TensorFlow Serving's REST interface, health, and a page to draw on."""
+"""The web application: TensorFlow Serving's REST API, a health check, and a page to draw on."""
 
 import asyncio
 import contextlib
 import gzip
 import io
 import json
-import logging
 import zlib
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from importlib import resources
 from typing import Any
 
@@ -15,7 +15,7 @@ import tensorflow as tf
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.convertors import IntegerConvertor, StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
@@ -23,82 +23,59 @@ from starlette.routing import Route
 
 from trainer import keras_objects
 from trainer.serving.batching import Batcher
-from trainer.serving.messages import (
-    DEFAULT_SIGNATURE,
-    IMAGE_FILES,
-    RequestError,
-    parse_request,
-    render_answer,
-)
-from trainer.serving.protocol import Protocol
+from trainer.serving.messages import parse_request, render_response
 from trainer.serving.servable import Servable, Servables
+from trainer.serving.uvicorn_internals import Protocol
 
-_logger = logging.getLogger(__name__)
-
-_SECONDS_TO_LOOK = 1.0  # between two looks for a new version
-_FEW_BYTES = 100_000  # are read in less time than another thread takes to wake up and do it
-_SECONDS_TO_SEND = 30.0  # that a client has for the body of a request
-_SECONDS_TO_FINISH = 10  # that running requests have when the server is stopped
+_VERSION_CHECK_SECONDS = 1.0
+_INLINE_BYTES = 100_000  # parsing less takes less time than switching to another thread
+_BODY_TIMEOUT_SECONDS = 30.0
+_SHUTDOWN_SECONDS = 10  # for running requests
 
 
-class _Name(StringConvertor):
+class _ModelName(StringConvertor):
     regex = "[^/:]+"
 
 
-class _Number(StringConvertor):
-    regex = "[0-9]{1,255}"  # as many digits as the name of a folder can have
+class _VersionNumber(IntegerConvertor):
+    regex = "[0-9]{1,255}"  # a folder name has at most 255 characters
 
 
-register_url_convertor("name", _Name())
-register_url_convertor("number", _Number())
+register_url_convertor("model", _ModelName())
+register_url_convertor("number", _VersionNumber())
 
 
-def make_server(servables: Servables, *, most_bytes: int) -> uvicorn.Server:
-    """Makes the server; `run` it with a socket.
+def make_server(servables: Servables, *, max_body_bytes: int) -> uvicorn.Server:
+    """Makes the server. Call its `run` with a socket.
 
     Args:
         servables: The versions of the model.
-        most_bytes: The largest body of a request.
+        max_body_bytes: Largest accepted body of a request, after decompression.
     """
+    handlers = _Handlers(servables, max_body_bytes)
+    routes = [Route("/", handlers.page), Route("/health", handlers.health)]
+    for prefix in ("/v1/models/{name:model}", "/v1/models/{name:model}/versions/{version:number}"):
+        routes += [
+            Route(f"{prefix}:predict", handlers.predict, methods=["POST"]),
+            Route(f"{prefix}/metadata", handlers.metadata),
+            Route(prefix, handlers.status),
+        ]
+    errors = {HTTPException: _render_http_error, Exception: _render_defect}
+    app = Starlette(routes=routes, lifespan=handlers.lifespan, exception_handlers=errors)
+    app.router.redirect_slashes = False
     config = uvicorn.Config(
-        make_app(servables, most_bytes=most_bytes),
+        app,
         http=Protocol,
         log_config=None,
         log_level="error",
         access_log=False,
-        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     return uvicorn.Server(config)
 
 
-def make_app(servables: Servables, *, most_bytes: int) -> Starlette:
-    """Makes the application.
-
-    Args:
-        servables: The versions of the model.
-        most_bytes: The largest body of a request.
-    """
-    answers = _Answers(servables, most_bytes)
-    model = "/v1/models/{name:name}"
-    routes = [Route("/", answers.page), Route("/health", answers.health)]
-    for prefix in (model, model + "/versions/{version:number}"):
-        routes += [
-            Route(f"{prefix}:predict", answers.predict, methods=["POST"]),
-            Route(f"{prefix}/metadata", answers.metadata),
-            Route(prefix, answers.status),
-        ]
-    handlers: Any = {
-        RequestError: _show_request_error,
-        HTTPException: _show_http_exception,
-        Exception: _show_defect,
-    }
-    app = Starlette(routes=routes, lifespan=answers.lifespan, exception_handlers=handlers)
-    app.router.redirect_slashes = False
-    return app
-
-
 class _Json(Response):
-    """JSON in ASCII, which holds any text, and with NaN and Infinity, as TensorFlow Serving's."""
+    """A response in ASCII JSON, with NaN and Infinity as in TensorFlow Serving."""
 
     media_type = "application/json"
 
@@ -106,47 +83,43 @@ class _Json(Response):
         return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
-class _Answers:
-    """What each address answers; long work is done in threads, so that every client is heard."""
+class _Handlers:
+    """One method for each address. Slow work runs in threads, so that other clients are served."""
 
-    def __init__(self, servables: Servables, most_bytes: int) -> None:
+    def __init__(self, servables: Servables, max_body_bytes: int) -> None:
         self._servables = servables
-        self._most_bytes = most_bytes
+        self._max_body_bytes = max_body_bytes
         self._batcher = Batcher()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        """Looks for new versions while the server runs."""
-        looking = asyncio.create_task(self._look_for_versions())
+        """Loads new versions while the server runs."""
+        task = asyncio.create_task(self._watch_versions())
         yield
-        looking.cancel()
+        task.cancel()
 
     async def predict(self, request: Request) -> Response:
-        servable = await self._servable(request)
-        body = await _read_body(request, self._most_bytes)
-        encoding = request.headers.get("content-encoding", "identity").lower()
-        if encoding in ("gzip", "x-gzip"):
-            body = await run_in_threadpool(_decompress, body, self._most_bytes)
-        elif encoding != "identity":
-            raise RequestError(415, f"Content-Encoding: expected gzip, received {encoding!r}")
-        if len(body) <= _FEW_BYTES:
+        servable = await self._find(request)
+        body = await _read_body(request, self._max_body_bytes)
+        if len(body) <= _INLINE_BYTES:
             call = parse_request(body, servable.signatures)
         else:
             call = await run_in_threadpool(parse_request, body, servable.signatures)
         try:
             outputs = await self._batcher.predict(servable, call.signature, call.tensors)
         except tf.errors.InvalidArgumentError as error:
-            raise RequestError(400, keras_objects.explain(error)) from error
-        return _Json(render_answer(outputs, by_row=call.by_row))
+            raise HTTPException(400, keras_objects.explain(error)) from error
+        return _Json(render_response(outputs, by_row=call.by_row))
 
     async def metadata(self, request: Request) -> Response:
-        servable = await self._servable(request)
+        servable = await self._find(request)
         return _Json(servable.metadata(self._servables.name))
 
     async def status(self, request: Request) -> Response:
-        found = await run_in_threadpool(self._servables.status, _version(request))
-        if request.path_params["name"] != self._servables.name or not found:
-            raise _not_found(request)
+        name, version = request.path_params["name"], request.path_params.get("version")
+        found = await run_in_threadpool(self._servables.status, version)
+        if name != self._servables.name or not found:
+            raise _not_found(name, version)
         return _Json({"model_version_status": found})
 
     async def health(self, _: Request) -> Response:
@@ -154,96 +127,78 @@ class _Answers:
         return _Json({"status": "ok", "model": name, "version": version})
 
     async def page(self, _: Request) -> Response:
-        return HTMLResponse(render_page(self._servables))
+        page = resources.files("trainer.serving").joinpath("page.html")
+        return HTMLResponse(page.read_text(encoding="utf-8"))
 
-    async def _servable(self, request: Request) -> Servable:
+    async def _find(self, request: Request) -> Servable:
+        name, version = request.path_params["name"], request.path_params.get("version")
         found = None
-        if request.path_params["name"] == self._servables.name:
-            version = _version(request)
+        if name == self._servables.name:
             if version is None:
                 return self._servables.newest
-            # An older version is loaded when it is first asked for.
+            # An older version is loaded by its first request.
             found = await run_in_threadpool(self._servables.find, version)
         if found is None:
-            raise _not_found(request)
+            raise _not_found(name, version)
         return found
 
-    async def _look_for_versions(self) -> None:
+    async def _watch_versions(self) -> None:
         while True:
-            await asyncio.sleep(_SECONDS_TO_LOOK)
+            await asyncio.sleep(_VERSION_CHECK_SECONDS)
             await run_in_threadpool(self._servables.refresh)
 
 
-def render_page(servables: Servables) -> str:
-    """Returns the page to draw on, with what it has to know of the newest version."""
-    newest = servables.newest
-    images = newest.signatures.get(DEFAULT_SIGNATURE, {}).get("images")
-    facts = {
-        "name": servables.name,
-        "version": newest.version,
-        "classes": newest.class_names,
-        "shape": None if images is None else images.shape.as_list()[1:],
-        "takes_files": any(IMAGE_FILES in inputs for inputs in newest.signatures.values()),
-    }
-    page = resources.files("trainer.serving").joinpath("page.html").read_text(encoding="utf-8")
-    # No "<" of a class name may end the element that the facts are in.
-    return page.replace("{{facts}}", json.dumps(facts).replace("<", "\\u003c"))
-
-
-def _version(request: Request) -> int | None:
-    text = request.path_params.get("version")
-    return None if text is None else int(text)
-
-
-def _not_found(request: Request) -> RequestError:
-    name, version = request.path_params["name"], _version(request)
+def _not_found(name: str, version: int | None) -> HTTPException:
     which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-    return RequestError(404, f"Servable not found for request: {which}")
+    return HTTPException(404, f"Servable not found for request: {which}")
 
 
-async def _read_body(request: Request, most_bytes: int) -> bytes:
-    """Reads a body to its end, keeping no more of it than is allowed.
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads and decompresses a body.
 
-    What is too much is read and dropped: a client hears the answer only when all was taken.
+    A body that is too large is read to its end and dropped, because most clients read the response
+    only after sending everything.
     """
-    body = bytearray()
-    size = 0
+    body, size = bytearray(), 0
     try:
-        async with asyncio.timeout(_SECONDS_TO_SEND):
+        async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size <= most_bytes:
+                if size <= max_bytes:
                     body += chunk
     except TimeoutError:
-        raise RequestError(
-            408, f"the body of a request has {_SECONDS_TO_SEND:g} seconds to arrive"
-        ) from None
+        message = f"expected the body of a request within {_BODY_TIMEOUT_SECONDS:g} seconds"
+        raise HTTPException(408, message) from None
     except ClientDisconnect:
-        raise RequestError(400, "the client went away") from None
-    if size > most_bytes:
-        raise RequestError(413, f"expected a body of at most {most_bytes} bytes, received {size}")
+        raise HTTPException(400, "the client closed the connection") from None
+    if size > max_bytes:
+        raise HTTPException(413, f"expected at most {max_bytes} bytes of body, received {size}")
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding in ("gzip", "x-gzip"):
+        return await run_in_threadpool(_decompress, bytes(body), max_bytes)
+    if encoding != "identity":
+        raise HTTPException(415, f"Content-Encoding: expected gzip, received {encoding!r}")
     return bytes(body)
 
 
-def _decompress(body: bytes, most_bytes: int) -> bytes:
-    """Decompresses gzip, but no more than is allowed: a few bytes can hold gigabytes."""
+def _decompress(body: bytes, max_bytes: int) -> bytes:
+    """Decompresses gzip up to a limit, because a few bytes can unpack to gigabytes."""
     try:
-        content = gzip.GzipFile(fileobj=io.BytesIO(body)).read(most_bytes + 1)
+        content = gzip.GzipFile(fileobj=io.BytesIO(body)).read(max_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(400, f"Content-Encoding: the body is no valid gzip: {error}") from None
-    if len(content) > most_bytes:
-        raise RequestError(413, f"expected a body of at most {most_bytes} bytes, received more")
+        message = f"Content-Encoding: the body is not valid gzip: {error}"
+        raise HTTPException(400, message) from None
+    if len(content) > max_bytes:
+        raise HTTPException(413, f"expected at most {max_bytes} bytes of body, received more")
     return content
 
 
-async def _show_request_error(_: Request, error: RequestError) -> Response:
-    return _Json({"error": str(error)}, error.status)
-
-
-async def _show_http_exception(request: Request, error: HTTPException) -> Response:
-    message = f"Malformed request: {request.method} {request.url.path}: {error.detail}"
+async def _render_http_error(request: Request, error: Any) -> Response:
+    message = error.detail
+    if message == HTTPStatus(error.status_code).phrase:  # raised by the router
+        message = f"Malformed request: {request.method} {request.url.path}: {message}"
     return _Json({"error": message}, error.status_code, headers=error.headers)
 
 
-async def _show_defect(_: Request, error: Exception) -> Response:
+async def _render_defect(_: Request, error: Exception) -> Response:
     return _Json({"error": f"Internal: {type(error).__name__}: {error}"}, 500)

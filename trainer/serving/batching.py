@@ -1,51 +1,51 @@
-"""Answers requests that wait at the same time by one call of the network."""
+"""Answers requests that wait at the same time with one call of the network."""
 
 import asyncio
 import contextlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from starlette.exceptions import HTTPException
 
-from trainer.serving.messages import RequestError, Tensors
+from trainer.serving.messages import Tensors
 from trainer.serving.servable import Servable
 
-_MOST_WAITING = 512
+_MAX_WAITING = 512
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
+    """A request in the queue."""
+
     servable: Servable
     signature: str
     tensors: Tensors
-    answer: "asyncio.Future[Tensors]" = field(repr=False)
+    result: "asyncio.Future[Tensors]"
 
     def rows(self) -> int:
         return len(next(iter(self.tensors.values())))
 
-    def kind(self) -> Any:
-        """What has to be equal for requests to share a call; None where they cannot."""
+    def group(self) -> Any:
+        """Returns a key that is equal for requests that can share a call. None: it cannot."""
         specs = self.servable.signatures[self.signature].values()
-        if not all(spec.shape.rank and spec.shape[0] is None for spec in specs):
-            return None  # its batch is of a fixed size
-        if len({len(array) for array in self.tensors.values()}) != 1:
+        any_size = all(spec.shape.rank and spec.shape[0] is None for spec in specs)
+        if not any_size or len({len(array) for array in self.tensors.values()}) != 1:
             return None
-        shapes = [array.shape[1:] for array in self.tensors.values()]
-        return self.servable, self.signature, shapes
+        return self.servable, self.signature, [each.shape[1:] for each in self.tensors.values()]
 
 
 class Batcher:
-    """Calls the network for one batch at a time; what arrives meanwhile makes the next one.
+    """Calls the network for one batch at a time. Requests that arrive meanwhile form the next one.
 
-    Nothing waits for a batch to fill: a lone request is answered at once, and the busier the
-    server, the larger the batches.
+    No request waits for a batch to fill. More requests lead to larger batches.
     """
 
-    def __init__(self, most_rows: int = 256) -> None:
-        """Takes the most rows that are put together; a larger request is a batch of its own."""
-        self._most_rows = most_rows
+    def __init__(self, max_rows: int = 256) -> None:
+        """Sets the most rows that are joined. A larger request is a batch by itself."""
+        self._max_rows = max_rows
         self._waiting: deque[_Waiting] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
         self._task: asyncio.Task[None] | None = None
@@ -54,73 +54,73 @@ class Batcher:
         """Returns the outputs of a function.
 
         Args:
-            servable: The version to ask.
+            servable: The version.
             signature: Name of the function.
-            tensors: Its inputs, one at least.
+            tensors: Its inputs, at least one.
 
         Raises:
-            RequestError: More requests wait than can be answered soon; status 503.
-            Exception: What the function raises for these inputs; others in the batch are answered.
+            HTTPException: Too many requests are waiting; status 503.
+            Exception: The error of the function for these inputs. It does not affect others.
         """
-        if len(self._waiting) >= _MOST_WAITING:
-            raise RequestError(503, f"{_MOST_WAITING} requests are waiting already")
-        answer: asyncio.Future[Tensors] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(servable, signature, tensors, answer))
+        if len(self._waiting) >= _MAX_WAITING:
+            raise HTTPException(503, f"{_MAX_WAITING} requests are waiting already")
+        result: asyncio.Future[Tensors] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(servable, signature, tensors, result))
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
-        return await answer
+            self._task = asyncio.create_task(self._run())
+        return await result
 
-    async def _work(self) -> None:
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
             batch = self._next_batch()
-            answers = await loop.run_in_executor(self._thread, _answer, batch)
-            for request, answer in zip(batch, answers, strict=True):
-                if request.answer.done():  # whoever asked has gone
+            results = await loop.run_in_executor(self._thread, _predict, batch)
+            for request, result in zip(batch, results, strict=True):
+                if request.result.done():  # the client is gone
                     continue
-                if isinstance(answer, Exception):
-                    request.answer.set_exception(answer)
+                if isinstance(result, Exception):
+                    request.result.set_exception(result)
                 else:
-                    request.answer.set_result(answer)
+                    request.result.set_result(result)
 
     def _next_batch(self) -> list[_Waiting]:
-        """Takes the first request and those alike that wait behind it, as far as they fit."""
+        """Removes the first request and those that can share its call, up to the row limit."""
         first = self._waiting.popleft()
-        batch, kind, room = [first], first.kind(), self._most_rows
-        if kind is None:
+        batch, group = [first], first.group()
+        if group is None:
             return batch
-        room -= first.rows()
+        room = self._max_rows - first.rows()
         for request in list(self._waiting):
-            if request.kind() == kind and request.rows() <= room:
+            if request.group() == group and request.rows() <= room:
                 self._waiting.remove(request)
                 batch.append(request)
                 room -= request.rows()
         return batch
 
 
-def _answer(batch: list[_Waiting]) -> list[Tensors | Exception]:
-    """Answers a batch; where that fails, each request by itself, so that one spoils no other."""
+def _predict(batch: list[_Waiting]) -> list[Tensors | Exception]:
+    """Runs a batch. If it fails, runs each request alone, so that only the faulty ones fail."""
     if len(batch) > 1:
-        with contextlib.suppress(Exception):  # whose fault it is comes out below
-            return list(_together(batch))
-    answers: list[Tensors | Exception] = []
+        with contextlib.suppress(Exception):
+            return list(_predict_joined(batch))
+    results: list[Tensors | Exception] = []
     for request in batch:
         try:
-            answers.append(request.servable.run(request.signature, request.tensors))
+            results.append(request.servable.run(request.signature, request.tensors))
         except Exception as error:
-            answers.append(error)
-    return answers
+            results.append(error)
+    return results
 
 
-def _together(batch: list[_Waiting]) -> list[Tensors]:
+def _predict_joined(batch: list[_Waiting]) -> list[Tensors]:
     first = batch[0]
     joined = {
         name: np.concatenate([request.tensors[name] for request in batch]) for name in first.tensors
     }
     outputs = first.servable.run(first.signature, joined)
-    borders = np.cumsum([request.rows() for request in batch])
+    ends = np.cumsum([request.rows() for request in batch])
     for name, array in outputs.items():
-        if array.ndim == 0 or len(array) != borders[-1]:
-            raise ValueError(f"{name} has no row for each row of the inputs")
-    parts = {name: np.split(array, borders[:-1]) for name, array in outputs.items()}
+        if array.ndim == 0 or len(array) != ends[-1]:
+            raise ValueError(f"{name} does not have one row per input row")
+    parts = {name: np.split(array, ends[:-1]) for name, array in outputs.items()}
     return [{name: parts[name][i] for name in parts} for i in range(len(batch))]

@@ -4,10 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.console import (
-    import_module,
-    start_logging,
-)
+from trainer.console import TrustOption, import_module, start_logging
 
 app = typer.Typer()
 
@@ -17,18 +14,17 @@ def serve(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An exported model or its folder")],
     *,
     directory: Annotated[
-        str, typer.Option("--directory", help="Folder that holds exported models")
+        str, typer.Option("--directory", help="Folder of the exported models")
     ] = "saved_models",
-    host: Annotated[str, typer.Option(help="Address to listen at")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8501,
-    most_bytes: Annotated[
-        int, typer.Option("--most-bytes", min=1, help="The largest body of a request")
+    host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8501,
+    max_body_bytes: Annotated[
+        int, typer.Option("--max-body-bytes", min=1, help="Largest body of a request, in bytes")
     ] = 16_000_000,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Accept any operation in it: know its maker")
-    ] = False,
+    trust: TrustOption = False,
 ) -> None:
-    """Serve an exported model over HTTP, as TensorFlow Serving does."""
+    """Serve an exported model over HTTP with TensorFlow Serving's REST API."""
     start_logging()
-    run_server = import_module("trainer.serving.server").serve
-    run_server(name, directory=directory, host=host, port=port, most_bytes=most_bytes, trust=trust)
+    run = import_module("trainer.serving.server").serve
+    limits = {"max_body_bytes": max_body_bytes, "trust": trust}
+    run(name, directory=directory, host=host, port=port, **limits)

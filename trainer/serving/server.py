@@ -1,18 +1,14 @@
-"""Runs the web application until it is stopped."""
+"""Finds an exported model and serves it until the process is stopped."""
 
 import gc
 import logging
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from trainer.errors import InputError, did_you_mean, require_packages
-from trainer.saving.export import is_version, read_facts, versions
-
-if TYPE_CHECKING:
-    from trainer.serving.servable import Servables
+from trainer.saving.versions import RECORD, is_version, list_versions, read_record
 
 _logger = logging.getLogger(__name__)
 
@@ -25,22 +21,21 @@ def serve(
     directory: str = "saved_models",
     host: str = "127.0.0.1",
     port: int = 8501,
-    most_bytes: int = 16_000_000,
+    max_body_bytes: int = 16_000_000,
     trust: bool = False,
 ) -> None:
-    """Serves the newest version of an exported model until a signal stops it.
+    """Serves the newest version of an exported model until a signal stops the process.
 
     Args:
-        name: Name of the model, as `trainer export` published it, its folder, or the folder of one
-            version, which is then the only one.
-        directory: Folder that holds exported models.
-        host: Address to listen at; the default lets nobody else in.
-        port: To listen at; 0 for any that is free.
-        most_bytes: The largest body of a request.
+        name: Name of the model, its folder, or one version folder, to serve only that version.
+        directory: Folder of the exported models.
+        host: Address to listen on. The default accepts only connections from this machine.
+        port: Port to listen on; 0: any free port.
+        max_body_bytes: Largest accepted body of a request, after decompression.
         trust: Accept any operation in the SavedModel.
 
     Raises:
-        InputError: There is no such model, it cannot be served, or the address is taken.
+        InputError: There is no such model, it cannot be served, or the address is in use.
         MissingError: The web framework is not installed.
     """
     require_packages("trainer serve", ("starlette", "uvicorn"), extra="serve")
@@ -51,69 +46,62 @@ def serve(
 
         model = folder.parent if is_version(folder) else folder
         servables = Servables(model.name, folder, trust=trust)
-        # Requests are made of many small lists. Without this, Python's collector looks through all
-        # of TensorFlow's objects again and again while it reads them: 200 ms each time.
+        # Parsing requests makes many small lists. Without this, Python's garbage collector scans
+        # all objects of TensorFlow again and again meanwhile: 200 ms each time.
         gc.freeze()
-        _say_where(servables, listening)
-        make_server(servables, most_bytes=most_bytes).run(sockets=[listening])
-
-
-def _say_where(servables: "Servables", listening: socket.socket) -> None:
-    address, port = listening.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
-    _logger.info(
-        "%s, version %d, is served at http://%s:%d (a page to draw on; "
-        "POST /v1/models/%s:predict); control-C ends it",
-        *(servables.name, servables.newest.version, shown, port, quote(servables.name)),
-    )
+        address, port = listening.getsockname()[:2]
+        _logger.info(
+            "%s, version %d, is served at http://%s:%d (a page to draw on; "
+            "POST /v1/models/%s:predict); control-C stops it",
+            *(model.name, servables.newest.version),
+            *(f"[{address}]" if ":" in address else address, port, quote(model.name)),
+        )
+        make_server(servables, max_body_bytes=max_body_bytes).run(sockets=[listening])
 
 
 def _find_model(name: str, directory: Path) -> Path:
-    """Returns the folder of a model, or of one version, that has a SavedModel to serve."""
+    """Returns the folder of a model, or of one version, that contains a SavedModel."""
     try:
         paths = [path for path in (directory / name, Path(name)) if name and path.is_dir()]
-        # Without "." and "..", so that the last part is the name of the folder.
-        folders = [Path(os.path.normpath(path.absolute())) for path in paths]
-        folder = next((path for path in folders if is_version(path) or versions(path)), None)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    # Without "." and "..": the last part must be the name of the folder.
+    folders = [Path(os.path.normpath(path.absolute())) for path in paths]
+    folder = next((path for path in folders if list_versions(path) or is_version(path)), None)
     if folder is None:
-        known = [path.name for path in directory.glob("*") if versions(path)]
-        there = did_you_mean(name, known) if known else "none is there: `trainer export` makes one"
-        raise InputError(f"there is no exported model {name!r} in {directory}: {there}")
-    found = versions(folder)
+        known = [path.name for path in directory.glob("*") if list_versions(path)]
+        available = (
+            did_you_mean(name, known) if known else "none exists: `trainer export` makes one"
+        )
+        raise InputError(f"there is no exported model {name!r} in {directory}: {available}")
+    found = list_versions(folder)
     newest = folder if is_version(folder) else found[max(found)]
     if not (newest / "saved_model.pb").is_file():
-        kind = read_facts(newest).format if (newest / "export.json").is_file() else "no SavedModel"
+        kind = read_record(newest).format if (newest / RECORD).is_file() else "no SavedModel"
         raise InputError(
-            f"{newest} holds {kind}: `trainer serve` takes a SavedModel, as "
-            "`trainer export RUN --format saved_model` makes it"
+            f"{newest} contains {kind}: `trainer serve` needs a SavedModel, made by "
+            "`trainer export RUN --format saved_model`"
         )
     return folder
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes an address, before anything slow has started.
+    """Opens a socket before anything slow starts.
 
     Args:
         host: A name or an address of this machine.
-        port: 0 for any that is free.
+        port: 0: any free port.
 
     Raises:
-        InputError: It is taken, or not of this machine.
+        InputError: The address is in use, or does not belong to this machine.
     """
-    listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # With the protocol named: asyncio turns off the delay of small packets only where it is,
-        # and that delay makes 1 ms of work an answer after 45.
-        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(_BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, UnicodeError) as error:
-        if listening is not None:
-            listening.close()
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot listen at {host}, port {port}: {reason}") from None
+        raise InputError(f"cannot listen on {host}, port {port}: {reason}") from None
+    # Connections inherit this. Without it, the delay of small packets turns a response of 1 ms
+    # into 45 ms. asyncio sets it only for sockets made with the number of the protocol.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

@@ -1,7 +1,4 @@
-"""What a person watches while it trains: the progress bar, metrics.jsonl, TensorBoard's curves.
-
-Each is a Keras callback (for the epochs) and an observer of the loop (called with each window).
-"""
+"""What a training shows and records: progress bar, metrics.jsonl, TensorBoard's curves, profile."""
 
 import json
 import logging
@@ -13,98 +10,98 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.training.loop import CallRecord, Logs
 
 _log = logging.getLogger(__name__)
 
 
-class StepTimes:
-    """The measured windows of a run: each a call of many steps with a wait at both ends.
+class Callback(keras.callbacks.Callback):
+    """A Keras callback with one more method: the loop gives it the record of each call."""
 
-    The first call, which also sets up the device's kernels, and calls that were traced for the
-    profiler are left out.
+    def on_call_end(self, record: CallRecord) -> None:
+        """Called after each call of the loop, which runs many steps."""
+
+    def flush(self) -> None:
+        """Called before a checkpoint stores the size of the logs."""
+
+    def close(self) -> None:
+        """Called when training has ended, also after an error."""
+
+
+class StepTimes(Callback):
+    """Times of the steps: of each call, with the device idle at both ends.
+
+    The first call, which also sets up the device's kernels, and calls that the profiler traced are
+    left out.
     """
 
     def __init__(self) -> None:
         """Starts empty."""
+        super().__init__()
         self.step_ms: list[float] = []
         self.images_per_second: list[float] = []
 
-    def __call__(self, record: CallRecord) -> None:
-        """Takes a window."""
+    def on_call_end(self, record: CallRecord) -> None:
+        """Adds the times of a call."""
         if record.warm:
             self.step_ms.append(1000 * record.seconds / record.steps)
             self.images_per_second.append(record.images / record.seconds)
 
     def summary(self) -> dict[str, Any]:
-        """Returns medians and quartiles; None where nothing was measured."""
-        if not self.step_ms:
-            return {
-                "step_ms": None,
-                "step_ms_quartiles": None,
-                "images_per_second": None,
-                "windows": 0,
-            }
-        low, middle, high = (float(q) for q in np.percentile(self.step_ms, (25, 50, 75)))
-        return {
-            "step_ms": round(middle, 4),
-            "step_ms_quartiles": [round(low, 4), round(high, 4)],
-            "images_per_second": round(statistics.median(self.images_per_second), 1),
-            "windows": len(self.step_ms),
-        }
+        """Returns medians and quartiles; None if nothing was measured."""
+        found: dict[str, Any] = dict.fromkeys(("step_ms", "step_ms_quartiles", "images_per_second"))
+        if self.step_ms:
+            low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
+            rate = round(statistics.median(self.images_per_second), 1)
+            found |= {"step_ms": median, "step_ms_quartiles": [low, high]}
+            found |= {"images_per_second": rate}
+        return found | {"windows": len(self.step_ms)}
 
 
-class ProgressBar(keras.callbacks.Callback):
-    """Shows loss, accuracy, images a second and the time left; plain lines where no one looks."""
+class ProgressBar(Callback):
+    """Shows loss, metrics, images per second and the time left; one line per epoch stays."""
 
     def __init__(self, console: Console, *, steps: int, epochs: int) -> None:
         """Prepares a bar for `epochs` of `steps` each."""
         super().__init__()
-        self._console = console
-        self._steps = steps
         self._epochs = epochs
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(compact=True),
+        self._bar = progress.Progress(
+            progress.TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            progress.BarColumn(bar_width=30),
+            progress.TextColumn("{task.fields[text]}"),
+            progress.TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps * epochs, epoch=1, epochs=epochs, text="")
 
-    def __call__(self, record: CallRecord) -> None:
-        """Moves the bar to the end of a window."""
-        logs = shown(record.logs)
-        self._bar.update(
-            self._task,
-            completed=record.first_step + record.steps,
-            epoch=record.epoch + 1,
-            text=f"{logs}  {record.images / record.seconds:,.0f} images/s",
-        )
-
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Shows the bar."""
         self._bar.start()
 
-    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        """Leaves a line for the epoch."""
-        _log.info("epoch %d/%d  %s", epoch + 1, self._epochs, shown(logs or {}))
+    def on_call_end(self, record: CallRecord) -> None:
+        """Moves the bar."""
+        self._bar.update(
+            self._task,
+            completed=record.first_step + record.steps,
+            epoch=record.epoch + 1,
+            text=f"{format_metrics(record.logs)}  {record.images / record.seconds:,.0f} images/s",
+        )
 
-    def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Removes the bar."""
-        self.close()
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Logs the metrics of the epoch."""
+        _log.info("epoch %d/%d  %s", epoch + 1, self._epochs, format_metrics(logs or {}))
 
     def close(self) -> None:
-        """Gives the terminal back, also after an error."""
+        """Removes the bar."""
         self._bar.stop()
 
 
-class MetricsFile(keras.callbacks.Callback):
+class MetricsFile(Callback):
     """Appends a line of JSON for each epoch."""
 
     def __init__(self, path: Path) -> None:
@@ -114,31 +111,26 @@ class MetricsFile(keras.callbacks.Callback):
         self._step, self._learning_rate = 0, 0.0
         self._times = StepTimes()
 
-    def __call__(self, record: CallRecord) -> None:
-        """Remembers what the epoch's line needs."""
+    def on_call_end(self, record: CallRecord) -> None:
+        """Remembers what the line of the epoch needs."""
         self._step = record.first_step + record.steps
         self._learning_rate = float(record.learning_rate[-1])
-        self._times(record)
+        self._times.on_call_end(record)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        """Writes the line of an epoch."""
-        line = {
-            **plain({"learning_rate": self._learning_rate} | (logs or {})),
-            "epoch": epoch + 1,
-            "step": self._step,
-            **self._times.summary(),
-        }
+        """Writes the line of the epoch."""
+        line = to_json({"learning_rate": self._learning_rate} | (logs or {}))
+        line |= {"epoch": epoch + 1, "step": self._step, **self._times.summary()}
         self._times = StepTimes()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-class TensorBoardCurves(keras.callbacks.Callback):
-    """Writes the curves: each step, each epoch, and the times of the device in use.
+class TensorBoardCurves(Callback):
+    """Writes curves per step and per epoch, step times, and histograms if asked for.
 
-    Training and validation are two runs of TensorBoard with the same tags, which it draws into the
-    same chart. The step of every point is the number of steps trained so far, of an epoch's point
-    the epoch.
+    Training and validation are two TensorBoard runs with the same tags, which it draws in one
+    chart. The x axis is the number of steps; for `epoch/...` the number of epochs.
     """
 
     def __init__(self, folder: Path, *, histograms: bool) -> None:
@@ -153,54 +145,45 @@ class TensorBoardCurves(keras.callbacks.Callback):
         self._learning_rate = 0.0
         self._write_steps: Callable[[tf.Tensor, tf.Tensor], None] | None = None
 
-    def __call__(self, record: CallRecord) -> None:
-        """Writes the points of a window."""
+    def on_call_end(self, record: CallRecord) -> None:
+        """Writes the points of each step of a call, and its times."""
         self._learning_rate = float(record.learning_rate[-1])
         curves = {"loss": record.loss, "learning_rate": record.learning_rate}
         curves |= {k: values for k, values in record.metrics.items() if len(values) == record.steps}
-        end = record.first_step + record.steps
-        with self._writers["train"].as_default():
+        with self._writers["train"].as_default(step=record.first_step + record.steps):
             if self._write_steps is None:
                 self._write_steps = _step_writer(list(curves))
             values = np.stack(list(curves.values()), axis=1)  # [steps, curves]
             self._write_steps(tf.constant(values), tf.constant(record.first_step + 1, tf.int64))
             for name in record.metrics.keys() - curves.keys():
-                tf.summary.scalar(f"step/{name}", record.metrics[name][-1], step=end)
+                tf.summary.scalar(f"step/{name}", record.metrics[name][-1])
             if record.warm:
-                tf.summary.scalar("step_ms", 1000 * record.seconds / record.steps, step=end)
-                tf.summary.scalar("images_per_second", record.images / record.seconds, step=end)
+                tf.summary.scalar("step_ms", 1000 * record.seconds / record.steps)
+                tf.summary.scalar("images_per_second", record.images / record.seconds)
                 if len(record.worker_seconds) > 1:
                     for worker, seconds in enumerate(1000 * record.worker_seconds / record.steps):
-                        tf.summary.scalar(f"worker_{worker}/step_ms", seconds, step=end)
+                        tf.summary.scalar(f"worker_{worker}/step_ms", seconds)
         if record.gradient_norms is not None:
             self._gradient_norms.append(record.gradient_norms)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the points of an epoch."""
-        logs = logs or {}
-        values = scalars(logs)
-        train = {name: value for name, value in values.items() if not name.startswith("val_")}
-        validation = {name[4:]: value for name, value in values.items() if name.startswith("val_")}
-        train["learning_rate"] = self._learning_rate
-        for run, values in (("train", train), ("validation", validation)):
+        values = scalars(logs or {}) | {"learning_rate": self._learning_rate}
+        for name, value in values.items():
+            run = "validation" if name.startswith("val_") else "train"
             with self._writers[run].as_default(step=epoch + 1):
-                for name, value in values.items():
-                    tf.summary.scalar(f"epoch/{name}", value)
+                tf.summary.scalar(f"epoch/{name.removeprefix('val_')}", value)
         if self._histograms:
             self._write_histograms(epoch + 1)
         self.flush()
 
     def flush(self) -> None:
-        """Brings every point to its file."""
+        """Writes every point to its file."""
         for writer in self._writers.values():
             writer.flush()
 
-    def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Closes the files."""
-        self.close()
-
     def close(self) -> None:
-        """Closes the files, also after an error."""
+        """Closes the files."""
         for writer in self._writers.values():
             writer.close()
 
@@ -215,15 +198,16 @@ class TensorBoardCurves(keras.callbacks.Callback):
         self._gradient_norms.clear()
 
 
-class Profiler:
-    """Traces the second call, past the first batches, for TensorBoard's profiler page."""
+class Profiler(Callback):
+    """Traces the second call for TensorBoard's profiler page."""
 
     def __init__(self, folder: Path) -> None:
-        """Names the folder the trace goes to."""
+        """Names the folder of the trace."""
+        super().__init__()
         self._folder = folder
         self._calls = 0
 
-    def __call__(self, record: CallRecord) -> None:  # noqa: ARG002 - only counted
+    def on_call_end(self, record: CallRecord) -> None:  # noqa: ARG002
         """Starts the trace after the first call and stops it after the second."""
         self._calls += 1
         if self._calls == 1:
@@ -232,7 +216,7 @@ class Profiler:
             tf.profiler.experimental.stop()
 
     def close(self) -> None:
-        """Writes the trace of a run that had one call only."""
+        """Writes the trace of a training that had only one call."""
         if self._calls == 1:
             tf.profiler.experimental.stop()
 
@@ -251,30 +235,30 @@ def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
         tf.while_loop(lambda i: i < steps, one_step, (tf.constant(0, tf.int64),))
 
     signature = (tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64))
-    graph = tf.function(write, input_signature=signature, autograph=False)  # which takes longer
+    graph = tf.function(write, input_signature=signature, autograph=False)  # AutoGraph is slower
     traced: Callable[[tf.Tensor, tf.Tensor], None] = graph.get_concrete_function()
     return traced
 
 
-def shown(logs: Logs) -> str:
-    """Returns the numbers of an epoch as a person reads them."""
+def format_metrics(logs: Logs) -> str:
+    """Returns the metrics that are single numbers as text."""
     return "  ".join(f"{name} {value:.4f}" for name, value in scalars(logs).items())
 
 
-def plain(logs: Logs) -> dict[str, Any]:
-    """Returns the metrics as JSON takes them: numbers, lists of numbers, null for no number."""
+def to_json(logs: Logs) -> dict[str, Any]:
+    """Returns logs as JSON values: numbers, lists of numbers, and null for NaN and infinity."""
 
-    def finite(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         if isinstance(value, list):
-            return [finite(item) for item in value]
+            return [convert(item) for item in value]
         if not isinstance(value, int | float):  # text that a callback added
             return None if value is None else str(value)
         return value if np.isfinite(value) else None
 
-    return {name: finite(np.asarray(value).tolist()) for name, value in logs.items()}
+    return {name: convert(np.asarray(value).tolist()) for name, value in logs.items()}
 
 
 def scalars(logs: Logs) -> dict[str, float]:
-    """Returns the logs that are one number. A metric may have several, and a callback adds any."""
+    """Returns the logs that are single numbers."""
     kinds = (int, float, np.integer, np.floating)
     return {name: float(value) for name, value in logs.items() if isinstance(value, kinds)}

@@ -195,7 +195,6 @@ class Loop:
         *,
         epochs: int,
         callbacks: Sequence[keras.callbacks.Callback] = (),
-        observers: Sequence[Callable[[CallRecord], None]] = (),
         warmup_calls: int = 1,
         start: Progress | None = None,
     ) -> dict[str, list[float]]:
@@ -206,8 +205,8 @@ class Loop:
             validation: Batches scored after each epoch; their metrics are named `val_...`.
             epochs: How often to go through `train`.
             callbacks: Keras callbacks. Their batch methods run once a call, as Keras runs them
-                under `steps_per_execution`.
-            observers: Called with each window after the callbacks.
+                under `steps_per_execution`. After it, `on_call_end(record)` is called if the
+                callback has this method.
             warmup_calls: How many calls at the start are no measurement of the step.
             start: Where an earlier process left off; a callback restores the state that belongs to
                 it when training begins.
@@ -244,7 +243,7 @@ class Loop:
             if progress.step == 0:
                 model.reset_metrics()
                 self._timed("callbacks", callback_list.on_epoch_begin, epoch)
-            logs, diverged = self._epoch(train, progress, callback_list, observers)
+            logs, diverged = self._epoch(train, progress, callback_list)
             if diverged is not None:
                 break
             if validation is not None:
@@ -397,7 +396,6 @@ class Loop:
         train: Batches,
         progress: Progress,
         callbacks: keras.callbacks.CallbackList,
-        observers: Sequence[Callable[[CallRecord], None]],
     ) -> tuple[Logs, tuple[int, float] | None]:
         """Trains one epoch; returns its logs, and the step and value of a loss that diverged."""
         epoch, logs = progress.epoch, dict(progress.logs)
@@ -410,8 +408,9 @@ class Loop:
             record = self._run_call(train, state, epoch, first, count)
             logs = dict(record.logs)
             self._timed("callbacks", callbacks.on_train_batch_end, first + count - 1, logs)
-            for observer in observers:
-                self._timed("callbacks", observer, record)
+            for callback in callbacks.callbacks:
+                if hasattr(callback, "on_call_end"):
+                    self._timed("callbacks", callback.on_call_end, record)
             bad = np.flatnonzero(~np.isfinite(record.loss))
             if len(bad):
                 return logs, (record.first_step + int(bad[0]) + 1, float(record.loss[bad[0]]))

@@ -1,4 +1,4 @@
-"""The search for better settings: keras-tuner chooses, this project's own loop trains."""
+"""Hyperparameter search: keras-tuner chooses the values, the training loop of this package runs."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""The table [tuning] of a configuration."""
+"""The table [tuning] of a configuration: the search space, and how `trainer tune` searches it."""
 
 import math
 from collections.abc import Iterator
@@ -9,127 +9,131 @@ from pydantic import Field, field_validator, model_validator
 from trainer.config import Section
 from trainer.errors import did_you_mean
 
-_MOST_STEPS = 10_000  # of a range with a step: more is a range without
-
-# Old keys of the table, and their new names.
-RENAMED = {
-    "trials": "max_trials",
-    "seconds": "max_seconds",
-    "executions": "executions_per_trial",
-}
+# Keys of earlier versions: refused in files, translated in stored configurations.
+RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "seconds": "max_seconds"}
+_MAX_STEPS = 10_000  # in a range with a step
 
 
 class Parameter(Section):
-    """What a search may set one key of the configuration to: a range, or one of some values."""
+    """What a search may set one key to: a number of a range, or one of several choices."""
 
-    low: float | int | None = Field(default=None, description="Least value of a range")
+    low: float | int | None = Field(default=None, description="Smallest value of a range")
     high: float | int | None = Field(
-        default=None, description="Greatest value; whole numbers only where both ends are whole"
+        default=None, description="Largest value; if both ends are whole, all values are"
     )
     step: float | int | None = Field(
-        default=None, gt=0, description="From a value to the next; what to multiply by under log"
+        default=None, gt=0, description="Difference between neighbours; with log: their ratio"
     )
     scale: Literal["linear", "log"] = Field(
-        default="linear", description="log: values are drawn by their order of magnitude"
+        default="linear", description="log: sample the logarithm uniformly"
     )
-    choices: list[Any] | None = Field(default=None, description="Values, in place of a range")
+    choices: list[Any] | None = Field(default=None, description="Values, instead of a range")
     when: dict[str, list[Any]] = Field(
-        default={},
-        description="Other keys of the space, and the choices of theirs under which this is set",
+        default={}, description="Set this key only if other keys have one of these choices"
     )
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> Self:
-        ends = [end for end in (self.low, self.high) if end is not None]
+        low, high, step = self.low, self.high, self.step
         if self.choices is not None:
-            if ends or self.step is not None or self.scale != "linear":
+            if (low, high, step, self.scale) != (None, None, None, "linear"):
                 raise ValueError("expected either choices or low and high, received both")
             if not self.choices or any(c in self.choices[:i] for i, c in enumerate(self.choices)):
                 raise ValueError(f"choices: expected different values, received {self.choices}")
             return self
-        if len(ends) < 2 or ends[0] >= ends[1]:
+        if low is None or high is None or low >= high:
             raise ValueError(
-                f"expected low < high, or choices; received low = {self.low}, high = {self.high}"
+                f"expected low < high, or choices; received low = {low}, high = {high}"
             )
-        if self.scale == "log" and ends[0] <= 0:
-            raise ValueError(f"scale = 'log' expects low > 0, received {ends[0]}")
-        if self.step is not None:
-            self._check_step(ends[0], ends[1], self.step)
-        return self
-
-    def _check_step(self, low: float, high: float, step: float) -> None:
-        if self.scale == "log":
-            if step <= 1:
-                raise ValueError(f"scale = 'log' expects step > 1, received {step}")
-            count = math.log(high / low, step)
-        else:
-            count = (high - low) / step
-        if abs(count - round(count)) > 1e-6 or count > _MOST_STEPS:
+        if self.scale == "log" and (low <= 0 or (step or math.inf) <= 1):
+            raise ValueError(
+                f"scale = 'log' expects low > 0 and step > 1, received low = {low}, step = {step}"
+            )
+        count = self._steps()
+        if abs(count - round(count)) > 1e-6 or count > _MAX_STEPS:
             raise ValueError(
                 f"step = {step} expected to lead from low = {low} to high = {high} in whole steps "
-                f"({_MOST_STEPS} at most), received {count:.6g} steps"
+                f"({_MAX_STEPS} at most), received {count:.6g} steps"
             )
+        return self
+
+    def _steps(self) -> float:
+        """Returns the number of steps from low to high; 0 without a step."""
+        if self.low is None or self.high is None or self.step is None:
+            return 0.0
+        if self.scale == "log":
+            return math.log(self.high / self.low, self.step)
+        return (self.high - self.low) / self.step
+
+    @property
+    def whole(self) -> bool:
+        """Whether a range has whole values only."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def values(self) -> list[Any] | None:
+        """Returns all possible values; None for a range without a step."""
+        if self.choices is not None:
+            return self.choices
+        if self.low is None or self.step is None:
+            return None
+        found: list[Any] = []
+        for i in range(round(self._steps()) + 1):
+            value = self.low * self.step**i if self.scale == "log" else self.low + i * self.step
+            # Without rounding errors: 0.1 + 2 * 0.1 becomes 0.3.
+            found.append(value if isinstance(value, int) else float(f"{value:.12g}"))
+        return found
 
 
 class TuningConfig(Section):
-    """How `trainer tune` searches, and where."""
+    """How `trainer tune` searches."""
 
     algorithm: Literal["random", "bayesian", "hyperband", "grid"] = Field(
-        default="random", description="hyperband trains many for few epochs, few for all of them"
+        default="random", description="hyperband: many short trials, few full-length ones"
     )
-    objective: str = Field(
-        default="val_accuracy", description="val_loss, or val_ and the name of a metric"
-    )
+    objective: str = Field(default="val_accuracy", description="val_loss, or val_ and a metric")
     direction: Literal["auto", "min", "max"] = Field(
-        default="auto", description="auto: as Keras's metric of that name is meant"
+        default="auto", description="auto: derived from the Keras metric of that name"
     )
-    max_trials: int = Field(default=30, ge=1, lt=10**6, description="The most to try")
+    max_trials: int = Field(default=30, ge=1, lt=10**6, description="Maximum number of trials")
     max_seconds: float | None = Field(
-        default=None, gt=0, description="Begin no trial after so long, interruptions not counted"
+        default=None, gt=0, description="Start no trial after this search time; pauses are excluded"
     )
     executions_per_trial: int = Field(
-        default=1, ge=1, le=100, description="Trainings a trial, of different seeds; their mean"
+        default=1, ge=1, le=100, description="Trainings per trial with different seeds; averaged"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Of the values to try")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Random seed of the search")
     patience: int = Field(
-        default=3,
-        ge=0,
-        description="Epochs without a better objective that end a training; 0: none",
+        default=3, ge=0, description="Epochs without improvement before a training ends; 0: no end"
     )
     pruning: bool = Field(
-        default=True,
-        description="End a trial that is worse than the median of the others after as many epochs",
+        default=True, description="End a trial below the median of the others at the same epoch"
     )
-    keep: int = Field(default=3, ge=1, description="How many of the best keep their weights")
-    stop_on_failure: bool = Field(
-        default=False, description="End the search with the first trial that fails"
-    )
+    keep: int = Field(default=3, ge=1, description="Number of best trials that keep their weights")
+    stop_on_failure: bool = Field(default=False, description="End the search if a trial fails")
     space: dict[str, Parameter] = Field(
-        default={}, description="What to try: a range or choices by the dotted key they are for"
+        default={}, description="The search space: a range or choices for each dotted key"
     )
 
     @field_validator("space", mode="before")
     @classmethod
     def _dotted(cls, value: Any) -> Any:
-        """Takes optimizer.learning_rate = {...} for "optimizer.learning_rate" = {...}."""
-        return dict(_flat(value)) if isinstance(value, dict) else value
+        """Accepts optimizer.learning_rate = {...} for "optimizer.learning_rate" = {...}."""
+        return dict(_flatten(value)) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _conditions_hold(self) -> Self:
+    def _check_space(self) -> Self:
         for key, parameter in self.space.items():
             for other, values in parameter.when.items():
-                known = self.space.get(other)
-                if known is None or known.choices is None:
+                known = self.space[other].choices if other in self.space else None
+                if known is None:
                     named = [k for k, p in self.space.items() if p.choices is not None and k != key]
                     raise ValueError(
                         f"space.{key}.when: expected keys of the space that have choices, "
                         f"received {other!r}: {did_you_mean(other, named)}"
                     )
-                strange = [v for v in values if v not in known.choices]
-                if strange or not values:
+                if not values or any(value not in known for value in values):
                     raise ValueError(
-                        f"space.{key}.when.{other}: expected some of {known.choices}, "
-                        f"received {values}"
+                        f"space.{key}.when.{other}: expected some of {known}, received {values}"
                     )
             inner = [other for other in self.space if other.startswith(f"{key}.")]
             if inner:
@@ -138,26 +142,29 @@ class TuningConfig(Section):
         return self
 
     def in_order(self) -> dict[str, Parameter]:
-        """Returns the space, each key after those that its conditions name."""
-        ordered: dict[str, Parameter] = {}
-        while len(ordered) < len(self.space):
-            ready = {
-                key: parameter
-                for key, parameter in self.space.items()
-                if key not in ordered and parameter.when.keys() <= ordered.keys()
-            }
-            if not ready:
-                circle = ", ".join(key for key in self.space if key not in ordered)
-                raise ValueError(f"space: {circle} wait for each other in their conditions")
-            ordered |= ready
-        return ordered
+        """Returns the space, each key after the keys that its conditions name."""
+
+        def depth(key: str, path: tuple[str, ...] = ()) -> int:
+            if key in path:
+                raise ValueError(f"space: the conditions of {', '.join(path)} form a cycle")
+            others = self.space[key].when
+            return max((1 + depth(other, (*path, key)) for other in others), default=0)
+
+        return {key: self.space[key] for key in sorted(self.space, key=depth)}
+
+    def conditions(self, key: str) -> dict[str, list[int]]:
+        """Returns the other keys that a key depends on, and the indices of their choices."""
+        return {
+            other: [(self.space[other].choices or []).index(value) for value in values]
+            for other, values in self.space[key].when.items()
+        }
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Gives the tables of a space by their dotted keys, however TOML has nested them."""
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the parameters of a space by dotted key, whatever nesting the TOML file uses."""
     for key, value in tree.items():
         if isinstance(value, dict) and value and not value.keys() & Parameter.model_fields.keys():
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

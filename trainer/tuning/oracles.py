@@ -1,9 +1,8 @@
-"""keras-tuner's oracles, which choose what to try next, made to survive being killed.
+"""keras-tuner's oracles choose the values of each trial. Here they survive a kill at any moment.
 
-As they are (1.4.8), they write their files in place, so that a kill leaves half a file; they list a
-trial that has ended among those under way, and would do it again; they forget one that was drawn
-but not yet listed; a grid does not remember where it was; and the Bayesian one tries its favourite
-again and again.
+keras-tuner 1.4.8 writes one file per trial and one for the oracle, and replaces none atomically. A
+kill can leave half a file, a trial that the oracle does not know, or a finished trial that would
+run again. Its grid forgets its position, and its Bayesian oracle repeats its favourite values.
 """
 
 import contextlib
@@ -11,191 +10,202 @@ import io
 import itertools
 import json
 import logging
-import shutil
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 import keras_tuner
+from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.metrics_tracking import infer_metric_direction
-from keras_tuner.engine.trial import Trial
+from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.oracles import BayesianOptimizationOracle, HyperbandOracle, RandomSearchOracle
 
-from trainer.config import Config
 from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.tuning.config import TuningConfig
+from trainer.tuning.search_directory import SearchDirectory
 from trainer.tuning.space import hyperparameters
 
 _log = logging.getLogger(__name__)
 
-RUNNING, COMPLETED, FAILED = "RUNNING", "COMPLETED", "FAILED"
-STOPPED, IDLE = "STOPPED", "IDLE"
-
 
 class _Durable(keras_tuner.Oracle):
-    """What all of them need: files written whole, and a state that can be gone on from."""
+    """Keeps the whole state in one file that is replaced atomically; limits the search time."""
 
-    def save(self) -> None:
-        """Writes oracle.json, whole or not at all."""
-        write_text(Path(self._get_oracle_fname()), json.dumps(self.get_state()))
+    def __init__(self, search: SearchDirectory, **options: Any) -> None:
+        super().__init__(**options)
+        self.tuning = search.tuning
+        self.max_trials = search.tuning.max_trials
+        self.verbose = 0
+        self._search = search
+        self._file = search.oracle / "oracle.json"
+        self._start = time.monotonic()
+        # This constructor sets the directory of the oracle.
+        BaseTuner(oracle=self, directory=str(search.path), project_name=search.oracle.name)
 
-    def _save_trial(self, trial: Trial) -> None:
-        path = Path(self._get_trial_dir(trial.trial_id)) / "trial.json"
-        write_text(path, json.dumps(trial.get_state()))
+    @property
+    def seconds(self) -> float:
+        """The time of the search so far, interruptions excluded."""
+        return time.monotonic() - self._start
+
+    @property
+    def late(self) -> bool:
+        """Whether the time of the search is used up."""
+        return self.tuning.max_seconds is not None and self.seconds > self.tuning.max_seconds
+
+    def populate_space(self, trial_id: str) -> dict[str, Any]:
+        """Returns the values of the next trial; none if the time is used up."""
+        if self.late and self.trials:
+            return {"status": TrialStatus.STOPPED}
+        response: dict[str, Any] = super().populate_space(trial_id)
+        return response
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the state; a trial that has ended is not under way."""
+        """Returns the state including all trials."""
+        trials = [trial.get_state() for trial in self.trials.values()]
         state: dict[str, Any] = super().get_state()
-        state["ongoing_trials"] = {
-            worker: trial.trial_id
-            for worker, trial in self.ongoing_trials.items()
-            if trial.status == RUNNING
-        }
-        return state
+        return state | {"trials": trials, "seconds": round(self.seconds, 1)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores the state. Trials that did not end or have no record are handed out again."""
+        order, ended = state["start_order"], state["end_order"]
+        if "trials" not in state:  # the format of trainer 1: a file for each trial
+            files = [self._search.oracle / f"trial_{trial}" / "trial.json" for trial in order]
+            state = state | {"trials": [_read(file) for file in files], "seconds": 0.0}
+            for file in self._search.path.glob("seconds.json"):
+                state |= _read(file)
+        self.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
+        self._start = time.monotonic() - state["seconds"]
+        ended = [trial for trial in ended if self._search.record_file(trial).exists()]
+        queue = [trial for trial in reversed(order) if trial not in ended]
+        changes = {"ongoing_trials": {}, "retry_queue": queue, "end_order": ended}
+        super().set_state(state | changes)
+
+    def save(self) -> None:
+        """Writes the state atomically."""
+        write_text(self._file, json.dumps(self.get_state()))
 
     def reload(self) -> None:
-        """Reads the state; a trial of which only its own file knows was never begun.
+        """Reads the state, if there is one.
 
         Raises:
-            FileNotFoundError: A trial that was begun has no file.
+            InputError: The file is damaged.
         """
-        super().reload()
-        lost = sorted(set(self.start_order) - self.trials.keys())
-        if lost:
-            raise FileNotFoundError(f"no trial.json of trial {', '.join(lost)}")
-        for trial_id in self.trials.keys() - set(self.start_order):
-            del self.trials[trial_id]
-            shutil.rmtree(self._get_trial_dir(trial_id))
+        try:
+            if self._file.exists():
+                self.set_state(_read(self._file))
+        except Exception as error:  # keras-tuner raises anything on a damaged state
+            raise InputError(
+                f"{self._search.oracle} is damaged ({type(error).__name__}: {error}): restore the "
+                "files, or choose another --name"
+            ) from None
 
 
-class _Random(_Durable, RandomSearchOracle):
-    pass
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
 
 
-class _Bayesian(_Durable, BayesianOptimizationOracle):
+class _Bayesian(BayesianOptimizationOracle, RandomSearchOracle):
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """Returns the most promising values; where they were tried before, others at random."""
+        """Returns the most promising values; random ones if these were tried before."""
         response: dict[str, Any] = super().populate_space(trial_id)
-        if response["status"] == RUNNING and self._duplicate(response["values"]):
-            response = self._random_populate_space()
+        tried = [trial.hyperparameters.values for trial in self.trials.values()]
+        if response.get("values") in tried:
+            response = RandomSearchOracle.populate_space(self, trial_id)
         return response
 
 
-class _Hyperband(_Durable, HyperbandOracle):
-    pass
-
-
-class Grid(_Durable):
-    """Every combination in turn: the n-th trial is the n-th, whatever was interrupted between."""
+class _Grid(keras_tuner.Oracle):
+    """Every combination in order. Trial n is combination n, whatever was interrupted before."""
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:  # noqa: ARG002
         """Returns the next combination."""
-        following = itertools.islice(self.combinations(), len(self.start_order), None)
+        following = itertools.islice(combinations(self.tuning), len(self.start_order), None)
         values = next(following, None)
-        if values is None:
-            return {"status": STOPPED}
-        return {"status": RUNNING, "values": values}
-
-    def combinations(self) -> Iterator[dict[str, Any]]:
-        """Gives all of them, without the parameters that a condition rules out."""
-        yield from _combinations(self.hyperparameters.space, {})
+        return {"status": TrialStatus.RUNNING if values else TrialStatus.STOPPED, "values": values}
 
 
-def _combinations(space: list[Any], values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    if not space:
-        yield dict(values)
-        return
-    first, *rest = space
-    if not all(condition.is_active(values) for condition in first.conditions):
-        yield from _combinations(rest, values)
-        return
-    for value in first.values:
-        yield from _combinations(rest, {**values, first.name: value})
+def combinations(tuning: TuningConfig) -> Iterator[dict[str, int]]:
+    """Yields the index of each parameter's value for every point of a grid.
+
+    A parameter whose conditions do not hold is missing.
+    """
+
+    def extend(keys: list[str], point: dict[str, int]) -> Iterator[dict[str, int]]:
+        if not keys:
+            yield point
+            return
+        key, *rest = keys
+        active = all(point.get(o) in allowed for o, allowed in tuning.conditions(key).items())
+        indices = range(len(tuning.space[key].values() or ()))
+        for extended in [{**point, key: index} for index in indices] if active else [point]:
+            yield from extend(rest, extended)
+
+    return extend(list(tuning.in_order()), {})
 
 
-def direction_of(config: Config) -> str:
+def direction_of(tuning: TuningConfig) -> str:
     """Returns "min" or "max".
 
     Raises:
-        InputError: Keras does not know a metric of the objective's name.
+        InputError: The direction is "auto", and Keras has no metric with the objective's name.
     """
-    tuning = config.table(TuningConfig)
-    found = _inferred_direction(tuning.objective)
-    if tuning.direction != "auto":
-        if found not in (None, tuning.direction):
-            _log.warning(
-                "tuning.direction = %r: the worst %s is looked for.",
-                *(tuning.direction, tuning.objective),
+    objective, direction = tuning.objective, tuning.direction
+    known = _infer_direction(objective)
+    if direction == "auto":
+        if known is None:
+            raise InputError(
+                f"tuning.objective = {objective!r}: is a higher or a lower value better? Set "
+                "tuning.direction to 'max' or 'min'"
             )
-        return tuning.direction
-    if found is None:
-        raise InputError(
-            f"tuning.objective = {tuning.objective!r}: is more or less of it better? Set "
-            "tuning.direction to 'max' or 'min'"
-        )
-    return found
+        return known
+    if known not in (None, direction):
+        _log.warning("tuning.direction = %r searches for the worst %s.", direction, objective)
+    return direction
 
 
-def _inferred_direction(objective: str) -> str | None:
-    """Returns the direction by which Keras's metric of this name is meant; None if not known."""
+def _infer_direction(objective: str) -> str | None:
+    """Returns the direction of Keras's metric or loss of this name; None if there is none."""
     try:
-        found: str | None = infer_metric_direction(objective)
-    except (TypeError, ValueError, AttributeError):  # of metrics that need arguments
+        direction: str | None = infer_metric_direction(objective)
+        if direction == "min" and objective != "val_loss":
+            # keras-tuner returns "min" for all metrics it does not list, for example F1Score.
+            keras.losses.get(objective.removeprefix("val_"))
+    except (TypeError, ValueError, AttributeError):  # no loss, or a metric that needs arguments
         return None
-    # keras-tuner answers "min" for every metric that it has not listed, F1Score among them.
-    return found if found == "max" or _is_loss(objective.removeprefix("val_")) else None
+    return direction
 
 
-def _is_loss(name: str) -> bool:
-    try:
-        return name == "loss" or keras.losses.get(name) is not None
-    except (TypeError, ValueError):
-        return False
-
-
-def make_oracle(config: Config, folder: Path) -> keras_tuner.Oracle:
-    """Makes the oracle that a configuration names; what it chose before is read from its folder.
-
-    Args:
-        config: Of the search, its direction resolved.
-        folder: Keeps the oracle's files.
+def make_oracle(search: SearchDirectory) -> Any:
+    """Creates the oracle of a search and restores its state.
 
     Raises:
-        InputError: They are damaged.
+        InputError: The files of the oracle are damaged.
     """
-    tuning = config.table(TuningConfig)
+    tuning = search.tuning
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
-        "hyperparameters": hyperparameters(config),
-        "seed": tuning.seed + 1,  # keras-tuner takes 0 for "any"
-        "max_consecutive_failed_trials": 10**9,  # the search itself counts them
+        "hyperparameters": hyperparameters(tuning),
+        "seed": tuning.seed + 1,  # keras-tuner replaces 0 by a random seed
+        "max_consecutive_failed_trials": 10**9,  # trainer.tuning.search counts failures
     }
     if tuning.algorithm == "hyperband":
-        # Brackets after brackets, until the trials are used up.
-        oracle = _Hyperband(max_epochs=config.training.epochs, hyperband_iterations=None, **options)
-        oracle.max_trials = tuning.max_trials
-    else:
-        kinds = {"random": _Random, "bayesian": _Bayesian, "grid": Grid}
-        oracle = kinds[tuning.algorithm](max_trials=tuning.max_trials, **options)
-    oracle.verbose = 0
-    oracle._set_project_dir(str(folder.parent), folder.name)
-    if (folder / "oracle.json").exists():
-        try:
-            oracle.reload()
-        except Exception as error:  # whatever keras-tuner makes of half a file
-            raise InputError(
-                f"{folder} is damaged ({type(error).__name__}: {error}): put back what was there, "
-                "or choose another --name"
-            ) from None
+        # One bracket follows another until max_trials.
+        options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
+    kinds = {"random": RandomSearchOracle, "bayesian": _Bayesian, "grid": _Grid}
+    base = kinds.get(tuning.algorithm, HyperbandOracle)
+    oracle: Any = type(base.__name__, (_Durable, base), {})(search, **options)
+    oracle.reload()
     return oracle
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what keras-tuner prints to find its own faults, and what it warns of, to itself."""
+    """Suppresses what keras-tuner prints for debugging, and its warnings."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,6 @@
-"""What came of a search: the table, what mattered, and the best configuration."""
+"""Results of a search: the best configuration, all trials, and the importance of each parameter."""
 
-from dataclasses import asdict
+import json
 from typing import Any
 
 import numpy as np
@@ -9,95 +9,99 @@ from numpy.typing import NDArray
 from trainer.config import Config
 from trainer.errors import CheckError
 from trainer.files import write_text
-from trainer.tuning.config import TuningConfig
-from trainer.tuning.folder import Record, SearchFolder, ranked
-from trainer.tuning.space import trial_config, values_of
+from trainer.tuning.config import Parameter
+from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.space import searched, trial_config
 
 _TREES = 100
 _REPEATS = 10
-# Trials for each parameter, below which the order of importances changes from search to search.
-_TRIALS_A_PARAMETER = 4
-_EXPLAINED = 0.3  # of the scores' variance, below which what a forest learned is mostly noise
+# With fewer trials per parameter, the order of importances differs between searches.
+_MIN_TRIALS_PER_PARAMETER = 4
+_MIN_R2 = 0.3  # below this, a forest has learned mostly noise
 
 
-def write_best(folder: SearchFolder, config: Config) -> None:
-    """Writes best.toml: the best trial's configuration, as `trainer fit` takes it."""
-    records = folder.records()
-    best = next(iter(ranked(records, config.table(TuningConfig).direction)), None)
-    if best is None:
+def write_best(search: SearchDirectory) -> None:
+    """Writes best.toml, the configuration of the best trial, if a trial has a score."""
+    ranked, count = search.ranked(), search.tuning.executions_per_trial
+    if not ranked:
         return
-    tuning = config.table(TuningConfig)
-    epochs = best.epochs if tuning.algorithm == "hyperband" else None
-    of = f", mean of {tuning.executions_per_trial} seeds" if tuning.executions_per_trial > 1 else ""
+    best, mean = ranked[0], f", mean of {count} seeds" if count > 1 else ""
     head = (
-        f"# Trial {best.trial} of tune-{folder.name}, the best of {len(records)}: "
-        f"{tuning.objective} {best.score:.6g}{of}.\n"
+        f"# Trial {best.trial} of tune-{search.name}, the best of {len(search.records())}: "
+        f"{search.tuning.objective} {best.score:.6g}{mean}.\n"
     )
-    write_text(folder.best, head + trial_config(config, best.values, epochs).to_toml())
+    write_text(search.best, head + trial_config(search.config, best.shown_values).to_toml())
 
 
-def write_results(folder: SearchFolder, config: Config) -> dict[str, Any]:
-    """Writes results.json and best.toml, and returns the former's content.
+def write_results(search: SearchDirectory, seconds: float, **extra: Any) -> dict[str, Any]:
+    """Writes results.json and best.toml, and returns the content of results.json.
+
+    Args:
+        search: The search.
+        seconds: Time of the search.
+        extra: Further entries of results.json.
 
     Raises:
         CheckError: No trial has a score.
     """
-    records, tuning = folder.records(), config.table(TuningConfig)
-    best = next(iter(ranked(records, tuning.direction)), None)
-    if best is None:
-        raise CheckError(f"none of {len(records)} trials came to an end with a score")
-    write_best(folder, config)
-    importance, note = importances(config, records)
+    tuning, records, ranked = search.tuning, search.records(), search.ranked()
+    if not ranked:
+        raise CheckError(f"none of {len(records)} trials has a score")
+    write_best(search)
+    importance, note = importances(search.config, records)
     document: dict[str, Any] = {
-        "search": str(folder.path),
+        "search": str(search.path),
         "objective": tuning.objective,
         "direction": tuning.direction,
         "algorithm": tuning.algorithm,
-        "best": asdict(best) | {"config": str(folder.best)},
+        "best": ranked[0].model_dump() | {"config": str(search.best)},
         "importance": importance,
         "importance_note": note,
-        "seconds": folder.seconds(),
-        "trials": [asdict(record) for record in records],
+        "seconds": round(seconds, 1),
+        "trials": [record.model_dump() for record in records],
+        **extra,
     }
-    folder.write_json("results.json", document)
+    write_text(search.path / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     return document
 
 
-def importances(config: Config, records: list[Record]) -> tuple[dict[str, float] | None, str]:
-    """Says how much each parameter mattered to the score.
+def importances(config: Config, records: list[TrialRecord]) -> tuple[dict[str, float] | None, str]:
+    """Estimates the influence of each parameter on the score.
 
-    A random forest learns the score from the values; a parameter's importance is what the forest's
-    error grows by when that parameter's values are shuffled among the trials (Breiman 2001, as
-    scikit-learn's permutation_importance computes it), as a share of all.
+    A random forest learns the score from the values. The importance of a parameter is the increase
+    of the forest's error when the values of this parameter are shuffled among the trials (Breiman
+    2001, scikit-learn's permutation_importance), divided by the sum over all parameters.
 
     Args:
-        config: Of the search.
-        records: Its trials.
+        config: Configuration of the search.
+        records: Trials of the search.
 
     Returns:
-        Shares by key, the largest first, and how far they can be believed; None where they cannot.
+        Fractions by key, the largest first, or None if they are not reliable; and a note on
+        reliability.
     """
     scored = [record for record in records if record.score is not None]
-    keys = list(config.table(TuningConfig).space)
-    if config.table(TuningConfig).algorithm == "hyperband":
-        keys.append("training.epochs")
-    needed = max(10, _TRIALS_A_PARAMETER * len(keys))
+    space = searched(config)
+    keys = list(space)
+    needed = max(10, _MIN_TRIALS_PER_PARAMETER * len(keys))
     if len(scored) < needed:
-        return None, f"{len(scored)} trials with a score are too few to say: expected {needed}"
-    columns = np.array([[_number(config, r, key) for key in keys] for r in scored])
+        return None, f"{len(scored)} trials with a score are too few: expected {needed}"
+    columns = np.array(
+        [[_number(space[key], r.shown_values.get(key)) for key in keys] for r in scored]
+    )
     scores = np.array([record.score for record in scored], np.float64)
     if np.ptp(scores) == 0:
         return None, "all scores are the same"
-    shares, explained = _forest(columns, scores)
-    if explained < _EXPLAINED or shares.sum() <= 0:
-        return None, f"a forest explains too little of the scores (out of bag, R2 {explained:.2f})"
-    order = np.argsort(-shares, kind="stable")
-    found = {keys[i]: float(shares[i] / shares.sum()) for i in order}
-    return found, f"{len(scored)} trials, of whose scores a forest explains {explained:.0%}"
+    found, r2 = _forest(columns, scores)
+    if r2 < _MIN_R2 or found.sum() <= 0:
+        return None, f"a forest explains too little of the scores: out-of-bag R2 {r2:.2f}"
+    order = np.argsort(-found, kind="stable")
+    shares = {keys[i]: float(found[i] / found.sum()) for i in order}
+    return shares, f"{len(scored)} trials, out-of-bag R2 {r2:.2f}"
 
 
 def _forest(columns: NDArray[Any], scores: NDArray[Any]) -> tuple[NDArray[Any], float]:
-    """Returns the importance of each column, and R2 of trials that a tree has not seen."""
+    """Returns the importance of each column, and the out-of-bag R2."""
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 
@@ -106,12 +110,9 @@ def _forest(columns: NDArray[Any], scores: NDArray[Any]) -> tuple[NDArray[Any], 
     return np.maximum(result.importances_mean, 0.0), float(forest.oob_score_)
 
 
-def _number(config: Config, record: Record, key: str) -> float:
-    """Returns a value as a tree can split it; -1 where a condition ruled the parameter out."""
-    if key not in config.table(TuningConfig).space:
-        return float(record.epochs)
-    if key not in record.values:
+def _number(parameter: Parameter, value: Any) -> float:
+    """Returns a value as a number for the forest; -1 if a condition made the key inactive."""
+    values = parameter.values()
+    if value is None:
         return -1.0
-    values = values_of(config.table(TuningConfig).space[key])
-    value = record.values[key]
     return float(value) if values is None else float(values.index(value))

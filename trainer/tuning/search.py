@@ -1,18 +1,15 @@
-"""`trainer tune`: checks what can be checked, leads the search, says what came of it."""
+"""`trainer tune`: checks the configuration, runs the search, writes the results."""
 
 import contextlib
 import logging
-import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import keras
-import keras_tuner
 import numpy as np
 from rich.console import Console
 
@@ -27,21 +24,22 @@ from trainer.experiment import (
     compiled_model,
     make_callbacks,
 )
-from trainer.files import require_writable, write_text
+from trainer.files import require_writable
 from trainer.run import Run
 from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
-from trainer.tuning import cluster, hparams, results
+from trainer.tuning import results
+from trainer.tuning import workers as parallel
 from trainer.tuning.config import TuningConfig
-from trainer.tuning.folder import Record, SearchFolder, ranked
-from trainer.tuning.oracles import Grid, direction_of, make_oracle
-from trainer.tuning.space import check_space, decode, extremes, short_names
+from trainer.tuning.oracles import combinations, direction_of, make_oracle
+from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.space import check_space, extremes, short_names
 from trainer.tuning.trial import run_trials
 
 _log = logging.getLogger(__name__)
 
-# So many failures in a row have one cause, a full disk for example: the next would fail, too.
-_FAILURES_IN_A_ROW = 5
+# So many failures in a row have a common cause, for example a full disk.
+_MAX_FAILURES_IN_A_ROW = 5
 
 
 def tune(
@@ -52,112 +50,115 @@ def tune(
     refit: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
-    """Searches the space of a configuration; goes on with a search that was interrupted.
+    """Searches the space of a configuration, or continues an interrupted search.
 
     Args:
-        config: Its `tuning` says what to try and how.
-        name: Of the search, which is kept in `<runs>/tune-<name>`; None: the configuration's
-            logging.name, else the data set's and the model's.
-        workers: Processes that train at the same time; 0: this one alone.
-        refit: Train the best on train and validation together, and score the test images once.
-        console: Where the refit's progress bar is drawn.
+        config: The configuration. Its table [tuning] describes the search.
+        name: Name of the search, which is kept in `<runs>/tune-<name>`; None: logging.name, or the
+            names of data set and model.
+        workers: Processes that train at the same time; 0: only this one.
+        refit: Train the best trial on train and validation together, and score the test images.
+        console: Shows the progress bar of the refit.
 
     Returns:
-        The content of results.json; None in a process that works for a chief elsewhere.
+        The content of results.json; None in a worker of a chief elsewhere.
 
     Raises:
-        InputError: The space does not fit the configuration, or the directory is of another search
-            or damaged.
-        CheckError: No trial came to an end, or too many failed.
-        MissingError: A device of the space is not here, or a worker or the chief is lost.
-        StoppedError: A signal came; the state is saved.
+        InputError: The space does not fit the configuration, or the directory is damaged or holds
+            another search.
+        CheckError: No trial has a score, or too many failed.
+        MissingError: A device of the space, a worker or the chief is missing.
+        StoppedError: A signal stopped the search; the state is saved.
     """
-    member = cluster.membership()
+    member = parallel.membership()
     if member is not None and workers:
         raise InputError(
             "--workers starts a chief and workers on this machine: expected no KERASTUNER_TUNER_ID"
         )
     if read_cluster() is not None:
         raise InputError(
-            "a search gives each of its workers trainings of its own: expected no TF_CONFIG and no "
-            "SLURM job step of several tasks, which make one training of all"
+            "each worker of a search trains its own trials: expected no TF_CONFIG and no SLURM job "
+            "step of several tasks, which join all processes in one training"
         )
     check_space(config)
     require_writable(config.logging.directory)
-    default = re.sub(r"[^\w.-]+", "-", f"{config.data.name}-{config.model.name}")
-    folder = SearchFolder(config.logging.directory, name or config.logging.name or default)
-    advice = f"go on with the same `trainer tune` ({folder.path})"
-    if member is not None and not member.chief:
-        with _stopped_with(advice):
-            cluster.work(folder, config, member)
+    search = SearchDirectory(config, name)
+    if member is not None and "chief" not in member.name:
+        with _explained(search):
+            parallel.work(search, member)
         return None
-    config, metrics = _check_forward(config)
-    folder.require_same(config)
-    with folder.locked(), _stopped_with(advice):
-        folder.create(config)
-        hparams.write_domains(folder, config, metrics)
-        oracle = make_oracle(config, folder.oracle)
-        _require_whole(folder, config, oracle)
-        if refit and folder.best.exists():
-            _what_to_refit(folder)  # which refuses a second one before more is trained
-        _say_what_is_left_out(config, oracle)
-        watch = _Watch(folder, config, oracle)
-        with watch.timed():
-            if member is None and not workers:
-                with _terminal_for_the_search():
-                    run_trials(folder, config, oracle, "alone", watch.look)
-            else:
-                cluster.lead(folder, oracle, member, workers, watch.look)
-        watch.tell_the_end()
-        document = results.write_results(folder, config)
-        if refit:
-            document["refit"] = _refit(folder, console)
-            folder.write_json("results.json", document)
+    search = SearchDirectory(_check_extremes(config), search.name)
+    search.stored()  # raises an error if it differs
+    with _explained(search), search.locked():
+        search.create()
+        return _run_search(search, member, workers, refit=refit, console=console)
+
+
+def _run_search(
+    search: SearchDirectory,
+    member: parallel.Member | None,
+    workers: int,
+    *,
+    refit: bool,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Runs the remaining trials, then the refit, and returns the content of results.json."""
+    oracle = make_oracle(search)
+    if refit and search.ranked():
+        _refit_run(search)  # refuses a second refit before more trials are run
+    progress = _Progress(search, oracle)
+    try:
+        if member is None and not workers:
+            with _trial_logs_hidden():
+                run_trials(search, oracle, "alone", progress.report)
+        else:
+            parallel.lead(search, oracle, member, workers, progress.report)
+    finally:
+        oracle.save()  # which notes the time of the search
+    progress.report_end()
+    document = results.write_results(search, oracle.seconds)
+    if refit:
+        refitted = _refit(search, console)
+        document = results.write_results(search, oracle.seconds, refit=refitted)
     return document
 
 
-def _check_forward(config: Config) -> tuple[Config, list[str]]:
-    """Builds everything that the space's ends and choices make, before any of it is trained.
+def _check_extremes(config: Config) -> Config:
+    """Builds the objects of every end and choice of the space before any of them is trained.
 
     Returns:
-        The configuration, with the direction and a fallback of the data set resolved; and the
-        names of the validation scores.
+        The configuration with the direction and a fallback of the data set resolved.
 
     Raises:
-        InputError: Something does not fit.
+        InputError: Something does not fit together.
     """
     experiment = build_experiment(config, PhaseTimer())
-    metrics = [
-        f"val_{name}"
-        for name, value in experiment.model.get_metrics_result().items()
-        if np.ndim(value) == 0
-    ]
-    if config.table(TuningConfig).objective not in metrics:
-        objective = config.table(TuningConfig).objective
+    found = experiment.model.get_metrics_result().items()
+    metrics = [f"val_{name}" for name, value in found if np.ndim(value) == 0]
+    tuning = config.table(TuningConfig)
+    objective = tuning.objective
+    if objective not in metrics:
         raise InputError(f"tuning.objective = {objective!r}: {did_you_mean(objective, metrics)}")
-    resolved = {
-        "tuning.direction": direction_of(config),
-        "data.name": experiment.config.data.name,
-    }
-    config = config.with_changes(resolved)
+    direction, data = direction_of(tuning), experiment.config.data.name
+    config = config.with_changes({"tuning.direction": direction, "data.name": data})
     built = []
-    for named, extreme in extremes(config):
+    for name, extreme in extremes(config):
         parts = (extreme.model, extreme.optimizer, extreme.training, extreme.data.augmentation)
         if parts not in built and extreme.data.image_size == config.data.image_size:
             built.append(parts)
             try:
                 _build(extreme, experiment)
             except (InputError, MissingError) as error:
-                raise type(error)(f"tuning.space, {named}: {error}") from None
+                raise type(error)(f"tuning.space, {name}: {error}") from None
     keras.utils.clear_session()
-    return config, metrics
+    return config
 
 
 def _build(config: Config, experiment: Experiment) -> None:
-    """Builds the network, and tries all else that one configuration names."""
+    """Builds every object that a trial's configuration names, except its data."""
     if config.training.batch_size > experiment.data.spec.train:
         raise InputError(
-            f"expected batches of {experiment.data.spec.train} training images or fewer, "
+            f"expected batches of at most {experiment.data.spec.train} training images, "
             f"received {config.training.batch_size}"
         )
     chosen = devices.select(config.training.device)
@@ -168,192 +169,135 @@ def _build(config: Config, experiment: Experiment) -> None:
     try_optimizer(config.optimizer)
 
 
-def _require_whole(folder: SearchFolder, config: Config, oracle: keras_tuner.Oracle) -> None:
-    """Refuses a search of which a part is lost: the best would be that of what is left.
+class _Progress:
+    """Reports finished trials and keeps the files of the search up to date."""
 
-    Raises:
-        InputError: Records are missing, or are of other values than were chosen.
-    """
-    records = {record.trial: record for record in folder.records()}
-    chosen = {trial: oracle.trials[trial].hyperparameters.values for trial in oracle.trials}
-    lost = [trial for trial in oracle.end_order if trial not in records]
-    strange = [
-        trial
-        for trial, record in records.items()
-        if trial not in chosen or record.values != decode(config, chosen[trial])
-    ]
-    for what, trials in (
-        ("no record of", lost),
-        ("records of other values than its oracle/ chose for", strange),
-    ):
-        if trials:
-            raise InputError(
-                f"{folder.path} is damaged: it has {what} trial {', '.join(trials)}: put back what "
-                "was there, or choose another --name"
-            )
-
-
-def _say_what_is_left_out(config: Config, oracle: keras_tuner.Oracle) -> None:
-    """Says so where a grid has more points than are to be tried."""
-    trials = config.table(TuningConfig).max_trials
-    if isinstance(oracle, Grid) and any(True for _ in islice(oracle.combinations(), trials, None)):
-        _log.warning(
-            "The grid has more than tuning.max_trials = %d points: the first of them are tried.",
-            trials,
-        )
-
-
-class _Watch:
-    """What the process that leads a search does when a trial is done."""
-
-    def __init__(self, folder: SearchFolder, config: Config, oracle: keras_tuner.Oracle) -> None:
-        self._folder = folder
-        self._config = config
+    def __init__(self, search: SearchDirectory, oracle: Any) -> None:
+        self._search = search
+        self._tuning = search.tuning
         self._oracle = oracle
-        self._told = {record.trial for record in folder.records()}
+        self._reported = {record.trial for record in search.records()}
         self._failures = 0
-        self._before, self._begin = folder.seconds(), time.monotonic()
-        if self._told:
-            done, wanted = len(self._told), config.table(TuningConfig).max_trials
-            _log.info("going on with %s: %d of %d trials are done", folder.path, done, wanted)
+        limit = self._tuning.max_trials
+        if self._reported:
+            done = len(self._reported)
+            _log.info("continuing %s: %d of %d trials are done", search.path, done, limit)
+        beyond = islice(combinations(self._tuning), limit, None)
+        if self._tuning.algorithm == "grid" and next(beyond, None) is not None:
+            _log.warning("the grid has more points than tuning.max_trials = %d", limit)
 
-    @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Notes how long the search has taken, however it ends."""
-        self._end_in_time()
-        try:
-            yield
-        finally:
-            self._note_seconds()
-
-    def look(self) -> None:
-        """Tells of the trials that are done, removes what is not kept, and ends a search in time.
+    def report(self) -> None:
+        """Reports trials that ended since the last call, and removes weights that are not kept.
 
         Raises:
-            CheckError: A trial failed, and no more are to be begun.
+            CheckError: A trial failed, and the search must end.
         """
-        ended = [trial for trial in list(self._oracle.end_order) if trial not in self._told]
+        ended = [trial for trial in list(self._oracle.end_order) if trial not in self._reported]
         for trial in ended:
-            self._told.add(trial)
-            record = self._folder.record(trial)
-            if record is not None:
-                self._tell(record)
+            self._reported.add(trial)
+            self._report_trial(self._search.record(trial))
         if ended:
-            tuning = self._config.table(TuningConfig)
-            self._folder.keep_best(tuning.keep, tuning.direction)
-            results.write_best(self._folder, self._config)
-            self._note_seconds()
-        self._end_in_time()
+            self._search.remove_weights()
+            results.write_best(self._search)
 
-    def tell_the_end(self) -> None:
-        """Says why there are fewer trials than were wanted, if so."""
-        done, tuning = len(self._folder.records()), self._config.table(TuningConfig)
-        if done < tuning.max_trials:
-            late = tuning.max_seconds is not None and self._elapsed() > tuning.max_seconds
-            why = "tuning.max_seconds are over" if late else "the space has no more to try"
-            _log.info("%s: %d of %d trials", why, done, tuning.max_trials)
+    def report_end(self) -> None:
+        """Logs the reason if the search ends with fewer trials than configured."""
+        done, limit = len(self._search.records()), self._tuning.max_trials
+        if done < limit:
+            late = self._oracle.late
+            reason = "tuning.max_seconds is used up" if late else "the space has no more values"
+            _log.info("%s: %d of %d trials", reason, done, limit)
 
-    def _tell(self, record: Record) -> None:
-        tuning = self._config.table(TuningConfig)
-        names = short_names(tuning.space)
+    def _report_trial(self, record: TrialRecord) -> None:
+        tuning, names = self._tuning, short_names(self._tuning.space)
         values = "  ".join(f"{names[key]} {value}" for key, value in record.values.items())
-        number = f"trial {record.trial} ({len(self._told)} of {tuning.max_trials})"
+        title = f"trial {record.trial} ({len(self._reported)} of {tuning.max_trials})"
         if record.score is None:
-            _log.warning("%s failed: %s\n%s", number, record.error, values)
+            _log.warning("%s failed: %s\n%s", title, record.error, values)
             self._failures += 1
-            if tuning.stop_on_failure or self._failures >= _FAILURES_IN_A_ROW:
-                what = "it ends" if tuning.stop_on_failure else f"{self._failures} in a row end"
+            limit = 1 if tuning.stop_on_failure else _MAX_FAILURES_IN_A_ROW
+            if self._failures >= limit:
                 last = (record.error or "").strip().splitlines()[-1]
-                raise CheckError(f"trial {record.trial} failed, and {what} the search: {last}")
+                raise CheckError(f"the search ends after {limit} failed trials in a row: {last}")
             return
         self._failures = 0
-        best = ranked(self._folder.records(), tuning.direction)[0]
-        _log.info(
-            "%s  %s %.5g%s  best %.5g (trial %s)  %s  epochs %d, %.1f s",
-            *(number, tuning.objective, record.score),
-            *(" pruned" if record.status == "pruned" else "", best.score, best.trial),
-            *(values, record.trained_epochs, record.seconds),
-        )
-
-    def _elapsed(self) -> float:
-        return self._before + time.monotonic() - self._begin
-
-    def _note_seconds(self) -> None:
-        self._folder.write_json("seconds.json", {"seconds": round(self._elapsed(), 1)})
-
-    def _end_in_time(self) -> None:
-        limit = self._config.table(TuningConfig).max_seconds
-        if limit is not None and self._elapsed() > limit:
-            # keras-tuner knows a budget of trials alone: those that were begun are all there are.
-            self._oracle.max_trials = max(1, len(self._oracle.trials))
+        best = self._search.ranked()[0]
+        score = f"{tuning.objective} {record.score:.5g}"
+        score += " pruned" if record.status == "pruned" else ""
+        score += f"  best {best.score:.5g} (trial {best.trial})"
+        end = f"epochs {record.trained_epochs}, {record.seconds:.1f} s"
+        _log.info("%s  %s  %s  %s", title, score, values, end)
 
 
-def _refit(folder: SearchFolder, console: Console | None) -> dict[str, Any]:
-    """Trains the best on train and validation together; scores the test images once a search."""
-    run, config = _what_to_refit(folder)
-    write_text(folder.path / "refit.toml", config.to_toml())
-    _log.info("refit    of %s on train and validation", folder.best)
-    if run.finished:
-        summary = run.read_json("summary.json")
-    elif (run.path / "config.toml").exists():
-        summary = workflow.resume(str(run.path), console=console).summary
-    else:
-        summary = workflow.fit(config, run=run, console=console).summary
-    return {"run": summary["run"], "test": summary["test"], "test_images": summary["test_images"]}
-
-
-def _what_to_refit(folder: SearchFolder) -> tuple[Run, Config]:
-    """Returns where the best is trained again, and how.
-
-    Raises:
-        InputError: Something else was trained there.
-    """
-    best = load_config(folder.best)
-    # With every image trained on there is nothing left to stop by.
+def _refit(search: SearchDirectory, console: Console | None) -> dict[str, Any]:
+    """Trains the best trial on train and validation together, and scores the test images once."""
+    run = _refit_run(search)
+    best = load_config(search.best, stored=True)
+    # Without early stopping, because no validation images are left.
     callbacks = [
         callback.model_dump()
         for callback in best.training.callbacks
         if callback.name.lower() != "earlystopping"
     ]
     config = best.with_changes({"data.train_on_validation": True, "training.callbacks": callbacks})
-    run, noted = Run(folder.path / "refit"), folder.path / "refit.toml"
-    if noted.exists() and noted.read_text(encoding="utf-8") != config.to_toml():
+    _log.info("refit    of %s on train and validation", search.best)
+    if run.finished:
+        summary = run.read_json("summary.json")
+    elif (run.path / "config.toml").exists():
+        summary = workflow.resume(str(run.path), console=console).summary
+    else:
+        summary = workflow.fit(config, run=run, console=console).summary
+    return {key: summary[key] for key in ("run", "test", "test_images")}
+
+
+def _refit_run(search: SearchDirectory) -> Run:
+    """Returns the run directory for the refit of the best trial.
+
+    Raises:
+        InputError: The refit of another trial exists.
+    """
+    path = search.path / f"refit-{search.ranked()[0].trial}"
+    others = [str(other) for other in search.path.glob("refit*") if other != path]
+    if others:
         raise InputError(
-            f"{run.path} was trained by what was the best before, and the test images are scored "
-            "once a search: expected the same best; move it away with refit.toml to score another "
-            "(without --refit the same command shows what the search has found)"
+            f"expected no {', '.join(others)}: a search scores the test images once, and another "
+            "trial was refitted; without --refit the same command shows the results"
         )
-    return run, config
+    return Run(path)
 
 
 @contextlib.contextmanager
-def _stopped_with(advice: str) -> Iterator[None]:
-    """Says how to go on with the search, where a signal ends it, and not with one of its runs."""
+def _explained(search: SearchDirectory) -> Iterator[None]:
+    """Adds how to continue the search to the error of a signal, and explains failed writes."""
     try:
         yield
-    except StoppedError as error:
-        raise StoppedError(error.exit_code - 128, advice) from None
-    except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT, advice) from None
-    except SystemExit as end:
-        if end.code != 128 + signal.SIGTERM:
+    except (StoppedError, KeyboardInterrupt, SystemExit) as stop:
+        # The advice of StoppedError is about a run of the search.
+        code = getattr(stop, "exit_code", getattr(stop, "code", 128 + signal.SIGINT))
+        if code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise
-        raise StoppedError(signal.SIGTERM, advice) from None
+        advice = f"continue with the same `trainer tune` command ({search.path})"
+        raise StoppedError(code - 128, advice) from None
+    except OSError as error:
+        path = error.filename2 or error.filename or search.path
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): move it away, or choose another folder "
+            "with --set logging.directory=..."
+        ) from None
 
 
 @contextlib.contextmanager
-def _terminal_for_the_search() -> Iterator[None]:
-    """Keeps the lines of each training for its own log.txt: the terminal has one a trial."""
+def _trial_logs_hidden() -> Iterator[None]:
+    """Hides the log lines of trainings from the terminal; log.txt of each run has them."""
 
-    def ours(record: logging.LogRecord) -> bool:
+    def keep(record: logging.LogRecord) -> bool:
         return record.name.startswith("trainer.tuning") or record.levelno >= logging.WARNING
 
     handlers = list(logging.getLogger("trainer").handlers)
-    filters: Callable[[logging.LogRecord], bool] = ours
     for handler in handlers:
-        handler.addFilter(filters)
+        handler.addFilter(keep)
     try:
         yield
     finally:
         for handler in handlers:
-            handler.removeFilter(filters)
+            handler.removeFilter(keep)

@@ -1,6 +1,6 @@
 """Shows how `trainer fit` grows with the data and with the batch: seconds, images a second, memory.
 
-    python scripts/growth.py
+    python scripts/research/growth.py
 
 Trains the default configuration for an epoch, each time in a process of its own, on all of MNIST
 once, 4 and 16 times over (kept on the device, and streamed from the disk), then with batches of 32

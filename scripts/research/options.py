@@ -1,6 +1,6 @@
 """Shows what each option of the default gains: `trainer fit` with one of them changed, in turns.
 
-    python scripts/options.py --rounds 5
+    python scripts/research/options.py --rounds 5
 
 Every case is trained in a process of its own, once a round, in an order drawn anew; its times are
 compared with those of the default in the same round, so that a machine whose speed drifts drifts

@@ -1,43 +1,32 @@
-"""Derivatives: three methods that share no code agree, and what is wrong is said to be."""
+"""Derivatives by three methods that share no code agree, and mistakes are reported."""
 
 import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from samples import model_options, sample_shape, skip_if_refused
 
-from trainer import models
-from trainer.config import Config
 from trainer.errors import InputError
-from trainer.gradient import differences, network, symbols, tape
+from trainer.gradient import differences, symbols, tape
 from trainer.gradient.comparison import derive
 from trainer.gradient.expression import parse, parse_values
 
-SYNTHETIC = {"examples": 100, "height": 12, "width": 12, "classes": 4}
-SMALL: dict[str, dict[str, Any]] = {
-    "cnn": {"filters": [3, 4], "dense": 8},
-    "layers": {},
-    "mlp": {"units": [8]},
-}
+METHODS = ["tf.GradientTape", "symbolic (sympy)", "central differences"]
 
 
 def derivatives(text: str, at: str, wrt: str | None = None, order: int = 1) -> Any:
     """Returns the derivative, as a nested list, which all three methods agree on."""
     result = derive(text, at=at, wrt=wrt, order=order)
     assert result.passed, result.verdict
-    methods = result.document()["methods"].values()
-    assert len(methods) == 3
-    return next(iter(methods))["derivative"]
+    assert list(result.document["methods"]) == METHODS
+    return result.document["methods"]["tf.GradientTape"]["derivative"]
 
 
 def test_the_default_prints_ten_three_ways(command: Callable[..., Any], in_tmp_path: Path) -> None:
@@ -54,14 +43,14 @@ def test_the_default_prints_ten_three_ways(command: Callable[..., Any], in_tmp_p
     assert f"saved in runs/{run.name}" in out
     document = json.loads((run / "gradient.json").read_text())
     assert document["methods"]["tf.GradientTape"] == {"value": 27, "derivative": 10}
-    assert (run / "function.png").read_bytes().startswith(b"\x89PNG")
     (events,) = (run / "tensorboard").iterdir()
     written = list(tf.compat.v1.train.summary_iterator(str(events)))
     graphs = [tf.compat.v1.GraphDef.FromString(e.graph_def) for e in written if e.graph_def]
     names = {node.name.split("/")[0] for node in graphs[0].node}
-    assert {"a", "b", "c", "w", "expression", "derivative_1"} <= names
-    tags = {value.tag for event in written for value in event.summary.value}
-    assert {"gradient", "function"} <= tags
+    assert {"w", "expression", "derivative_1"} <= names
+    texts = [value for event in written for value in event.summary.value]
+    assert [text.tag for text in texts] == ["gradient"]
+    assert b"| tf.GradientTape | 27 | 10 |" in texts[0].tensor.string_val[0]
 
 
 def test_json_is_one_document(command: Callable[..., Any], in_tmp_path: Path) -> None:
@@ -117,12 +106,13 @@ def test_drawn_expressions_agree(text: str, x: float, y: float) -> None:
     except InputError as error:
         assert any(words in str(error) for words in ("not differentiable", "not finite")), error
         assume(False)
-    largest = abs(result.methods[1].derivative).max()
-    assume(largest < 1e4)
+    taped, exact = (
+        np.array(result.document["methods"][method]["derivative"]) for method in METHODS[:2]
+    )
+    assume(abs(exact).max() < 1e4)
     assert result.passed, f"{text}: {result.verdict}"
-    exact = result.methods[1].derivative
-    # Tape and symbols differ by rounding alone, whatever the tolerance of the differences.
-    np.testing.assert_allclose(result.methods[0].derivative, exact, rtol=1e-8, atol=1e-10)
+    # Tape and symbols differ only by rounding. The tolerance is for the differences.
+    np.testing.assert_allclose(taped, exact, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -195,15 +185,14 @@ def test_an_expression_may_begin_with_a_minus(
     assert json.loads(out)["methods"]["tf.GradientTape"]["derivative"] == slope
 
 
-def test_independence_is_said_and_never_none(
+def test_independence_is_reported_and_never_none(
     command: Callable[..., Any], in_tmp_path: Path
 ) -> None:
     code, out, _ = command("gradient", "a**2", "--at", "a=3,b=1", "--wrt", "a,b")
     assert code == 0
-    assert "does not depend on b: the derivative is 0; GradientTape says None for that" in out
+    assert "does not depend on b: GradientTape returns None instead of 0" in out
     assert "[6., 0.]" in out
-    (note, _) = derive("a*w", at="a=2,w=1", wrt="w", order=2).notes
-    assert "order 1 does not depend on w any more: that of order 2 is 0" in note
+    assert derivatives("a*w", "a=2,w=1", "w", order=2) == 0
     assert len(list((in_tmp_path / "runs").iterdir())) == 1
 
 
@@ -216,13 +205,13 @@ def test_independence_is_said_and_never_none(
         ("maximum(w, 2*w)", "w=0", 1, "not differentiable at w = 0"),
         ("sum(abs(x))", "x=[1,0]", 1, "not differentiable at x[1] = 0"),
         ("abs(w - 1e-10) + 1", "w=1e-10", 1, "not differentiable at w = 1e-10"),
-        ("sqrt(w)", "w=0", 1, "not finite beside it"),
-        ("asin(w)", "w=1", 1, "not finite beside it"),
+        ("sqrt(w)", "w=0", 1, "its slope is nan on the left"),
+        ("asin(w)", "w=1", 1, "nan on the right"),
         ("relu(w)**2", "w=0", 2, "its derivative of order 2 is 0 on the left and 2 on the right"),
-        ("1 + log(w)", "w=-1", 1, "column 5: log(-1.0) is not finite (nan)"),
-        ("1/w", "w=0", 1, "1.0 / 0.0 is not finite (inf)"),
-        ("exp(w)", "w=1000", 1, "exp(1000.0) is not finite (inf)"),
-        ("(-w)**0.5", "w=2", 1, "-2.0 ** 0.5 is not finite (nan)"),
+        ("1 + log(w)", "w=-1", 1, "column 5: invalid value encountered in log"),
+        ("1/w", "w=0", 1, "column 1: divide by zero encountered in divide"),
+        ("exp(w)", "w=1000", 1, "column 1: overflow encountered in exp"),
+        ("(-w)**0.5", "w=2", 1, "column 1: invalid value encountered in power"),
     ],
 )
 def test_bad_points_are_refused(text: str, at: str, order: int, said: str) -> None:
@@ -245,7 +234,7 @@ def test_bad_points_are_refused(text: str, at: str, order: int, said: str) -> No
         ("sin(w)", "w=1e6"),
     ],
 )
-def test_points_that_only_look_bad_are_taken(text: str, at: str) -> None:
+def test_smooth_points_near_or_on_a_kink_are_accepted(text: str, at: str) -> None:
     assert derive(text, at=at).passed
 
 
@@ -276,13 +265,12 @@ def test_points_that_only_look_bad_are_taken(text: str, at: str) -> None:
         ),
     ],
 )
-def test_the_step_stops_before_a_near_singularity(
+def test_differences_are_correct_beside_a_singularity(
     text: str, at: str, order: int, exact: Any
 ) -> None:
-    """The differences by themselves are right, where a singularity is a small step away."""
     expression = parse(text, parse_values(at))
     found = differences.derive(expression, list(expression.at), order)
-    np.testing.assert_allclose(found.derivative.squeeze(), exact, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.squeeze(), exact, rtol=1e-9, atol=1e-9)
     assert derive(text, at=at, wrt=",".join(expression.at), order=order).passed
 
 
@@ -290,10 +278,10 @@ def test_points_are_printed_with_all_their_digits(
     command: Callable[..., Any], in_tmp_path: Path
 ) -> None:
     code, out, _ = command("gradient", "log(1-p)", "--at", "p=0.9999999999999")
-    assert (code, out.splitlines()[0]) == (0, "log(1-p) at p = 0.9999999999999")
+    assert (code, out.splitlines()[0]) == (0, "log(1-p) at p=0.9999999999999")
     result = derive("sum(x)", at="x=[0.9999999999,1e-9]")
-    assert result.title == "sum(x) at x = [9.999999999e-01, 1.000000000e-09]"
-    with pytest.raises(InputError, match=r"not differentiable at w = 0\.9999999999, or within"):
+    assert result.title == "sum(x) at x=[0.9999999999,1e-9]"
+    with pytest.raises(InputError, match=r"not differentiable at w = 0\.9999999999: its slope"):
         derive("abs(w - 0.9999999999)", at="w=0.9999999999")
     assert list(in_tmp_path.iterdir())
 
@@ -323,14 +311,12 @@ HOSTILE = [
     "(w, w)",
     "eval(w)",
     "w\x00",
-    "w # comment",
-    "\uff57",
     "9**9**9",
     "w*9**9**9",
     "(1/3)**9**9",
     "(3*w)**9**9",
     "(((3*w)**999)**999)**999",
-    "(w*w)**501",
+    "(w*w)**5001",
     "1e999 * w",
     "9" * 400,
     "exp(" * 40 + "9" + ")" * 40,
@@ -352,8 +338,8 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
     at, wrt = ("A=[[1,2],[3,4]]", "A") if "@" in text else ("w=1.5", "w")
     with pytest.raises(InputError) as refused:
         derive(text, at=at, wrt=wrt, order=2 if "sin" in text else 1)
-    assert "--at" not in str(refused.value)  # the text is what is wrong
-    assert time.process_time() - start < 5  # not for ever: the bound is no measurement
+    assert "--at:" not in str(refused.value)  # the expression is wrong, not the values
+    assert time.process_time() - start < 5  # a generous bound: the test is for hanging
     assert len(str(refused.value)) < 400
     assert not list(in_tmp_path.iterdir())
 
@@ -362,34 +348,52 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["w +* 2", "--at", "w=1"], "column 4: invalid syntax"),
-        (["  (w + 2", "--at", "w=1"], "column 3: '(' was never closed"),
-        (["2*w^2", "--at", "w=1"], "column 4: ^ is no power here: write **"),
+        (["  (w + 2", "--at", "w=1"], "column 1: '(' was never closed"),
+        (["2*w^2", "--at", "w=1"], "column 1: ^ is not a power here: write **"),
         (["1 + sine(w)", "--at", "w=1"], "column 5: unknown function 'sine': did you mean 'sin'?"),
         (["rate*w", "--at", "rat=1,w=2"], "'rate' has no value: expected --at rate=...; did you"),
         (["w"], "'w' has no value: expected --at w=..."),
-        (["w", "--at", "w=1,b=2"], "--at gives a value to b: expected names of the expression"),
-        (["w*b", "--at", "w=1,b=2"], "--wrt: expected the variables to differentiate by, of b, w"),
-        (["w", "--at", "w=1", "--wrt", "v"], "--wrt: 'v' has no value: available: w"),
-        (["w", "--at", "w=1", "--wrt", "w,w"], "each name once"),
+        (["w", "--at", "w=1,b=2"], "--at: b: expected names of the expression"),
+        (
+            ["w*b", "--at", "w=1,b=2"],
+            "--wrt: expected the variables to differentiate by; available: b, w",
+        ),
+        (
+            ["w", "--at", "w=1", "--wrt", "v"],
+            "expected names with a value, each once; received v; available: w",
+        ),
+        (
+            ["w", "--at", "w=1", "--wrt", "w,w"],
+            "expected names with a value, each once; received w,w",
+        ),
         (["sin(w, w)", "--at", "w=1"], "sin takes 1 argument(s), received 2"),
         (["sin*w", "--at", "w=1"], "sin is a function: expected sin(...)"),
-        (["x*y", "--at", "x=[1,2],y=[1,2,3]", "--wrt", "x"], "equal shapes or a scalar"),
-        (["A@x", "--at", "A=[[1,2]],x=[1]", "--wrt", "x"], "received [1, 2], [1]"),
-        (["w", "--at", "w"], "expected name=value, received 'w'"),
-        (["w", "--at", "w=nan"], "expected a finite number"),
-        (["w", "--at", "w=[1,[2]]"], "expected a finite number, [1,2,...] or"),
-        (["w", "--at", "w=[true]"], "expected a finite number"),
-        (["w", "--at", "w=" + "[" * 900], "expected a finite number"),
-        (["w", "--at", "w=1,w=2"], "--at gives w twice"),
-        (["w", "--at", "sum=1,w=1"], "sum is a function of the language"),
-        (["w", "--at", "lambda=1,w=1"], "lambda is a word of the language"),
-        (["w", "--at", f"w={[1] * 65}"], "65 elements: expected at most 64"),
-        (["w", "--at", "w=1", "--order", "5"], "expected 1 to 4, received 5"),
-        (["w", "--at", "w=1", "--wtr", "w"], "no option --wtr: did you mean '--wrt'?"),
-        (["-w", "--ta=w=1"], "no option --ta: did you mean '--at'?"),
-        (["-w", "--at", "v=1"], "column 2: the name 'w' has no value"),
-        (["w", "--at", "w=[1,2]", "--order", "3"], "expected 1 to 2 (more for one scalar"),
-        (["w", "--model", "x.toml"], "--model takes the network's own loss"),
+        (
+            ["x*y", "--at", "x=[1,2],y=[1,2,3]", "--wrt", "x"],
+            "column 1: operands could not be broadcast together",
+        ),
+        (["A@x", "--at", "A=[[1,2]],x=[1]", "--wrt", "x"], "column 1: matmul: "),
+        (["w", "--at", "w"], "received 'w' (a value without a name)"),
+        (["w", "--at", "w=nan"], "expected NAME=VALUE,... where VALUE is a finite number"),
+        (["w", "--at", "w=[1,[2]]"], "received 'w=[1,[2]]'"),
+        (["w", "--at", "w=[True]"], "(w is not a finite number)"),
+        (["w", "--at", "w=1e999"], "(w is not a finite number)"),
+        (["w", "--at", "w=[]"], "(w is not a finite number)"),
+        (["w", "--at", "w=[[[1]]]"], "or 3 dimensions: at most 64 and 2"),
+        (["w", "--at", "w=" + "[" * 900], "too many nested parentheses"),
+        (["w", "--at", "w=" + "-" * 90_000 + "1"], "expected NAME=VALUE,..."),
+        (["w", "--at", "w=print(1)"], "received 'w=print(1)'"),
+        (["w", "--at", "w=1,w=2"], "w is repeated, not a name, a function or a constant"),
+        (["w", "--at", "sum=1,w=1"], "sum is repeated, not a name, a function or a constant"),
+        (["w", "--at", "lambda=1,w=1"], "received 'lambda=1,w=1'"),
+        (["w", "--at", f"w={[1] * 65}"], "65 elements, or 3 dimensions: at most 64 and 2"),
+        (
+            ["w", "--at", "w=1", "--order", "5"],
+            "expected 1 to 4 (3 and 4 only for one scalar variable",
+        ),
+        (["-w", "--at", "v=1"], "column 2: 'w' has no value"),
+        (["w", "--at", "w=[1,2]", "--order", "3"], "expected 1 to 2 (3 and 4 only for one scalar"),
+        (["w", "--model", "x.toml"], "--model uses the network's loss"),
         (["--model", "x.toml"], "x.toml"),
     ],
 )
@@ -403,125 +407,42 @@ def test_a_mistake_is_one_line(
     assert not list(in_tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", [tape, symbols, differences])
-def test_a_method_that_errs_is_caught(
-    method: Any, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path
+@pytest.mark.parametrize("arguments", [["w", "--at", "w=1", "--wtr", "w"], ["-w", "--ta=w=1"]])
+def test_an_unknown_option_is_refused(
+    command: Callable[..., Any], in_tmp_path: Path, arguments: list[str]
 ) -> None:
-    """Each of the three in turn is a hundred-thousandth wrong."""
+    code, out, err = command("gradient", *arguments)
+    assert (code, out) == (2, "")
+    assert "Got unexpected extra argument" in err
+    assert not list(in_tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("factor", [1.00001, math.nan])
+@pytest.mark.parametrize("method", [tape, symbols, differences])
+def test_a_wrong_method_is_found(
+    method: Any,
+    factor: float,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    in_tmp_path: Path,
+) -> None:
+    """Each of the three methods in turn has a relative error of 1e-5, or is not finite."""
     right = method.derive
 
     def wrong(*arguments: Any) -> Any:
         found = right(*arguments)
-        found.derivative.setflags(write=True)
-        found.derivative[...] *= 1.00001
-        return found
+        if method is differences:
+            return found * factor
+        value, derivative, rest = found
+        return value, derivative * factor, rest
 
     monkeypatch.setattr(method, "derive", wrong)
     code, out, err = command("gradient")
     assert code == 4
     assert "DISAGREE" in err
-    assert "central differences" in out  # shown all the same
-    assert list((in_tmp_path / "runs").iterdir())
-
-
-def test_the_error_of_the_differences_is_estimated_honestly() -> None:
-    for text in ("sin(w)", "exp(w)*w", "1/(1 + w**2)", "log(w)", "w**w"):
-        expression = parse(text, parse_values("w=0.7"))
-        exact = symbols.derive(expression, ["w"], 1).derivative
-        found = differences.derive(expression, ["w"], 1)
-        assert abs(found.derivative - exact) <= 10 * found.error
-        assert found.error < 1e-8
-
-
-def configured(name: str, **options: Any) -> Config:
-    changes = {"data.name": "synthetic", "data.options": SYNTHETIC, "model.name": name}
-    return Config().with_changes(changes | {"model.options": SMALL.get(name, {}) | options})
-
-
-@pytest.mark.parametrize("name", models.names())
-def test_the_gradients_of_every_network_are_right(name: str) -> None:
-    height, width, channels = sample_shape(name, (12, 12, 1))
-    images = {"height": height, "width": width, "channels": channels}
-    config = configured(name, **model_options(name))
-    config = config.with_changes({"data.options": SYNTHETIC | images})
-    try:
-        found = network.check(config)
-    except InputError as refused:
-        if name in SMALL:
-            raise
-        skip_if_refused(name, refused)
-    assert found.passed, found.verdict
-    assert len(found.weights) >= 2
-    for weight in found.weights:
-        assert weight.compared + weight.kinks == min(weight.entries, network.ENTRIES)
-        assert weight.compared > weight.kinks
-        assert weight.connected
-    assert keras.config.floatx() == "float32"
-    assert keras.config.dtype_policy().name == "float32"
-
-
-@keras.saving.register_keras_serializable(package="test_gradient")
-class Liar(keras.layers.Layer):
-    """Doubles its input, and says that it trebles it."""
-
-    def call(self, inputs: Any) -> Any:
-        @tf.custom_gradient
-        def double(x: Any) -> Any:
-            return 2 * x, lambda upstream: 3 * upstream
-
-        return double(inputs)
-
-
-@keras.saving.register_keras_serializable(package="test_gradient")
-class Restless(keras.layers.Layer):
-    """Draws at random, whatever it is told."""
-
-    def call(self, inputs: Any) -> Any:
-        return inputs + tf.random.normal(tf.shape(inputs), dtype=inputs.dtype)
-
-
-def test_a_layer_that_lies_about_its_gradient_is_caught(
-    command: Callable[..., Any], in_tmp_path: Path
-) -> None:
-    layers = ["Flatten", {"name": "Dense", "options": {"units": 5, "activation": "tanh"}}]
-    config = configured("layers", layers=[*layers, "test_gradient>Liar"])
-    (in_tmp_path / "liar.toml").write_text(config.to_toml())
-    code, out, err = command("gradient", "--model", "liar.toml", "--json")
-    assert code == 4
-    assert "dense" in err
-    document = json.loads(out)
-    assert [weight["passed"] for weight in document["weights"]] == [False, False, True, True]
-    honest = configured("layers", layers=layers)
-    (in_tmp_path / "honest.toml").write_text(honest.to_toml())
-    code, out, err = command("gradient", "--model", "honest.toml")
-    assert (code, err) == (0, "")
-    assert "dropout is off" in out
-    assert "20 of 720" in out
-
-
-def test_kinks_are_found_without_the_gradient_that_is_checked() -> None:
-    """The sum of |w|: at the kink, beside it by less than a step or two, and far from it."""
-    weight = keras.Variable([0.0, 0.7 * network.STEP, 1.7 * network.STEP, 0.5], dtype="float64")
-    loss: Any = SimpleNamespace(value=lambda: float(np.abs(np.array(weight)).sum()))
-    for gradient, passed in (([0.0, 1, 1, 1], True), ([0.0, 1, 1, 1.1], False)):
-        found = network._check_weight(loss, weight, np.array(gradient), np.random.default_rng(0))
-        assert (found.compared, found.kinks, found.passed) == (1, 3, passed)
-    weight = keras.Variable([0.0, 0.0], dtype="float64")
-    found = network._check_weight(loss, weight, np.zeros(2), np.random.default_rng(0))
-    assert (found.compared, found.kinks, found.passed) == (0, 2, False)
-    result = network.Result("none", "none", 1, 0.0, 0, (found,))
-    assert "all 2 entries that were drawn lie at a kink" in result.verdict
-
-
-def test_what_cannot_be_checked_is_said() -> None:
-    own_type = {"name": "Dense", "options": {"units": 3, "dtype": "float32"}}
-    with pytest.raises(InputError, match="weights of float32 whatever the dtype policy"):
-        network.check(configured("layers", layers=["Flatten", own_type]))
-    with pytest.raises(InputError, match="differs from call to call"):
-        network.check(configured("layers", layers=["Flatten", "test_gradient>Restless"]))
-
-
-def test_what_no_axes_can_show_is_derived_all_the_same(tmp_path: Path) -> None:
-    result = derive("1e150*x", at="x=1")
-    assert result.passed
-    assert not (result.write(str(tmp_path)) / "function.png").exists()
+    assert "central differences" in out  # the table is printed
+    (run,) = (in_tmp_path / "runs").iterdir()
+    document = json.loads((run / "gradient.json").read_text())
+    assert not document["agree"]
+    derivatives = [method["derivative"] for method in document["methods"].values()]
+    assert (derivatives.count(10), None in derivatives) == (2, math.isnan(factor))

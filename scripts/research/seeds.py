@@ -1,6 +1,6 @@
 """Trains a configuration with several seeds and prints every accuracy, their mean and spread.
 
-    python scripts/seeds.py configs/mnist.toml --seeds 5
+    python scripts/research/seeds.py configs/mnist.toml --seeds 5
 
 The figures of the README come from this program. The runs are kept in `runs/seeds/`.
 """

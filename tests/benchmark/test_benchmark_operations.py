@@ -1,4 +1,4 @@
-"""Operations are counted, run where they were asked to, and held against the machine's roofline."""
+"""`trainer benchmark operations`: counted work, devices, and the roofline."""
 
 import json
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.benchmark import operations as benchmark
-from trainer.benchmark.matmul import Effort
 from trainer.benchmark.operations import Operation, operations
+from trainer.benchmark.timing import Budget
 from trainer.errors import CheckError
 
 WANTED = {
@@ -20,7 +20,7 @@ WANTED = {
     *("cross_entropy", "batch_normalization", "layer_normalization", "dropout", "dense"),
     *("embedding", "lstm", "attention"),
 }
-TINY = Effort((1000,), (256,), blocks=3, block_seconds=0.002, warm_up_seconds=0.01)
+TINY = Budget(3, 0.002, 0.01, square_sizes=(256,), dot_sizes=(1000,))
 FEW = [
     Operation("matmul", ((8, 9), (9, 7)), lambda: tf.matmul, 2 * 8 * 9 * 7),
     Operation("dense", ((8, 9),), lambda: keras.layers.Dense(7), 2 * 8 * 9 * 7),
@@ -30,7 +30,7 @@ FEW = [
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
-def test_every_operation_is_there_at_both_sizes(size: str) -> None:
+def test_every_operation_has_both_sizes(size: str) -> None:
     found = operations(size)
     assert {operation.name for operation in found} == WANTED
     assert len(found) == len(WANTED)
@@ -38,10 +38,10 @@ def test_every_operation_is_there_at_both_sizes(size: str) -> None:
         assert operation.flops > 0 or operation.integers
 
 
-def test_operations_are_measured_and_kept(
+def test_operations_are_measured_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(benchmark, "_PEAK_QUICK", TINY)
+    monkeypatch.setattr(benchmark, "QUICK", TINY)
     monkeypatch.setattr(
         benchmark, "operations", lambda size: FEW if size == "small" else pytest.fail(size)
     )
@@ -58,12 +58,12 @@ def test_operations_are_measured_and_kept(
     assert rows["matmul", True]["flops"] == 3 * 1008  # two more products of the same size
     assert rows["dropout", True]["flops"] == 1800
     assert rows["matmul", False]["bytes"] == 4 * (72 + 63 + 56)
-    assert rows["dense", False]["bytes"] == 4 * (72 + 63 + 7 + 56)  # its bias, too
-    assert document["skipped"]["large"] == "left out by --quick"
+    assert rows["dense", False]["bytes"] == 4 * (72 + 63 + 7 + 56)  # with its bias
+    assert document["skipped"]["large"] == "--quick measures only small operations"
     for row in rows.values():
         assert row["device"] == "CPU:1"
         assert 0 < row["share"] <= 1
-    assert (folder / "roofline.png").is_file()
+    assert (folder / "operations.png").is_file()
 
 
 def test_gradients_reach_inputs_and_weights() -> None:
@@ -71,19 +71,17 @@ def test_gradients_reach_inputs_and_weights() -> None:
     x = tf.constant(np.ones((3, 4), np.float32))
     expected = 2 * tf.matmul(dense(x), dense.kernel, transpose_b=True)
     weights = [weight.value for weight in dense.trainable_variables]
-    to_x, to_kernel, to_bias = benchmark._compiled(dense, weights, gradient=True)(x)
+    to_x, to_kernel, to_bias = benchmark._derivative(dense, weights)(x)
     np.testing.assert_allclose(to_x, expected, rtol=1e-5)
     np.testing.assert_allclose(to_kernel, 2 * tf.matmul(x, dense(x), transpose_a=True), rtol=1e-5)
     np.testing.assert_allclose(to_bias, 2 * tf.reduce_sum(dense(x), axis=0), rtol=1e-5)
 
 
-def test_more_than_the_machine_can_do_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when work is counted that was never done."""
-    monkeypatch.setattr(benchmark, "_PEAK_QUICK", TINY)
-    lying = Operation("relu", ((10, 10),), lambda: tf.nn.relu, 1e12)
-    monkeypatch.setattr(benchmark, "operations", lambda size: [lying] if size == "small" else [])
-    with pytest.raises(CheckError, match=r"relu/small/CPU:0/forward: .*% of the most"):
+def test_an_impossible_rate_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the count includes work that was never done."""
+    monkeypatch.setattr(benchmark, "QUICK", TINY)
+    wrong = Operation("relu", ((10, 10),), lambda: tf.nn.relu, 1e12)
+    monkeypatch.setattr(benchmark, "operations", lambda size: [wrong] if size == "small" else [])
+    with pytest.raises(CheckError, match=r"relu/small/CPU:0/forward: .*% of the best"):
         benchmark.benchmark_operations(["cpu"], quick=True)
     assert list(tmp_path.iterdir()) == []

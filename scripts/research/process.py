@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # A load beyond which something else is running: what has just ended is still in the mean.
 _BUSY = 0.8
 

@@ -2,7 +2,7 @@
 
     python torch_mnist.py MNIST.npz published --seed 0
 
-Written for `scripts/compare_peers.py`, which makes the environment and the file of images. It needs
+For `scripts/research/compare_peers.py`, which creates the environment and the file of images. Needs
 torch and numpy, and nothing of this project.
 """
 

@@ -1,6 +1,6 @@
 """Times `trainer fit` beside what one would use instead, in one run, taking turns.
 
-    python scripts/compare_peers.py --seeds 3
+    python scripts/research/compare_peers.py --seeds 3
 
 PyTorch (CPU) gets an environment of its own in `.peers/`; Keras is the one installed here. Every
 program is started as a person would start it and runs alone. The order is drawn anew for each seed.
@@ -37,8 +37,8 @@ SLOW = ("PyTorch official example", "keras.io mnist_convnet")
 
 def programs(folder: Path, *, quick: bool) -> dict[str, list[str]]:
     """Returns what to run, by name: what `trainer fit` is to change, or another's command."""
-    torch = [str(folder / "venv/bin/python"), str(ROOT / "scripts/peers/torch_mnist.py")]
-    keras = [sys.executable, str(ROOT / "scripts/peers/keras_mnist.py")]
+    torch = [str(folder / "venv/bin/python"), str(ROOT / "scripts/research/peers/torch_mnist.py")]
+    keras = [sys.executable, str(ROOT / "scripts/research/peers/keras_mnist.py")]
     images = str(folder / "mnist.npz")
     narrowed = [*torch, images, "narrowed", "--channels-last"]
     ours = [*torch, images, "ours", "--channels-last", "--images", "54000"]

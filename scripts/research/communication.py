@@ -1,6 +1,6 @@
 """Measures what workers on this machine pay to add up gradients, fits a model, and predicts others.
 
-    python scripts/communication.py
+    python scripts/research/communication.py
 
 Each worker is a process on the loopback interface that adds up as many float32 numbers as a network
 has gradients, by the collectives that `trainer fit` uses. The model is that of a ring all-reduce of
@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1]))  # local_cluster.py is in the parent folder
 from local_cluster import free_ports
 
 _BYTES = [4**exponent for exponent in range(5, 14)]  # 1 kB to 67 MB

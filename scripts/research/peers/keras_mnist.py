@@ -2,7 +2,7 @@
 
     python keras_mnist.py MNIST.npz --seed 0
 
-Written for `scripts/compare_peers.py`. It uses Keras alone, and nothing of this project.
+Written for `scripts/research/compare_peers.py`. It uses Keras alone, and nothing of this project.
 """
 
 import argparse

@@ -1,0 +1,84 @@
+"""`trainer benchmark formats`, in real processes."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.benchmark import formats
+from trainer.benchmark.formats import BATCH
+from trainer.benchmark.timing import Timing
+from trainer.errors import MissingError
+from trainer.saving.formats import FORMATS
+from trainer.saving.versions import read_record
+
+
+def test_timings_of_several_processes_are_joined() -> None:
+    first, second = Timing([1.0, 2.0], 1.0, 1, 3), Timing([3.0], 3.0, 2, 4, settled=False)
+    joined = formats._join([first, second])
+    assert joined == Timing([1.0, 2.0, 3.0], 2.0, 2, 7, settled=False)
+
+
+@pytest.mark.slow
+def test_formats_are_compared(
+    home: Path,
+    run: Any,
+    exported: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: Callable[..., Any],
+) -> None:
+    """One process for each format. The tests of saving cover the export itself."""
+
+    def export(reference: str, kind: str, *, name: str, directory: str) -> Any:
+        assert reference == str(run.path)
+        if kind == "litert_int8":
+            raise MissingError("litert_int8 needs a missing package")
+        version = shutil.copytree(exported[kind], Path(directory) / f"{name}-{kind}" / "1")
+        return version, read_record(version)
+
+    monkeypatch.setattr(formats, "export", export)
+    monkeypatch.setattr(formats, "QUICK", {"processes": 1, "calls": 40})
+    out = tmp_path / "result.json"
+    code, stdout, _ = command(
+        *("benchmark", "formats", run.path, "--quick", "--runs", home / "runs", "--json", out)
+    )
+    assert code == 0
+    assert "skipped: litert_int8: litert_int8 needs a missing package" in stdout
+    document = json.loads(out.read_text())
+    assert document["skipped"].keys() == {"litert_int8"}
+    assert [row["format"] for row in document["rows"]] == ["saved_model", "litert", "onnx"]
+    for row in document["rows"]:
+        kind = row["format"]
+        verified = read_record(exported[kind]).verified
+        assert row["accuracy"] == verified.accuracy
+        assert row["largest_difference"] == verified.largest_difference
+        assert row["timing"]["blocks"] == 40
+        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"] < 1000
+        assert row["images_per_second"] * row["batches"]["median_seconds"] == pytest.approx(BATCH)
+        assert row["load_seconds"] > 0
+        size = sum(p.stat().st_size for p in exported[kind].rglob("*") if p.is_file())
+        ours = sum(
+            (exported[kind] / n).stat().st_size for n in ("README.md", "export.json", "check.npz")
+        )
+        assert row["bytes"] == size - ours
+        assert f"{row['bytes']:,}" in stdout
+    folder = Path(stdout.split("saved in ")[1].split(";")[0])
+    assert json.loads((folder / "formats.json").read_text()) == document
+    assert (folder / "formats.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert FORMATS.keys() - document["skipped"].keys() == {"saved_model", "litert", "onnx"}
+    # The directory of a benchmark is not a run, and no file is overwritten.
+    code, _, err = command("benchmark", "formats", "--runs", home / "runs", "--json", out)
+    assert (code, err) == (
+        2,
+        f"trainer: --json: {out} exists already and is not overwritten: use another name\n",
+    )
+    code, _, err = command("benchmark", "formats", folder, "--runs", home / "runs")
+    assert code == 2
+    assert "there is no run" in err
+    assert math.isfinite(document["rows"][0]["import_seconds"])

@@ -1,0 +1,217 @@
+"""`trainer benchmark matmul`: rows, files, and results that are rejected."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import devices
+from trainer.benchmark import checks, matmul, products
+from trainer.benchmark.compare import read_document
+from trainer.benchmark.products import product_row
+from trainer.benchmark.result import with_unit
+from trainer.benchmark.timing import Budget
+from trainer.errors import CheckError, InputError
+
+TINY = Budget(11, 0.004, 0.02, square_sizes=(2, 64), dot_sizes=(1, 1000))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "QUICK", TINY)
+
+
+def measured(words: list[str], shapes: list[str]) -> Any:
+    return matmul.benchmark_matmul(words, shapes=shapes, dtypes=["float32"], quick=True)
+
+
+def test_products_are_measured_on_the_requested_devices() -> None:
+    result = measured(["cpu:0", "cpu:1"], ["dot", "square"])
+    assert {(r["shape"], r["n"], r["device"]) for r in result.rows} == {
+        (shape, n, device)
+        for shape, sizes in (("dot", (1, 1000)), ("square", (2, 64)))
+        for n in sizes
+        for device in ("CPU:0", "CPU:1")
+    }
+    for row in result.rows:
+        assert set(row["places"].values()) == {row["device"]}
+        flops = 2 * row["n"] if row["shape"] == "dot" else 2 * row["n"] ** 3
+        assert row["gflop_per_s"] * row["seconds"] * 1e9 == pytest.approx(flops)
+        assert 0 < row["share"] <= 1
+        assert row["error"] < 1e-6
+        low, high = row["timing"]["quartiles_seconds"]
+        assert low <= row["seconds"] <= high
+    # Two parts of a CPU are never called a GPU.
+    assert "GPU" in result.skipped
+    assert sum("CPU:1 compared with CPU:0" in note for note in result.notes) == 2
+    assert {tag for row in result.rows for tag in result.scalars(row)} == {
+        *("dot_float32/microseconds", "dot_float32/gbyte_per_s"),
+        *("square_float32/microseconds", "square_float32/gflop_per_s"),
+    }
+    json.dumps(result.document(), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_clock_that_does_not_wait_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow returns before the work is done, as it does on a GPU."""
+    monkeypatch.setattr(matmul, "QUICK", replace(TINY, square_sizes=(512,), warmup_seconds=0.0))
+    synchronize = tf.test.experimental.sync_devices
+    monkeypatch.setattr(tf.test.experimental, "sync_devices", lambda: None)
+    tf.config.experimental.set_synchronous_execution(False)
+    try:
+        with pytest.raises(CheckError, match="% of the best rate measured in the same run"):
+            measured(["cpu:0"], ["square"])
+    finally:
+        synchronize()
+        tf.config.experimental.set_synchronous_execution(True)
+
+
+def test_operands_that_are_not_random_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zeros:
+        def standard_normal(self, shape: Any, dtype: Any) -> Any:
+            return np.zeros(shape, dtype)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Zeros())
+    with pytest.raises(CheckError, match="operand: expected random normal numbers"):
+        measured(["cpu:0"], ["square"])
+    with pytest.raises(CheckError, match="mean 1, standard deviation 0"):
+        checks.check_random(tf.ones([100]), "ones")
+
+
+def test_a_wrong_device_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply_on = products.multiply_on
+    monkeypatch.setattr(products, "multiply_on", lambda _, pairs: multiply_on("CPU:0", pairs))
+    with pytest.raises(CheckError, match="result: expected on CPU:1, found on CPU:0"):
+        measured(["cpu:1"], ["dot"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16", "float16"])
+def test_a_wrong_product_is_rejected(dtype: str) -> None:
+    generator = np.random.default_rng(0)
+    kind = tf.as_dtype("float32" if dtype == "tf32" else dtype).as_numpy_dtype
+    a, b = (
+        generator.standard_normal((60, 60), np.float32).astype(kind).astype(np.float32)
+        for _ in range(2)
+    )
+    product = (a.astype(np.float64) @ b).astype(kind).astype(np.float32)
+    assert checks.check_product(a, b, product, dtype) < 0.01
+    for value in (product[0, 7] + 0.5, math.nan):
+        wrong = product.copy()
+        wrong[0, 7] = value
+        with pytest.raises(CheckError, match=f"the {dtype} product of"):
+            checks.check_product(a, b, wrong, dtype)
+
+
+def test_large_products_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "QUICK", replace(TINY, square_sizes=(2, 10**7)))
+    result = measured(["cpu:0"], ["square"])
+    assert [row["n"] for row in result.rows] == [2]
+    reason = result.skipped["square/10000000/CPU:0/float32/hot"]
+    assert "800,000,000,000,000 bytes of operands do not fit" in reason
+    monkeypatch.setattr(matmul, "QUICK", TINY)
+    monkeypatch.setattr(products, "_MAX_CALL_SECONDS", 0.0)
+    result = measured(["cpu:0"], ["square"])
+    assert result.skipped["square/64/CPU:0/float32/hot"].startswith("one call would take about")
+
+
+def test_the_command_writes_files_and_compares(tmp_path: Path, command: Callable[..., Any]) -> None:
+    old, runs = tmp_path / "old.json", ("--quick", "--runs", tmp_path / "runs")
+    code, out, _ = command("benchmark", "matmul", "--dtype", "float32", "--json", old, *runs)
+    assert code == 0
+    assert "square 64" in out
+    assert "skipped: GPU: TensorFlow finds none" in out
+    folder = Path(out.split("saved in ")[1].split(";")[0])
+    assert {path.name for path in folder.iterdir()} == {"matmul.json", "matmul.png", "tensorboard"}
+    document = read_document(old)
+    assert document == json.loads((folder / "matmul.json").read_text())
+    assert document["environment"]["packages"]["tensorflow"] == tf.__version__
+    assert document["settings"]["blocks"] == 11
+    for row in document["rows"]:  # an earlier result that took a tenth of the time
+        timing = row["timing"]
+        timing["median_seconds"] /= 10
+        timing["interval_seconds"] = [seconds / 10 for seconds in timing["interval_seconds"]]
+    (tmp_path / "fast.json").write_text(json.dumps(document))
+    options = ("--dtype", "float32", "--shape", "square", "--largest", 64)
+    code, out, err = command(
+        *("benchmark", "matmul", "--compare", tmp_path / "fast.json", *options, *runs)
+    )
+    assert code == 4
+    assert "slower by more than 10%" in err
+
+
+def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> None:
+    options = ("--quick", "--json", "-", "--runs", tmp_path / "runs")
+    code, out, _ = command("benchmark", "matmul", "--textbook", "--largest", 500, *options)
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [row["n"] for row in rows] == [1, 500]
+    assert rows[0]["tensors"] == ["CPU:0"] * 3
+    assert all(row["book_seconds"] > 0 and row["waited_seconds"] > 0 for row in rows)
+    code, _, err = command("benchmark", "matmul", "--textbook", "--shape", "square")
+    assert code == 2
+    assert "--textbook cannot be combined with --shape, --dtype or --compare" in err
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (
+            2,
+            "--device: expected cpu, cpu:N, gpu, gpu:N or all; received 'tpu'",
+            ("--device", "tpu"),
+        ),
+        (3, "--device gpu: expected a GPU, found none", ("--device", "gpu")),
+        (2, "--shape: unknown 'cube'", ("--shape", "cube")),
+        (2, "did you mean 'float32'?", ("--dtype", "float23")),
+        (2, "--largest: expected 1 or more, received -4", ("--largest", "-4")),
+        (2, "is not the result of a benchmark", ("--compare", "README.md")),
+        (2, "is not the result of a benchmark", ("--compare", "nowhere.json")),
+    ],
+)
+def test_bad_input_is_one_line(
+    code: int, message: str, arguments: tuple[str, ...], command: Callable[..., Any]
+) -> None:
+    found, out, err = command("benchmark", "matmul", "--quick", *arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_devices_are_selected_one_by_one() -> None:
+    assert devices.select_each([]) == ["CPU:0"]
+    assert devices.select_each(["cpu:1", "cpu", "cpu:0"]) == ["CPU:1", "CPU:0"]
+    with pytest.raises(InputError, match="received 'cpu:x'"):
+        devices.select_each(["cpu:x"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "flops", "size"),
+    [
+        ("square", "float32", 54, 72),
+        ("square", "tf32", 54, 72),
+        ("dot", "bfloat16", 6, 12),
+    ],
+)
+def test_the_work_of_a_product(shape: str, dtype: str, flops: int, size: int) -> None:
+    row = product_row(shape, 3, "CPU:0", dtype)
+    assert (row["flops"], row["bytes"]) == (flops, size)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (201e9, "B/s", "201 GB/s"),
+        (3.2e6, "B/s", "3.2 MB/s"),
+        (213.4, "B/s", "213 B/s"),
+        (1.234e-6, "s", "1.23 us"),
+        (0.0456, "s", "45.6 ms"),
+    ],
+)
+def test_numbers_are_printed_with_a_metric_prefix(value: float, unit: str, text: str) -> None:
+    assert with_unit(value, unit) == text

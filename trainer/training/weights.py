@@ -1,0 +1,75 @@
+"""Weights in a file, as Keras writes them; nothing is lost if the disk is full."""
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.errors import InputError
+from trainer.files import write_atomic
+
+# Keras ignores parameters in a file that the model has no place for: their number is compared.
+_PARAMETERS = "trainer.parameters"
+_BYTES_PER_VARIABLE = 2048  # of an HDF5 file, besides the values
+
+
+def save_weights(
+    path: Path, model: keras.Model, *, attributes: Mapping[str, str] | None = None
+) -> None:
+    """Writes the weights of a model and the state of its optimizer.
+
+    Args:
+        path: Ends in `.weights.h5`.
+        model: The model.
+        attributes: Stored in the file as attributes.
+
+    Raises:
+        InputError: The disk is full or the folder cannot be written; an older file is unchanged.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    size = sum(
+        math.prod(v.shape) * tf.as_dtype(v.dtype).size + _BYTES_PER_VARIABLE for v in variables
+    )
+
+    def write(beside: Path) -> None:
+        if shutil.disk_usage(beside.parent).free < size:
+            # HDF5 reports a full disk, but then crashes when the process ends.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        model.save_weights(beside, overwrite=True)
+        with h5py.File(beside, "a") as file:
+            file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
+
+    try:
+        write_atomic(path, write)
+    except OSError as error:
+        raise InputError(f"{path}: about {size} bytes cannot be written: {error}") from None
+
+
+def load_weights(path: Path, model: keras.Model) -> None:
+    """Reads weights into a model of the same architecture.
+
+    Raises:
+        InputError: The file is missing, damaged, or of another architecture.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            saved = file.attrs[_PARAMETERS]
+        if saved != model.count_params():
+            raise ValueError(f"expected {model.count_params()} parameters, found {saved}")
+        model.load_weights(path)
+        broken = [
+            w.path for w in model.weights if not np.isfinite(keras.ops.convert_to_numpy(w)).all()
+        ]
+        if broken:
+            raise ValueError(f"{', '.join(broken)} has values that are not finite")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read into this model: {reason}") from None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PROBE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1
+_BACKLOG = 4096  # connections that the kernel accepts for a worker that only waits
 _SLURM_PORT = 8888  # of the first task of a node: the default of TensorFlow's resolver
 
 # Hosts of IPv6 are in square brackets.
@@ -120,8 +121,9 @@ class Cluster:
             InputError: The port of this worker is in use, or a worker is missing.
         """
         end = time.monotonic() + seconds
+        missing = dict.fromkeys(self._others, "")
         with self._listen():  # until TensorFlow's server uses the port
-            while missing := {i: reason for i in self._others if (reason := self._probe(i))}:
+            while missing := {i: reason for i in missing if (reason := self._probe(i))}:
                 if time.monotonic() >= end:
                     names = ", ".join(f"{self.named(i)} ({missing[i]})" for i in missing)
                     raise InputError(
@@ -136,7 +138,7 @@ class Cluster:
         host, port = _split(address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:  # on every interface, as TensorFlow's server
-            return socket.create_server(("", port), family=family)
+            return socket.create_server(("", port), family=family, backlog=_BACKLOG)
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
             raise InputError(

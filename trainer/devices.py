@@ -219,46 +219,6 @@ def _choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
     return (gpus[index],)
 
 
-def select_each(words: list[str]) -> list[str]:
-    """Returns single devices, which a benchmark measures one after the other.
-
-    "cpu:1" creates a second logical CPU device: a comparison of two devices can be tried on a
-    machine without a GPU.
-
-    Args:
-        words: "cpu", "cpu:N", "gpu", "gpu:N" or "all"; none means the CPU and every GPU.
-
-    Returns:
-        TensorFlow's names, for example ["CPU:0", "GPU:0"].
-
-    Raises:
-        InputError: A word is none of these, or there is no GPU with the number N.
-        MissingError: A GPU is requested, and none is usable.
-    """
-    import tensorflow as tf
-
-    for word in words:
-        if not re.fullmatch(r"all|(cpu|gpu)(:\d{1,2})?", word):
-            raise InputError(f"--device: expected cpu, cpu:N, gpu, gpu:N or all; received {word!r}")
-    wanted = [word if ":" in word else f"{word}:0" for word in words or ["all"]]
-    count = 1 + max([int(word[4:]) for word in wanted if word.startswith("cpu")], default=0)
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    if count > max(1, len(tf.config.get_logical_device_configuration(cpu) or ())):
-        parts = [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
-        tf.config.set_logical_device_configuration(cpu, parts)
-    gpus = _logical_devices("GPU")
-    names: list[str] = []
-    for word in wanted:
-        if word == "all:0":
-            names += ["CPU:0", *gpus]
-        elif word.startswith("cpu"):
-            names.append(word.upper())
-        else:
-            require_driver(word)
-            names += _choose(word, gpus, [])
-    return list(dict.fromkeys(names))
-
-
 def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
     """Returns the devices of tensors, and fails if they are not the requested ones.
 

@@ -91,18 +91,14 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SLURMD_NODENAME", "n01")
     with pytest.raises(InputError, match="expected task 2 on n02, it runs on n01"):
         read_cluster()
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[01-")
-    with pytest.raises(
-        InputError, match=r"expected a job step, received SLURM_STEP_NODELIST = 'n\[01-'"
-    ):
-        read_cluster()
-    for variable, value, limits in [
-        ("SLURM_PROCID", "3", "0 to 2"),
-        ("SLURM_PROCID", "-1", "0 to 2"),
-        ("SLURM_STEP_NUM_TASKS", "x", "1 to 1000000"),
+    for variable, value in [
+        ("STEP_NODELIST", "n[01-"),
+        ("PROCID", "3"),
+        ("PROCID", "x"),
+        ("STEP_NUM_TASKS", "x"),
     ]:
-        monkeypatch.setenv(variable, value)
-        expected = f"expected {variable} to be a number from {limits}, received '{value}'"
+        monkeypatch.setenv(f"SLURM_{variable}", value)
+        expected = rf"expected a job step, received .*SLURM_{variable} = '{re.escape(value)}'"
         with pytest.raises(InputError, match=expected):
             read_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _PROBE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1
 _BACKLOG = 4096  # connections that the kernel accepts for a worker that only waits
+_SLURM_VARIABLES = (
+    *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    *("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
+)
 _SLURM_PORT = 8888  # of the first task of a node: the default of TensorFlow's resolver
 
 # Hosts of IPv6 are in square brackets.
@@ -228,22 +232,23 @@ def _from_tf_config(text: str) -> Cluster | None:
 
 
 def _from_slurm() -> Cluster:
-    tasks = _slurm_number("SLURM_STEP_NUM_TASKS", 1, 10**6)
-    index = _slurm_number("SLURM_PROCID", 0, tasks - 1)
     from tensorflow import distribute
 
     try:
-        # It only expands the list of hosts. It fails if a node has no GPU, so it is told that
-        # each task has one; SLURM itself assigns the GPUs (`--gpus-per-task`).
+        # It expands the list of hosts. It fails if a node has no GPU, so it is told that each task
+        # has one; SLURM itself assigns the GPUs (`--gpus-per-task`).
         resolver = distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=_SLURM_PORT, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+            port_base=_SLURM_PORT,
+            gpus_per_node=int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            gpus_per_task=1,
+            auto_set_gpu=False,
         )
         addresses = tuple(resolver.cluster_spec().as_dict()["worker"])
-    except (RuntimeError, ValueError) as error:
-        names = ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
-        received = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in names)
+        index = int(resolver.task_id)
+        host, here = _split(addresses[index])[0], os.environ.get("SLURMD_NODENAME")
+    except (RuntimeError, ValueError, LookupError) as error:
+        received = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in _SLURM_VARIABLES)
         raise InputError(f"SLURM: expected a job step, received {received}: {error}") from None
-    host, here = _split(addresses[index])[0], os.environ.get("SLURMD_NODENAME")
     if here is not None and here != host:
         # The resolver sorts host names as text, SLURM by their numbers: n10, n2.
         raise InputError(
@@ -251,20 +256,6 @@ def _from_slurm() -> Cluster:
             "needs host names with numbers of equal length (n02, n10); set TF_CONFIG instead"
         )
     return Cluster(addresses, index, "SLURM")
-
-
-def _slurm_number(variable: str, least: int, most: int) -> int:
-    """Reads a number of SLURM; TensorFlow's own error would not name the variable.
-
-    Raises:
-        InputError: It is not a number, or it is out of range.
-    """
-    text = os.environ.get(variable, "")
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise InputError(
-            f"SLURM: expected {variable} to be a number from {least} to {most}, received {text!r}"
-        )
-    return int(text)
 
 
 def _split(address: str) -> tuple[str, int]:

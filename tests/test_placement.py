@@ -1,14 +1,13 @@
 """What a step reads lies on the device that reads it: seen on two logical CPU devices."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.eager import context
+from graphs import partitions
 
 from trainer import devices
 from trainer.config import Config
@@ -33,19 +32,6 @@ def prepared(placement: str, chosen: devices.Devices | None) -> Experiment:
         "training.batch_size": BATCH_SIZE,
     }
     return build_experiment(Config().with_changes(changes), PhaseTimer(), chosen)
-
-
-@contextmanager
-def partitions() -> Iterator[list[Any]]:
-    """Collects the graphs of each device, as TensorFlow cuts those of functions that it calls."""
-    graphs: list[Any] = []
-    context.enable_graph_collection()
-    try:
-        yield graphs
-        collected = context.export_run_metadata().function_graphs
-        graphs += [part for function in collected for part in function.partition_graphs]
-    finally:
-        context.disable_graph_collection()
 
 
 def sent(graphs: list[Any], traced: list[tf.Graph]) -> dict[str, int]:

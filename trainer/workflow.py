@@ -31,8 +31,8 @@ from trainer.experiment import (
     spec_of,
 )
 from trainer.files import require_writable, sha256
-from trainer.kernels import KernelReport
 from trainer.run import ExistsError, Run, new_runs, open_run
+from trainer.tensorflow_internals import KernelReport
 from trainer.training import callbacks as training_callbacks
 from trainer.training.averaging import AveragedWeights, averages_weights
 from trainer.training.batches import Batches

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from trainer.keras_internals import adam_moments
+
 
 @keras.saving.register_keras_serializable(package="trainer")
 class FusedAdam(keras.optimizers.Adam):
@@ -28,14 +30,14 @@ class FusedAdam(keras.optimizers.Adam):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Updates one weight; Keras calls it for each, on each device."""
-        index = self._get_variable_index(variable)
+        momentum, velocity = adam_moments(self, variable)
         dtype = variable.dtype
         step = tf.cast(self.iterations + 1, dtype)
         beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (self.beta_1, self.beta_2))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
+            m=momentum.value.handle,
+            v=velocity.value.handle,
             beta1_power=beta_1**step,
             beta2_power=beta_2**step,
             lr=tf.cast(learning_rate, dtype),

@@ -17,10 +17,17 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer import kernels
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
 from trainer.keras_objects import nested_layers
+from trainer.tensorflow_internals import (
+    HostOperation,
+    KernelReport,
+    check_kernels,
+    check_xla,
+    profiler_step,
+    xla_refusal,
+)
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
 from trainer.training.step import compute_loss, overrides, test_step, train_step
@@ -314,22 +321,22 @@ class Loop:
             )
         return call
 
-    def check_kernels(self, device_type: str | None = None) -> kernels.KernelReport:
+    def check_kernels(self, device_type: str | None = None) -> KernelReport:
         """Looks for operations of the traced training step that run on the CPU.
 
         Args:
             device_type: "GPU" or "CPU"; None: the type of the devices in use.
         """
-        return kernels.check_kernels(
+        return check_kernels(
             self._traced.graph,
             device_type or self.devices.type,
             layers=self.layer_names,
             traced_on=self.devices.names if self.devices.replicas > 1 else (),
         )
 
-    def check_xla_kernels(self) -> tuple[kernels.HostOperation, ...]:
+    def check_xla_kernels(self) -> tuple[HostOperation, ...]:
         """Returns the operations of the traced training step that XLA has no GPU kernel for."""
-        return kernels.check_xla(self.step_graph, self.layer_names)
+        return check_xla(self.step_graph, self.layer_names)
 
     def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
         """Trains without end, and without validation and callbacks: what a benchmark measures.
@@ -437,7 +444,7 @@ class Loop:
         call = self._training_call(train)
         start = time.perf_counter()
         # The mark by which the profiler's pages count steps; it costs nothing unless one listens.
-        with tf.profiler.experimental.Trace("train", step_num=first, _r=1):
+        with profiler_step(first):
             recorded, logs = self._run(call, state, first, count)
         for name in self.devices.names:
             with tf.device(name):
@@ -651,7 +658,7 @@ class Loop:
             with self.devices.scope():
                 return call(state, tf.constant(first), tf.constant(count))
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            refused = kernels.xla_refusal(error, self.layer_names) if self._jit_compile else None
+            refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
             if refused is None:
                 raise
             raise InputError(

@@ -1,4 +1,4 @@
-"""Several workers: what names them, what is refused, and that they train as one device does."""
+"""Several workers: configuration, errors, and equality with a training on one device."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from trainer.errors import InputError, MissingError
 
 LOCAL_CLUSTER = Path(__file__).parent.parent / "scripts" / "local_cluster.py"
 TWO = ["127.0.0.1:9001", "127.0.0.1:9002"]
-# Smooth and without dropout: what differs is rounding alone. 2,401 images are 25 batches, the last
-# of one image, which one of two workers has, and the other has none.
+# Smooth and without dropout: the results differ by rounding only. 2,401 images are 25 batches. The
+# last one has a single image: one of two workers has none.
 SETTINGS = {
     "data.name": "synthetic",
     "data.options": "{examples=3335,height=8,width=8,classes=4}",
@@ -54,7 +54,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-# ---------------------------------------------------------------- what names them
+# ---------------------------------------------------------------- configuration
 
 
 def test_tf_config_names_the_workers_and_the_chief_comes_first(
@@ -132,7 +132,7 @@ def test_wrong_tf_config_is_refused(
         read_cluster()
 
 
-def test_wrong_tf_config_is_one_line_of_the_command(
+def test_the_command_reports_a_wrong_tf_config_in_one_line(
     command: Callable[..., Any], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (in_tmp_path / "empty.toml").touch()
@@ -142,7 +142,7 @@ def test_wrong_tf_config_is_one_line_of_the_command(
     assert "TF_CONFIG" in err
 
 
-# ---------------------------------------------------------------- waiting for each other
+# ---------------------------------------------------------------- start and loss of workers
 
 
 def test_workers_wait_for_each_other() -> None:
@@ -211,7 +211,7 @@ def test_workers_that_cannot_agree_end_with_the_traceback_of_the_waiting_line(
         assert "devices.py" in err or "missing: task 1" in err, err
 
 
-def test_errors_about_lost_workers_name_them_and_others_stay() -> None:
+def test_errors_about_lost_workers_name_them() -> None:
     import tensorflow as tf
 
     nobodys, ours = free_ports(2)
@@ -272,11 +272,11 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same training alone, in this process, and by two workers."""
+    """The runs of the same training in this process (1) and by two workers (2)."""
     folder = tmp_path_factory.mktemp("workers")
     code, out, err = ended(start(folder, "empty.toml", *changes(SETTINGS)))
     assert code == 0, err
-    assert out.count("test accuracy") == 1  # the chief alone tells
+    assert out.count("test accuracy") == 1  # only the chief prints it
     (together,) = (folder / "runs").iterdir()
     settings = SETTINGS | {"logging.directory": folder / "alone"}
     config = load_config(
@@ -286,7 +286,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def curve(run: Path, tag: str) -> np.ndarray[Any, Any]:
-    """Returns the points of a curve of training, in their order."""
+    """Returns the values of a training curve in order."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -315,7 +315,7 @@ def test_two_workers_train_as_one_device_does(trained: dict[int, Path]) -> None:
     assert len(alone) == len(together) == 100
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
     alone, together = (curve(trained[workers], "step/accuracy") for workers in (1, 2))
-    ends = [25 * epoch + step - 1 for epoch in range(4) for step in (10, 20, 25)]  # of the calls
+    ends = [25 * epoch + step - 1 for epoch in range(4) for step in (10, 20, 25)]
     np.testing.assert_allclose(together, alone[ends], rtol=0, atol=1e-5)
     summaries = [json.loads((run / "summary.json").read_text()) for run in trained.values()]
     for split in ("validation", "test"):
@@ -330,7 +330,7 @@ def test_two_devices_of_one_machine_train_as_one_does(
     trained: dict[int, Path], in_tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     (in_tmp_path / "empty.toml").touch()
-    settings = changes(SETTINGS | {"training.device": "all"})  # the two that conftest makes
+    settings = changes(SETTINGS | {"training.device": "all"})  # two, see conftest.py
     code, out, err = command("fit", "empty.toml", "--json", *settings)
     assert code == 0, err
     summary = json.loads(out)
@@ -341,7 +341,9 @@ def test_two_devices_of_one_machine_train_as_one_does(
         np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
 
 
-def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, Path]) -> None:
+def test_only_the_chief_writes_and_it_records_the_times_of_each_worker(
+    trained: dict[int, Path],
+) -> None:
     names = [sorted(p.name for p in run.iterdir()) for run in trained.values()]
     assert names[0] == names[1]
     said = (trained[2] / "log.txt").read_text()
@@ -352,7 +354,7 @@ def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, P
 
 
 @pytest.mark.slow
-def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
+def test_a_lost_worker_is_named_and_resume_ends_with_the_same_weights(
     trained: dict[int, Path], tmp_path: Path
 ) -> None:
     slow = {"training.checkpoint_seconds": 0, "training.steps_per_execution": 1}
@@ -371,7 +373,7 @@ def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
     assert not list(tmp_path.glob("runs/*/summary.json"))
 
     process = start(tmp_path, "--resume", "trained")
-    # A signal that one of them gets stops all of them, with their state saved.
+    # A signal to one worker stops all of them; their state is saved.
     while "resumed" not in process.stderr.readline():
         assert process.poll() is None
     worker(process, 1).send_signal(signal.SIGTERM)
@@ -398,7 +400,7 @@ def worker(process: subprocess.Popen[str], index: int) -> psutil.Process:
     return sorted(workers, key=lambda child: child.create_time())[index]
 
 
-def test_workers_that_were_told_different_things_are_refused(tmp_path: Path) -> None:
+def test_workers_with_different_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").touch()
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     processes = [

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.devices import AllGather, single_worker
+from trainer.cluster import AllGather, single_worker
 from trainer.errors import StoppedError
 
 

@@ -222,70 +222,6 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The training."""
 
-<<<<<<< HEAD
-    epochs: int = Field(default=3, ge=1, lt=2**31, description="How often to go through the images")
-    batch_size: int = Field(
-        default=128, ge=1, lt=2**31, description="Images a step, over all devices"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of weights, order and dropout")
-    device: str = Field(
-        default="auto",
-        pattern=DEVICE_PATTERN,
-        description="auto | cpu | gpu | gpu:N | all",
-    )
-    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
-        default="auto", description="auto: bfloat16 where the processor multiplies it faster"
-    )
-    deterministic: bool = Field(
-        default=False, description="Refuse every operation whose result can vary between runs"
-    )
-    loss: KerasObject = Field(
-        default=KerasObject(name="SparseCategoricalCrossentropy"), description="A Keras loss"
-    )
-    metrics: list[KerasObject] = Field(
-        default=[KerasObject(name="SparseCategoricalAccuracy", options={"name": "accuracy"})],
-        description="Keras metrics, in order",
-    )
-    callbacks: list[KerasObject] = Field(default=[], description="Keras callbacks, in order")
-    clip_norm: float | None = Field(
-        default=None, gt=0, description="Largest global norm of the gradients"
-    )
-    step: str = Field(
-        default="trainer.training.step:train_step",
-        pattern=r"^[^:]+:[^:]+$",
-        description="The function of one training step, as package.module:function",
-    )
-    steps_per_execution: int = Field(
-        default=50, ge=1, lt=2**31, description="Steps in one call of the compiled loop"
-    )
-    jit_compile: bool | Literal["auto"] = Field(
-        default="auto",
-        description="Compile the step with XLA: true, false, or auto: on one GPU if Keras can "
-        "compile every layer, not on a CPU, where it is slower",
-    )
-    checkpoint_seconds: float = Field(
-        default=60.0,
-        ge=0,
-        description="Longest time between checkpoints; one is written after each epoch, too",
-    )
-    cluster_timeout_seconds: float = Field(
-        default=120.0, gt=0, description="Longest wait for the other machines of a cluster"
-    )
-    limit_batches: int | None = Field(
-        default=None,
-        ge=1,
-        lt=2**31,
-        description="Use only this many batches of each split; scored is a fixed sample of all "
-        "classes",
-    )
-
-    @field_validator("jit_compile", mode="before")
-    @classmethod
-    def _auto_or_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool) or value == "auto":
-            return value
-        raise ValueError(f"expected 'auto', true or false, received {value!r}")
-=======
     epochs: _Count = 3
     """Number of passes over the training images."""
     batch_size: _Count = 128
@@ -320,7 +256,8 @@ class TrainingConfig(Section):
     limit_batches: _Count | None = None
     """Use only this many batches of each split. Validation and test then use a fixed sample of all
     classes."""
->>>>>>> 61d8864003c2edaf760e52088ffee38abee503af
+    step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
+    """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
 
 
 class LoggingConfig(Section):

@@ -1,4 +1,7 @@
-"""The command line: the core verbs, and those of every tool. Heavy imports wait for a verb."""
+"""The command line: the core verbs, and the verbs of every tool.
+
+Heavy modules are imported inside the verbs.
+"""
 
 import errno
 import os
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 _START = time.perf_counter()
-# The parts of the time that `fit` prints; summary.json has each of them separately.
+# The printed times of `fit`, and the times in summary.json that each one adds up.
 _SHOWN_SECONDS = {
     "import": ("import",),
     "data": ("devices", "data", "to_device"),
@@ -60,8 +63,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Prepare a data set, or describe it.", no_args_is_help=True)
-config_app = typer.Typer(help="Print a configuration, or the schema.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare or describe a data set.", no_args_is_help=True)
+config_app = typer.Typer(help="Print a configuration or its schema.", no_args_is_help=True)
 
 
 @app.command()
@@ -81,10 +84,13 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="One batch of train, validation and test; writes no run"),
+        typer.Option("--dry-run", help="Use one batch of train, validation and test; write no run"),
     ] = False,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Refuse operations whose result can vary")
+        bool,
+        typer.Option(
+            "--deterministic", help="Refuse operations whose result can differ between runs"
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps for TensorBoard's profiler page")
@@ -164,7 +170,7 @@ def predict(
     ],
     *,
     invert: Annotated[
-        bool, typer.Option("--invert", help="Exchange dark and bright first")
+        bool, typer.Option("--invert", help="Invert the brightness of the images")
     ] = False,
     device: DeviceOption = None,
     runs: RunsOption = "runs",
@@ -199,7 +205,7 @@ def tensorboard(
     runs: RunsOption = "runs",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 6006,
 ) -> None:
-    """Open TensorBoard on the runs; it listens on this machine only."""
+    """Open TensorBoard on the runs; only this machine can connect to it."""
     if not runs or not Path(runs).is_dir():
         raise InputError(f"there is no folder {runs!r}: `trainer fit` creates one")
     from tensorboard import program
@@ -221,7 +227,7 @@ def data_prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare the data again")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Download or read a data set, decode it, and store the arrays."""
+    """Download or read a data set, decode it, and store the arrays for `fit`."""
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
@@ -234,7 +240,7 @@ def data_prepare(
 def data_info(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
-    """Describe a data set; all files are read and their checksums verified."""
+    """Describe a data set, after a check of all its files."""
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
@@ -273,7 +279,7 @@ def main() -> NoReturn:
     """Runs a command. An error of the user is printed as one line, with its exit code."""
 
     def stop(*_: object) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)  # as an exception, so that files are closed
+        sys.exit(128 + signal.SIGTERM)  # an exception, so that files are closed
 
     escape_unencodable()
     signal.signal(signal.SIGTERM, stop)
@@ -339,7 +345,7 @@ def _load_resumed(
     directory = changed.get("logging.directory", "runs")
     run = open_run(reference, runs_directory=str(directory), unfinished=True)
     if "training.device" in changed and "training.jit_compile" not in changed:
-        flags = flags | {"training.jit_compile": "auto"}  # it was resolved for another device
+        flags = flags | {"training.jit_compile": "auto"}  # resolved for another device
     return str(run.path), run.continued(
         load_config(run.path / "config.toml", changes, flags, stored=True)
     )

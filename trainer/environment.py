@@ -1,4 +1,4 @@
-"""The machine and the software that a result depends on: versions, CPU, GPU, git revision."""
+"""The hardware and software that a result depends on: versions, CPU, GPU, git revision."""
 
 import contextlib
 import functools
@@ -13,11 +13,11 @@ _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets
 
 
 def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, Any]:
-    """Describes what a run's numbers depend on besides its configuration.
+    """Returns everything besides the configuration that the results of a run depend on.
 
     Args:
         device_names: The devices of the run.
-        fingerprint: Of the data.
+        fingerprint: The fingerprint of the data.
     """
     return {
         "python": platform.python_version(),
@@ -40,7 +40,7 @@ def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dic
 
 @functools.cache
 def cpu_flags() -> tuple[str, ...]:
-    """Returns the instruction sets the CPU lists, sorted; empty where the system has no list."""
+    """Returns the names of the CPU's instruction sets, sorted; empty if they are not known."""
     for line in _cpuinfo():
         if line.startswith(("flags", "Features")):
             return tuple(sorted(line.partition(":")[2].split()))
@@ -51,7 +51,7 @@ def cpu_flags() -> tuple[str, ...]:
 
 @functools.cache
 def cpu_model() -> str:
-    """Returns the CPU's name as the system gives it."""
+    """Returns the name of the CPU."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -61,7 +61,7 @@ def cpu_model() -> str:
 
 
 def usable_cpus() -> int:
-    """Returns how many CPUs this process may use."""
+    """Returns the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -69,7 +69,7 @@ def usable_cpus() -> int:
 
 @functools.cache
 def cpu_caches() -> dict[str, int]:
-    """Returns the bytes of each cache of the first CPU, smallest first; empty where not told."""
+    """Returns the size of each cache of the first CPU in bytes, smallest first; {} if unknown."""
     found = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         names = ("level", "type", "size")
@@ -81,7 +81,7 @@ def cpu_caches() -> dict[str, int]:
 
 
 def gpu_models() -> list[str]:
-    """Returns a line for each GPU that TensorFlow can use: its name and compute capability."""
+    """Returns name and compute capability of each GPU that TensorFlow can use."""
     import tensorflow as tf
 
     lines = []
@@ -105,7 +105,7 @@ def _sysctl(name: str) -> str:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Returns the revision of this code and whether it was changed; None where it is not in git."""
+    """Returns the revision of this code and whether it was changed; None without git."""
     checkout = str(Path(__file__).resolve().parent.parent)
 
     def git(*arguments: str) -> str:

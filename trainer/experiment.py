@@ -28,16 +28,26 @@ from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
-from trainer.training.loop import Loop, metric_tensors
+from trainer.training.callback_options import check_callback
+from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
-from trainer.training.step import compute_loss
-from trainer.training.trial_run import try_callback
+from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
 from trainer.training.weights import load_weights
 
 # Names that a metric cannot have: they would replace another number.
 _RESERVED = {
     *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
-    *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
+    *(
+        "outputs",
+        "gradient_norms",
+        "images_per_second",
+        "run",
+        "data",
+        "split",
+        "images",
+        "devices",
+        "precision",
+    ),
 }
 
 
@@ -153,6 +163,7 @@ def build_experiment(
     # Before the data, which may have to be downloaded first.
     models.find(config.model)
     try_optimizer(config.optimizer)
+    step = find_step(config.training.step) if restored is None else train_step
     with timer.phase("data"):
         data = datasets.load(config.data)
     if restored is not None:
@@ -181,6 +192,7 @@ def build_experiment(
         loop = Loop(
             model,
             selected,
+            step=step,
             steps_per_execution=training.steps_per_execution,
             clip_norm=training.clip_norm,
             jit_compile=bool(config.training.jit_compile),
@@ -392,14 +404,11 @@ def make_callbacks(
     for kind in (*kinds, *map(type, given)):
         _check_kind(experiment.config, kind)
     results = metric_tensors(experiment.model.get_metrics_result())
-    values = {name: np.full(value.shape, 0.5)[()] for name, value in results.items()}
-    logs = values | {f"val_{name}": value for name, value in values.items()}
+    logs = [*results, *(f"val_{name}" for name in results)]
     for i, each in enumerate(described):
         # A user's callback may add logs for the callbacks after it.
         own = any(not kind.__module__.startswith("keras.") for kind in kinds[:i])
-        monitor = each.options.get("monitor")
-        added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
-        try_callback(each, experiment.model, added | logs)
+        check_callback(each, [*logs, each.options.get("monitor")] if own else logs)
     return [*(keras_objects.make("callback", each) for each in described), *given]
 
 

@@ -33,9 +33,9 @@ def find(kind: str, name: str) -> Any:
 
     Args:
         kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
-        name: A Keras name in any case ("adam", "Conv2D"), one of this package ("FusedAdam"), the
-            name of a class registered with `keras.saving.register_keras_serializable`, or
-            "package.module:Name".
+        name: A Keras name in any case ("adam", "Conv2D"), one of this package
+            ("SmoothedCrossentropy"), the name of a class registered with
+            `keras.saving.register_keras_serializable`, or "package.module:Name".
 
     Raises:
         InputError: There is no such class, or it is of another kind.

@@ -440,7 +440,7 @@ def test_unknown_version_or_variant_of_a_set_is_refused(name: str, tmp_path: Pat
 
 @pytest.mark.usefixtures("closed_network")
 def test_a_set_of_tfds_takes_no_options(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown option 'split': it takes none"):
+    with pytest.raises(InputError, match="unknown option 'split': available: none"):
         load(DataConfig(name="mnist", directory=str(tmp_path), options={"split": "x"}))
 
 

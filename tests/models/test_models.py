@@ -230,7 +230,7 @@ def test_wrong_option_is_refused_by_its_name(
     name: str, options: dict[str, Any], expected: str
 ) -> None:
     message = refusal(name, options)
-    assert message.startswith("model.options: ")
+    assert message.startswith("model.options.")
     assert expected in message
 
 

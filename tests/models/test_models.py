@@ -221,7 +221,7 @@ def test_unknown_option_is_refused_with_the_nearest() -> None:
         ("mlp", {"units": [8, 0]}, "units.1: expected greater than or equal to 1, received 0"),
         ("mlp", {"activation": 3}, "activation: expected a valid string, received 3"),
         ("mlp", {"dropout": float("nan")}, "dropout: expected a finite number, received nan"),
-        ("layers", {"layers": "Dense"}, "layers: expected a valid tuple, received 'Dense'"),
+        ("layers", {"layers": "Dense"}, "layers: expected a valid array, received 'Dense'"),
         ("layers", {"layers": [{"nam": "Dense"}]}, "layers.0"),
         ("layers", {"layers": []}, "layers"),
     ],
@@ -230,7 +230,7 @@ def test_wrong_option_is_refused_by_its_name(
     name: str, options: dict[str, Any], expected: str
 ) -> None:
     message = refusal(name, options)
-    assert message.startswith("model.options: ")
+    assert message.startswith("model.options.")
     assert expected in message
 
 

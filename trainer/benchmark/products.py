@@ -4,79 +4,35 @@ Two shapes: "dot" ([1, n] x [n, 1]) does two operations for eight bytes and is l
 "square" ([n, n] x [n, n]) is limited by arithmetic.
 """
 
+import functools
 import itertools
-import logging
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import psutil
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer import environment
-from trainer.benchmark.checks import check_device, check_product, check_random
+from trainer.benchmark.cases import Case, UnmeasurableError, check_device, synchronize
 from trainer.benchmark.timing import Budget, Measurement
-
-_logger = logging.getLogger(__name__)
+from trainer.errors import CheckError
 
 _MAX_CALL_SECONDS = 1.0  # longer products are skipped, and the skip is recorded
 _EXPECTED_FLOPS_PER_SECOND = 1e9  # of a product that is larger than those measured so far
-_MIN_COLD_BYTES = 2**18  # smaller operands would need too many copies to be cold
 _PEAK_SIZES = (512, 1024, 2048, 4096)  # squares that have baselines
+# Unit roundoff: half the distance from 1 to the next number.
+_ROUNDOFF = {"float32": 2.0**-24, "tf32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+_CHUNK = 2**20
 
 Pair = tuple[tf.Tensor, tf.Tensor]
+HostPair = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-@dataclass
-class Products:
-    """All products of a run."""
-
-    entries: list[Measurement] = field(default_factory=list)  # in ascending size
-    baselines: list[Measurement] = field(default_factory=list)  # the same, in other ways
-    skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped product
-
-
-class Operands(NamedTuple):
-    """Two random operands on a device, and the same rounded numbers as float32 on the host."""
-
-    pair: Pair
-    host: tuple[NDArray[np.float32], NDArray[np.float32]]
-    copy_seconds: float
-
-
-def fastest(entries: Iterable[Measurement], work: str, **wanted: Any) -> float:
-    """Returns the rate of the fastest block: GFLOP/s or GB/s; 0 if no entry matches.
-
-    Args:
-        entries: What was measured.
-        work: "flops" or "bytes".
-        **wanted: Accepted values for columns of the row.
-    """
-    rates = (
-        entry.row[work] / min(entry.block_seconds) / 1e9
-        for entry in entries
-        if all(entry.row[column] in values for column, values in wanted.items())
-    )
-    return max(rates, default=0.0)
-
-
-def cache_levels() -> list[str]:
-    """Returns the CPU's caches, the smallest first, and "memory"."""
-    return [*environment.cpu_caches(), "memory"]
-
-
-def cache_level(size: int, device: str) -> str:
-    """Returns the smallest CPU cache that holds `size` bytes; "memory" if there is none."""
-    caches = environment.cpu_caches().items() if device.startswith("CPU") else ()
-    return next((name for name, capacity in caches if size <= capacity), "memory")
-
-
-def product_row(
-    shape: str, n: int, device: str, dtype: str, *, cold: bool = False
-) -> dict[str, Any]:
+def product_row(shape: str, n: int, device: str, dtype: str) -> dict[str, Any]:
     """Returns what a product is, and its work: 2 m n k flops, and the bytes of both operands.
 
     Args:
@@ -84,22 +40,23 @@ def product_row(
         n: Its size.
         device: For example "GPU:0".
         dtype: "float32", "bfloat16", "float16" or "tf32" (float32 operands, TF32 arithmetic).
-        cold: Whether the operands are read from memory, not from a cache.
     """
-    size = (8 if dtype in ("float32", "tf32") else 4) * (n if shape == "dot" else n**2)
-    what = {"shape": shape, "n": n, "device": device, "dtype": dtype, "cold": cold}
-    return what | {
-        "key": f"{shape}/{n}/{device}/{dtype}/{'cold' if cold else 'hot'}",
+    return {
+        # Results of earlier versions also had products with operands outside the caches ("cold").
+        "key": f"{shape}/{n}/{device}/{dtype}/hot",
+        "shape": shape,
+        "n": n,
+        "device": device,
+        "dtype": dtype,
         "flops": 2 * n if shape == "dot" else 2 * n**3,
-        "bytes": size,
-        "fits": "memory" if cold else cache_level(size, device),
+        "bytes": (8 if dtype in ("float32", "tf32") else 4) * (n if shape == "dot" else n**2),
     }
 
 
-def prepare_products(
+def product_cases(
     devices: list[str], shapes: list[str], dtypes: list[str], budget: Budget, *, seed: int
-) -> Products:
-    """Checks and warms up all products and their baselines.
+) -> Iterator[Case]:
+    """Yields the products in ascending size. Their baselines have a "baseline" in their row.
 
     Args:
         devices: For example ["CPU:0", "GPU:0"].
@@ -107,165 +64,212 @@ def prepare_products(
         dtypes: Types of the operands. A GPU also multiplies float32 operands as TF32.
         budget: Sizes and durations.
         seed: Random seed for the operands.
-
-    Raises:
-        CheckError: A tensor is not random or on another device, or a product is wrong.
     """
-    generator, products = np.random.default_rng(seed), Products()
-    free_bytes = psutil.virtual_memory().available / 2
-    for shape, device, dtype in itertools.product(shapes, devices, _with_tf32(dtypes)):
-        if dtype == "tf32" and not device.startswith("GPU"):
-            continue
-        _logger.info("preparing %s products of %s on %s", shape, dtype, device)
-        last: Measurement | None = None
-        for n in budget.dot_sizes if shape == "dot" else budget.square_sizes:
+    generator = np.random.default_rng(seed)
+    if "float32" in dtypes:
+        dtypes = [*dtypes, "tf32"]
+    for shape, device, dtype in itertools.product(shapes, devices, dtypes):
+        smaller: list[Measurement] = []
+        sizes = budget.dot_sizes if shape == "dot" else budget.square_sizes
+        for n in sizes if dtype != "tf32" or device.startswith("GPU") else ():
             row = product_row(shape, n, device, dtype)
-            reason = _reason_to_skip(row, last, free_bytes)
-            if not reason:
-                try:
-                    last, used = _prepare(row, products, budget, generator)
-                    free_bytes -= used
-                except tf.errors.ResourceExhaustedError:
-                    reason = f"not enough memory on {device}"
-            if reason:
-                products.skipped[row["key"]] = reason
-    return products
+            prepare = functools.partial(_prepare, row, smaller, budget, generator)
+            yield Case(row["key"], prepare)
 
 
-def _with_tf32(dtypes: list[str]) -> list[str]:
-    return [k for dtype in dtypes for k in ([dtype, "tf32"] if dtype == "float32" else [dtype])]
+def baselines_of(measured: Iterable[Measurement]) -> list[Measurement]:
+    """Returns the measurements that are baselines."""
+    return [each for each in measured if "baseline" in each.row]
 
 
-def _reason_to_skip(row: dict[str, Any], last: Measurement | None, free_bytes: float) -> str:
-    if row["bytes"] * 2 > free_bytes:
-        return f"{row['bytes']:,} bytes of operands do not fit in half of the memory"
-    if last is not None:
-        # The rate of a small product is only a lower bound for a large one.
-        rate = last.row["flops"] / last.call_seconds
-        seconds = row["flops"] / max(rate, _EXPECTED_FLOPS_PER_SECOND)
-        if seconds > _MAX_CALL_SECONDS:
-            return f"one call would take about {seconds:.0f} s"
-    return ""
+def peak_flops(measured: Iterable[Measurement], device: str, dtype: str | None = None) -> float:
+    """Returns the GFLOP/s of the fastest block of a device, without dot products; 0 without any.
+
+    Args:
+        measured: Products and operations.
+        device: For example "GPU:0".
+        dtype: None means any type.
+    """
+    return max(
+        (
+            each.row["flops"] / min(each.block_seconds) / 1e9
+            for each in measured
+            if each.row["device"] == device
+            and each.row.get("shape") != "dot"
+            and dtype in (None, each.row.get("dtype"))
+        ),
+        default=0.0,
+    )
+
+
+def peak_bandwidth(measured: Iterable[Measurement], device: str, size: int) -> float:
+    """Returns the GB/s of the fastest block that reads at least `size` bytes.
+
+    Larger operands come from the same cache or a slower one.
+    """
+    return max(
+        (
+            each.row["bytes"] / min(each.block_seconds) / 1e9
+            for each in measured
+            if each.row["device"] == device
+            and each.row.get("shape") != "square"
+            and each.row["bytes"] >= size
+        ),
+        default=0.0,
+    )
 
 
 def _prepare(
-    row: dict[str, Any], products: Products, budget: Budget, generator: np.random.Generator
-) -> tuple[Measurement, int]:
-    """Prepares a hot product, a cold one where it differs, and the baselines.
+    row: dict[str, Any], smaller: list[Measurement], budget: Budget, generator: np.random.Generator
+) -> list[Measurement]:
+    """Warms up a product and its baselines, and checks its operands and its result.
 
-    Returns:
-        The hot product, and the bytes that stay allocated.
+    Raises:
+        UnmeasurableError: It is too large.
+        CheckError: A tensor is not random or on another device, or the product is wrong.
     """
-    operands, copies = place_operands(row, generator), 0
-    hot = _measure(row, [operands.pair], operands, budget)
-    products.entries.append(hot)
-    dot = row["shape"] == "dot"
-    if dot and row["device"].startswith("CPU") and row["bytes"] >= _MIN_COLD_BYTES:
-        last_cache = max(environment.cpu_caches().values(), default=32 * 2**20)
-        copies = -(-2 * last_cache // row["bytes"]) - 1
-        with tf.device(row["device"]):
-            one = tf.ones([], operands.pair[0].dtype)
-            pairs = [(a * one, b * one) for a, b in [operands.pair] * copies]
-        cold = product_row(row["shape"], row["n"], row["device"], row["dtype"], cold=True)
-        products.entries.append(_measure(cold, [operands.pair, *pairs], operands, budget))
-    if dot or row["n"] in (*_PEAK_SIZES, budget.square_sizes[-1]):
-        products.baselines += _baselines(row, operands, budget)
-    return hot, (1 + copies) * row["bytes"]
-
-
-def place_operands(row: dict[str, Any], generator: np.random.Generator) -> Operands:
-    """Draws random normal operands for a product and copies them to its device."""
-    n = row["n"]
-    dtype = tf.as_dtype("float32" if row["dtype"] == "tf32" else row["dtype"]).as_numpy_dtype
-    shapes = ((1, n), (n, 1)) if row["shape"] == "dot" else ((n, n), (n, n))
-    left, right = (generator.standard_normal(s, np.float32).astype(dtype) for s in shapes)
-    with tf.device(row["device"]):
-        tf.test.experimental.sync_devices()
-        start = time.perf_counter()
-        pair = tf.identity(tf.constant(left)), tf.identity(tf.constant(right))
-        tf.test.experimental.sync_devices()
-        seconds = time.perf_counter() - start
-    return Operands(pair, (left.astype(np.float32), right.astype(np.float32)), seconds)
-
-
-def multiply_on(device: str, pairs: list[Pair]) -> Callable[[], tf.Tensor]:
-    """Returns a call that multiplies the next pair of operands on a device."""
-    turn = itertools.cycle(pairs)
-
-    def multiply() -> tf.Tensor:
-        a, b = next(turn)
-        with tf.device(device):
-            return tf.matmul(a, b)
-
-    return multiply
-
-
-def _measure(
-    row: dict[str, Any], pairs: list[Pair], operands: Operands, budget: Budget
-) -> Measurement:
-    """Warms up a product, and checks its operands and its result."""
-    multiply = multiply_on(row["device"], pairs)
-    for operand in itertools.chain(*pairs):
+    # The operands are on the device and on the host. Half of the memory stays free.
+    if 4 * row["bytes"] > psutil.virtual_memory().available:
+        raise UnmeasurableError(
+            f"{row['bytes']:,} bytes of operands do not fit in half of the memory"
+        )
+    if smaller:
+        # The rate of a small product is only a lower bound for a large one.
+        rate = smaller[-1].row["flops"] / smaller[-1].call_seconds
+        seconds = row["flops"] / max(rate, _EXPECTED_FLOPS_PER_SECOND)
+        if seconds > _MAX_CALL_SECONDS:
+            raise UnmeasurableError(f"one call would take about {seconds:.0f} s")
+    pair, host, row["to_device_seconds"] = place_operands(row, generator)
+    for operand in pair:
         check_random(operand, f"{row['key']}: operand")
-
-    def wait() -> None:
-        tf.test.experimental.sync_devices()
-        _set_tf32(row)
-
+    multiply = multiply_on(row["device"], pair)
+    wait = functools.partial(synchronize, tf32=row["dtype"] == "tf32")
     measurement = Measurement(multiply, wait, budget, row)
-    tensors = {"first operand": pairs[0][0], "second operand": pairs[0][1], "result": multiply()}
-    found = {
+    tensors = {"first operand": pair[0], "second operand": pair[1], "result": multiply()}
+    row["places"] = {
         name: check_device(tensor, row["device"], f"{row['key']}: {name}")
         for name, tensor in tensors.items()
     }
     wait()
     start = time.perf_counter()
     product = tensors["result"].numpy()
-    row["to_device_seconds"] = operands.copy_seconds
     row["to_host_seconds"] = time.perf_counter() - start
-    row["error"] = check_product(*operands.host, product.astype(np.float32), row["dtype"])
-    row["places"] = found
-    return measurement
+    row["error"] = check_product(*host, product.astype(np.float32), row["dtype"])
+    smaller.append(measurement)
+    if row["shape"] == "dot" or row["n"] in (*_PEAK_SIZES, budget.square_sizes[-1]):
+        return [measurement, *_baselines(row, multiply, host, budget)]
+    return [measurement]
 
 
-def _baselines(row: dict[str, Any], operands: Operands, budget: Budget) -> list[Measurement]:
-    """Measures the same product with another wait, sums of the operands, and numpy."""
-    (a, b), (left, right) = operands.pair, operands.host
-    longer = replace(budget, block_seconds=3 * budget.block_seconds)  # reading takes time, too
-    calls = {"product": _read_back(multiply_on(row["device"], [(a, b)]), row)}
-    if row["shape"] == "dot":
-        calls["sums"] = _read_back(lambda: (tf.reduce_sum(a), tf.reduce_sum(b))[-1], row)
-    if row["dtype"] == "float32" and row["device"].startswith("CPU"):
-        calls["numpy"] = (lambda: left @ right, lambda: None)
-    return [
-        Measurement(
-            *(call, wait, longer),
-            row | {"key": f"{row['key']}/{name}", "product": row["key"], "name": name},
-        )
-        for name, (call, wait) in calls.items()
-    ]
+def place_operands(
+    row: dict[str, Any], generator: np.random.Generator
+) -> tuple[Pair, HostPair, float]:
+    """Draws random normal operands for a product and copies them to its device.
 
-
-def _read_back(
-    call: Callable[[], tf.Tensor], row: dict[str, Any]
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Returns the call, and a wait that reads one value of its last result.
-
-    A device executes its operations in order. A clock that does not wait cannot agree with this.
+    Returns:
+        The operands on the device, the same rounded numbers as float32 on the host, and the
+        seconds of the copy.
     """
+    n = row["n"]
+    dtype = tf.as_dtype("float32" if row["dtype"] == "tf32" else row["dtype"]).as_numpy_dtype
+    shapes = ((1, n), (n, 1)) if row["shape"] == "dot" else ((n, n), (n, n))
+    left, right = (generator.standard_normal(s, np.float32).astype(dtype) for s in shapes)
+    with tf.device(row["device"]):
+        synchronize()
+        start = time.perf_counter()
+        pair = tf.identity(tf.constant(left)), tf.identity(tf.constant(right))
+        synchronize()
+        seconds = time.perf_counter() - start
+    return pair, (left.astype(np.float32), right.astype(np.float32)), seconds
+
+
+def multiply_on(device: str, pair: Pair) -> Callable[[], tf.Tensor]:
+    """Returns a call that multiplies two operands on a device."""
+
+    def multiply() -> tf.Tensor:
+        with tf.device(device):
+            return tf.matmul(*pair)
+
+    return multiply
+
+
+def _baselines(
+    row: dict[str, Any], multiply: Callable[[], tf.Tensor], host: HostPair, budget: Budget
+) -> list[Measurement]:
+    """Measures the same product with another wait, and in numpy."""
     last: list[tf.Tensor] = []
 
     def ask() -> None:
-        last[:] = [call()]
+        last[:] = [multiply()]
 
-    def wait() -> None:
+    def read_back() -> None:
+        """Reads one value of the last result.
+
+        A device executes its operations in order. A clock that does not wait cannot agree.
+        """
         for tensor in last:
             tf.reshape(tensor, [-1])[0].numpy()
-        _set_tf32(row)
+        tf.config.experimental.enable_tensor_float_32_execution(row["dtype"] == "tf32")
 
-    return ask, wait
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {"product": (ask, read_back)}
+    if row["dtype"] == "float32" and row["device"].startswith("CPU"):
+        calls["numpy"] = (lambda: host[0] @ host[1], lambda: None)
+    longer = replace(budget, block_seconds=3 * budget.block_seconds)  # reading takes time, too
+    return [
+        Measurement(*each, longer, row | {"key": f"{row['key']}/{name}", "baseline": name})
+        for name, each in calls.items()
+    ]
 
 
-def _set_tf32(row: dict[str, Any]) -> None:
-    """Selects TF32 or float32 arithmetic. No product may run meanwhile."""
-    tf.config.experimental.enable_tensor_float_32_execution(row["dtype"] == "tf32")
+def check_random(tensor: tf.Tensor, name: str) -> None:
+    """Requires random normal numbers, because zeros and ones can be multiplied faster.
+
+    Raises:
+        CheckError: Mean or standard deviation differ from 0 and 1 by more than six standard errors.
+    """
+    values = tf.cast(tf.reshape(tensor, [-1])[:1_000_000], tf.float32).numpy()
+    mean, deviation, error = values.mean(), values.std(), 6 / math.sqrt(len(values))
+    if len(values) > 1 and not (abs(mean) <= error and abs(deviation - 1) < min(error, 1)):
+        raise CheckError(
+            f"{name}: expected random normal numbers (mean 0, standard deviation 1), received "
+            f"mean {mean:.3g}, standard deviation {deviation:.3g}"
+        )
+
+
+def check_product(
+    a: NDArray[np.float32], b: NDArray[np.float32], product: NDArray[np.float32], dtype: str
+) -> float:
+    """Compares some rows of a matrix product with the float64 product of the same operands.
+
+    The bound is that of a float32 sum, 4 sqrt(n) u |a||b| (probabilistic: Higham and Mary 2019,
+    SIAM J. Sci. Comput. 41(5), theorem 2.4), plus one rounding of the result to its type.
+
+    Args:
+        a: float32 [m, n], rounded to the type.
+        b: float32 [n, k], rounded to the type.
+        product: float32 [m, k].
+        dtype: "float32", "tf32", "bfloat16" or "float16".
+
+    Returns:
+        The largest error, relative to |a||b|.
+
+    Raises:
+        CheckError: An error exceeds the bound.
+    """
+    rows = np.linspace(0, len(a) - 1, min(len(a), 8)).astype(int)
+    expected = size = np.zeros((len(rows), b.shape[1]))
+    for first in range(0, a.shape[1], _CHUNK):  # a float64 copy of all operands may not fit
+        part = slice(first, first + _CHUNK)
+        left, right = a[rows, part].astype(np.float64), b[part].astype(np.float64)
+        expected, size = expected + left @ right, size + abs(left) @ abs(right)
+    error = abs(product[rows].astype(np.float64) - expected)
+    roundoff = _ROUNDOFF["float32" if dtype == "tf32" else dtype]
+    inputs = 2 * _ROUNDOFF["tf32"] if dtype == "tf32" else 0.0
+    sums = 4 * math.sqrt(a.shape[1]) * _ROUNDOFF["float32"]
+    worst = float((error / size).max())
+    if not (error <= 2 * roundoff * abs(expected) + (sums + inputs) * size).all():
+        raise CheckError(
+            f"the {dtype} product of {list(a.shape)} and {list(b.shape)} is wrong: its relative "
+            f"error is {worst:.3g}"
+        )
+    return worst

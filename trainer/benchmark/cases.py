@@ -31,11 +31,6 @@ def measure(
 ) -> tuple[list[Measurement], dict[str, str]]:
     """Prepares all cases, then times them in turns.
 
-    Args:
-        cases: They are prepared one after the other.
-        budget: The number of blocks.
-        seed: Random seed for the order of the blocks.
-
     Returns:
         The measurements, and the reason for each case that was skipped, by key.
     """
@@ -54,6 +49,11 @@ def measure(
     _logger.info("measuring %d blocks of each call, in turns", budget.blocks)
     run_interleaved([each.run_block for each in measured], blocks=budget.blocks, seed=seed)
     return measured, skipped
+
+
+def baselines_of(measured: list[Measurement]) -> list[Measurement]:
+    """Returns the measurements that are baselines."""
+    return [each for each in measured if "baseline" in each.row]
 
 
 def synchronize(*, tf32: bool = True) -> None:

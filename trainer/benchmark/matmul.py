@@ -10,24 +10,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trainer import devices as places
-from trainer.benchmark.cases import check_share, measure, synchronize
+from trainer.benchmark.cases import baselines_of, check_share, measure, synchronize
 from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
 from trainer.benchmark.products import (
-    baselines_of,
+    fastest,
     multiply_on,
-    peak_bandwidth,
-    peak_flops,
     place_operands,
     product_cases,
     product_row,
 )
-from trainer.benchmark.result import (
-    BenchmarkResult,
-    Columns,
-    skipped_gpus,
-    spread_text,
-    time_text,
-)
+from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
 from trainer.benchmark.timing import Budget, Measurement
 
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
@@ -96,8 +88,8 @@ def benchmark_matmul(
         rows=rows,
         columns=_COLUMNS,
         notes=crossover_notes(crossovers),
-        skipped=skipped | skipped_gpus(names),
-        settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
+        skipped=skipped,
+        settings={"seed": seed, "dtypes": dtypes, **asdict(budget)},
         devices=names,
         facts={"crossovers": crossovers},
         baselines=baselines,
@@ -136,7 +128,7 @@ def textbook_matmul(
         rows=rows,
         columns=_TEXTBOOK_COLUMNS,
         notes=[_TEXTBOOK_NOTE],
-        settings={"seed": seed, "devices": names, "calls": 10},
+        settings={"seed": seed, "calls": 10},
         devices=names,
     )
 
@@ -171,15 +163,17 @@ def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     Raises:
         CheckError: The rate is far above the baselines.
     """
-    row = each.complete_row()
+    row, baselines = each.complete_row(), baselines_of(measured)
     if row["shape"] == "square":
-        rate, function, kind = row["gflop_per_s"], peak_flops, row["dtype"]
+        work, rate, least = "flops", row["gflop_per_s"], 0
+        same = {key: row[key] for key in ("shape", "device", "dtype")}
     else:
-        rate, function, kind = row["gbyte_per_s"], peak_bandwidth, row["bytes"]
+        work, rate, least = "bytes", row["gbyte_per_s"], row["bytes"]
+        same = {key: row[key] for key in ("shape", "device")}
     row["label"], row["most"], row["share"] = f"{row['shape']}/{row['dtype']}", None, None
-    if limit := function(baselines_of(measured), row["device"], kind):
+    if limit := fastest(baselines, work, at_least=least, **same):
         check_share(rate, limit, row["key"])
-        row["most"] = function(measured, row["device"], kind)
+        row["most"] = fastest(measured, work, at_least=least, **same)
         row["share"] = rate / row["most"]
     return row
 

@@ -13,15 +13,10 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from trainer import devices as places
-from trainer.benchmark.cases import Case, check_device, check_share, measure, synchronize
-from trainer.benchmark.products import baselines_of, peak_bandwidth, peak_flops, product_cases
-from trainer.benchmark.result import (
-    BenchmarkResult,
-    Columns,
-    skipped_gpus,
-    spread_text,
-    time_text,
-)
+from trainer.benchmark import cases
+from trainer.benchmark.cases import Case, baselines_of
+from trainer.benchmark.products import fastest, product_cases
+from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
 from trainer.benchmark.timing import Budget, Measurement
 
 # Dot products that fit each cache, and one that fits none, show the bandwidth.
@@ -114,8 +109,8 @@ def benchmark_operations(
     """
     names, budget = places.select_each(words), QUICK if quick else FULL
     products = product_cases(names, ["dot", "square"], ["float32"], budget, seed=seed)
-    cases = _operation_cases(names, _SIZES[:1] if quick else _SIZES, budget, seed)
-    measured, skipped = measure([*products, *cases], budget, seed=seed)
+    own = _operation_cases(names, _SIZES[:1] if quick else _SIZES, budget, seed)
+    measured, skipped = cases.measure([*products, *own], budget, seed=seed)
     rows = [_complete(each, measured) for each in measured if "operation" in each.row]
     if quick:
         skipped["large"] = "--quick measures only small operations"
@@ -124,10 +119,10 @@ def benchmark_operations(
         subject=f"operations on {', '.join(names)}",
         rows=rows,
         columns=_COLUMNS,
-        skipped=skipped | skipped_gpus(names),
-        settings={"seed": seed, "devices": names, **asdict(budget)},
+        skipped=skipped,
+        settings={"seed": seed, **asdict(budget)},
         devices=names,
-        facts={"peaks": {name: peak_flops(measured, name) for name in names}},
+        facts={"peaks": {name: fastest(measured, "flops", device=name) for name in names}},
         baselines=baselines_of(measured),
         figure=_figure(rows),
     )
@@ -170,12 +165,12 @@ def _prepare(
             return compiled(*inputs)
 
     for tensor in tf.nest.flatten(call()):
-        check_device(tensor, device, row["key"])
+        cases.check_device(tensor, device, row["key"])
     factor = (3 if operation.name in _PRODUCTS else 2) if gradient else 1
     moved = sum(t.dtype.size * math.prod(t.shape) for t in [*inputs, *weights, result])
     row["inputs"] = [list(shape) for shape in operation.shapes]
     row |= {"flops": factor * operation.flops, "bytes": factor * moved}
-    return [Measurement(call, synchronize, budget, row)]
+    return [Measurement(call, cases.synchronize, budget, row)]
 
 
 def _derivative(
@@ -198,20 +193,19 @@ def _derivative(
 def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     """Adds timing, rates and the share of the limit to a row.
 
-    The limit is the peak of arithmetic, or that of memory (see `peak_bandwidth`) times the
-    operations for each byte, whichever is lower. Williams, Waterman and Patterson 2009, Roofline,
-    Communications of the ACM 52(4).
+    The limit is the peak of arithmetic, or the fastest GB/s for as many bytes times
+    the operations for each byte, whichever is lower. Williams, Waterman and Patterson 2009,
+    Roofline, Communications of the ACM 52(4).
 
     Raises:
         CheckError: The operation is far faster than the products of the same run.
     """
     row, device = each.complete_row(), each.row["device"]
-    check_share(row["gflop_per_s"], peak_flops(baselines_of(measured), device), row["key"])
-    bandwidth = peak_bandwidth(measured, device, row["bytes"])
-    row["share"] = row["gbyte_per_s"] / bandwidth
-    # An embedding has no arithmetic; only its memory traffic counts.
-    if row["flops"]:
-        row["share"] = max(row["share"], row["gflop_per_s"] / peak_flops(measured, device))
+    limit = fastest(baselines_of(measured), "flops", device=device)
+    cases.check_share(row["gflop_per_s"], limit, row["key"])
+    bandwidth = fastest(measured, "bytes", at_least=row["bytes"], device=device)
+    peak = fastest(measured, "flops", device=device)
+    row["share"] = max(row["gbyte_per_s"] / bandwidth, row["gflop_per_s"] / peak)
     return row
 
 

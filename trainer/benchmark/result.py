@@ -47,8 +47,13 @@ class BenchmarkResult:
     transposed: bool = False  # whether the printed table has a column for each row
 
     def __post_init__(self) -> None:
-        """Adds the conditions of the measurement."""
+        """Adds the conditions of the measurement, and the reason if no GPU is measured."""
         self.environment = describe_environment(tuple(self.devices), self.fingerprint)
+        self.settings["devices"] = self.devices
+        if not any(name.startswith("GPU") for name in self.devices) and self.name != "formats":
+            reason = "TensorFlow finds none on this machine; `trainer doctor` explains why"
+            found = any(name.startswith("GPU") for name in places.select_each([]))
+            self.skipped["GPU"] = "--device does not name it" if found else reason
 
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
@@ -116,15 +121,6 @@ def _text(value: Any, spec: str | Callable[[Any], str]) -> str:
     if value is None:
         return ""
     return format(value, spec) if isinstance(spec, str) else spec(value)
-
-
-def skipped_gpus(devices: list[str]) -> dict[str, str]:
-    """Returns the reason if none of the devices is a GPU."""
-    if any(name.startswith("GPU") for name in devices):
-        return {}
-    if places.select_each([]) == ["CPU:0"]:
-        return {"GPU": "TensorFlow finds none on this machine; `trainer doctor` explains why"}
-    return {"GPU": "--device does not name it"}
 
 
 def time_text(seconds: float) -> str:

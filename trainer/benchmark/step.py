@@ -16,24 +16,12 @@ from matplotlib.figure import Figure
 
 from trainer import data as datasets
 from trainer import devices as places
-from trainer.benchmark.cases import (
-    Case,
-    UnmeasurableError,
-    check_device,
-    check_share,
-    measure,
-    synchronize,
-)
+from trainer.benchmark import cases
+from trainer.benchmark.cases import Case, UnmeasurableError, baselines_of, synchronize
 from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
 from trainer.benchmark.flops import count_flops
-from trainer.benchmark.products import baselines_of, peak_flops, product_cases
-from trainer.benchmark.result import (
-    BenchmarkResult,
-    Columns,
-    skipped_gpus,
-    spread_text,
-    time_text,
-)
+from trainer.benchmark.products import fastest, product_cases
+from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
 from trainer.benchmark.timing import Budget, Measurement
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
@@ -91,7 +79,7 @@ def benchmark_step(
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
     products = product_cases(names, ["square"], dtypes, budget, seed=seed)
     steps = [Case(row["key"], functools.partial(_prepare, config, row, budget)) for row in rows]
-    measured, skipped = measure([*products, *steps], budget, seed=seed)
+    measured, skipped = cases.measure([*products, *steps], budget, seed=seed)
     baselines, parts = baselines_of(measured), [m for m in measured if "part" in m.row]
     if not parts:
         raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
@@ -106,8 +94,8 @@ def benchmark_step(
         rows=rows,
         columns=_COLUMNS,
         notes=crossover_notes(crossovers),
-        skipped=skipped | skipped_gpus(names),
-        settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(budget)},
+        skipped=skipped,
+        settings={"config": config.model_dump(mode="json"), **asdict(budget)},
         devices=names,
         fingerprint=spec.fingerprint,
         facts={"crossovers": crossovers},
@@ -192,7 +180,7 @@ def _measurements(experiment: Experiment, row: dict[str, Any], budget: Budget) -
         Measurement(call, synchronize, budget, row | {"part": name}, parts=steps)
         for name, call in calls.items()
     ]
-    check_device(run_bare(), device, row["key"])
+    cases.check_device(run_bare(), device, row["key"])
     if not np.isfinite(loss := next(records).loss).all():
         raise CheckError(f"{row['key']}: expected a finite loss, received {loss[-1]}")
     return measured
@@ -290,10 +278,10 @@ def _complete(parts: list[Measurement], baselines: list[Measurement]) -> dict[st
     dtype = row["precision"].removeprefix("mixed_")
     if dtype == "float32" and row["device"].startswith("GPU"):
         dtype = "tf32"  # TensorFlow's default
-    peak, rate = peak_flops(baselines, row["device"], dtype), None
+    peak, rate = fastest(baselines, "flops", device=row["device"], dtype=dtype), None
     if row["flops"] is not None:
         rate = row["flops"] / loop.median / 1e9
-        check_share(rate, peak, row["key"])
+        cases.check_share(rate, peak, row["key"])
     # The ratio of interleaved blocks: a slow phase of the machine cancels out.
     ratios = np.divide(loop.block_seconds, bare.block_seconds)
     low, overhead, high = (float(each) - 1 for each in np.percentile(ratios, [25, 50, 75]))

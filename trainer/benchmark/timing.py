@@ -100,7 +100,7 @@ class Measurement:
     def _warm_up(self, max_seconds: float) -> int:
         """Runs blocks until two in a row agree, and returns their number."""
         end = time.perf_counter() + max_seconds
-        last, this, blocks = math.inf, self._time_block(), 1
+        last, this, blocks = 0.0, self._time_block(), 1
         while abs(this - last) > _AGREEMENT * max(this, last) and time.perf_counter() < end:
             last, this, blocks = this, self._time_block(), blocks + 1
         return blocks

@@ -63,9 +63,8 @@ def matmul(
     options: dict[str, Any] = {"largest": largest, "quick": quick, "seed": seed}
     if not textbook:
         options |= {"shapes": shape or [*_SHAPES], "dtypes": dtype or [*_DTYPES]}
-    name = "textbook_matmul" if textbook else "benchmark_matmul"
-    output = (runs, json_, compare, tolerance)
-    _run("matmul", name, output, _devices(device), **options)
+    function = "matmul.textbook_matmul" if textbook else "matmul.benchmark_matmul"
+    _run(function, (runs, json_, compare, tolerance), _devices(device), **options)
 
 
 @verbs.command("operations")
@@ -81,7 +80,7 @@ def operations(
 ) -> None:
     """Time operations and layers of networks, forward and with gradient."""
     output, options = (runs, json_, compare, tolerance), {"quick": quick, "seed": seed}
-    _run("operations", "benchmark_operations", output, _devices(device), **options)
+    _run("operations.benchmark_operations", output, _devices(device), **options)
 
 
 @verbs.command("step")
@@ -118,7 +117,7 @@ def step(
     options: dict[str, Any] = {"batch_sizes": batch_size or [], "precisions": precision or []}
     options |= {"jit_compile": jit_compile, "quick": quick}
     output = (runs, json_, compare, tolerance)
-    _run("step", "benchmark_step", output, loaded, _devices(device), **options)
+    _run("step.benchmark_step", output, loaded, _devices(device), **options)
 
 
 @verbs.command("formats")
@@ -134,7 +133,7 @@ def formats(
     """Compare the export formats of a model: size, loading time, speed, accuracy."""
     console.require("cpu", run, runs)
     output = (runs, json_, compare, tolerance)
-    _run("formats", "benchmark_formats", output, run, runs_directory=runs, quick=quick)
+    _run("formats.benchmark_formats", output, run, runs_directory=runs, quick=quick)
 
 
 def _check(option: str, values: list[Any] | None, choices: tuple[str, ...] = ()) -> None:
@@ -154,7 +153,6 @@ def _devices(words: list[str] | None) -> list[str]:
 
 
 def _run(
-    module: str,
     function: str,
     output: tuple[str, Path | None, Path | None, float],
     *arguments: Any,
@@ -163,11 +161,10 @@ def _run(
     """Measures, writes and prints the result, and compares it with the earlier one.
 
     Args:
-        module: The module of the benchmark.
-        function: Its function, which returns the result.
+        function: The function of the benchmark, as "module.function".
         output: The values of --runs, --json, --compare and --tolerance.
-        *arguments: Of the function.
-        **options: Of the function.
+        *arguments: Arguments of the function.
+        **options: Keyword arguments of the function.
     """
     from trainer.benchmark.compare import compare, read_document
     from trainer.files import require_writable, write_text
@@ -179,8 +176,9 @@ def _run(
         _require_new(file)
     console.start_logging()
     with console.stdout_to_stderr():
-        measure = getattr(console.import_module(f"trainer.benchmark.{module}"), function)
-        result = measure(*arguments, **options)
+        module, name = function.split(".")
+        imported = console.import_module(f"trainer.benchmark.{module}")
+        result = getattr(imported, name)(*arguments, **options)
         folder = result.write(runs)
     if file == Path("-"):
         console.print_line(result.json(), end="")

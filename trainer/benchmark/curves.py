@@ -37,30 +37,23 @@ def find_crossovers(rows: list[Row], size: str, *, first: str) -> dict[str, Row]
         # Only GPUs have TF32. It is compared with the CPU's float32.
         baseline = curves.get((first, label.replace("tf32", "float32")), [])
         by_size = {row[size]: row["timing"]["quartiles_seconds"] for row in baseline}
-        both = [
-            (row[size], by_size[row[size]], row["timing"]["quartiles_seconds"])
-            for row in other
-            if row[size] in by_size
-        ]
-        if both and device != first:
-            found[f"{label}/{first}/{device}"] = _crossover(both, size.replace("_", " "))
+        both = [row for row in other if row[size] in by_size]
+        if not both or device == first:
+            continue
+        faster = [r["timing"]["quartiles_seconds"][1] < by_size[r[size]][0] for r in both]
+        last = max((i for i, each in enumerate(faster) if not each), default=-1)
+        crossover = None if last + 1 in (0, len(both)) else both[last + 1][size]
+        if crossover:
+            name = size.replace("_", " ")
+            reason = f"faster from {name} {crossover:,}, not yet reliably at {both[last][size]:,}"
+        elif last == -1:
+            reason = "faster at every size"
+        elif both[-1]["timing"]["quartiles_seconds"][0] > by_size[both[-1][size]][1]:
+            reason = "not faster at the largest size"
+        else:
+            reason = "neither is reliably faster: the quartiles overlap"
+        found[f"{label}/{first}/{device}"] = {"size": crossover, "reason": reason}
     return found
-
-
-def _crossover(quartiles: list[tuple[int, list[float], list[float]]], name: str) -> Row:
-    """Compares the quartiles of two devices at sizes in ascending order."""
-    faster = [second[1] < first[0] for _, first, second in quartiles]
-    slower = [second[0] > first[1] for _, first, second in quartiles]
-    if all(faster):
-        return {"size": None, "reason": "faster at every size"}
-    if slower[-1]:
-        return {"size": None, "reason": "not faster at the largest size"}
-    if not faster[-1]:
-        return {"size": None, "reason": "neither is reliably faster: the quartiles overlap"}
-    last = max(i for i, each in enumerate(faster) if not each)
-    before, size = quartiles[last][0], quartiles[last + 1][0]
-    reason = f"faster from {name} {size:,}, not yet reliably at {before:,}"
-    return {"size": size, "reason": reason}
 
 
 def crossover_notes(crossovers: dict[str, Row]) -> list[str]:

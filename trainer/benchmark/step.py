@@ -74,8 +74,10 @@ def benchmark_step(
         CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
     names, seed, budget = places.select_each(words), config.training.seed, QUICK if quick else FULL
-    choices = (batch_sizes, precisions, jit_compile)
-    rows = [row for name in names for row in _choose_rows(config, name, *choices, quick=quick)]
+    compilers = [] if jit_compile is None else [jit_compile]
+    values = (sorted({*batch_sizes}), precisions, compilers)
+    chosen: dict[str, list[Any]] = dict(zip(_VARIED, values, strict=True))
+    rows = [row for name in names for row in _choose_rows(config, name, chosen, quick=quick)]
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
     products = product_cases(names, ["square"], dtypes, budget, seed=seed)
     steps = [Case(row["key"], functools.partial(_prepare, config, row, budget)) for row in rows]
@@ -109,27 +111,22 @@ def benchmark_step(
 
 
 def _choose_rows(
-    config: Config,
-    device: str,
-    batch_sizes: list[int],
-    precisions: list[str],
-    jit_compile: bool | None,
-    *,
-    quick: bool,
+    config: Config, device: str, chosen: dict[str, list[Any]], *, quick: bool
 ) -> list[dict[str, Any]]:
     """Returns the rows of a device, before they are measured; see `benchmark_step`."""
-    training, place = config.training, places.single(device)
-    own_size, xla = training.batch_size, training.jit_compile
+    own, place = config.training, places.single(device)
     if quick:
-        compilers = [device.startswith("GPU") if xla == "auto" else xla]
-        sizes, usual = {own_size, 4 * own_size}, [training.precision]
+        xla = device.startswith("GPU") if own.jit_compile == "auto" else own.jit_compile
+        sizes, usual, compilers = [own.batch_size, 4 * own.batch_size], [own.precision], [xla]
     else:
-        compilers, sizes, usual = [False, True], {own_size, *_BATCH_SIZES}, ["float32", "auto"]
-    kinds = precisions or dict.fromkeys(places.choose_precision(name, place) for name in usual)
-    if jit_compile is not None:
-        compilers = [jit_compile]
+        sizes, usual = [own.batch_size, *_BATCH_SIZES], ["float32", "auto"]
+        compilers = [False, True]
+    kinds = list(dict.fromkeys(places.choose_precision(name, place) for name in usual))
+    defaults: dict[str, list[Any]] = dict(
+        zip(_VARIED, (sorted({*sizes}), kinds, compilers), strict=True)
+    )
     rows = []
-    for choice in itertools.product(sorted(set(batch_sizes) or sizes), kinds, compilers):
+    for choice in itertools.product(*(chosen[name] or defaults[name] for name in _VARIED)):
         row = dict(zip(_VARIED, choice, strict=True)) | {"device": device}
         row["label"] = f"{row['precision']}/{'xla' if row['jit_compile'] else 'graph'}"
         row["key"] = f"step/{row['batch_size']}/{device}/{row['label']}"

@@ -89,5 +89,5 @@ def _baselines(document: dict[str, Any]) -> dict[str, float]:
     timings = document.get("baselines", document.get("references", {}))
     found = {key: float(timing["median_seconds"]) for key, timing in timings.items()}
     if not all(0 < seconds < math.inf for seconds in found.values()):
-        raise ValueError("a baseline that took no time")
+        raise ValueError("expected baselines of more than 0 s")
     return found

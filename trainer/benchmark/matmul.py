@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer import devices as places
 from trainer.benchmark.cases import baselines_of, check_share, measure, synchronize
 from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.products import (
     fastest,
     multiply_on,
@@ -63,7 +63,7 @@ def benchmark_matmul(
     """Measures matrix products of growing size.
 
     Args:
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         shapes: "dot", "square" or both.
         dtypes: Any of "float32", "bfloat16" and "float16".
         largest: The largest size; None means that of the budget.
@@ -75,7 +75,7 @@ def benchmark_matmul(
         MissingError: A device is not available.
         CheckError: A rate is impossible, a product is wrong, or a tensor is on another device.
     """
-    names = places.select_each(words)
+    names = select_each(words)
     budget = _budget(largest, quick=quick)
     cases = product_cases(names, shapes, dtypes, budget, seed=seed)
     measured, skipped = measure(cases, budget, seed=seed)
@@ -107,12 +107,12 @@ def textbook_matmul(
     The book makes ten calls to warm up, and reports the mean of ten more calls.
 
     Args:
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         largest: The largest size.
         quick: Measure fewer sizes.
         seed: Random seed for the operands.
     """
-    names, generator, rows = places.select_each(words), np.random.default_rng(seed), []
+    names, generator, rows = select_each(words), np.random.default_rng(seed), []
     for device, n in itertools.product(names, _budget(largest, quick=quick).dot_sizes):
         row = product_row("dot", n, device, "float32")
         pair, _, _ = place_operands(row, generator)

@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from trainer import devices as places
 from trainer.benchmark import cases
 from trainer.benchmark.cases import Case, baselines_of
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.products import fastest, product_cases
 from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
 from trainer.benchmark.timing import Budget, Measurement
@@ -98,7 +98,7 @@ def benchmark_operations(
     """Measures every operation, forward and with gradient, at a small and a large size.
 
     Args:
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         quick: Measure less, and only the small size.
         seed: Random seed for inputs, weights and order.
 
@@ -107,7 +107,7 @@ def benchmark_operations(
         MissingError: A device is not available.
         CheckError: A rate is impossible, or a tensor is on another device.
     """
-    names, budget = places.select_each(words), QUICK if quick else FULL
+    names, budget = select_each(words), QUICK if quick else FULL
     products = product_cases(names, ["dot", "square"], ["float32"], budget, seed=seed)
     own = _operation_cases(names, _SIZES[:1] if quick else _SIZES, budget, seed)
     measured, skipped = cases.measure([*products, *own], budget, seed=seed)

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainer import devices as places
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.timing import Measurement
 from trainer.environment import describe_environment
 from trainer.errors import InputError
@@ -52,7 +52,7 @@ class BenchmarkResult:
         self.settings["devices"] = self.devices
         if not any(name.startswith("GPU") for name in self.devices) and self.name != "formats":
             reason = "TensorFlow finds none on this machine; `trainer doctor` explains why"
-            found = any(name.startswith("GPU") for name in places.select_each([]))
+            found = any(name.startswith("GPU") for name in select_each([]))
             self.skipped["GPU"] = "--device does not name it" if found else reason
 
     def document(self) -> dict[str, Any]:

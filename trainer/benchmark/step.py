@@ -19,6 +19,7 @@ from trainer import devices as places
 from trainer.benchmark import cases
 from trainer.benchmark.cases import Case, UnmeasurableError, baselines_of, synchronize
 from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.products import fastest, product_cases
 from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
@@ -26,7 +27,7 @@ from trainer.benchmark.timing import Budget, Measurement
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
-from trainer.kernels import xla_refusal
+from trainer.tensorflow_internals import xla_refusal
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 
@@ -61,7 +62,7 @@ def benchmark_step(
 
     Args:
         config: The experiment. Its seed is also the seed of the order.
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         batch_sizes: Empty means 32 to 2048 and the configuration's own.
         precisions: Empty means float32 and the choice of "auto".
         jit_compile: With or without XLA; None means both.
@@ -73,7 +74,7 @@ def benchmark_step(
         MissingError: A device is not available.
         CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
-    names, seed, budget = places.select_each(words), config.training.seed, QUICK if quick else FULL
+    names, seed, budget = select_each(words), config.training.seed, QUICK if quick else FULL
     compilers = [] if jit_compile is None else [jit_compile]
     values = (sorted({*batch_sizes}), precisions, compilers)
     chosen: dict[str, list[Any]] = dict(zip(_VARIED, values, strict=True))

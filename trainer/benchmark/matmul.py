@@ -62,13 +62,7 @@ def benchmark_matmul(
 ) -> BenchmarkResult:
     """Measures matrix products of growing size.
 
-    Args:
-        words: Devices, see `trainer.benchmark.devices.select_each`.
-        shapes: "dot", "square" or both.
-        dtypes: Any of "float32", "bfloat16" and "float16".
-        largest: The largest size; None means that of the budget.
-        quick: Measure less.
-        seed: Random seed for operands and order.
+    The arguments are the options of `trainer benchmark matmul`; `words` are those of `--device`.
 
     Raises:
         InputError: A device is unknown.
@@ -104,13 +98,8 @@ def textbook_matmul(
 ) -> BenchmarkResult:
     """Times the dot product as the textbook does, and again with a clock that waits.
 
-    The book makes ten calls to warm up, and reports the mean of ten more calls.
-
-    Args:
-        words: Devices, see `trainer.benchmark.devices.select_each`.
-        largest: The largest size.
-        quick: Measure fewer sizes.
-        seed: Random seed for the operands.
+    The book makes ten calls to warm up, and reports the mean of ten more calls. The arguments are
+    those of `benchmark_matmul`.
     """
     names, generator, rows = select_each(words), np.random.default_rng(seed), []
     for device, n in itertools.product(names, _budget(largest, quick=quick).dot_sizes):

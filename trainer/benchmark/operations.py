@@ -50,25 +50,20 @@ class Operation(NamedTuple):
 
 
 def operations(size: str) -> list[Operation]:
-    """Returns the operations at the size of an MNIST network with batch 128, or a large one.
-
-    Args:
-        size: "small" or "large".
-    """
+    """Returns the operations at a "small" size (an MNIST network, batch 128) or a "large" one."""
     batch, side, inner, width = (128, 12, 16, 128) if size == "small" else (64, 56, 64, 1024)
     image, wide = (batch, side, side, inner), (batch, width)
     pixels, elements, wide_elements = batch * side**2, batch * side**2 * inner, batch * width
     steps, units, words = (28, 32, 1000) if size == "small" else (64, 256, 30_000)
     words_in, sequence = (batch, steps), (batch, steps, units)
-    layers, nn = keras.layers, tf.nn
+    layers, nn, partial = keras.layers, tf.nn, functools.partial
     labels = tf.one_hot(tf.range(batch) % width, width)
-    conv, depthwise = (
-        lambda: layers.Conv2D(inner, 3, padding="same"),
-        lambda: layers.DepthwiseConv2D(3, padding="same"),
-    )
-    entropy = functools.partial(nn.softmax_cross_entropy_with_logits, labels)
+    conv = partial(layers.Conv2D, inner, 3, padding="same")
+    depthwise = partial(layers.DepthwiseConv2D, 3, padding="same")
+    entropy = partial(nn.softmax_cross_entropy_with_logits, labels)
     norm, scale = layers.BatchNormalization, layers.LayerNormalization
-    attention = lambda: layers.MultiHeadAttention(4, units // 4)  # noqa: E731
+    attention = partial(layers.MultiHeadAttention, 4, units // 4)
+    attended = 2 * batch * steps * (4 * units**2 + 2 * steps * units)
     return [
         Operation("add", (image, image), lambda: tf.add, elements),
         Operation("matmul", (wide, (width, width)), lambda: tf.matmul, 2 * batch * width**2),
@@ -85,10 +80,7 @@ def operations(size: str) -> list[Operation]:
         Operation("dense", (wide,), lambda: layers.Dense(width), 2 * batch * width**2),
         Operation("embedding", (words_in,), lambda: layers.Embedding(words, units), 0, words),
         Operation("lstm", (sequence,), lambda: layers.LSTM(units), 16 * batch * steps * units**2),
-        Operation(
-            *("attention", (sequence, sequence), attention),
-            flops=2 * batch * steps * (4 * units**2 + 2 * steps * units),
-        ),
+        Operation("attention", (sequence, sequence), attention, attended),
     ]
 
 
@@ -97,10 +89,8 @@ def benchmark_operations(
 ) -> BenchmarkResult:
     """Measures every operation, forward and with gradient, at a small and a large size.
 
-    Args:
-        words: Devices, see `trainer.benchmark.devices.select_each`.
-        quick: Measure less, and only the small size.
-        seed: Random seed for inputs, weights and order.
+    The arguments are the options of `trainer benchmark operations`; `words` are those of
+    `--device`. A quick measurement has only the small size.
 
     Raises:
         InputError: A device is unknown.

@@ -60,14 +60,9 @@ def benchmark_step(
 ) -> BenchmarkResult:
     """Measures the training step of a configuration.
 
-    Args:
-        config: The experiment. Its seed is also the seed of the order.
-        words: Devices, see `trainer.benchmark.devices.select_each`.
-        batch_sizes: Empty means 32 to 2048 and the configuration's own.
-        precisions: Empty means float32 and the choice of "auto".
-        jit_compile: With or without XLA; None means both.
-        quick: Measure less: by default only the configuration's own choices, and four times its
-            batch size.
+    The arguments are the options of `trainer benchmark step`; `words` are those of `--device`.
+    Empty lists and None stand for the defaults. A quick measurement has only the configuration's
+    own choices by default, and four times its batch size. Its seed is also that of the order.
 
     Raises:
         InputError: A device is unknown, or the configuration does not fit its data.

@@ -50,7 +50,7 @@ from tensorflow.python.framework import op_def_registry
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
 from trainer.saving.formats import FORMATS, ExportSource
-from trainer.saving.operations import SAVER_OPERATIONS
+from trainer.saving.safety import SAVER_OPERATIONS
 
 # ---------------------------------------------------------------- what is harmless, by review
 

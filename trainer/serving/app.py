@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from importlib import resources
 from typing import Any
@@ -94,7 +94,13 @@ class _Handlers:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Loads new versions while the server runs."""
-        task = asyncio.create_task(self._watch_versions())
+
+        async def watch_versions() -> None:
+            while True:
+                await asyncio.sleep(_VERSION_CHECK_SECONDS)
+                await run_in_threadpool(self._servables.refresh)
+
+        task = asyncio.create_task(watch_versions())
         yield
         task.cancel()
 
@@ -116,10 +122,7 @@ class _Handlers:
         return _Json(servable.metadata(self._servables.name))
 
     async def status(self, request: Request) -> Response:
-        name, version = request.path_params["name"], request.path_params.get("version")
-        found = await run_in_threadpool(self._servables.status, version)
-        if name != self._servables.name or not found:
-            raise _not_found(name, version)
+        found = await self._look_up(request, self._servables.status)
         return _Json({"model_version_status": found})
 
     async def health(self, _: Request) -> Response:
@@ -131,26 +134,19 @@ class _Handlers:
         return HTMLResponse(page.read_text(encoding="utf-8"))
 
     async def _find(self, request: Request) -> Servable:
+        if request.path_params == {"name": self._servables.name}:
+            return self._servables.newest  # without the detour through a thread
+        servable: Servable = await self._look_up(request, self._servables.find)
+        return servable
+
+    async def _look_up(self, request: Request, find: Callable[[int | None], Any]) -> Any:
+        """Calls `find` in a thread, because it may load an older version."""
         name, version = request.path_params["name"], request.path_params.get("version")
-        found = None
-        if name == self._servables.name:
-            if version is None:
-                return self._servables.newest
-            # An older version is loaded by its first request.
-            found = await run_in_threadpool(self._servables.find, version)
-        if found is None:
-            raise _not_found(name, version)
+        found = name == self._servables.name and await run_in_threadpool(find, version)
+        if not found:
+            which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+            raise HTTPException(404, f"Servable not found for request: {which}")
         return found
-
-    async def _watch_versions(self) -> None:
-        while True:
-            await asyncio.sleep(_VERSION_CHECK_SECONDS)
-            await run_in_threadpool(self._servables.refresh)
-
-
-def _not_found(name: str, version: int | None) -> HTTPException:
-    which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-    return HTTPException(404, f"Servable not found for request: {which}")
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

@@ -7,7 +7,6 @@ import re
 import shlex
 import tempfile
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -98,6 +97,7 @@ def _write(
     images, labels = data.test.sample(_MAX_VERIFIED_IMAGES, seed).read()
     calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
     expected, difference = predict_in_batches(of_keras(model), images), 0.0
+    check = {"images": images, "labels": labels, "probabilities": expected}
     if precision != "float32":
         trained = predict_in_batches(of_keras(restore(run)), images)
         difference = float(abs(trained - expected).max())
@@ -118,12 +118,11 @@ def _write(
         parameters=model.count_params(),
         precision=precision,
         precision_difference=difference,
-        verified=compare(export_format, folder, images, labels, expected),
+        verified=compare(export_format, folder, check),
         sha256=compute_checksums(folder),
     )
     step = slice(None, None, math.ceil(len(images) / _MAX_STORED_IMAGES))
-    arrays = {"images": images, "labels": labels, "probabilities": expected}
-    np.savez(folder / CHECK, **{key: array[step] for key, array in arrays.items()})
+    np.savez(folder / CHECK, **{key: array[step] for key, array in check.items()})
     (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return record
 
@@ -173,5 +172,4 @@ def model_card(record: ExportRecord, version: Path) -> str:
 
 def _fill(template: str, **values: Any) -> str:
     """Returns a text file of this package with values in the place of its fields."""
-    text = resources.files("trainer.saving").joinpath(template).read_text(encoding="utf-8")
-    return text.format(**values)
+    return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)

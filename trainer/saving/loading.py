@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
 from trainer.data import Images
-from trainer.errors import InputError, shell_command
+from trainer.errors import InputError
 from trainer.experiment import restore
 from trainer.run import Run, open_run
 from trainer.saving import safety
@@ -128,10 +128,7 @@ def _identify(path: Path) -> str:
 
 
 def _load_run(path: Path, trust: bool) -> tuple[keras.Model, Origin]:  # noqa: ARG001
-    run = Run(path)
-    if not run.finished:
-        resume = shell_command("fit", "--resume", path)
-        raise InputError(f"run {run.name} is not finished: continue it with `{resume}`")
+    run = open_run(str(path.absolute()))  # refuses a run that is not finished
     return restore(run), Origin.of(run)
 
 
@@ -183,6 +180,5 @@ def _load_exported(path: Path, kind: str, *, trust: bool) -> LoadedModel:
         safety.check_saved_model(path, trust=trust)
     predict = find_format(kind).open(path)
     size = sum(file.stat().st_size for file in artefact_files(path))
-    if record is None:
-        return LoadedModel(path, kind, None, size, None, predict)
-    return LoadedModel(path, record.format, record.parameters, size, record, predict)
+    kind, parameters = (record.format, record.parameters) if record else (kind, None)
+    return LoadedModel(path, kind, parameters, size, record, predict)

@@ -15,12 +15,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from trainer.data import Images, Labels
+from trainer.data import Images
 from trainer.errors import CheckError, InputError
 from trainer.files import sha256
 from trainer.saving import runtimes
@@ -29,6 +30,9 @@ from trainer.saving.formats import ExportFormat, find_format
 from trainer.saving.safety import check_saved_model
 
 RECORD, CHECK, CARD = "export.json", "check.npz", "README.md"
+# The arrays of check.npz: images, their labels, and their probabilities from the float32 model,
+# float32 [n, classes].
+Check = dict[str, NDArray[Any]]
 
 
 class Verification(BaseModel):
@@ -152,33 +156,22 @@ def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verification
         check_saved_model(folder, trust=trust)
     try:
         with np.load(folder / CHECK, allow_pickle=False) as stored:
-            images, labels, expected = (stored[k] for k in ("images", "labels", "probabilities"))
-        if expected.shape != (len(images), record.spec.class_count) or not len(images):
-            raise ValueError(f"probabilities of shape {list(expected.shape)}")
+            check = {key: stored[key] for key in ("images", "labels", "probabilities")}
+        found, count = check["probabilities"].shape, len(check["images"])
+        if found != (count, record.spec.class_count) or not count:
+            raise ValueError(f"probabilities of shape {list(found)}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CheckError(f"{folder / CHECK} was changed or is damaged: {error}") from None
-    return folder, compare(export_format, folder, images, labels, expected)
+    return folder, compare(export_format, folder, check)
 
 
-def compare(
-    export_format: ExportFormat,
-    folder: Path,
-    images: Images,
-    labels: Labels,
-    expected: NDArray[np.float32],
-) -> Verification:
+def compare(export_format: ExportFormat, folder: Path, check: Check) -> Verification:
     """Scores held-out images with an exported model in another process and compares the results.
-
-    Args:
-        export_format: The format.
-        folder: The version folder.
-        images: The images.
-        labels: Their labels.
-        expected: Their probabilities from the float32 model, float32 [n, classes].
 
     Raises:
         CheckError: The process fails, or the difference exceeds the limits of the format.
     """
+    images, labels, expected = check["images"], check["labels"], check["probabilities"]
     found = _predict_in_process(export_format, folder, images)
     few = expected[: runtimes.SMALL_BATCHES]
     classes, model_classes = found[-len(images) :].argmax(axis=1), expected.argmax(axis=1)

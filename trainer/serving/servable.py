@@ -131,8 +131,10 @@ class Servables:
         "AVAILABLE" is loaded, "START" is loaded by its first request, "END" cannot be served.
         """
         with self._lock:
-            numbers = list_versions(self._folder)
-            results = {number: self._loaded.get(number, (None, None))[1] for number in numbers}
+            results = {
+                number: self._loaded.get(number, (None, None))[1]
+                for number in list_versions(self._folder)
+            }
             results[self.newest.version] = self.newest
         numbers = sorted(results, reverse=True) if version is None else results.keys() & {version}
         return [_status(number, results[number]) for number in numbers]

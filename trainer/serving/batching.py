@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ class _Request:
     servable: Servable
     signature: str
     tensors: Tensors
-    result: "Future[Tensors]" = field(default_factory=Future)
+    result: "asyncio.Future[Tensors]" = field(default_factory=asyncio.Future)
 
     def rows(self) -> int:
         return max((math.prod(array.shape[:1]) for array in self.tensors.values()), default=1)
@@ -38,6 +38,7 @@ class Batcher:
         self._max_rows = max_rows
         self._waiting: list[_Request] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
+        self._task: asyncio.Task[None] | None = None
 
     async def predict(self, servable: Servable, signature: str, tensors: Tensors) -> Tensors:
         """Returns the outputs of a function of a version for its inputs, at least one.
@@ -50,48 +51,52 @@ class Batcher:
             raise HTTPException(503, f"{_MAX_WAITING} requests are waiting already")
         request = _Request(servable, signature, tensors)
         self._waiting.append(request)
-        # Requests that have arrived together with this one join the queue first.
-        asyncio.get_running_loop().call_soon(self._thread.submit, self._answer_next)
-        return await asyncio.wrap_future(request.result)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        return await request.result
 
-    def _answer_next(self) -> None:
-        """Answers the first request and those that can share its call, in the thread."""
-        batch: list[_Request] = []
-        room = self._max_rows
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch = self._next_batch()
+            results = await loop.run_in_executor(self._thread, _answer, batch)
+            for request, result in zip(batch, results, strict=True):
+                if request.result.done():  # the client is gone
+                    continue
+                if isinstance(result, Exception):
+                    request.result.set_exception(result)
+                else:
+                    request.result.set_result(result)
+
+    def _next_batch(self) -> list[_Request]:
+        """Removes the first request and those for the same function, up to the row limit."""
+        batch = [self._waiting.pop(0)]
+        room = self._max_rows - batch[0].rows()
         for request in list(self._waiting):
-            first = batch[0] if batch else request
-            same = (request.servable, request.signature) == (first.servable, first.signature)
-            if same and (request is first or request.rows() <= room):
-                room -= request.rows()
+            same = request.servable is batch[0].servable and request.signature == batch[0].signature
+            if same and request.rows() <= room:
                 self._waiting.remove(request)
-                # False: the client is gone.
-                if request.result.set_running_or_notify_cancel():
-                    batch.append(request)
-        _answer(batch)
+                batch.append(request)
+                room -= request.rows()
+        return batch
 
 
-def _answer(batch: list[_Request]) -> None:
-    """Answers a batch. If its call fails, each request gets a call, so that only faulty ones fail.
+def _answer(batch: list[_Request]) -> list[Tensors | Exception]:
+    """Returns the result of each request. If the joint call fails, each request gets its own call.
 
-    This is also the rule for inputs that cannot be joined, for example because their shapes differ.
+    So only faulty requests fail. Inputs that cannot be joined, for example because their shapes
+    differ, follow the same rule.
     """
     try:
-        outputs = _predict(batch)
+        return [*_predict(batch)]
     except Exception as error:
-        if len(batch) == 1:
-            batch[0].result.set_exception(error)
-        else:
-            for request in batch:
-                _answer([request])
-    else:
-        for request, result in zip(batch, outputs, strict=True):
-            request.result.set_result(result)
+        return [error] if len(batch) == 1 else [_answer([request])[0] for request in batch]
 
 
 def _predict(batch: list[_Request]) -> list[Tensors]:
-    if len(batch) < 2:
-        return [request.servable.run(request.signature, request.tensors) for request in batch]
-    first, ends = batch[0], np.cumsum([request.rows() for request in batch])
+    first = batch[0]
+    if len(batch) == 1:
+        return [first.servable.run(first.signature, first.tensors)]
     joined = {
         name: np.concatenate([request.tensors[name] for request in batch]) for name in first.tensors
     }
@@ -99,6 +104,7 @@ def _predict(batch: list[_Request]) -> list[Tensors]:
     if any(not spec.shape.rank or spec.shape[0] is not None for spec in specs):
         raise ValueError("the function accepts only one number of rows")
     outputs = first.servable.run(first.signature, joined)
+    ends = np.cumsum([request.rows() for request in batch])
     if any(len(array) != ends[-1] for array in (*joined.values(), *outputs.values())):
         raise ValueError("expected one row of each input and output for each row of a request")
     parts = {name: np.split(array, ends[:-1]) for name, array in outputs.items()}

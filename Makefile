@@ -20,11 +20,12 @@ test: $(VENV)/.installed-dev  ## Run the tests (offline, about three minutes on 
 slow: $(VENV)/.installed-dev  ## Run the tests that take long: whole processes, killed and started again
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports
+check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, private names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_private_names.py
 
 format: $(VENV)/.installed-dev  ## Mend what lint and formatting can mend by themselves
 	$(BIN)/ruff check --fix .

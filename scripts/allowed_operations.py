@@ -45,12 +45,12 @@ import tensorflow as tf
 from keras import layers
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
-from tensorflow.python.framework import op_def_registry
 
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
 from trainer.saving.formats import FORMATS, ExportSource
 from trainer.saving.safety import SAVER_OPERATIONS
+from trainer.tensorflow_internals import operation_definition
 
 # ---------------------------------------------------------------- what is harmless, by review
 
@@ -562,7 +562,7 @@ def _of_exports(folder: Path) -> set[str]:
 
 def unreviewed(name: str) -> str | None:
     """Returns why an operation is not harmless by the registry or by review, None if it is."""
-    definition = op_def_registry.get(name)
+    definition = operation_definition(name)
     if definition is None:
         return "it is not registered by TensorFlow itself"
     arguments = [*definition.input_arg, *definition.output_arg]

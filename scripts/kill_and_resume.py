@@ -218,14 +218,14 @@ def _scores(run: Path) -> dict[str, Any]:
 
 def _points(run: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """Returns every point that TensorBoard would read, in the order of the files."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.util.tensor_util import make_ndarray
+    import tensorflow as tf
 
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for path in sorted((run / "tensorboard").rglob("*.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
             for value in event.summary.value:
-                array = make_ndarray(value.tensor)
+                array = tf.make_ndarray(value.tensor)
                 timed = value.tag.rpartition("/")[2] in _TIMES
                 if array.shape == () and not timed and array.dtype != object:
                     key = (str(path.parent.relative_to(run)), value.tag)

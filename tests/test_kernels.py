@@ -1,9 +1,7 @@
 """Which operations a GPU has no kernel for: found in any graph, and none in ours."""
 
-import functools
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +10,15 @@ from typing import Any
 import keras
 import pytest
 import tensorflow as tf
+from graphs import host_operations, prepare_mnist, traced_graphs
 
-from trainer import devices, kernels
+from trainer import devices
 from trainer.config import Config, load_config
-from trainer.doctor import checks as doctor
 from trainer.errors import InputError
-from trainer.experiment import Experiment, PhaseTimer, build_experiment
-from trainer.keras_objects import nested_layers
-from trainer.kernels import check_kernels
-from trainer.training.callbacks import TensorBoardCurves
+from trainer.experiment import Experiment
+from trainer.tensorflow_internals import check_kernels
+from trainer.training.callbacks import Callback, TensorBoardCurves
+from trainer.training.loop import CallRecord
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
@@ -36,43 +34,10 @@ if not tf.sysconfig.get_build_info()["is_cuda_build"]:
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[tf.Graph]]]:
-    """Returns what gives the graph of every `tf.function` that was traced since."""
-    functions: list[Any] = []
-    real = tf.function
-
-    def recorded(function: Any = None, **options: Any) -> Any:
-        if function is None:
-            return functools.partial(recorded, **options)
-        made = real(function, **options)
-        if function.__module__.startswith("trainer."):  # Keras makes some that it seldom traces
-            functions.append(made)
-        return made
-
-    def graphs() -> list[tf.Graph]:
-        concrete = [f for function in functions for f in function._list_all_concrete_functions()]
-        return [function.graph for function in concrete]
-
-    monkeypatch.setattr(tf, "function", recorded)
-    yield graphs
-    keras.utils.clear_session()
-
-
-def prepared(path: Path, placement: str, precision: str, count: str, **changes: Any) -> Experiment:
-    """Assembles a configuration on small data of the shape of MNIST."""
-    config = load_config(path).with_changes(
-        {
-            "data.name": "synthetic",
-            "data.options": {"examples": 200, "height": 28, "width": 28, "classes": 10},
-            "data.placement": placement,
-            "training.precision": precision,
-            "training.batch_size": 32,
-            "training.device": "all" if count == "two" else "cpu",
-            "logging.histograms": True,
-            **changes,
-        }
-    )
-    return build_experiment(config, PhaseTimer())
+def traced() -> Iterator[Callable[[], list[tf.Graph]]]:
+    """Returns the graphs that were traced so far."""
+    with traced_graphs() as graphs:
+        yield graphs
 
 
 def trace_everything(experiment: Experiment) -> None:
@@ -80,14 +45,7 @@ def trace_everything(experiment: Experiment) -> None:
     train, validation = experiment.batches("train", shuffled=True), experiment.batches("validation")
     experiment.loop.trace(train)
     for collect in (False, True):
-        experiment.loop._trace_evaluation(validation, collect)
-
-
-def on_the_host(graphs: list[tf.Graph], experiment: Experiment) -> set[str]:
-    names = experiment.devices.names if experiment.devices.replicas > 1 else ()
-    reports = [check_kernels(graph, "GPU", traced_on=names) for graph in graphs]
-    assert sum(report.operations for report in reports) > 300
-    return {str(each) for report in reports for each in report.host}
+        experiment.loop.evaluate(validation, collect=collect)
 
 
 def cases(every: bool) -> list[Any]:
@@ -104,11 +62,11 @@ def cases(every: bool) -> list[Any]:
 def test_every_operation_of_our_graphs_has_a_gpu_kernel(
     path: Path, placement: str, precision: str, count: str, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    experiment = prepared(path, placement, precision, count)
+    experiment = prepare_mnist(path, placement, precision, count)
     trace_everything(experiment)
     graphs = traced()
     assert len(graphs) == 3
-    assert on_the_host(graphs, experiment) == set()
+    assert host_operations(graphs, experiment) == set()
 
 
 @pytest.mark.slow
@@ -116,15 +74,15 @@ def test_every_operation_of_our_graphs_has_a_gpu_kernel(
 def test_every_combination_has_gpu_kernels(
     path: Path, placement: str, precision: str, count: str, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    experiment = prepared(path, placement, precision, count)
+    experiment = prepare_mnist(path, placement, precision, count)
     trace_everything(experiment)
-    assert on_the_host(traced(), experiment) == set()
+    assert host_operations(traced(), experiment) == set()
 
 
 def test_only_summaries_run_on_the_host_in_a_training(
     tmp_path: Path, traced: Callable[[], list[tf.Graph]]
 ) -> None:
-    experiment = prepared(CONFIGS[0], "device", "float32", "one")
+    experiment = prepare_mnist(CONFIGS[0], "device", "float32", "one")
     curves = TensorBoardCurves(tmp_path, histograms=True)
     train = experiment.batches("train", shuffled=True)
     validation = experiment.batches("validation")
@@ -134,128 +92,6 @@ def test_only_summaries_run_on_the_host_in_a_training(
     assert sorted(name for name, _ in found) == ["call", "call", "write"]
     for name, host in found:
         assert {each.operation for each in host} == (ON_THE_HOST if name == "write" else set())
-
-
-IMAGES = tf.zeros((8, 2, 2, 1), tf.uint8)
-ROWS = tf.constant([1, 2], tf.int64)
-
-
-def graph_of(function: Callable[..., Any]) -> tf.Graph:
-    return tf.function(function).get_concrete_function().graph
-
-
-def found(function: Callable[..., Any], **options: Any) -> list[str]:
-    report = check_kernels(graph_of(function), "GPU", **options)
-    return [f"{each.operation} {each.types}: {each.part}, {each.count}" for each in report.host]
-
-
-def test_a_gather_has_a_gpu_kernel_from_a_variable_and_not_from_a_tensor() -> None:
-    expected = ["GatherV2 Taxis: int32, Tindices: int64, Tparams: uint8: the step, 1"]
-    assert found(lambda: tf.gather(IMAGES, ROWS)) == expected
-    assert found(lambda: tf.gather(tf.cast(IMAGES, tf.float32), ROWS)) == []
-    variable = tf.Variable(IMAGES)
-    assert found(lambda: tf.gather(variable, ROWS)) == []
-    labels = tf.Variable([1, 2, 3], dtype=tf.int32)
-    assert found(lambda: tf.gather(labels, ROWS))[0].startswith("ResourceGather")
-    labels = tf.Variable([1, 2, 3], dtype=tf.int64)
-    assert found(lambda: tf.gather(labels, ROWS)) == []
-
-
-def test_functions_within_functions_are_looked_through() -> None:
-    def gather() -> tf.Tensor:
-        with tf.name_scope("batch"):
-            return tf.gather(IMAGES, ROWS)
-
-    expected = ["GatherV2 Taxis: int32, Tindices: int64, Tparams: uint8: batch, 1"]
-    zero = tf.constant(0)
-    inner = tf.function(gather)
-    assert found(lambda: inner() + inner()) == expected  # one function, called twice
-    assert found(lambda: tf.cond(zero > 0, gather, lambda: IMAGES[:2])) == expected
-
-    def loop() -> Any:
-        start = (zero, IMAGES[:2])
-        return tf.while_loop(lambda i, _: i < 3, lambda i, _: (i + 1, gather()), start)
-
-    assert found(loop) == expected
-    compiled = tf.function(gather, jit_compile=True)
-    assert found(compiled) == []  # XLA has its own kernels
-
-
-def test_an_operation_that_is_placed_on_the_cpu_runs_on_the_host() -> None:
-    def pinned() -> tf.Tensor:
-        with tf.device("CPU:1"):
-            return tf.sin(tf.random.uniform((3,)))
-
-    assert "Sin" in [line.partition(" ")[0] for line in found(pinned)]
-    assert found(pinned, traced_on=("CPU:0", "CPU:1")) == []
-    assert check_kernels(graph_of(pinned), "CPU").host == ()
-
-
-def test_a_missing_kernel_is_named_with_its_layer() -> None:
-    outer = keras.Sequential([keras.layers.Lambda(lambda x: shuffled(x), name="shift_1")])
-    report = check_kernels(
-        graph_of(lambda: outer(tf.zeros((3, 2)))), "GPU", layers=["shift_1", "sequential"]
-    )
-    assert [str(each) for each in report.host] == [
-        "RandomShuffle in layer 'shift_1' 2 times (T: int32)"
-    ]
-    assert str(report).startswith(f"2 of the {report.operations} operations of the training step")
-    assert kernels.layer_of("while/body/forward/cnn/dense_1/Relu", ["dense", "cnn"]) == "dense"
-    assert kernels.layer_of("while/body/loss/Mean", ["dense", "cnn"]) is None
-
-
-def shuffled(x: Any) -> Any:
-    order = tf.random.shuffle(tf.range(3)) + tf.random.shuffle(tf.range(3))
-    return x + tf.cast(order[0], x.dtype)
-
-
-def test_constraints_that_are_no_types_hold_too() -> None:
-    x = tf.random.normal((3, 4))
-    assert found(lambda: tf.gather_nd(x, [[0], [2]])) == []  # by the word for bad indices
-    assert found(lambda: tf.math.approx_max_k(x, 2)) == []  # by numbers and truth values
-
-
-def test_python_runs_on_the_host_and_xla_has_no_default_kernels() -> None:
-    def call() -> Any:
-        return tf.py_function(lambda: 1.0, [], tf.float32)
-
-    assert [each.partition(" ")[0] for each in found(call)] == ["EagerPyFunc"]
-    assert [each.operation for each in kernels.check_xla(graph_of(call))] == ["EagerPyFunc"]
-
-
-def test_xla_compiles_what_is_placed_on_the_cpu() -> None:
-    def pinned() -> Any:
-        with tf.device("CPU:0"):
-            return tf.sin(tf.random.uniform((3,)))
-
-    assert kernels.check_xla(graph_of(pinned)) == ()
-
-
-class Shuffles(keras.layers.Layer):
-    def call(self, x: Any) -> Any:
-        return x + tf.cast(tf.random.shuffle(tf.range(3))[0], x.dtype)
-
-
-class Holds(keras.layers.Layer):
-    """Holds a layer as an attribute, and one in a list."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.inner, self.more = Shuffles(name="inner"), [Shuffles(name="listed")]
-
-    def call(self, x: Any) -> Any:
-        return self.more[0](self.inner(x))
-
-
-@pytest.mark.parametrize("name", ["branch", "body", "while", "replica_1", "own"])
-def test_layers_are_named_whatever_their_names_are_and_inner_ones_too(name: str) -> None:
-    outer = [Holds(name="outer"), Shuffles(name=name)]
-    names = [layer.name for layer in nested_layers(outer)]
-    report = check_kernels(
-        graph_of(lambda: outer[1](outer[0](tf.zeros((3, 2))))), "GPU", layers=names
-    )
-    parts = {each.part for each in report.host}
-    assert parts == {"layer 'inner'", "layer 'listed'", f"layer {name!r}"}
 
 
 OWN_LAYERS = """
@@ -272,15 +108,10 @@ class Outside(keras.layers.Layer):
         y = tf.numpy_function(lambda x: x, [x], x.dtype)
         y.set_shape(x.shape)
         return y
-
-def rounded(labels, outputs):
-    images = tf.cast(tf.one_hot(tf.cast(labels, tf.int32), 4) * 255, tf.uint8)
-    wanted = tf.cast(tf.gather(images, tf.range(tf.shape(images)[0])), outputs.dtype) / 255
-    return tf.reduce_mean(tf.square(outputs - wanted), axis=-1)
 """
 
 
-def own_config(*names: str, loss: str = "SparseCategoricalCrossentropy", **changes: Any) -> Config:
+def own_config(*names: str, **changes: Any) -> Config:
     """A network of layers of the module host_layers."""
     layers = [{"name": f"host_layers:{name}"} for name in names]
     return Config().with_changes(
@@ -291,7 +122,6 @@ def own_config(*names: str, loss: str = "SparseCategoricalCrossentropy", **chang
             "model.options": {"layers": [*layers, {"name": "Flatten"}]},
             "training.epochs": 1,
             "training.batch_size": 48,
-            "training.loss": loss,
             **changes,
         }
     )
@@ -306,57 +136,7 @@ def own_layers(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return in_tmp_path
 
 
-def step_findings(config: Config) -> list[doctor.Finding]:
-    """Asks in this process, which spares an import of TensorFlow."""
-    facts = doctor.step_facts(config.model_dump_json())
-    return [doctor.Finding(**finding) for finding in facts["findings"]]
-
-
-def findings_of_the_command(config: Config) -> list[doctor.Finding]:
-    Path("own.toml").write_text(config.to_toml())
-    command = [sys.executable, "-m", "trainer", "doctor", "own.toml", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    findings = [doctor.Finding(**finding) for finding in json.loads(done.stdout)]
-    return [finding for finding in findings if finding.subject in ("GPU kernels", "XLA")]
-
-
-@pytest.mark.usefixtures("own_layers")
-@pytest.mark.parametrize(
-    "find", [step_findings, pytest.param(findings_of_the_command, marks=pytest.mark.slow)]
-)
-def test_doctor_names_the_layer_and_the_operation_without_a_gpu_kernel(
-    find: Callable[[Config], list[doctor.Finding]],
-) -> None:
-    kernel, xla = find(own_config("Shift", "Outside", loss="host_layers:rounded"))
-    assert (kernel.subject, kernel.status) == ("GPU kernels", "note")
-    assert "3 of the " in kernel.value
-    assert "GatherV2 in loss (" in kernel.value
-    assert "RandomShuffle in layer 'shift'" in kernel.value
-    assert "PyFunc in layer 'outside'" in kernel.value
-    assert (xla.subject, xla.status) == ("XLA", "problem")
-    assert xla.value == "cannot compile PyFunc in layer 'outside' (any type)"
-    assert "training.jit_compile=false" in xla.remedy
-
-
-def test_doctor_reports_that_every_operation_has_a_kernel() -> None:
-    path = Path(__file__).parents[1] / "configs" / "mnist.toml"
-    config = load_config(path).with_changes({"data.name": "synthetic"})
-    kernel, xla = step_findings(config)
-    assert (kernel.subject, kernel.status) == ("GPU kernels", "ok")
-    assert kernel.value.startswith("all ")
-    assert kernel.value.endswith(" operations of the training step have a GPU kernel")
-    assert (xla.subject, xla.status) == ("XLA", "ok")
-    (alone,) = step_findings(config.with_changes({"training.jit_compile": False}))
-    assert alone == kernel
-
-
-def test_doctor_does_not_fetch_data_to_check_kernels(in_tmp_path: Path) -> None:
-    (finding,) = step_findings(Config().with_changes({"data.name": "cifar10"}))
-    assert finding.value == "not checked: cifar10 is not prepared"
-    assert list(in_tmp_path.iterdir()) == []
-
-
-def test_fit_on_another_device_reports_what_runs_on_the_host(
+def test_fit_on_another_device_reports_what_runs_host_operations(
     own_layers: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import trainer
@@ -384,11 +164,22 @@ def test_on_a_cpu_nothing_is_reported(run: Any) -> None:
     assert run.config().training.jit_compile is False
 
 
-def losses(loop_setting: Experiment) -> list[float]:
-    train = loop_setting.batches("train", shuffled=True)
-    windows: list[Any] = []
-    loop_setting.loop.fit(train, epochs=1, observers=[windows.append])
-    return [float(loss) for window in windows for loss in window.loss]
+class RecordedLosses(Callback):
+    """Records the loss of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+
+    def on_call_end(self, record: CallRecord) -> None:
+        self.values += record.loss.tolist()
+
+
+def losses(experiment: Experiment) -> list[float]:
+    recorded = RecordedLosses()
+    train = experiment.batches("train", shuffled=True)
+    experiment.loop.fit(train, epochs=1, callbacks=[recorded])
+    return recorded.values
 
 
 @pytest.mark.parametrize(
@@ -416,7 +207,7 @@ def test_xla_compiles_every_network_loss_and_batch(name: str, placement: str) ->
             changes["model.options"] = {"dropout": 0.0}
             changes["data.augmentation"] = [layer.model_dump() for layer in augmentation]
         path = CONFIGS[0].with_name(f"{name}.toml")
-        experiment = prepared(path, placement, "float32", "one", **changes)
+        experiment = prepare_mnist(path, placement, "float32", "one", **changes)
         assert experiment.config.training.jit_compile is compiled
         found.append(losses(experiment))
     assert len(found[0]) == 4

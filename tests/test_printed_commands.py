@@ -1,19 +1,15 @@
-"""Commands that are printed for people to copy can be run, whatever the names of folders are."""
+"""Printed commands can be copied into a shell, with every name of a folder."""
 
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from trainer import console
-from trainer.config import Config, DataConfig
-from trainer.doctor import checks as doctor
+from trainer.config import Config
 from trainer.errors import CheckError, InputError, shell_command
 from trainer.run import Run, open_run
-from trainer.saving.loading import load
 
 NAMES = ["runs", "my runs", "it's", 'a "b"', "$HOME", "`c`", "two  spaces", "-v", "a;b&c", "*", "é"]
 
@@ -31,20 +27,19 @@ def test_a_command_is_quoted_for_the_shell(name: str) -> None:
     path = f"./{name}" if name == "-v" else name
     command = shell_command("fit", "--resume", Path(name))
     assert words(f"`{command}`") == [["fit", "--resume", path]]
-    # The error that carries it is one line, and changes no space of it.
+    # The error message is one line; the spaces of the command do not change.
     assert words(str(CheckError(f"\n  stopped:\n  `{command}`\n"))) == [["fit", "--resume", path]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_that_goes_on_with_a_run_names_it(name: str, in_tmp_path: Path) -> None:
+def test_the_command_that_resumes_a_run_names_it(name: str, in_tmp_path: Path) -> None:
     run = in_tmp_path / name / "20260102T030405Z-a"
     Run(run).create(Config())
-    for refused in (lambda: open_run("latest", runs_directory=name), lambda: load(run)):
-        with pytest.raises(InputError, match="is not finished: continue it with `trainer") as error:
-            refused()
-        ((verb, option, path),) = words(str(error.value))
-        assert (verb, option) == ("fit", "--resume")
-        assert Path(path).samefile(run)
+    with pytest.raises(InputError, match="is not finished: continue it with `trainer") as error:
+        open_run("latest", runs_directory=name)
+    ((verb, option, path),) = words(str(error.value))
+    assert (verb, option) == ("fit", "--resume")
+    assert Path(path).samefile(run)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,22 +51,3 @@ def test_the_command_that_shows_a_run_names_its_folder(
     assert words(capsys.readouterr().out) == [["tensorboard", *runs]]
     console.print_run(Path(name, "a"), tensorboard=False)
     assert capsys.readouterr().out == f"saved in {name}/a\n"
-
-
-def test_the_doctor_prepares_the_data_of_its_configuration(
-    in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
-) -> None:
-    asked = []
-    monkeypatch.setattr(doctor, "examine", lambda _, prepare: asked.append(f"`{prepare}`") or [])
-    path, change = in_tmp_path / "it's.toml", 'data.directory="my data"'
-    path.touch()
-    assert command("doctor", path, "--set", change, "--json")[0] == 0
-    assert words(asked[0]) == [["data", "prepare", str(path), "--set", change]]
-    # The command is the remedy, on its own or with --overwrite.
-    config = DataConfig(name="cifar10", directory=str(in_tmp_path / "data"))
-    monkeypatch.setenv("TRAINER_DATA_FILES", "")
-    found = doctor._data(config, "trainer data prepare own.toml")[0]
-    assert words(found.remedy) == [["data", "prepare", "own.toml"]]
-    (in_tmp_path / "data" / "cifar10").mkdir(parents=True)
-    found = doctor._data(config, "trainer data prepare own.toml")[0]
-    assert words(found.remedy) == [["data", "prepare", "own.toml", "--overwrite"]]

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorflow as tf
 import typer
 from matplotlib.figure import Figure
 from tensorboard import program
 from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
 
 import trainer
-from trainer import cli, figures, report
+from trainer import cli, report
 from trainer.run import Run
 from trainer.training.callbacks import TensorBoardCurves
 
@@ -139,7 +140,7 @@ def test_hparams_page_has_the_run_with_its_metrics(
 def test_curves_go_on_without_the_data_server(
     in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sample images come into a second file while the curves are written."""
+    """Pictures are written to a second file while the curves are written."""
     flags: list[Any] = []
     monkeypatch.setattr(program.TensorBoard, "main", lambda board: flags.append(board.flags) or 0)
     Path("runs").mkdir()
@@ -151,7 +152,8 @@ def test_curves_go_on_without_the_data_server(
     ingester = LocalDataIngester(flags[0])
     for epoch in range(3):
         curves.on_epoch_end(epoch, {"loss": 1.0})
-        report.write_samples(run, figures.as_png(Figure(figsize=(1, 1))))
+        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+            report.write_figure("picture", Figure(figsize=(1, 1)))
         ingester.start()
         points = ingester.deprecated_multiplexer.Tensors("a/tensorboard/train", "epoch/loss")
         assert [point.step for point in points] == list(range(1, epoch + 2))

@@ -1,47 +1,53 @@
-"""The graphs of `trainer benchmark step`: kernels and placement."""
+"""The graphs of `benchmark step` run on the device that they measure."""
 
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from test_placement import partitions, prepared
+from graphs import host_operations, partitions, prepare_mnist, traced_graphs
 
 from trainer import devices
 from trainer.benchmark import step
-from trainer.config import load_config
+from trainer.config import Config
 from trainer.experiment import PhaseTimer, build_experiment
-from trainer.kernels import check_kernels
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 @pytest.mark.skipif(
     not tf.sysconfig.get_build_info()["is_cuda_build"],
     reason="this TensorFlow lists no GPU kernels",
 )
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_operation_has_a_gpu_kernel(path: Path) -> None:
-    changes = {
-        "data.name": "synthetic",
-        "data.options": {"examples": 200, "height": 28, "width": 28, "classes": 10},
-        "training.batch_size": 32,
-        "training.device": "cpu",
-    }
-    experiment = build_experiment(load_config(path).with_changes(changes), PhaseTimer())
-    train = experiment.batches("train", shuffled=True)
-    images, labels = experiment.data.train.read(slice(4))
-    graphs = [step.trace_gradients(experiment, (tf.constant(images), tf.constant(labels)))]
-    position = train.start_epoch(0), tf.constant(0), tf.constant(1)
-    for training in (False, True):
-        epoch = step.bare_epoch(experiment, train, training=training)
-        graphs.append(epoch.get_concrete_function(*position).graph)  # type: ignore[attr-defined]
-    reports = [check_kernels(graph, "GPU") for graph in graphs]
-    assert sum(report.operations for report in reports) > 200
-    assert {str(each) for report in reports for each in report.host} == set()
+@pytest.mark.parametrize(
+    ("path", "placement", "precision"),
+    list(zip(CONFIGS, cycle(("device", "stream")), cycle(PRECISIONS), strict=False)),
+)
+def test_every_operation_has_a_gpu_kernel(path: Path, placement: str, precision: str) -> None:
+    with traced_graphs() as graphs:
+        experiment = prepare_mnist(path, placement, precision, "one")
+        train = experiment.batches("train", shuffled=True)
+        images, labels = experiment.data.train.read(slice(4))
+        gradients = step.trace_gradients(experiment, (tf.constant(images), tf.constant(labels)))
+        for training in (True, False):
+            epoch = step.bare_epoch(experiment, train, training=training)
+            epoch(train.start_epoch(0), tf.constant(0), tf.constant(1))
+        assert len(graphs()) == 2
+        assert host_operations([gradients, *graphs()], experiment) == set()
 
 
-def test_batches_are_gathered_on_the_measured_device() -> None:
-    experiment = prepared("device", devices.single("CPU:1"))
+def test_batches_are_read_where_the_step_is_measured() -> None:
+    config = Config().with_changes(
+        {
+            "data.name": "synthetic",
+            "data.options": {"examples": 400, "height": 16, "width": 16, "classes": 4},
+            "data.placement": "device",
+            "training.precision": "float32",
+            "training.batch_size": 64,
+        }
+    )
+    experiment = build_experiment(config, PhaseTimer(), devices.single("CPU:1"))
     train = experiment.batches("train", shuffled=True)
     with partitions() as graphs, experiment.devices.scope():
         for training in (False, True):

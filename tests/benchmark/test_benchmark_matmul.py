@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import devices
 from trainer.benchmark import checks, matmul, products
 from trainer.benchmark.compare import read_document
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.products import product_row
 from trainer.benchmark.result import with_unit
 from trainer.benchmark.timing import Budget
-from trainer.errors import CheckError, InputError
+from trainer.errors import CheckError, InputError, MissingError
 
 TINY = Budget(11, 0.004, 0.02, square_sizes=(2, 64), dot_sizes=(1, 1000))
 
@@ -184,10 +184,10 @@ def test_bad_input_is_one_line(
 
 
 def test_devices_are_selected_one_by_one() -> None:
-    assert devices.select_each([]) == ["CPU:0"]
-    assert devices.select_each(["cpu:1", "cpu", "cpu:0"]) == ["CPU:1", "CPU:0"]
+    assert select_each([]) == ["CPU:0"]
+    assert select_each(["cpu:1", "cpu", "cpu:0"]) == ["CPU:1", "CPU:0"]
     with pytest.raises(InputError, match="received 'cpu:x'"):
-        devices.select_each(["cpu:x"])
+        select_each(["cpu:x"])
 
 
 @pytest.mark.parametrize(
@@ -215,3 +215,10 @@ def test_the_work_of_a_product(shape: str, dtype: str, flops: int, size: int) ->
 )
 def test_numbers_are_printed_with_a_metric_prefix(value: float, unit: str, text: str) -> None:
     assert with_unit(value, unit) == text
+
+
+def test_a_missing_gpu_names_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.devices._DRIVER_FILES", ("/there/is/no/driver",))
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    with pytest.raises(MissingError, match=r"--device gpu:0: .*CUDA_VISIBLE_DEVICES is "):
+        select_each(["gpu:0"])

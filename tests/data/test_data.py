@@ -17,7 +17,7 @@ import trainer.data
 import trainer.data.tfds
 from trainer.config import DataConfig
 from trainer.data import Dataset, Split, fingerprint, load, names
-from trainer.data._prepared import check_sums
+from trainer.data._prepared import open_prepared
 from trainer.errors import InputError
 
 # ---------------------------------------------------------------- what every data set keeps to
@@ -153,19 +153,19 @@ def test_arrays_that_a_network_could_learn_only_by_mistake_are_refused(
     [
         (
             ["a", "b\ud800"],
-            r"class 1: expected a name that can be printed, received 'b\ud800' with",
+            r"class 1: expected a name that can be printed, received 'b\ud800' with U+D800",
         ),
-        (["a\nb", "b"], "received 'a\\nb' with the character U+000A"),
-        (["a", "\tb"], "with the character U+0009"),
-        (["a", "b\0"], "with the character U+0000"),
-        (["a", "\x1b[31mred"], "with the character U+001B"),
-        (["\ufeffa", "b"], "with the character U+FEFF"),
-        (["a", "\u202eb"], "with the character U+202E"),
-        (["a", "b\u2028c"], "with the character U+2028"),
+        (["a\nb", "b"], "received 'a\\nb' with U+000A"),
+        (["a", "\tb"], "with U+0009"),
+        (["a", "b\0"], "with U+0000"),
+        (["a", "\x1b[31mred"], "with U+001B"),
+        (["\ufeffa", "b"], "with U+FEFF"),
+        (["a", "\u202eb"], "with U+202E"),
+        (["a", "b\u2028c"], "with U+2028"),
         (["a", ""], "class 1: expected a name that can be printed, received ''"),
         ([" ", "b"], "class 0: expected a name that can be printed, received ' '"),
-        (["\u200d\u0301", "b"], "class 0: expected a name that can be printed"),
-        (["a", "x" * 9999 + "\n"], f"received '{'x' * 40}' with the character U+000A"),
+        (["\u200d ", "b"], "class 0: expected a name that can be printed"),
+        (["a", "x" * 9999 + "\n"], f"received '{'x' * 40}' with U+000A"),
         (["a", "a"], "received 'a' for the classes 0 and 1"),
         (["b", "caf\u00e9", "cafe\u0301"], "received 'cafe\\u0301' for the classes 1 and 2"),
         (["a b", " a  b "], "received ' a  b ' for the classes 0 and 1"),
@@ -388,7 +388,7 @@ def test_all_of_mnist_from_its_archives(mnist_files: Path, prepared_mnist: Path)
     assert len(together) == 60000
     assert set(together) == read_archives(mnist_files, "train")
     assert set(examples_of(dataset.test)) == read_archives(mnist_files, "t10k")
-    assert check_sums(prepared_mnist / "mnist")
+    open_prepared(prepared_mnist / "mnist", checked_bytes=10**9)
 
 
 # ---------------------------------------------------------------- reading a split

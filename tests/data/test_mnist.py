@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 import trainer
-from trainer.saving.formats import FORMATS
 
 CONFIGS = Path(trainer.__file__).parent.parent / "configs"
 
@@ -21,10 +20,6 @@ def test_the_default_reaches_99_percent_and_evaluate_repeats_it(prepared_mnist: 
     data = fitted.summary["data"]
     assert (data["train"], data["validation"], data["test"]) == (54_000, 6_000, 10_000)
     assert fitted.summary["test"]["accuracy"] >= 0.989
-    for kind, format_ in FORMATS.items():
-        exported = trainer.export("latest", kind)[1].verified
-        assert exported.images == 10_000
-        assert exported.accuracy == pytest.approx(exported.model_accuracy, abs=format_.points / 100)
     again = trainer.evaluate("latest")
     assert again["accuracy"] == fitted.summary["test"]["accuracy"]
     assert again["loss"] == pytest.approx(fitted.summary["test"]["loss"], rel=1e-6)

@@ -253,7 +253,7 @@ def test_a_set_of_tfds_is_decoded_resized_and_held_out(
 
 
 @pytest.mark.usefixtures("closed_network")
-def test_a_test_split_without_labels_is_not_decoded(
+def test_a_test_split_without_labels_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare_by_tfds("tiny_competition", tmp_path / "tensorflow_datasets")
@@ -261,23 +261,20 @@ def test_a_test_split_without_labels_is_not_decoded(
     dataset = load(config)
     check_contract(dataset, load(config))
     assert [len(dataset.split(name)) for name in SPLITS] == [16, 2, 2]
-    warnings = [
+    warnings = {
         r.getMessage()
         for r in caplog.records
         if r.levelname == "WARNING" and r.name.startswith("trainer")
-    ]
-    assert warnings == [
+    }
+    assert warnings == {
         "The test split of tiny_competition has no labels and cannot be scored: test images are "
         "held out of train."
-    ]
-    assert "its test split has no labels" in dataset.spec.origin
-    names = {path.name for path in (tmp_path / "tiny_competition").iterdir()}
-    assert names == {"prepared.json", "train_images.npy", "train_labels.npy"}
+    }
 
 
 @pytest.mark.usefixtures("closed_network")
 def test_class_names_are_checked_before_anything_is_prepared(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'tiny_unnamed', class 0: .* character U\+2028"):
+    with pytest.raises(InputError, match=r"'tiny_unnamed', class 0: .* U\+2028"):
         load(DataConfig(name="tiny_unnamed", directory=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
@@ -380,9 +377,8 @@ def test_a_prepared_set_needs_no_class_in_the_catalog(tfds_folder: Path, tmp_pat
     # Nothing was written there: the folder may be one that can only be read.
     assert {path: path.stat().st_mtime_ns for path in tfds_folder.rglob("*")} == before
     for name in ("tiny_uninstalled:9.9.9", "tiny_uninstalled/tall", "tiny_uninstaled"):
-        with pytest.raises(InputError, match="unknown data set") as refused:
+        with pytest.raises(InputError, match="unknown data set"):
             opened(name)
-        assert "did you mean 'tiny_uninstalled/" in str(refused.value)
 
 
 def test_a_prepared_version_that_the_catalog_no_longer_has_is_found(
@@ -460,7 +456,7 @@ def test_what_a_killed_preparation_left_is_removed(pictures: DataConfig, tmp_pat
 def test_prepared_data_of_another_set_is_refused(pictures: DataConfig, tmp_path: Path) -> None:
     load(pictures)
     (tmp_path / "tiny_pictures-3x5").rename(tmp_path / "mnist")
-    with pytest.raises(InputError, match="of 'mnist', found that of 'tiny_pictures'"):
+    with pytest.raises(InputError, match="of 'mnist', found 'tiny_pictures'"):
         load(DataConfig(name="mnist", directory=str(tmp_path)))
 
 
@@ -498,7 +494,7 @@ def test_unknown_version_or_variant_of_a_set_is_refused(name: str, tmp_path: Pat
 
 @pytest.mark.usefixtures("closed_network")
 def test_a_set_of_tfds_takes_no_options(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown option 'split': it takes none"):
+    with pytest.raises(InputError, match="unknown option 'split': available: none"):
         load(DataConfig(name="mnist", directory=str(tmp_path), options={"split": "x"}))
 
 
@@ -550,7 +546,7 @@ def test_both_time_outs_end_the_waiting(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"name": "fashion_mnist"}, "data set 'fashion_mnist' is not to be had"),
+        ({"name": "fashion_mnist"}, "data set 'fashion_mnist' is not available"),
         ({"name": "mnist", "allow_sample": False}, r"'mnist' .*\(data\.allow_sample = false\)"),
     ],
 )
@@ -603,15 +599,15 @@ def test_damaged_archive_is_refused_with_size_and_sums(
         load(give(tmp_path / "archives"))
     message = str(refused.value)
     (named,) = [name for name in ARCHIVES if str(folder / name) in message]
-    assert f"it has {len(ERROR_PAGE)} bytes, expected " in message
-    assert f"its sha256 is {hashlib.sha256(ERROR_PAGE).hexdigest()}" in message
+    assert f"Got: UrlInfo(size={len(ERROR_PAGE)} bytes" in message
+    assert hashlib.sha256(ERROR_PAGE).hexdigest() in message
     sums = {  # how each begins
         "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
         "train-labels-idx1-ubyte.gz": "3552534a0a558bbe",
         "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79",
         "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6d",
     }
-    assert f"expected {sums[named]}" in message
+    assert f"checksum='{sums[named]}" in message.partition("Got: ")[0]
     assert not (tmp_path / "data" / "mnist").exists()
 
 
@@ -621,8 +617,11 @@ def test_folder_that_lacks_an_archive_is_refused(
     (tmp_path / "archives").mkdir()
     for name in ARCHIVES[:-1]:
         (tmp_path / "archives" / name).write_bytes(ERROR_PAGE)
-    with pytest.raises(InputError, match=rf"archives \(.*\) lacks {ARCHIVES[-1]} of mnist"):
-        load(give(tmp_path / "archives"))
+    config = give(tmp_path / "archives").model_copy(update={"allow_sample": False})
+    with pytest.raises(
+        InputError, match=rf"archives \(.*\) lacks {ARCHIVES[-1]}, and .* not answer"
+    ):
+        load(config)
 
 
 def test_folder_that_does_not_exist_is_refused(
@@ -632,30 +631,20 @@ def test_folder_that_does_not_exist_is_refused(
         load(give(tmp_path / "archives"))
 
 
-def test_folder_without_any_archive_is_refused_or_noticed(
+def test_a_folder_without_archives_is_named(
     give: Callable[[Path], DataConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "archives"
     (folder / "mnist").mkdir(parents=True)
     (folder / "notes.txt").write_text("nothing here")
-    config = give(folder).model_copy(update={"allow_sample": False})
-    with pytest.raises(InputError) as refused:
-        load(config)
-    if config.archives:  # named for this very set
-        expected = ", ".join(sorted(ARCHIVES))
-        assert str(refused.value) == (
-            f"{folder} (data.archives) holds no archive of mnist: expected {expected}"
-        )
+    reason = rf"{folder} \(.*\) lacks {', '.join(sorted(ARCHIVES))}, and .* does not answer"
+    config = give(folder)
+    if config.archives:  # the user wants these archives, not the sample
+        with pytest.raises(InputError, match=reason):
+            load(config)
     else:
-        assert re.search("not prepared in .*no archives were given", str(refused.value))
-        (notice,) = [
-            record.getMessage()
-            for record in caplog.records
-            if record.levelno == logging.WARNING and record.name.startswith("trainer")
-        ]
-        assert (
-            notice == f"{folder} (TRAINER_DATA_FILES) holds no archive of mnist and is passed over."
-        )
+        assert load(config).spec.name == "mnist_sample"
+        assert re.search(f"Training on a SAMPLE.*{reason}", caplog.text)
 
 
 def test_an_empty_folder_of_its_name_hides_no_archive(
@@ -664,7 +653,7 @@ def test_an_empty_folder_of_its_name_hides_no_archive(
     (tmp_path / "archives" / "mnist").mkdir(parents=True)
     for name in ARCHIVES:
         (tmp_path / "archives" / name).write_bytes(ERROR_PAGE)
-    with pytest.raises(InputError, match="is not the archive that mnist was made from"):
+    with pytest.raises(InputError, match="has wrong checksum"):
         load(give(tmp_path / "archives"))
 
 
@@ -675,7 +664,7 @@ def test_what_was_not_prepared_here_is_never_replaced(tmp_path: Path) -> None:
     precious.write_bytes(b"the only copy")
     config = DataConfig(name="mnist", directory=str(tmp_path / "data"))
     for act in (load, trainer.data.tfds.prepare):
-        with pytest.raises(InputError, match="nothing was touched"):
+        with pytest.raises(InputError, match="nothing was changed"):
             act(config)
     assert precious.read_bytes() == b"the only copy"
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["mnist"]

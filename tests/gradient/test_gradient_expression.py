@@ -310,6 +310,8 @@ HOSTILE = [
     "exp(exp)",
     "(w, w)",
     "eval(w)",
+    "load(w)",
+    "add(w, w)",
     "w\x00",
     "9**9**9",
     "w*9**9**9",

@@ -127,7 +127,7 @@ def test_a_network_with_a_dictionary_of_outputs_is_refused(
 ) -> None:
     own_network('{"a": class_probabilities(Flatten()(x), spec)}')
     message = refusal("own", {})
-    assert "expected one output of shape [None, 4], received a dict of outputs" in message
+    assert "expected probabilities of shape [None, 4], received ['dict']" in message
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
@@ -263,7 +263,7 @@ def test_wrong_option_is_refused_by_its_name(
         (
             "layers",
             {"layers": [{"name": "Flatten", "options": {"name": "a b"}}]},
-            "names of layers that TensorFlow's graphs take (letters, digits, _ . - /, no blanks), "
+            "layer names that TensorFlow accepts (letters, digits, _ . - /, no blanks), "
             "received 'a b'",
         ),
         ("layers", {"layers": [{"name": "no_such_module:Thing"}]}, "no_such_module"),

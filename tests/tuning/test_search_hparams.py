@@ -18,13 +18,17 @@ def test_every_column_of_the_hparams_page_can_be_sorted(
     in_tmp_path: Path,
 ) -> None:
     """Runs and searches whose keys have no value, a number, a word or a list."""
-    runs = {"a": {}, "b": {"training.clip_norm": 10.0}, "c": {"training.clip_norm": 2.0}}
+    runs: dict[str, dict[str, Any]] = {
+        "a": {},
+        "b": {"training.clip_norm": 10.0},
+        "c": {"training.clip_norm": 2.0},
+    }
     runs["d"] = {"optimizer.schedule.name": "CosineDecay", "model.options": {"units": [8]}}
     for name, changes in runs.items():
         config = trainer.Config().with_changes(changes)
         report.write_hparams(Run(in_tmp_path / "runs" / name), config, {"accuracy": 0.5})
     option, compiled = "model.options.units", "training.jit_compile"
-    for name, key, choices in [
+    searches: list[tuple[str, str, list[Any]]] = [
         ("e", option, [8, 16.5]),
         ("f", option, ["small"]),
         ("g", option, [[8], [8, 4]]),
@@ -32,7 +36,8 @@ def test_every_column_of_the_hparams_page_can_be_sorted(
         ("i", compiled, [True, False]),
         ("j", compiled, ["auto", True]),
         ("k", "training.clip_norm", [1, 4.0]),
-    ]:
+    ]
+    for name, key, choices in searches:
         config = trainer.Config().with_changes({"tuning.space": {key: {"choices": choices}}})
         directory = SearchDirectory(config, name)
         for trial, value in enumerate(choices):

@@ -208,7 +208,7 @@ def test_a_silent_worker_is_lost(search: Config, here: bool) -> None:
 def test_a_killed_worker_is_lost(search: Config) -> None:
     chief = _chief(search, "near", ongoing="near")
     with subprocess.Popen(["sleep", "60"]) as process:
-        chief.processes["near"] = process  # type: ignore[assignment]
+        chief.processes["near"] = process
         chief.require_alive()
         process.kill()
         process.wait()

@@ -10,10 +10,9 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from trainer import devices as places
-from trainer import environment
 from trainer.benchmark.checks import check_share
 from trainer.benchmark.curves import Curves
+from trainer.benchmark.devices import cpu_caches, select_each
 from trainer.benchmark.products import (
     Products,
     cache_levels,
@@ -48,7 +47,7 @@ def benchmark_matmul(
     """Measures matrix products of growing size.
 
     Args:
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         shapes: "dot", "square" or both.
         dtypes: Any of "float32", "bfloat16" and "float16".
         largest: The largest size; None means that of the budget.
@@ -60,7 +59,7 @@ def benchmark_matmul(
         MissingError: A device is not available.
         CheckError: A rate is impossible, a product is wrong, or a tensor is on another device.
     """
-    names = places.select_each(words)
+    names = select_each(words)
     budget = _budget(largest, quick=quick)
     products = prepare_products(names, shapes, dtypes, budget, seed=seed)
     run_interleaved([*products.entries, *products.baselines], blocks=budget.blocks, seed=seed)
@@ -83,7 +82,7 @@ def benchmark_matmul(
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
         environment=describe_environment(tuple(names), fingerprint="")
         | {
-            "caches": environment.cpu_caches(),
+            "caches": cpu_caches(),
             "threads": threads,
         },
         facts=curves.facts(),
@@ -102,12 +101,12 @@ def textbook_matmul(
     The book makes ten calls to warm up, and reports the mean of ten more calls.
 
     Args:
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         largest: The largest size.
         quick: Measure fewer sizes.
         seed: Random seed for the operands.
     """
-    names, generator, rows = places.select_each(words), np.random.default_rng(seed), []
+    names, generator, rows = select_each(words), np.random.default_rng(seed), []
     for device, n in itertools.product(names, _budget(largest, quick=quick).dot_sizes):
         a, b = place_operands(product_row("dot", n, device, "float32"), generator).pair
         multiply = multiply_on(device, [(a, b)])

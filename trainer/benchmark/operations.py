@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from trainer import devices as places
 from trainer.benchmark.checks import check_device, check_share
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.products import cache_level, cache_levels, fastest, prepare_products
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
 from trainer.benchmark.timing import Budget, Measurement, run_interleaved
@@ -90,7 +90,7 @@ def benchmark_operations(
     """Measures every operation, forward and with gradient, at a small and a large size.
 
     Args:
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         quick: Measure less, and only the small size.
         seed: Random seed for inputs, weights and order.
 
@@ -99,7 +99,7 @@ def benchmark_operations(
         MissingError: A device is not available.
         CheckError: A rate is impossible, or a tensor is on another device.
     """
-    names, budget = places.select_each(words), QUICK if quick else FULL
+    names, budget = select_each(words), QUICK if quick else FULL
     products = prepare_products(names, ["dot", "square"], ["float32"], budget, seed=seed)
     entries: list[Measurement] = []
     for device, size in itertools.product(names, _SIZES[:1] if quick else _SIZES):

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainer import devices as places
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.timing import Measurement
 from trainer.errors import InputError
 from trainer.files import write_text
@@ -106,7 +106,7 @@ def skipped_gpus(devices: list[str]) -> dict[str, str]:
     """Returns the reason if none of the devices is a GPU."""
     if any(name.startswith("GPU") for name in devices):
         return {}
-    if places.select_each([]) == ["CPU:0"]:
+    if select_each([]) == ["CPU:0"]:
         return {"GPU": "TensorFlow finds none on this machine; `trainer doctor` explains why"}
     return {"GPU": "--device does not name it"}
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from trainer import devices as places
 from trainer.benchmark.checks import check_device, check_share
 from trainer.benchmark.curves import Curves
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.flops import count_flops
 from trainer.benchmark.products import fastest, prepare_products
 from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
@@ -26,7 +27,7 @@ from trainer.config import Config
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
-from trainer.kernels import xla_refusal
+from trainer.tensorflow_internals import xla_refusal
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 
@@ -51,7 +52,7 @@ def benchmark_step(
 
     Args:
         config: The experiment. Its seed is also the seed of the order.
-        words: Devices, see `trainer.devices.select_each`.
+        words: Devices, see `trainer.benchmark.devices.select_each`.
         batch_sizes: Empty means 32 to 2048 and the configuration's own.
         precisions: Empty means float32 and the choice of "auto".
         jit_compile: With or without XLA; None means both.
@@ -63,7 +64,7 @@ def benchmark_step(
         MissingError: A device is not available.
         CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
-    names, seed, budget = places.select_each(words), config.training.seed, QUICK if quick else FULL
+    names, seed, budget = select_each(words), config.training.seed, QUICK if quick else FULL
     choices = (batch_sizes, precisions, jit_compile)
     rows = [row for name in names for row in _choose_rows(config, name, *choices, quick=quick)]
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))

@@ -1,6 +1,3 @@
-"""Reports what this machine can do, and how to change what it cannot."""
+"""The tool `trainer doctor`, which checks this machine and the installation."""
 
-from typing import Final
-
-# The doctor has a verb only.
-PUBLIC: Final[dict[str, str]] = {}
+PUBLIC: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""The verb of the doctor tool: doctor."""
+"""The verb `doctor`."""
 
-from pathlib import Path
+from dataclasses import asdict
 
 import typer
 from rich.text import Text
@@ -13,35 +13,30 @@ from trainer.console import (
     load_config,
     print_json,
     print_rows,
+    stdout_to_stderr,
 )
-from trainer.errors import shell_command
 
 app = typer.Typer()
+_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 @app.command()
 def doctor(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
-    """Say what this machine can do, and what to do about what it cannot."""
-    from dataclasses import asdict
-
+    """Check the machine, the installation, the data and the GPU kernels of a configuration."""
     from trainer.config import Config
     from trainer.doctor.checks import examine
 
-    known = config != DEFAULT_CONFIG or config.exists() or set_
-    words: list[str | Path] = [] if config == DEFAULT_CONFIG else [config]
-    for change in set_ or ():
-        words += ["--set", change]
-    prepare = shell_command("data", "prepare", *words)
-    findings = examine(load_config(config, set_) if known else Config(), prepare)
+    is_default = config == DEFAULT_CONFIG and not config.exists() and not set_
+    with stdout_to_stderr():
+        findings = examine(Config() if is_default else load_config(config, set_))
     if json_:
         print_json([asdict(finding) for finding in findings])
         return
-    styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
     print_rows(
         (
-            Text(finding.status, styles[finding.status]),
+            Text(finding.status, _STYLES[finding.status]),
             Text(finding.subject, "bold"),
             finding.value + (f"\n-> {finding.remedy}" if finding.remedy else ""),
         )

@@ -42,17 +42,7 @@ def derive(
     wrt = DEFAULT_WRT if text is None and wrt is None else wrt
     expression = parse(DEFAULT_EXPRESSION if text is None else text, parse_values(at))
     names = _variables(expression, wrt, order)
-    # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
-    from trainer.gradient import differences, symbols, tape
-
-    numeric = differences.derive(expression, names, order)
-    symbolic_value, symbolic, formulas = symbols.derive(expression, names, order)
-    taped_value, taped, graph = tape.derive(expression, names, order)
-    found = {
-        "tf.GradientTape": (taped_value, taped),
-        "symbolic (sympy)": (symbolic_value, symbolic),
-        "central differences": (expression.value, numeric),
-    }
+    found, formulas, graph = _differentiate(expression, names, order)
     disagreement = _disagreement(expression, found)
     agree = disagreement <= TOLERANCE  # False for nan
     methods = {
@@ -66,14 +56,7 @@ def derive(
         passed=agree,
         verdict=f"the three {'agree' if agree else 'DISAGREE'}: largest relative disagreement "
         f"{disagreement:.1e}, tolerance {TOLERANCE:.0e}",
-        notes=[
-            *(f"{name} = {formula[:150]}" for name, formula in closed_forms.items()),
-            *(
-                f"the expression does not depend on {name}: GradientTape returns None instead of 0"
-                for name in sorted({*names} - {*expression.names})
-            ),
-            _WATCH,
-        ],
+        notes=_notes(expression, names, closed_forms),
         table=[
             {"method": name, "value": _text(each["value"]), heading: _text(each["derivative"])}
             for name, each in methods.items()
@@ -92,6 +75,38 @@ def derive(
         },
         graph=graph,
     )
+
+
+def _differentiate(
+    expression: Expression, names: Sequence[str], order: int
+) -> tuple[dict[str, tuple[Array, Array]], Any, Any]:
+    """Returns value and derivative by method, the symbolic formulas, and the recorded graph."""
+    # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
+    from trainer.gradient import differences, symbols, tape
+
+    numeric = differences.derive(expression, names, order)
+    symbolic_value, symbolic, formulas = symbols.derive(expression, names, order)
+    taped_value, taped, graph = tape.derive(expression, names, order)
+    found = {
+        "tf.GradientTape": (taped_value, taped),
+        "symbolic (sympy)": (symbolic_value, symbolic),
+        "central differences": (expression.value, numeric),
+    }
+    return found, formulas, graph
+
+
+def _notes(
+    expression: Expression, names: Sequence[str], closed_forms: Mapping[str, str]
+) -> list[str]:
+    independent = sorted({*names} - {*expression.names})
+    return [
+        *(f"{name} = {formula[:150]}" for name, formula in closed_forms.items()),
+        *(
+            f"the expression does not depend on {name}: GradientTape returns None instead of 0"
+            for name in independent
+        ),
+        _WATCH,
+    ]
 
 
 def _variables(expression: Expression, wrt: str | None, order: int) -> tuple[str, ...]:

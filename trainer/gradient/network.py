@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.errors import CheckError, InputError
 from trainer.experiment import compiled_model
 from trainer.gradient.result import GradientResult
+from trainer.keras_objects import nested_layers
 from trainer.training.step import compute_loss
 
 TOLERANCE = 1e-5
@@ -188,7 +189,7 @@ def _use_float64(model: keras.Model) -> None:
     Raises:
         InputError: A layer has weights of another type, which cannot be changed.
     """
-    for layer in model._flatten_layers(include_self=False):
+    for layer in nested_layers(model.layers):
         other = {w.dtype for w in layer.weights if "float" in w.dtype} - {"float64"}
         if other:
             raise InputError(

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.keras_internals import CALLBACK_ATTRIBUTES
+
 _MAX_DEPTH = 20  # of lists and dictionaries inside each other
-_NOT_STATE = ("_model", "params")  # Keras sets these attributes of a callback
 
 
 def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     state = {}
     for name, value in vars(thing).items():
         with suppress(TypeError):
-            if name not in _NOT_STATE:
+            if name not in CALLBACK_ATTRIBUTES:
                 found: dict[str, NDArray[Any]] = {}
                 state[name] = _pack(value, found, _MAX_DEPTH)
                 arrays |= found
@@ -42,7 +43,7 @@ def unpack_state(state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -
 
 def lost_attributes(thing: Any) -> list[str]:
     """Returns the names of the attributes that a checkpoint cannot save, sorted."""
-    return sorted(vars(thing).keys() - pack_state(thing, {}).keys() - {*_NOT_STATE})
+    return sorted(vars(thing).keys() - pack_state(thing, {}).keys() - {*CALLBACK_ATTRIBUTES})
 
 
 def digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:

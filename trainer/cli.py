@@ -120,15 +120,8 @@ def fit(
             result = workflow.fit(loaded, dry_run=dry_run, **options)
         else:
             result = workflow.resume(resume, changed=loaded, **options)
-    if result.worker > 0:
-        return  # the chief prints the result
-    if json_:
-        print_json(result.summary)
-    elif result.run is None:
-        scores = format_scores(result.summary)
-        print_line(f"dry run: one batch of train, validation and test passed; {scores}")
-    else:
-        _print_result(result.summary, tensorboard=loaded.logging.tensorboard)
+    if result.worker == 0:  # the chief
+        _print_fit(result, as_json=json_)
 
 
 @app.command()
@@ -365,13 +358,22 @@ def _loader(reference: str, runs: str) -> Any:
     return None
 
 
-def _print_result(summary: dict[str, Any], *, tensorboard: bool) -> None:
+def _print_fit(result: Any, *, as_json: bool) -> None:
+    """Prints the scores, the times and the run directory of a `FitResult`."""
+    summary = result.summary
+    if as_json:
+        print_json(summary)
+        return
+    scores = format_scores(summary)
+    if result.run is None:
+        print_line(f"dry run: one batch of train, validation and test passed; {scores}")
+        return
     seconds = summary["seconds"]
     times = ", ".join(
         f"{title} {sum(seconds.get(part) or 0.0 for part in parts):.1f}"
         for title, parts in _SHOWN_SECONDS.items()
     )
-    step = summary["step_ms"]
-    print_line(f"{summary['data']['name']}: {format_scores(summary)}")
-    print_line(f"seconds: {times}" + (f"; {step:.2f} ms per step" if step else ""))
-    print_run(Path(summary["run"]), tensorboard=tensorboard)
+    step = f"; {summary['step_ms']:.2f} ms per step" if summary["step_ms"] else ""
+    print_line(f"{summary['data']['name']}: {scores}")
+    print_line(f"seconds: {times}{step}")
+    print_run(result.run.path, tensorboard=result.run.tensorboard.is_dir())

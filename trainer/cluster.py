@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.errors import InputError, MissingError
 
@@ -40,24 +40,18 @@ _Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):[0-9
 AllGather = Callable[[Sequence[float]], "NDArray[np.float64]"]
 
 
-class _Jobs(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class _Jobs(BaseModel, strict=True, extra="forbid"):
     chief: list[_Address] = Field(default=[], max_length=1)
     worker: list[_Address] = []
 
 
-class _Task(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Task(BaseModel, strict=True):
     type: Literal["chief", "worker"]
     index: int = Field(ge=0)
 
 
-class _TfConfig(BaseModel):
+class _TfConfig(BaseModel, strict=True):
     """The content of TF_CONFIG; other keys are ignored, as TensorFlow does."""
-
-    model_config = ConfigDict(strict=True)
 
     cluster: _Jobs
     task: _Task
@@ -190,9 +184,7 @@ class Cluster:
         if silent:  # some of them may have stopped because of the first one
             return [i for i in silent if i in named] or silent
         if "CoordinationService" in message and self.index:
-            return [
-                0
-            ]  # the chief runs this service; a process that hangs still accepts connections
+            return [0]  # the chief runs it; a process that hangs still accepts connections
         # The service of the chief reports the errors of other workers, and is named beside them.
         return [i for i in named if i] or named
 

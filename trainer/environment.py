@@ -44,8 +44,6 @@ def cpu_flags() -> tuple[str, ...]:
     for line in _cpuinfo():
         if line.startswith(("flags", "Features")):
             return tuple(sorted(line.partition(":")[2].split()))
-    if platform.system() == "Darwin":
-        return tuple(sorted(_sysctl("machdep.cpu.features").lower().split()))
     return ()
 
 
@@ -56,7 +54,8 @@ def cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     if platform.system() == "Darwin":
-        return _sysctl("machdep.cpu.brand_string")
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -65,19 +64,6 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@functools.cache
-def cpu_caches() -> dict[str, int]:
-    """Returns the size of each cache of the first CPU in bytes, smallest first; {} if unknown."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        names = ("level", "type", "size")
-        level, kind, size = ((folder / name).read_text().strip() for name in names)
-        if kind != "Instruction":
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
-            found[f"L{level}"] = int(size.rstrip("KMG")) * unit
-    return found
 
 
 def gpu_models() -> list[str]:
@@ -95,13 +81,6 @@ def gpu_models() -> list[str]:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _sysctl(name: str) -> str:
-    run = subprocess.run(
-        ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip()
 
 
 def _git_state() -> dict[str, Any] | None:

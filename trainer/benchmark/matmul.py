@@ -10,10 +10,9 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from trainer import environment
 from trainer.benchmark.checks import check_share
 from trainer.benchmark.curves import Curves
-from trainer.benchmark.devices import select_each
+from trainer.benchmark.devices import cpu_caches, select_each
 from trainer.benchmark.products import (
     Products,
     cache_levels,
@@ -83,7 +82,7 @@ def benchmark_matmul(
         settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
         environment=describe_environment(tuple(names), fingerprint="")
         | {
-            "caches": environment.cpu_caches(),
+            "caches": cpu_caches(),
             "threads": threads,
         },
         facts=curves.facts(),

@@ -16,8 +16,8 @@ import psutil
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer import environment
 from trainer.benchmark.checks import check_device, check_product, check_random
+from trainer.benchmark.devices import cpu_caches
 from trainer.benchmark.timing import Budget, Measurement
 
 _logger = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ def fastest(entries: Iterable[Measurement], work: str, **wanted: Any) -> float:
 
 def cache_levels() -> list[str]:
     """Returns the CPU's caches, the smallest first, and "memory"."""
-    return [*environment.cpu_caches(), "memory"]
+    return [*cpu_caches(), "memory"]
 
 
 def cache_level(size: int, device: str) -> str:
     """Returns the smallest CPU cache that holds `size` bytes; "memory" if there is none."""
-    caches = environment.cpu_caches().items() if device.startswith("CPU") else ()
+    caches = cpu_caches().items() if device.startswith("CPU") else ()
     return next((name for name, capacity in caches if size <= capacity), "memory")
 
 
@@ -161,7 +161,7 @@ def _prepare(
     products.entries.append(hot)
     dot = row["shape"] == "dot"
     if dot and row["device"].startswith("CPU") and row["bytes"] >= _MIN_COLD_BYTES:
-        last_cache = max(environment.cpu_caches().values(), default=32 * 2**20)
+        last_cache = max(cpu_caches().values(), default=32 * 2**20)
         copies = -(-2 * last_cache // row["bytes"]) - 1
         with tf.device(row["device"]):
             one = tf.ones([], operands.pair[0].dtype)

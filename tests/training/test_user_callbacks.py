@@ -13,8 +13,9 @@ import pytest
 import trainer
 from trainer.config import Config
 from trainer.errors import InputError
-from trainer.experiment import Experiment, PhaseTimer, build_experiment, make_callbacks
+from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.training.callbacks import scalars
+from trainer.training.user_callbacks import make_callbacks
 
 TINY = {
     "data.name": "synthetic",
@@ -38,7 +39,7 @@ def make(experiment: Experiment, in_tmp_path: Path) -> Callable[..., list[Any]]:
     def make_one(name: str, *given: Any, **options: Any) -> list[Any]:
         described = {"training.callbacks": [{"name": name, "options": options}]}
         changed = replace(experiment, config=experiment.config.with_changes(described))
-        made = make_callbacks(changed, in_tmp_path / "run", given)
+        made = make_callbacks(changed.config, changed.model, in_tmp_path / "run", given)
         assert not list(in_tmp_path.iterdir())
         return made
 
@@ -111,7 +112,7 @@ def test_a_log_that_a_users_callback_adds_can_be_monitored_after_it(
     def make_all(*callbacks: Any) -> list[Any]:
         described = {"training.callbacks": list(callbacks)}
         changed = replace(experiment, config=experiment.config.with_changes(described))
-        return make_callbacks(changed, in_tmp_path / "run")
+        return make_callbacks(changed.config, changed.model, in_tmp_path / "run")
 
     assert [type(each).__name__ for each in make_all(own, stop)] == ["Adds", "EarlyStopping"]
     for wrong in ([stop, own], [stop]):

@@ -177,6 +177,8 @@ def test_the_table_of_modules_is_complete() -> None:
     found = {path.name for path in (ROOT / "trainer").glob("*.py") if path.stem[0] != "_"}
     found |= {path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py")}
     assert found == linked - REMOVED
+    structure = set(re.findall(r"[\w.]+", _blocks("text", PAGES["CONTRIBUTING.md"])[0]))
+    assert found <= structure, found - structure
 
 
 def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:

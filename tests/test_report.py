@@ -260,7 +260,7 @@ def test_the_model_card_describes_the_run() -> None:
         f"`{'0123abcd' * 8}`",
         "`cnn` network of 1,234,567 parameters",
         "1,000 images, scored once",
-        "Trained on 5,400 images for 3 epochs; 6,000 more",
+        "Training: 5,400 images, epochs: 3; 6,000 more for validation",
         "CPU:0, CPU:1; precision: mixed_bfloat16; seed: 7",
         "12.3 s, 2.50 ms per step (median of 11 windows)",
         "\n| cat | 0.4000 | 0.6667 | 0.5000 | 3 |\n",
@@ -281,4 +281,4 @@ def test_the_model_card_describes_the_run() -> None:
 
     everything = Config().with_changes({"data.train_on_validation": True})
     card = report.model_card(Path("a"), summary(epochs=1), table, everything)
-    assert "Trained on 5,400 images for 1 epoch; this includes the 6,000 validation images" in card
+    assert "Training: 5,400 images, epochs: 1; including the validation images" in card

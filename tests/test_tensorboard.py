@@ -1,4 +1,4 @@
-"""What TensorBoard serves of a run, asked of a real TensorBoard over HTTP."""
+"""What TensorBoard shows about a run, read from a real TensorBoard over HTTP."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from trainer import cli, report
 from trainer.run import Run
 from trainer.training.callbacks import TensorBoardCurves
 
-# No proxy stands between this test and a server of its own.
+# The server runs on this machine: no proxy is used.
 _WEB = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 CONFIG = Path(trainer.__file__).parent.parent / "configs" / "debug.toml"
 
@@ -49,7 +49,7 @@ def _ask(address: str, path: str, **query: str) -> Any:
 
 
 def _ask_until(address: str, path: str, complete: Callable[[Any], bool]) -> Any:
-    """TensorBoard reads the files in the background: asks again until they have been read."""
+    """Asks again until TensorBoard has read the files in the background."""
     deadline = time.monotonic() + 60
     while not complete(answer := _ask(address, path)):
         assert time.monotonic() < deadline, answer
@@ -57,7 +57,7 @@ def _ask_until(address: str, path: str, complete: Callable[[Any], bool]) -> Any:
     return answer
 
 
-def test_tensorboard_serves_everything_that_was_promised(
+def test_tensorboard_shows_all_documented_pages(
     run: Any, tensorboard: Callable[[Path], str]
 ) -> None:
     folder, fitted = run
@@ -84,7 +84,7 @@ def test_tensorboard_serves_everything_that_was_promised(
     assert last == pytest.approx(fitted.summary["validation"]["accuracy"])
     assert series(test, "epoch/accuracy")[0][2] == pytest.approx(fitted.summary["test"]["accuracy"])
     times = [point[2] for point in series(train, "step_ms")]
-    assert len(times) == fitted.summary["windows"]  # the first calls, and the traced, are left out
+    assert len(times) == fitted.summary["windows"]  # without the first and the traced calls
     assert sorted(times)[0] <= fitted.summary["step_ms"] <= sorted(times)[-1]
 
     images = _ask(address, "plugin/images/tags")
@@ -110,7 +110,7 @@ def test_tensorboard_serves_everything_that_was_promised(
 
 
 def _session_groups(address: str, *columns: dict[str, str]) -> Any:
-    """The lines of the HParams page, sorted by some columns."""
+    """Returns the rows of the HParams page, sorted by some columns."""
     query = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": columns,
              "startIndex": 0, "sliceSize": 99}  # fmt: skip
     request = urllib.request.Request(
@@ -146,7 +146,7 @@ def test_curves_go_on_without_the_data_server(
     Path("runs").mkdir()
     with pytest.raises(typer.Exit):
         cli.tensorboard(runs="runs")
-    flags[0].reload_interval, flags[0].reload_task = 0, "blocking"  # reads once, and returns
+    flags[0].reload_interval, flags[0].reload_task = 0, "blocking"  # reads once and returns
     run = Run(in_tmp_path / "runs" / "a")
     curves = TensorBoardCurves(run.tensorboard, histograms=False)
     ingester = LocalDataIngester(flags[0])

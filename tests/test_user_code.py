@@ -209,7 +209,7 @@ def test_a_module_of_the_user_that_cannot_be_imported_is_named(
 def test_a_defect_of_this_package_keeps_its_traceback(
     fit: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workflow, "_score", None)
+    monkeypatch.setattr(workflow, "build_experiment", None)
     with pytest.raises(TypeError, match="not callable"):
         fit()
 

@@ -224,6 +224,7 @@ def data_prepare(
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
+        import_module("tensorflow")  # here without its messages
         spec = import_module("trainer.data").prepare(loaded.data, overwrite=overwrite)
     print_table(spec, as_json=json_)
 
@@ -236,6 +237,7 @@ def data_info(
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
+        import_module("tensorflow")  # `load` can prepare the data; see `data_prepare`
         spec = import_module("trainer.data").describe(loaded.data)
     print_table(spec, as_json=json_)
 

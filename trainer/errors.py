@@ -72,6 +72,12 @@ class StoppedError(TrainerError):
         self.exit_code = 128 + number
 
 
+def expect(fits: object, where: str, expected: object, received: object) -> None:
+    """Raises an InputError "where: expected ..., received ..." unless `fits` is true."""
+    if not fits:
+        raise InputError(f"{where}: expected {expected}, received {received}")
+
+
 def explain_user_code(error: BaseException) -> str | None:
     """Returns one line about an error that was raised in the user's code.
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trainer.data import DataSpec, Images
-from trainer.data._prepared import NPY_ERRORS
-from trainer.errors import InputError
+from trainer.data import NPY_ERRORS, DataSpec, Images
+from trainer.errors import InputError, expect
 
 # An image with more pixels is refused before it is decoded.
 _MAX_PIXELS = 50_000_000
@@ -52,7 +51,8 @@ def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[P
         InputError: The path is not a file, or the file is not an image that fits.
     """
     if not os.path.isfile(path):  # noqa: PTH113 - unlike Path.is_file, also for a too long name
-        reason = "it is not a regular file" if os.path.lexists(path) else "there is no such file"
+        special = "it is a folder" if os.path.isdir(path) else "it is not a regular file"  # noqa: PTH112
+        reason = special if os.path.lexists(path) else "there is no such file"
         raise InputError(f"expected an image file, received {path}: {reason}")
     if path.suffix.lower() == ".npy":
         arrays = _read_array(path, spec)
@@ -73,11 +73,9 @@ def _read_array(path: Path, spec: DataSpec) -> Images:
         raise InputError(f"{path} is not a .npy array: {error}") from None
     array = found[..., np.newaxis] if found.shape[-2:] == spec.image_shape[:2] else found
     array = array[np.newaxis] if array.ndim == 3 else array
-    if array.dtype != np.uint8 or array.shape[1:] != spec.image_shape or not len(array):
-        raise InputError(
-            f"{path}: expected one or more images, uint8 (0 to 255) of shape "
-            f"{list(spec.image_shape)}, received {found.dtype} {list(found.shape)}"
-        )
+    fits = array.dtype == np.uint8 and array.shape[1:] == spec.image_shape and len(array)
+    expected = f"one or more images, uint8 (0 to 255) of shape {list(spec.image_shape)}"
+    expect(fits, str(path), expected, f"{found.dtype} {list(found.shape)}")
     return np.array(array)  # a copy, because the file may change
 
 
@@ -91,14 +89,11 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
             warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
             Image.open(path, formats=("PNG", "JPEG")) as image,
         ):
-            if image.width * image.height > _MAX_PIXELS:
-                raise InputError(
-                    f"{path}: expected at most {_MAX_PIXELS} pixels, "
-                    f"received {image.width}x{image.height}"
-                )
+            fits, pixels = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
+            expect(fits, str(path), f"at most {_MAX_PIXELS} pixels", pixels)
             # A phone's JPEG (MPO) may contain more views or a preview: the first is the photograph.
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise InputError(f"{path} is an animation: expected one image")
+            one = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
+            expect(one, str(path), "one image", "an animation")
             image.load()
             image = ImageOps.exif_transpose(image)  # turns a photograph upright
             given = f"{image.height}x{image.width} {image.mode}"
@@ -117,5 +112,5 @@ def _read_image(path: Path, spec: DataSpec) -> Picture:
     except _DAMAGED_IMAGE as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
     wanted = f"{height}x{width} {mode}"
-    pixels = np.asarray(image, dtype=np.uint8).reshape(spec.image_shape)
-    return Picture(str(path), pixels, "" if given == wanted else f"{given} to {wanted}")
+    array = np.asarray(image, dtype=np.uint8).reshape(spec.image_shape)
+    return Picture(str(path), array, "" if given == wanted else f"{given} to {wanted}")

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config import KerasObject
-from trainer.errors import InputError, MissingError, did_you_mean, explain_user_code
+from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code
 
 # Errors of Keras and TensorFlow for options that do not work.
 KERAS_ERRORS = (
@@ -57,11 +57,8 @@ def find(kind: str, name: str) -> Any:
             raise InputError(f"unknown {kind} {name!r}: {did_you_mean(name, classes)}")
     if kind == "loss" and inspect.isfunction(found):
         return lambda: found  # Keras also accepts a function of labels and outputs as a loss
-    if not fits(found):
-        received = getattr(found, "__name__", repr(found))
-        raise InputError(
-            f"{kind} {name!r}: expected a subclass of keras {base.__name__}, received {received}"
-        )
+    expected, received = f"a subclass of keras {base.__name__}", getattr(found, "__name__", found)
+    expect(fits(found), f"{kind} {name!r}", expected, received)
     return found
 
 
@@ -72,20 +69,12 @@ def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
         kind: As in `find`.
         config: The name and the keyword arguments of the constructor.
         defaults: Keyword arguments that the configuration overrides.
-
-    Raises:
-        InputError: The name is unknown or the constructor refuses the options.
     """
     return call(find(kind, config.name), f"{kind} {config.name!r}", defaults | config.options)
 
 
 def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
-    """Calls `factory(**options)`; an error about the options becomes one line about `what`.
-
-    Raises:
-        InputError: The factory refuses the options.
-        MissingError: It needs a package that is not installed.
-    """
+    """Calls `factory(**options)`; an error about the options becomes one line about `what`."""
     try:
         return factory(**options)
     except ImportError as error:  # an optional package of Keras
@@ -100,11 +89,7 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
 
 
 def import_object(what: str, name: str) -> Any:
-    """Returns the object "package.module:Name".
-
-    Raises:
-        InputError: The name has another form, or there is no such object.
-    """
+    """Returns the object with the name "package.module:Name"; `what` is for messages."""
     module_name, _, attribute = name.partition(":")
     if not module_name or module_name.startswith("."):
         raise InputError(f"{what} {name!r}: expected package.module:Name")

@@ -21,7 +21,7 @@ RANDOM = np.random.RandomState(0)
 GREY = RANDOM.randint(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
 COLOUR = RANDOM.randint(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 CLEAR = RANDOM.randint(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
-CLEAR[:3, :, 3] = [[0], [255], [51]]  # a row unseen, a row opaque, a row at a fifth
+CLEAR[:3, :, 3] = [[0], [255], [51]]  # a transparent row, an opaque row, a row with alpha 0.2
 
 
 def of_shape(channels: int, height: int = HEIGHT, width: int = WIDTH) -> DataSpec:
@@ -52,7 +52,7 @@ def stored(array: Array) -> bytes:
 
 
 def png_that_declares(width: int, height: int) -> bytes:
-    """A grey PNG of a few bytes, whose header may say anything."""
+    """Returns a grey PNG of a few bytes with any size in its header."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -76,7 +76,7 @@ Read = Callable[..., Picture]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """Reads the one picture of a file with some content."""
+    """Returns a function that writes a file and reads its only picture."""
 
     def read(content: bytes, name: str = "a.png", channels: int = 1, **options: Any) -> Picture:
         (tmp_path / name).write_bytes(content)
@@ -101,7 +101,7 @@ def test_what_fits_is_taken_bit_for_bit(read: Read, pixels: Array) -> None:
 
 
 def test_colour_becomes_grey_and_grey_colour(read: Read) -> None:
-    luma = COLOUR @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's convert says
+    luma = COLOUR @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, like Pillow's convert
     picture = read(encoded(COLOUR))
     np.testing.assert_allclose(picture.pixels[..., 0], luma, atol=1)
     assert picture.converted == "6x5 RGB to 6x5 L"
@@ -189,14 +189,14 @@ def test_jpeg_is_read(read: Read) -> None:
     picture = read(encoded(np.stack([slope] * 3, -1), "JPEG", quality=95), "a.JPEG")
     np.testing.assert_allclose(picture.pixels[..., 0], slope, atol=8)
     assert picture.converted == "6x5 RGB to 6x5 L"
-    picture = read(encoded(slope, "JPEG", quality=95), "a.png")  # the content decides, not the name
+    picture = read(encoded(slope, "JPEG", quality=95), "a.png")  # by content, not by name
     np.testing.assert_allclose(picture.pixels[..., 0], slope, atol=8)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_photograph_stands_as_it_was_taken(read: Read, kind: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side: turn by 90 degrees clockwise
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
     pixels = np.zeros((WIDTH, HEIGHT), np.uint8)
     pixels[:, HEIGHT // 2 :] = 255
     picture = read(encoded(pixels, kind, exif=exif), "a." + kind.lower())
@@ -209,7 +209,7 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     content = encoded(frames[0], save_all=True, append_images=frames[1:])
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(InputError, match="is an animation: expected one image"):
+    with pytest.raises(InputError, match="expected one image, received an animation"):
         read_pictures(tmp_path / "a.png", of_shape(1))
 
 
@@ -218,7 +218,7 @@ def test_the_first_view_of_a_phone_picture_is_read(read: Read) -> None:
     content = encoded(views[0], "MPO", save_all=True, append_images=views[1:])
     picture = read(content, "IMG_1.JPG", 3)
     assert abs(picture.pixels.astype(int) - [255, 0, 0]).max() < 10
-    # A damaged list of views makes it an ordinary JPEG, without a warning.
+    # With a damaged list of views it is read as an ordinary JPEG, without a warning.
     at = content.index(b"MPF\x00")
     damaged = content[: at + 4] + bytes(8) + content[at + 12 :]
     np.testing.assert_array_equal(read(damaged, "IMG_2.JPG", 3).pixels, picture.pixels)
@@ -278,7 +278,7 @@ def test_dark_and_bright_are_exchanged(read: Read, tmp_path: Path) -> None:
 
 
 def refusal(path: Path, channels: int = 1) -> str:
-    """Returns the message of an InputError: one line, which names the file."""
+    """Returns the message of an InputError: one line with the file name."""
     with pytest.raises(InputError) as caught:
         read_pictures(path, of_shape(channels))
     message = str(caught.value)
@@ -336,7 +336,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("none.png", "none.npy"):
         assert "there is no such file" in refusal(tmp_path / name)
         (tmp_path / name).mkdir()
-        assert f"received {tmp_path / name}: it is not a regular file" in refusal(tmp_path / name)
+        assert f"received {tmp_path / name}: it is a folder" in refusal(tmp_path / name)
     assert "it is not a regular file" in refusal(Path("/dev/null"))
     assert "there is no such file" in refusal(Path("/dev/null/a.png"))
     assert "there is no such file" in refusal(tmp_path / f"{'n' * 999}.png")
@@ -351,7 +351,7 @@ def test_two_channels_come_as_an_array_only(tmp_path: Path) -> None:
 
 def test_a_large_image_is_refused_without_a_warning(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png_that_declares(10_000, 10_000))
-    assert "10000x10000 pixels" in refusal(tmp_path / "a.png")
+    assert "received 10000x10000" in refusal(tmp_path / "a.png")
 
 
 def test_an_image_within_the_limit_is_read(read: Read) -> None:

@@ -1,4 +1,4 @@
-"""Prepared data: read as it was written, and refused where it is damaged."""
+"""Prepared data: it is read as it was written, and refused if it is damaged."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ def test_prepared_data_is_what_was_written(prepared: Path) -> None:
     assert dataset.spec.class_names == ("a", "b", "c")
     np.testing.assert_array_equal(dataset.train.images.ravel(), np.arange(240))
     np.testing.assert_array_equal(dataset.test.labels, np.arange(12, 16) % 3)
-    assert isinstance(dataset.train.images, np.memmap)  # read when it is needed
+    assert isinstance(dataset.train.images, np.memmap)  # read on demand
     whole = [(split.images, split.labels) for split in (dataset.train, dataset.test)]
     assert dataset.spec.fingerprint == fingerprint(whole)
     open_prepared(prepared, checked_bytes=10**6)
@@ -180,7 +180,7 @@ def test_interrupted_preparation_leaves_nothing(stop: type[BaseException], prepa
                 origin="a test",
                 splits={"train": (4, (5, 4, 1), batches())},
             )
-    # What was there is as it was, and nothing is beside it.
+    # The old data is unchanged, and no other file remains.
     assert [path.name for path in prepared.parent.iterdir()] == ["kept"]
     assert {path: path.read_bytes() for path in prepared.iterdir()} == before
 

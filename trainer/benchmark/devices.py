@@ -1,8 +1,6 @@
-"""The devices that a benchmark measures one after the other, and the caches of the CPU."""
+"""The devices that a benchmark measures one after the other."""
 
-import functools
 import re
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -45,16 +43,3 @@ def select_each(words: list[str]) -> list[str]:
         else:
             names += select(word).names
     return list(dict.fromkeys(names))
-
-
-@functools.cache
-def cpu_caches() -> dict[str, int]:
-    """Returns the size of each cache of the first CPU in bytes, smallest first; {} if unknown."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        names = ("level", "type", "size")
-        level, kind, size = ((folder / name).read_text().strip() for name in names)
-        if kind != "Instruction":
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
-            found[f"L{level}"] = int(size.rstrip("KMG")) * unit
-    return found

@@ -13,6 +13,7 @@ import os
 import pkgutil
 import sys
 import textwrap
+import tokenize
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError, explain_user_code
+from trainer.errors import InputError, expect, explain_user_code
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
@@ -36,36 +37,30 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
+# Errors of numpy for a file that is not an array: it parses the header as Python literals.
+NPY_ERRORS = (
+    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
+    *(SyntaxError, tokenize.TokenError),
+)
+
 # Characters that cannot be printed, but that words and emoji need: zero-width (non-)joiner.
 _JOINERS = "\u200c\u200d"
 
 
 class DataSpec(BaseModel):
-    """Facts about a data set. Models, metrics, exports and reports are built from them.
-
-    Attributes:
-        name: Name of the data set, for example "mnist" or "mnist_sample".
-        version: Version of the data set.
-        image_shape: Height, width and channels.
-        class_names: In the order of the labels 0, 1, ...
-        train: Number of training images.
-        validation: Number of validation images.
-        test: Number of test images.
-        fingerprint: SHA-256 of all images and labels of the source, in order.
-        origin: Where the data came from, as text.
-    """
+    """Facts about a data set. Models, metrics, exports and reports are built from them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str  # for example "mnist" or "mnist_sample"
     version: str
-    image_shape: tuple[_Size, _Size, _Size]
-    class_names: tuple[str, ...]
-    train: int
+    image_shape: tuple[_Size, _Size, _Size]  # height, width, channels
+    class_names: tuple[str, ...]  # in the order of the labels 0, 1, ...
+    train: int  # number of images
     validation: int
     test: int
-    fingerprint: str
-    origin: str
+    fingerprint: str  # SHA-256 of all images and labels of the source, in order
+    origin: str  # where the data came from, as text
 
     @property
     def class_count(self) -> int:
@@ -75,17 +70,11 @@ class DataSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows of an array of images.
+    """Some rows of an array of images."""
 
-    Attributes:
-        images: uint8 [all, height, width, channels], in memory or mapped from a file.
-        labels: int32 [all].
-        rows: int64 [n], the rows that belong to this split.
-    """
-
-    images: Images
-    labels: Labels
-    rows: NDArray[np.int64]
+    images: Images  # uint8 [all, height, width, channels], in memory or mapped from a file
+    labels: Labels  # int32 [all]
+    rows: NDArray[np.int64]  # [n], the rows that belong to this split
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -172,11 +161,7 @@ class Dataset:
     test: Split
 
     def split(self, name: str) -> Split:
-        """Returns a split by its name: "train", "validation" or "test".
-
-        Raises:
-            InputError: The name is unknown.
-        """
+        """Returns a split by its name: "train", "validation" or "test"."""
         if name not in SPLITS:
             raise InputError(f"expected a split: train, validation or test; received {name!r}")
         split: Split = getattr(self, name)
@@ -187,25 +172,17 @@ class Dataset:
 class Source:
     """The examples that a module of this folder returns, before anything is held out.
 
-    Attributes:
-        name: Name of the data set.
-        version: Version of the data set; change it when the data changes.
-        class_names: In the order of the labels 0, 1, ...; each is one line of text.
-        train: Images (uint8 [n, height, width, channels]) and labels (int [n]).
-        test: As `train`. None, or only negative labels: test images are held out of train.
-        validation: As `test`.
-        origin: Where the data came from, as text.
-        fingerprint: SHA-256 as `fingerprint` computes it; None: it is computed.
+    A split without examples, or with negative labels only, is held out of train.
     """
 
     name: str
-    version: str
-    class_names: Sequence[str]
-    train: Examples
+    version: str  # change it when the data changes
+    class_names: Sequence[str]  # in the order of the labels 0, 1, ...; each is one line of text
+    train: Examples  # images (uint8 [n, height, width, channels]) and labels (int [n])
     test: Examples | None = None
     validation: Examples | None = None
-    origin: str = "a module of trainer/data"
-    fingerprint: str | None = None
+    origin: str = "a module of trainer/data"  # where the data came from, as text
+    fingerprint: str | None = None  # as `fingerprint` returns it; None: it is computed
 
 
 def names() -> list[str]:
@@ -219,9 +196,6 @@ def load(config: DataConfig) -> Dataset:
 
     Args:
         config: Its `name` is a module of this folder or a data set of tensorflow-datasets.
-
-    Returns:
-        The splits and the facts about them.
 
     Raises:
         InputError: The data set is unknown, damaged or not available.
@@ -237,11 +211,8 @@ def load(config: DataConfig) -> Dataset:
     except (OSError, MemoryError) as error:
         reason = explain_user_code(error) or str(error)
         raise InputError(f"data set {config.name!r} cannot be read: {reason}") from error
-    if not isinstance(source, Source):
-        raise InputError(
-            f"data set {config.name!r}: expected load() to return a Source, "
-            f"received {type(source).__name__}"
-        )
+    where = f"data set {config.name!r}"
+    expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
     check_class_names(source.name, source.class_names)
     usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
     dataset = _make_splits(replace(source, **usable), config)
@@ -255,17 +226,11 @@ def resolve(config: DataConfig) -> DataConfig:
 
 
 def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Decodes a data set and stores the arrays, unless that is done already.
+    """Decodes a data set, stores the arrays, and returns the `DataSpec` as a dictionary.
 
     Args:
         config: Contains the name of the data set.
-        overwrite: Decode it again. The old arrays are removed once the new ones are complete.
-
-    Returns:
-        The `DataSpec` as a dictionary.
-
-    Raises:
-        InputError: The data set is not available.
+        overwrite: Replace stored arrays; they are removed once the new ones are complete.
     """
     from trainer.data import tfds
 
@@ -279,9 +244,6 @@ def describe(config: DataConfig) -> dict[str, Any]:
 
     Returns:
         The `DataSpec` as a dictionary, with the number of images of each class in each split.
-
-    Raises:
-        InputError: The data set is not available, or a file has changed since it was prepared.
     """
     # `load` verifies the checksums of all files up to this limit.
     data = load(config.model_copy(update={"device_limit_mb": sys.maxsize}))
@@ -296,30 +258,21 @@ def describe(config: DataConfig) -> dict[str, Any]:
 def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
     """Refuses class names that cannot be printed or that look the same.
 
-    Args:
-        data_set: Name of the data set, for the message.
-        class_names: In the order of the labels.
-
     Raises:
         InputError: A name is not text, is blank, contains a character that cannot be printed (a
             line break, half of a surrogate pair), or looks like another name.
     """
     labels: dict[str, int] = {}
     for label, name in enumerate(class_names):
-        where = f"data set {data_set!r}, class {label}: expected a name"
-        if not isinstance(name, str):
-            raise InputError(f"{where} of type str, received {type(name).__name__}")
+        where = f"data set {data_set!r}, class {label}"
+        expect(isinstance(name, str), where, "a name of type str", type(name).__name__)
         shown = ascii(name[:40])
-        unprintable = [f"U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)]
-        if unprintable or not name.strip(f" {_JOINERS}"):
-            found = f" with {unprintable[0]}" if unprintable else ""
-            raise InputError(f"{where} that can be printed, received {shown}{found}")
+        wrong = [f" with U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)]
+        printable = not wrong and name.strip(f" {_JOINERS}")
+        expect(printable, where, "a name that can be printed", shown + "".join(wrong[:1]))
         printed = " ".join(unicodedata.normalize("NFC", name).split())
-        if labels.setdefault(printed, label) != label:
-            raise InputError(
-                f"data set {data_set!r}: expected classes of different names, received {shown} "
-                f"for the classes {labels[printed]} and {label}"
-            )
+        other = labels.setdefault(printed, label)
+        expect(other == label, where, "a different name", f"{shown} as for class {other}")
 
 
 def fingerprint(examples: Sequence[Examples]) -> str:
@@ -359,16 +312,16 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
     # RandomState draws the same permutation in every version of numpy; default_rng may not.
     order = np.random.RandomState(config.split_seed).permutation(len(source.train[0]))
     splits: dict[str, Split] = {}
-    for name, given, fraction in (
+    for name, examples, fraction in (
         ("test", source.test, config.test_fraction),
         ("validation", source.validation, config.validation_fraction),
     ):
-        if given is None:
+        if examples is None:
             count = max(1, round(fraction * len(source.train[0])))
             held_out, order = order[:count], order[count:]
             splits[name] = _split(source.train, np.sort(held_out))
         else:
-            splits[name] = _split(given, np.arange(len(given[0])))
+            splits[name] = _split(examples, np.arange(len(examples[0])))
     if not len(order):
         raise InputError(
             f"data set {source.name!r}: none of its {len(source.train[0])} training images is left "
@@ -377,14 +330,14 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
     splits["train"] = _split(source.train, np.sort(order))
     if config.train_on_validation:
         splits["train"] = _joined(splits["train"], splits["validation"])
-    given_splits = [s for s in (source.train, source.validation, source.test) if s is not None]
+    given = [s for s in (source.train, source.validation, source.test) if s is not None]
     spec = DataSpec(
         name=source.name,
         version=source.version,
         image_shape=source.train[0].shape[1:],
         class_names=tuple(source.class_names),
         **{name: len(split) for name, split in splits.items()},
-        fingerprint=source.fingerprint or fingerprint(given_splits),
+        fingerprint=source.fingerprint or fingerprint(given),
         origin=source.origin,
     )
     return Dataset(spec=spec, **splits)
@@ -409,28 +362,25 @@ def _usable_examples(source: Source, split: str) -> Examples | None:
     Raises:
         InputError: The arrays do not fit the contract of `Source`.
     """
-
-    def require(fits: Any, expected: str, received: str) -> None:
-        if not fits:
-            where = f"data set {source.name!r}, {split}"
-            raise InputError(f"{where}: expected {expected}, received {received}")
-
     if getattr(source, split) is None:
         return None
     images, labels = getattr(source, split)
+    where = f"data set {source.name!r}, {split}"
     for array in (images, labels):
-        require(isinstance(array, np.ndarray), "numpy arrays", type(array).__name__)
-    require(
+        expect(isinstance(array, np.ndarray), where, "numpy arrays", type(array).__name__)
+    expect(
         images.dtype == np.uint8 and images.ndim == 4,
+        where,
         "images as uint8 [n, height, width, channels]",
         f"{images.dtype} {list(images.shape)}",
     )
-    require(
+    expect(
         images.size > 0 and labels.shape == (len(images),),
+        where,
         "as many labels as images and at least one",
         f"{len(images)} images and labels of shape {list(labels.shape)}",
     )
-    require(np.issubdtype(labels.dtype, np.integer), "integer labels", str(labels.dtype))
+    expect(np.issubdtype(labels.dtype, np.integer), where, "integer labels", labels.dtype)
     lowest, highest, most = labels.min(), labels.max(), len(source.class_names) - 1
     if highest < 0 and split != "train":
         _log.warning(
@@ -439,7 +389,8 @@ def _usable_examples(source: Source, split: str) -> Examples | None:
             *(split, source.name, split),
         )
         return None
-    require(0 <= lowest <= highest <= most, f"labels from 0 to {most}", f"{lowest} to {highest}")
-    shape, train = images.shape[1:], source.train[0].shape[1:]
-    require(shape == train, f"images of shape {list(train)} as in train", str(list(shape)))
+    fit = 0 <= lowest <= highest <= most
+    expect(fit, where, f"labels from 0 to {most}", f"{lowest} to {highest}")
+    shape, train = list(images.shape[1:]), list(source.train[0].shape[1:])
+    expect(shape == train, where, f"images of shape {train} as in train", shape)
     return images, labels

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import tokenize
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from trainer.data import SPLITS, Examples, Source
-from trainer.errors import InputError
+from trainer.data import NPY_ERRORS, SPLITS, Examples, Source
+from trainer.errors import InputError, expect
 from trainer.files import sha256
 
 _DESCRIPTION = "prepared.json"
-
-# Errors of numpy for a file that is not an array: it parses the header as Python literals.
-NPY_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),
-)
 
 # Prefix of the folders of unfinished preparations; a killed process leaves them behind.
 PARTIAL = ".trainer-partial-"
@@ -71,10 +64,6 @@ def write_prepared(
         splits: By name ("train", optionally "validation" and "test"): number of images, shape of
             one image, and batches of images and labels with that number of images in total.
         facts: name, version, class_names and origin, as in `Source`.
-
-    Raises:
-        InputError: The batches have another number of images or other shapes, the disk cannot be
-            written, or the folder contains other files.
     """
     refuse_foreign(folder)
     try:
@@ -104,13 +93,9 @@ def not_writable(folder: Path, error: OSError) -> InputError:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuses a folder with other files than prepared data: they would be lost.
-
-    Raises:
-        InputError: The path is a file or a link, or the folder contains other files.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder}: expected a folder of prepared data, found a file or link")
+    """Refuses a path with anything but prepared data, which would be lost."""
+    is_folder = not folder.is_symlink() and (folder.is_dir() or not folder.exists())
+    expect(is_folder, str(folder), "a folder of prepared data", "a file or link")
     own = re.compile(rf"{re.escape(_DESCRIPTION)}|({'|'.join(SPLITS)})_(images|labels)\.npy")
     foreign = sorted(p.name for p in folder.glob("*") if not own.fullmatch(p.name))
     if foreign:
@@ -165,17 +150,15 @@ def _write_split(
     digest: Any,
 ) -> None:
     """Writes the images of a split behind an .npy header with the final shape, then the labels."""
-    all_labels = []
+    all_labels, where = [], f"split {split!r}"
     with (folder / f"{split}_images.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         digest.update(repr((count, *shape)).encode())
         for images, labels in batches:
-            if images.dtype != np.uint8 or images.shape[1:] != shape:
-                raise InputError(
-                    f"split {split!r}: expected batches of uint8 images of shape {list(shape)}, "
-                    f"received {images.dtype} {list(images.shape[1:])}"
-                )
+            fits = images.dtype == np.uint8 and images.shape[1:] == shape
+            received = f"{images.dtype} {list(images.shape[1:])}"
+            expect(fits, where, f"batches of uint8 images of shape {list(shape)}", received)
             data = np.ascontiguousarray(images).data
             file.write(data)
             digest.update(data)
@@ -183,7 +166,6 @@ def _write_split(
         file.flush()
         os.fsync(file)
     together = np.concatenate(all_labels)
-    if len(together) != count:
-        raise InputError(f"split {split!r}: expected {count} images, received {len(together)}")
+    expect(len(together) == count, where, f"{count} images", len(together))
     digest.update(together.data)
     np.save(folder / f"{split}_labels.npy", together)

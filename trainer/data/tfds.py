@@ -33,7 +33,7 @@ from trainer.data._prepared import (
     refuse_foreign,
     write_prepared,
 )
-from trainer.errors import InputError, did_you_mean
+from trainer.errors import InputError, did_you_mean, expect
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +65,8 @@ def load(config: DataConfig) -> Source:
         try:
             prepare(config)
         except _UnavailableError as error:
-            if config.name != "mnist" or not config.allow_sample:
-                raise
-            if config.archives or config.image_size:  # the sample would not be what was asked for
+            other = config.archives or config.image_size  # the user wants other images
+            if config.name != "mnist" or not config.allow_sample or other:
                 raise
             _log.warning(
                 "Training on a SAMPLE, 5,000 of MNIST's 70,000 images (mnist_sample): %s. For all "
@@ -78,10 +77,8 @@ def load(config: DataConfig) -> Source:
             return mnist_sample.load(config)
     # The checksums of MNIST take 0.1 s. They prove that the fingerprint describes these images.
     source = open_prepared(folder, checked_bytes=config.device_limit_mb * 10**6)
-    if source.name != config.name:
-        raise InputError(
-            f"{folder}: expected prepared data of {config.name!r}, found {source.name!r}"
-        )
+    matches = source.name == config.name
+    expect(matches, str(folder), f"prepared data of {config.name!r}", repr(source.name))
     return source
 
 
@@ -92,15 +89,7 @@ def prepared_folder(config: DataConfig) -> Path:
 
 
 def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
-    """Decodes the data set into its folder, unless that is done already.
-
-    Args:
-        config: Contains the name of the data set.
-        overwrite: Decode it again. The old arrays are removed once the new ones are complete.
-
-    Raises:
-        InputError: As `load`.
-    """
+    """Decodes the data set into its folder, unless that is done already and not `overwrite`."""
     import tensorflow_datasets as tfds
 
     folder = prepared_folder(config)
@@ -123,10 +112,8 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
             _download(config, builder, archives)
             origin += " (SHA-256 checked)"
         available = builder.info.splits
-        if "train" not in available:
-            raise InputError(
-                f"data set {config.name!r}: expected a train split, received {sorted(available)}"
-            )
+        where = f"data set {config.name!r}"
+        expect("train" in available, where, "a train split", sorted(available))
         _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
         write_prepared(
             folder,
@@ -221,21 +208,18 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, i
     """
     import tensorflow_datasets as tfds
 
-    where, features = f"data set {config.name!r}: expected", builder.info.features
+    where, features = f"data set {config.name!r}", builder.info.features
     keys = builder.info.supervised_keys
     found: list[Any] = [dict(features.items()).get(str(key)) for key in keys or ()]
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
-    if len(found) != 2 or not all(map(isinstance, found, kinds)):
-        received = f"{', '.join(features)} (supervised: {keys})"
-        raise InputError(f"{where} an image and a class label, received {received}")
+    supervised = len(found) == 2 and all(map(isinstance, found, kinds))
+    received = f"{', '.join(features)} (supervised: {keys})"
+    expect(supervised, where, "an image and a class label", received)
     image, label = found
-    if np.dtype(image.np_dtype) not in _WHITE:
-        raise InputError(
-            f"{where} images of type uint8 or uint16, received {np.dtype(image.np_dtype)}, which "
-            "has no fixed value for white (a module of trainer/data can scale the images)"
-        )
-    if len(image.shape) != 3:
-        raise InputError(f"{where} images [height, width, channels], received {list(image.shape)}")
+    # Other types have no fixed value for white. A module of trainer/data can scale such images.
+    dtype = np.dtype(image.np_dtype)
+    expect(dtype in _WHITE, where, "images of type uint8 or uint16", dtype)
+    expect(len(image.shape) == 3, where, "images [height, width, channels]", list(image.shape))
     height, width = config.image_size or image.shape[:2]
     if height is None or width is None:
         raise InputError(

@@ -17,7 +17,7 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.config import ModelConfig, call_with_options
 from trainer.data import DataSpec
-from trainer.errors import InputError, did_you_mean
+from trainer.errors import InputError, did_you_mean, expect
 
 # The names that TensorFlow accepts for a scope.
 _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
@@ -29,11 +29,7 @@ def names() -> list[str]:
 
 
 def find(config: ModelConfig) -> Callable[..., Any]:
-    """Returns the function that builds the network of a configuration.
-
-    Raises:
-        InputError: There is no such module, or it has no such function.
-    """
+    """Returns the function that builds the network of a configuration."""
     if config.name not in names():
         raise InputError(f"unknown model {config.name!r}: {did_you_mean(config.name, names())}")
     module = importlib.import_module(f"{__name__}.{config.name}")
@@ -63,11 +59,6 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         InputError: The network or one of its options is unknown or does not fit the images.
     """
     function, where = find(config), f"model {config.name!r}"
-
-    def require(fits: bool, expected: str, received: Any) -> None:
-        if not fits:
-            raise InputError(f"{where}: expected {expected}, received {received}")
-
     try:
         model = call_with_options(function, spec, options=config.arguments, where="model.options")
     except (tf.errors.ResourceExhaustedError, MemoryError):
@@ -75,18 +66,18 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"{where} cannot be built: {keras_objects.explain(error)}") from error
     built = isinstance(model, keras.Model) and model.built
-    require(built, "build() to return a built keras.Model", type(model).__name__)
+    expect(built, where, "build() to return a built keras.Model", type(model).__name__)
     for name in [layer.name for layer in model.layers]:
         rule = "layer names that TensorFlow accepts (letters, digits, _ . - /, no blanks)"
-        require(bool(_SCOPE.fullmatch(name)), rule, repr(name))
+        expect(_SCOPE.fullmatch(name), where, rule, repr(name))
     shape = getattr(model, "input_shape", None)
     wanted = (None, *spec.image_shape)
-    require(shape == wanted, f"one input of shape {list(wanted)}", shape)
+    expect(shape == wanted, where, f"one input of shape {list(wanted)}", shape)
     # `model.output_shape` would hide that the model returns a dictionary or a list.
     outputs = model.compute_output_spec(model.input)
     found = list(getattr(outputs, "shape", [type(outputs).__name__]))
     expected = [None, spec.class_count]
-    require(found == expected, f"probabilities of shape {expected}", found)
+    expect(found == expected, where, f"probabilities of shape {expected}", found)
     return cast("keras.Model", model)
 
 
@@ -104,16 +95,11 @@ def image_input(spec: DataSpec) -> tuple[Any, Any]:
 
 
 def class_probabilities(features: Any, spec: DataSpec) -> Any:
-    """Ends a functional model with a dense layer to the classes and a softmax.
-
-    The softmax is float32 with every dtype policy: bfloat16 would lose small probabilities.
-
-    Args:
-        features: [batch, n].
-        spec: Contains the number of classes.
+    """Adds a dense layer to the classes and a softmax to features [batch, n].
 
     Returns:
-        Probabilities, float32 [batch, classes].
+        Probabilities, float32 [batch, classes] with every dtype policy, because bfloat16 would lose
+        small probabilities.
     """
     logits = keras.layers.Dense(spec.class_count, name="logits")(features)
     return keras.layers.Softmax(dtype="float32", name="probabilities")(logits)

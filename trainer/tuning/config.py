@@ -15,7 +15,7 @@ _MAX_STEPS = 10_000  # in a range with a step
 
 
 class Parameter(Section):
-    """What a search may set one key to: a number of a range, or one of several choices."""
+    """The values of one key: a range of numbers, or choices."""
 
     low: float | int | None = Field(default=None, description="Smallest value of a range")
     high: float | int | None = Field(
@@ -42,9 +42,8 @@ class Parameter(Section):
                 raise ValueError(f"choices: expected different values, received {self.choices}")
             return self
         if low is None or high is None or low >= high:
-            raise ValueError(
-                f"expected low < high, or choices; received low = {low}, high = {high}"
-            )
+            received = f"low = {low}, high = {high}"
+            raise ValueError(f"expected low < high, or choices; received {received}")
         if self.scale == "log" and (low <= 0 or (step or math.inf) <= 1):
             raise ValueError(
                 f"scale = 'log' expects low > 0 and step > 1, received low = {low}, step = {step}"
@@ -72,16 +71,15 @@ class Parameter(Section):
 
     def values(self) -> list[Any] | None:
         """Returns all possible values; None for a range without a step."""
-        if self.choices is not None:
+        if self.choices is not None or self.low is None or self.step is None:
             return self.choices
-        if self.low is None or self.step is None:
-            return None
-        found: list[Any] = []
-        for i in range(round(self._steps()) + 1):
-            value = self.low * self.step**i if self.scale == "log" else self.low + i * self.step
-            # Without rounding errors: 0.1 + 2 * 0.1 becomes 0.3.
-            found.append(value if isinstance(value, int) else float(f"{value:.12g}"))
-        return found
+        steps = range(round(self._steps()) + 1)
+        if self.scale == "log":
+            found = [self.low * self.step**i for i in steps]
+        else:
+            found = [self.low + i * self.step for i in steps]
+        # Without rounding errors: 0.1 + 2 * 0.1 becomes 0.3.
+        return [value if isinstance(value, int) else float(f"{value:.12g}") for value in found]
 
 
 class TuningConfig(Section):
@@ -122,18 +120,18 @@ class TuningConfig(Section):
 
     @model_validator(mode="after")
     def _check_space(self) -> Self:
+        choices = {key: each.choices for key, each in self.space.items() if each.choices}
         for key, parameter in self.space.items():
             for other, values in parameter.when.items():
-                known = self.space[other].choices if other in self.space else None
-                if known is None:
-                    named = [k for k, p in self.space.items() if p.choices is not None and k != key]
+                if other not in choices:
                     raise ValueError(
                         f"space.{key}.when: expected keys of the space that have choices, "
-                        f"received {other!r}: {did_you_mean(other, named)}"
+                        f"received {other!r}: {did_you_mean(other, choices)}"
                     )
-                if not values or any(value not in known for value in values):
+                if not values or any(value not in choices[other] for value in values):
                     raise ValueError(
-                        f"space.{key}.when.{other}: expected some of {known}, received {values}"
+                        f"space.{key}.when.{other}: expected some of {choices[other]}, "
+                        f"received {values}"
                     )
             inner = [other for other in self.space if other.startswith(f"{key}.")]
             if inner:

@@ -33,13 +33,12 @@ def write_best(search: SearchDirectory) -> None:
     write_text(search.best, head + trial_config(search.config, best.shown_values).to_toml())
 
 
-def write_results(search: SearchDirectory, seconds: float, **extra: Any) -> dict[str, Any]:
+def write_results(search: SearchDirectory, seconds: float) -> dict[str, Any]:
     """Writes results.json and best.toml, and returns the content of results.json.
 
     Args:
         search: The search.
         seconds: Time of the search.
-        extra: Further entries of results.json.
 
     Raises:
         CheckError: No trial has a score.
@@ -59,8 +58,11 @@ def write_results(search: SearchDirectory, seconds: float, **extra: Any) -> dict
         "importance_note": note,
         "seconds": round(seconds, 1),
         "trials": [record.model_dump() for record in records],
-        **extra,
     }
+    run = search.refit_run()
+    if run.finished:
+        summary = run.read_json("summary.json")
+        document["refit"] = {key: summary[key] for key in ("run", "test", "test_images")}
     write_text(search.path / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     return document
 

@@ -5,6 +5,7 @@ of layer sizes, so keras-tuner receives its index. Values of a range with a step
 Nothing here imports TensorFlow at module level: an invalid space is refused within a second.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from trainer.tuning.config import Parameter, TuningConfig
 
 if TYPE_CHECKING:
     import keras_tuner
+
+_log = logging.getLogger(__name__)
 
 # Trials are compared by the same metrics on the same images, so these keys cannot be searched.
 # The best of several seeds would be luck: tuning.executions_per_trial averages over seeds instead.
@@ -136,6 +139,42 @@ def decode(tuning: TuningConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
             rounded = float(f"{chosen[key]:.{_DIGITS}g}")
             found[key] = min(max(rounded, float(parameter.low or 0)), float(parameter.high or 0))
     return found
+
+
+def direction_of(tuning: TuningConfig) -> str:
+    """Returns "min" or "max".
+
+    Raises:
+        InputError: The direction is "auto", and the name of the objective does not show it.
+    """
+    direction, known = tuning.direction, _known_direction(tuning.objective.removeprefix("val_"))
+    if direction == "auto":
+        if known is None:
+            raise InputError(
+                f"tuning.objective = {tuning.objective!r}: is a higher or a lower value better? "
+                "Set tuning.direction to 'max' or 'min'"
+            )
+        return known
+    if known not in (None, direction):
+        _log.warning(
+            "tuning.direction = %r searches for the worst %s.", direction, tuning.objective
+        )
+    return direction
+
+
+def _known_direction(metric: str) -> str | None:
+    """Returns the direction of a metric with a common name or with the name of a Keras loss."""
+    import keras
+
+    if metric.endswith(("acc", "accuracy")) or metric in ("auc", "precision", "recall"):
+        return "max"
+    if metric == "loss":
+        return "min"
+    try:
+        keras.losses.get(metric)
+    except ValueError:
+        return None
+    return None if "similarity" in metric else "min"  # such a loss is the negated metric
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

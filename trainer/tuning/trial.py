@@ -1,4 +1,4 @@
-"""Training of one trial, and the loop that asks an oracle for trials."""
+"""Training of one trial."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from keras_tuner.engine.trial import TrialStatus
 
 from trainer import workflow
 from trainer.config import Config
@@ -19,12 +18,10 @@ from trainer.run import Run
 from trainer.tensorflow_internals import released_gradients
 from trainer.training.loop import Logs
 from trainer.tuning import hparams
-from trainer.tuning.oracles import quiet
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 from trainer.tuning.space import decode, trial_config
 
 _MIN_TRIALS = 5  # the median of fewer trials is not reliable
-_IDLE_SECONDS = 0.5
 
 
 class Pruning(keras.callbacks.Callback):
@@ -58,38 +55,6 @@ class Pruning(keras.callbacks.Callback):
         if self._choose(best, median) != best:
             self._mark.touch()
             self.model.stop_training = True
-
-
-def run_trials(
-    search: SearchDirectory, oracle: Any, worker: str, after: Callable[[], None] = lambda: None
-) -> None:
-    """Runs trials until the oracle has no more.
-
-    Args:
-        search: The search.
-        oracle: A keras-tuner oracle, or the client of the chief's oracle.
-        worker: Name of this process.
-        after: Called after each trial.
-
-    Raises:
-        StoppedError: A signal stopped the training; the state is saved.
-    """
-    while True:
-        with quiet():
-            trial = oracle.create_trial(worker)
-        if trial.status == TrialStatus.STOPPED:
-            return
-        if trial.status == TrialStatus.IDLE:  # the next trial depends on trials of other workers
-            time.sleep(_IDLE_SECONDS)
-            continue
-        record = run_trial(search, trial.trial_id, trial.hyperparameters.values)
-        with quiet():
-            trial.status = TrialStatus.FAILED
-            if record.score is not None:
-                oracle.update_trial(trial.trial_id, {search.tuning.objective: record.score})
-                trial.status = TrialStatus.COMPLETED
-            oracle.end_trial(trial)
-        after()
 
 
 def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> TrialRecord:

@@ -105,8 +105,7 @@ RATE = "tuning.space.optimizer.learning_rate"
             f"{RATE}={{low=1, high=2, step=1, scale='log'}}",
             "received low = 1, step = 1",
         ),
-        (f"{RATE}={{low=0.1, high=1, step=0.4}}", "in whole steps (10000 at most), received 2.25"),
-        (f"{RATE}={{low=1, high=9, step=2, scale='log'}}", "whole steps (10000 at most), received"),
+        (f"{RATE}={{low=0, high=1, step=1e-5}}", "step = 1e-05: expected fewer than 10000 values"),
         (f"{RATE}={{low=1, high=2, step=0}}", "step: expected greater than 0, received 0"),
         (f"{RATE}={{low=-1.0, high=1}}", "optimizer.learning_rate: expected greater than 0, rece"),
         ("tuning.space.optimizer.learning_rat={low=1, high=2}", "did you mean 'learning_rate'?"),
@@ -230,21 +229,19 @@ def test_a_device_of_the_space_that_is_not_here_is_refused_at_once(
 
 
 def test_the_direction_of_an_unknown_metric_must_be_set(search: Callable[..., Config]) -> None:
+    def direction(name: str, configured: str = "auto") -> str:
+        changes = (f"tuning.objective=val_{name}", f"tuning.direction={configured}")
+        return direction_of(search(*changes).table(TuningConfig))
+
     assert direction_of(search().table(TuningConfig)) == "max"
-    assert direction_of(search("tuning.objective=val_loss").table(TuningConfig)) == "min"
-    assert "Set tuning.direction" in refused(
-        direction_of, search("tuning.objective=val_odd").table(TuningConfig)
-    )
-    # Keras's own metrics that need arguments, and one that keras-tuner takes for a loss.
-    for name in ("val_odd", "val_mean_io_u", "val_precision_at_recall", "val_f1_score"):
-        assert "Set tuning.direction" in refused(
-            direction_of, search(f"tuning.objective={name}").table(TuningConfig)
-        )
-        for direction in ("min", "max"):
-            told = search(f"tuning.objective={name}", f"tuning.direction={direction}")
-            assert direction_of(told.table(TuningConfig)) == direction
-    for name in ("val_mse", "val_mean_squared_error", "val_kl_divergence"):
-        assert direction_of(search(f"tuning.objective={name}").table(TuningConfig)) == "min"
+    for name in ("loss", "mse", "mean_squared_error", "kl_divergence"):
+        assert direction(name) == "min"
+    for name in ("top_k_categorical_accuracy", "f1_score", "precision_at_recall"):
+        assert direction(name) == "max"
+    for name in ("odd", "mean_io_u", "cosine_similarity"):
+        assert "Set tuning.direction" in refused(direction, name)
+        for configured in ("min", "max"):
+            assert direction(name, configured) == configured
 
 
 def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
@@ -256,6 +253,8 @@ def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
     assert values("{low=128, high=512, step=2, scale='log'}") == [128, 256, 512]
     assert [type(v) for v in values("{low=2, high=6, step=2}")] == [int] * 3
     assert values("{low=1e-4, high=1e-1, step=10, scale='log'}") == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert values("{low=0.1, high=1, step=0.4}") == [0.1, 0.5, 0.9]  # high need not be a value
+    assert values("{low=1, high=9, step=2, scale='log'}") == [1, 2, 4, 8]
     assert values("{choices=['a', 1, [2.5]]}") == ["a", 1, [2.5]]
     assert values("{low=1, high=2}") is None
 
@@ -372,7 +371,8 @@ def test_a_kill_neither_loses_nor_repeats_a_trial(search: Callable[..., Config])
     directory = SearchDirectory(search("tuning.direction=max", "tuning.max_trials=4"))
     _take(directory, 1)
     (begun,) = _take(directory, 1, score=None)
-    worker, taken = Worker(directory), []
+    worker = Worker(directory)
+    taken: list[Any] = []
     for _ in range(3):
         with worker._oracle() as oracle:
             taken.append(worker._take(oracle))
@@ -384,9 +384,9 @@ def test_a_kill_neither_loses_nor_repeats_a_trial(search: Callable[..., Config])
         assert sorted(oracle.ongoing_trials) == ["1", "2", "3"]
     taken[1][1].lock.release()  # as when its process dies
     with worker._oracle() as oracle:
-        again, _ = worker._take(oracle)
-    assert again.trial_id == "2"
-    assert again.hyperparameters.values == taken[1][0].hyperparameters.values
+        again: Any = worker._take(oracle)
+    assert again[0].trial_id == "2"
+    assert again[0].hyperparameters.values == taken[1][0].hyperparameters.values
 
 
 def test_a_trial_without_a_record_runs_again(search: Callable[..., Config]) -> None:
@@ -666,17 +666,15 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
 
 def test_many_failures_in_a_row_end_the_search(in_tmp_path: Path) -> None:
     directory = _directory("w", max_trials=9)
-    oracle: Any = SimpleNamespace(end_order=[])
     worker = Worker(directory)
     for trial, score in enumerate([None, 0.5, None, None, None, None, None]):
         error = "E: no space left" if score is None else None
         directory.write_record(_record(trial, score).model_copy(update={"error": error}))
-        oracle.end_order.append(str(trial))
-        if trial < 6:
-            worker._report(oracle)
+    ended = [record.trial for record in directory.records()]
+    worker._check_failures(ended[:6])
     with pytest.raises(CheckError, match=r"ends after 5 failed trials in a row: .*no space left"):
-        worker._report(oracle)
-    Worker(directory)._report(oracle)  # reports only new failures
+        worker._check_failures(ended)
+    Worker(directory)._check_failures(ended)  # counts only new failures
     assert in_tmp_path.is_dir()
 
 

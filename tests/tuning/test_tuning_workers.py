@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from trainer.config import Config, load_config
-from trainer.tuning import search_directory
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.oracles import make_oracle
 from trainer.tuning.search_directory import SearchDirectory
@@ -121,11 +120,11 @@ def test_another_process_continues_the_trial_of_a_killed_worker(search: Config) 
     worker.kill()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "worker-1 was killed by SIGKILL. Another process continues its trial" in err
-    assert "(last line of runs/tune-s/logs/worker-1.txt: " in err
+    assert "A worker was killed by SIGKILL. Another process continues its trial." in err
+    assert [err.count(f"trial {trial} (") for trial in range(4)] == [1] * 4  # by each process
     assert len(json.loads(out)["trials"]) == 4
     _require_whole()
-    assert _logs().count("resumed  at epoch") == 1
+    assert _logs().count("resumed  epoch") == 1
 
 
 @pytest.mark.slow
@@ -136,17 +135,16 @@ def test_workers_stop_with_the_killed_process_that_started_them(
     _soon(lambda: _under_way(2))
     (worker,) = _workers(process)
     process.kill()
-    process.communicate()
-    worker.wait(60)
-    log = (FOLDER / "logs" / "worker-1.txt").read_text()
-    assert "stopped by SIGTERM; continue with the same `trainer tune` command" in log
+    _, err = process.communicate()  # ends when the worker has ended, too
+    assert not worker.is_running()
+    assert "stopped by SIGTERM; continue with the same `trainer tune` command" in err
     directory = SearchDirectory(search)
     before = {record.trial for record in directory.records()}
     code, _, err = command("tune", "s.toml")  # with another number of workers
     assert code == 0, err
     _require_whole()
     assert len(before) < 4
-    assert _logs().count("resumed  at epoch") >= 1
+    assert _logs().count("resumed  epoch") >= 1
 
 
 @pytest.mark.slow
@@ -185,7 +183,7 @@ def test_a_signal_saves_the_trial_and_the_message_has_the_next_step(
     code, _, err = command("tune", "s.toml")
     assert code == 0, err
     _require_whole()
-    assert "resumed  at epoch" in _logs()
+    assert "resumed  epoch" in _logs()
 
 
 @pytest.mark.slow
@@ -204,7 +202,7 @@ def test_control_c_stops_all_workers_which_save_their_trials(
     code, _, err = command("tune", "s.toml")
     assert code == 0, err
     _require_whole()
-    assert _logs().count("resumed  at epoch") == 2
+    assert _logs().count("resumed  epoch") == 2
 
 
 def test_a_trial_that_a_process_holds_is_waited_for(search: Config) -> None:
@@ -215,11 +213,11 @@ def test_a_trial_that_a_process_holds_is_waited_for(search: Config) -> None:
         taken = first._take(oracle)
         assert taken is not None
         trial, lock = taken
-    assert second._run_next() is None  # waits
+    assert second._run_next()  # waits
+    assert not directory.records()
     lock.lock.release()  # as when the process dies
-    assert second._run_next() is None  # trains it
-    seconds = second._run_next()
-    assert seconds is not None
+    assert second._run_next()  # trains it
+    assert not second._run_next()
     assert [record.trial for record in directory.records()] == [trial.trial_id]
 
 
@@ -252,17 +250,6 @@ def test_the_time_of_a_search_excludes_pauses_and_counts_parallel_time_once(
     assert not make_oracle(directory).late
     limited = SearchDirectory(search.with_changes({"tuning.max_seconds": 24.0}))
     assert make_oracle(limited).late
-
-
-def test_a_process_does_not_wait_forever_for_the_lock(
-    search: Config, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search_directory, "_LOCK_SECONDS", 0.2)
-    directory = SearchDirectory(search)
-    directory.create()
-    with directory.locked():
-        code, _, err = command("tune", "s.toml")
-    assert (code, "another process has locked runs/tune-s for 0 s" in err) == (2, True)
 
 
 def test_the_variables_of_a_chief_are_refused(

@@ -1,5 +1,6 @@
 """The table [tuning] of a configuration: the search space, and how `trainer tune` searches it."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, Self
@@ -11,7 +12,7 @@ from trainer.errors import did_you_mean
 
 # Keys of earlier versions: refused in files, translated in stored configurations.
 RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "seconds": "max_seconds"}
-_MAX_STEPS = 10_000  # in a range with a step
+_MAX_VALUES = 10_000  # of a range with a step
 
 
 class Parameter(Section):
@@ -48,21 +49,9 @@ class Parameter(Section):
             raise ValueError(
                 f"scale = 'log' expects low > 0 and step > 1, received low = {low}, step = {step}"
             )
-        count = self._steps()
-        if abs(count - round(count)) > 1e-6 or count > _MAX_STEPS:
-            raise ValueError(
-                f"step = {step} expected to lead from low = {low} to high = {high} in whole steps "
-                f"({_MAX_STEPS} at most), received {count:.6g} steps"
-            )
+        if len(self.values() or ()) == _MAX_VALUES:
+            raise ValueError(f"step = {step}: expected fewer than {_MAX_VALUES} values")
         return self
-
-    def _steps(self) -> float:
-        """Returns the number of steps from low to high; 0 without a step."""
-        if self.low is None or self.high is None or self.step is None:
-            return 0.0
-        if self.scale == "log":
-            return math.log(self.high / self.low, self.step)
-        return (self.high - self.low) / self.step
 
     @property
     def whole(self) -> bool:
@@ -71,15 +60,14 @@ class Parameter(Section):
 
     def values(self) -> list[Any] | None:
         """Returns all possible values; None for a range without a step."""
-        if self.choices is not None or self.low is None or self.step is None:
+        low, high, step = self.low, self.high, self.step
+        if low is None or high is None or step is None:
             return self.choices
-        steps = range(round(self._steps()) + 1)
-        if self.scale == "log":
-            found = [self.low * self.step**i for i in steps]
-        else:
-            found = [self.low + i * self.step for i in steps]
+        log, steps = self.scale == "log", range(_MAX_VALUES)
+        numbers = (low * step**i if log else low + i * step for i in steps)
         # Without rounding errors: 0.1 + 2 * 0.1 becomes 0.3.
-        return [value if isinstance(value, int) else float(f"{value:.12g}") for value in found]
+        rounded = (each if isinstance(each, int) else float(f"{each:.12g}") for each in numbers)
+        return list(itertools.takewhile(lambda value: value <= high, rounded))
 
 
 class TuningConfig(Section):

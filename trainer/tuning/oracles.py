@@ -25,7 +25,7 @@ from trainer.tuning.space import hyperparameters
 
 
 class _Stored(keras_tuner.Oracle):
-    """Keeps the whole state in one file that is replaced atomically; limits the search time.
+    """Keeps the whole state in one file that is replaced atomically.
 
     Attributes:
         seconds: The time of the search so far, interruptions excluded.
@@ -45,13 +45,6 @@ class _Stored(keras_tuner.Oracle):
     def late(self) -> bool:
         """Whether the time of the search is used up."""
         return self.tuning.max_seconds is not None and self.seconds > self.tuning.max_seconds
-
-    def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """Returns the values of the next trial; none if the time is used up."""
-        if self.late and self.trials:
-            return {"status": TrialStatus.STOPPED}
-        response: dict[str, Any] = super().populate_space(trial_id)
-        return response
 
     def get_state(self) -> dict[str, Any]:
         """Returns the state including all trials."""

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 from rich.console import Console
 
-from trainer import devices, workflow
+from trainer import devices
 from trainer.cluster import read_cluster
 from trainer.config import Config, load_config
 from trainer.errors import InputError, MissingError, StoppedError, did_you_mean
@@ -30,8 +31,10 @@ from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
 from trainer.tuning import results
 from trainer.tuning.config import TuningConfig
+from trainer.tuning.oracles import combinations
 from trainer.tuning.search_directory import SearchDirectory
 from trainer.tuning.space import check_space, direction_of, extremes
+from trainer.tuning.trial import train_or_resume
 from trainer.tuning.workers import Worker, started_workers, stop_with_parent
 
 _log = logging.getLogger(__name__)
@@ -68,7 +71,16 @@ def tune(
         MissingError: A device of the space is missing.
         StoppedError: A signal stopped the search; the state is saved.
     """
-    _refuse_other_clusters()
+    if read_cluster() is not None:
+        raise InputError(
+            "each process of a search trains its own trials: expected no TF_CONFIG and no SLURM "
+            "job step of several tasks, which join all processes in one training"
+        )
+    if chief := [variable for variable in sorted(os.environ) if variable.startswith("KERASTUNER_")]:
+        raise InputError(
+            f"expected no {', '.join(chief)}: a search has no chief. Start the same `trainer tune` "
+            "command on each machine; the machines share the folder of the runs"
+        )
     check_space(config)
     require_writable(config.logging.directory)
     search = SearchDirectory(config, name)
@@ -78,35 +90,36 @@ def tune(
         return None
     search = SearchDirectory(_check_extremes(config), search.name)
     with _explained(search):
-        with search.locked():
+        search.path.mkdir(parents=True, exist_ok=True)
+        with search.lock:
             search.create()
         if refit and search.ranked():
             _require_one_refit(search)  # before more trials are run
-        with started_workers(search, workers - 1):
-            seconds = Worker(search).run()
-        with search.locked():
-            document = results.write_results(search, seconds)
-        if not refit:
-            return document
-        with filelock.FileLock(search.path / ".refit.lock"):  # one process trains, others wait
-            _refit(search, console)
-        with search.locked():
-            return results.write_results(search, seconds)
+        oracle = _run_trials(search, workers)
+        if refit and search.ranked():
+            with filelock.FileLock(search.path / ".refit.lock"):  # other processes wait
+                _refit(search, console)
+        with search.lock:
+            return results.write_results(search, oracle.seconds)
 
 
-def _refuse_other_clusters() -> None:
-    """Refuses environment variables that describe another way to connect processes."""
-    if read_cluster() is not None:
-        raise InputError(
-            "each process of a search trains its own trials: expected no TF_CONFIG and no SLURM "
-            "job step of several tasks, which join all processes in one training"
-        )
-    found = sorted(variable for variable in os.environ if variable.startswith("KERASTUNER_"))
-    if found:
-        raise InputError(
-            f"expected no {', '.join(found)}: a search has no chief. Start the same `trainer tune` "
-            "command on each machine; the machines share the folder of the runs"
-        )
+def _run_trials(search: SearchDirectory, workers: int) -> Any:
+    """Runs the remaining trials and returns the oracle."""
+    limit, done = search.tuning.max_trials, len(search.records())
+    if done:
+        _log.info("continuing %s: %d of %d trials are done", search.path, done, limit)
+    beyond = islice(combinations(search.tuning), limit, None)
+    if search.tuning.algorithm == "grid" and next(beyond, None) is not None:
+        _log.warning("the grid has more points than tuning.max_trials = %d", limit)
+    with started_workers(search, workers - 1):
+        oracle = Worker(search).run()
+    with search.lock:
+        results.write_best(search)
+    done = len(oracle.end_order)
+    if done < limit:
+        late, space = "tuning.max_seconds is used up", "the space has no more values"
+        _log.info("%s: %d of %d trials", late if oracle.late else space, done, limit)
+    return oracle
 
 
 def _check_extremes(config: Config) -> Config:
@@ -122,11 +135,14 @@ def _check_extremes(config: Config) -> Config:
     found = experiment.model.get_metrics_result().items()
     metrics = [f"val_{name}" for name, value in found if np.ndim(value) == 0]
     tuning = config.table(TuningConfig)
-    objective = tuning.objective
-    if objective not in metrics:
-        raise InputError(f"tuning.objective = {objective!r}: {did_you_mean(objective, metrics)}")
-    direction, data = direction_of(tuning), experiment.config.data.name
-    config = config.with_changes({"tuning.direction": direction, "data.name": data})
+    if tuning.objective not in metrics:
+        available = did_you_mean(tuning.objective, metrics)
+        raise InputError(f"tuning.objective = {tuning.objective!r}: {available}")
+    resolved = {
+        "tuning.direction": direction_of(tuning),
+        "data.name": experiment.config.data.name,
+    }
+    config = config.with_changes(resolved)
     built = []
     for name, extreme in extremes(config):
         parts = (extreme.model, extreme.optimizer, extreme.training, extreme.data.augmentation)
@@ -142,11 +158,9 @@ def _check_extremes(config: Config) -> Config:
 
 def _build(config: Config, experiment: Experiment) -> None:
     """Builds every object that a trial's configuration names, except its data."""
-    if config.training.batch_size > experiment.data.spec.train:
-        raise InputError(
-            f"expected batches of at most {experiment.data.spec.train} training images, "
-            f"received {config.training.batch_size}"
-        )
+    size, images = config.training.batch_size, experiment.data.spec.train
+    if size > images:
+        raise InputError(f"expected batches of at most {images} training images, received {size}")
     chosen = devices.select(config.training.device)
     with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
         compiled_model(config, experiment.data.spec)
@@ -158,9 +172,7 @@ def _build(config: Config, experiment: Experiment) -> None:
 def _refit(search: SearchDirectory, console: Console | None) -> None:
     """Trains the best trial on train and validation together, and scores the test images once."""
     _require_one_refit(search)
-    run, best = search.refit_run(), load_config(search.best, stored=True)
-    if run.finished:
-        return
+    best = load_config(search.best, stored=True)
     # Without early stopping, because no validation images are left.
     callbacks = [
         callback.model_dump()
@@ -169,10 +181,7 @@ def _refit(search: SearchDirectory, console: Console | None) -> None:
     ]
     config = best.with_changes({"data.train_on_validation": True, "training.callbacks": callbacks})
     _log.info("refit    of %s on train and validation", search.best)
-    if (run.path / "config.toml").exists():
-        workflow.resume(str(run.path), console=console)
-    else:
-        workflow.fit(config, run=run, console=console)
+    train_or_resume(search.refit_run(), config, console=console)
 
 
 def _require_one_refit(search: SearchDirectory) -> None:

@@ -7,13 +7,10 @@ runs/tune-<name>/
     trials/<id>.lock  held by the process that trains the trial
     records/<id>.json result of a trial, written last: a trial with a record is done
     tensorboard/      the HParams page: domains, and a session for each trial
-    logs/             output of each worker that `--workers` starts
     results.json  best.toml  refit-<id>/
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +25,6 @@ from trainer.tuning.config import TuningConfig
 
 # Keys of [tuning] that can change when a search is continued.
 _CHANGEABLE = {"max_trials", "max_seconds", "keep", "stop_on_failure"}
-# Processes hold the lock of a search for seconds. Earlier versions held it during the search.
-_LOCK_SECONDS = 300.0
 
 
 class TrialRecord(Section):
@@ -86,9 +81,11 @@ class SearchDirectory:
         self.oracle = self.path / "oracle"
         self.trials = self.path / "trials"
         self.tensorboard = self.path / "tensorboard"
-        self.logs = self.path / "logs"
         self.best = self.path / "best.toml"
         self._records = self.path / "records"
+        # Held while a process changes the state. The operating system releases it if a process
+        # dies. (Earlier versions hold it during the whole search.)
+        self.lock = filelock.FileLock(self.path / ".lock")
 
     def create(self) -> None:
         """Creates the directory if necessary, and writes the configuration.
@@ -98,51 +95,26 @@ class SearchDirectory:
                 missing.
         """
         if self.config_file.exists():
-            self._require_same(load_config(self.config_file, stored=True))
+            before = _compared(load_config(self.config_file, stored=True))
+            after = _compared(self.config)
+            differences = [
+                f"{key} = {before.get(key)!r} (received {after.get(key)!r})"
+                for key in before | after
+                if before.get(key) != after.get(key)
+            ]
+            if differences:
+                raise InputError(
+                    f"{self.path} is a search with another configuration: "
+                    f"{', '.join(differences)}; choose another --name for a new search"
+                )
         elif any(self._records.glob("*")) or any(self.oracle.glob("oracle.json")):
             raise InputError(
                 f"{self.path} holds a search without its search.toml: restore the file, or "
                 "choose another --name"
             )
-        for folder in (self.oracle, self.trials, self.tensorboard, self.logs, self._records):
+        for folder in (self.oracle, self.trials, self.tensorboard, self._records):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(self.config_file, self.config.to_toml())
-
-    def _require_same(self, stored: Config) -> None:
-        before, after = _compared(stored), _compared(self.config)
-        differences = [
-            f"{key} = {before.get(key)!r} (received {after.get(key)!r})"
-            for key in before | after
-            if before.get(key) != after.get(key)
-        ]
-        if differences:
-            raise InputError(
-                f"{self.path} is a search with another configuration: {', '.join(differences)}; "
-                "choose another --name for a new search"
-            )
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from changing the state of the search for a moment.
-
-        The operating system releases the lock if the process dies.
-
-        Raises:
-            InputError: Another process does not release the lock.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=_LOCK_SECONDS)
-        except filelock.Timeout:
-            raise InputError(
-                f"another process has locked {self.path} for {_LOCK_SECONDS:.0f} s: wait until it "
-                "ends, or stop it"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def trial_lock(self, trial: str) -> filelock.BaseFileLock:
         """Returns the lock that a process holds while it trains a trial."""

@@ -26,6 +26,11 @@ _FIXED = (
     *("training.limit_batches", "training.metrics", "training.seed"),
 )
 _FREE = ("data.augmentation", "data.image_size")  # of `data`, but the images stay the same
+# How the names of metrics end.
+_DIRECTIONS = {
+    "max": ("acc", "accuracy", "auc", "precision", "recall", "f1_score"),
+    "min": ("loss", "error", "divergence", "crossentropy", "mse", "mae", "mape", "msle"),
+}
 _DIGITS = 6  # significant digits of a sampled value: best.toml shows exactly what was tried
 
 
@@ -147,34 +152,16 @@ def direction_of(tuning: TuningConfig) -> str:
     Raises:
         InputError: The direction is "auto", and the name of the objective does not show it.
     """
-    direction, known = tuning.direction, _known_direction(tuning.objective.removeprefix("val_"))
-    if direction == "auto":
-        if known is None:
-            raise InputError(
-                f"tuning.objective = {tuning.objective!r}: is a higher or a lower value better? "
-                "Set tuning.direction to 'max' or 'min'"
-            )
-        return known
-    if known not in (None, direction):
-        _log.warning(
-            "tuning.direction = %r searches for the worst %s.", direction, tuning.objective
+    objective, direction = tuning.objective, tuning.direction
+    known = next((each for each, ends in _DIRECTIONS.items() if objective.endswith(ends)), None)
+    if direction == "auto" and known is None:
+        raise InputError(
+            f"tuning.objective = {objective!r}: is a higher or a lower value better? Set "
+            "tuning.direction to 'max' or 'min'"
         )
-    return direction
-
-
-def _known_direction(metric: str) -> str | None:
-    """Returns the direction of a metric with a common name or with the name of a Keras loss."""
-    import keras
-
-    if metric.endswith(("acc", "accuracy")) or metric in ("auc", "precision", "recall"):
-        return "max"
-    if metric == "loss":
-        return "min"
-    try:
-        keras.losses.get(metric)
-    except ValueError:
-        return None
-    return None if "similarity" in metric else "min"  # such a loss is the negated metric
+    if direction != "auto" and known not in (None, direction):
+        _log.warning("tuning.direction = %r searches for the worst %s.", direction, objective)
+    return known if direction == "auto" and known else direction
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import filelock
@@ -23,7 +22,7 @@ from keras_tuner.engine.trial import TrialStatus
 
 from trainer.errors import CheckError
 from trainer.tuning import results
-from trainer.tuning.oracles import combinations, make_oracle, quiet
+from trainer.tuning.oracles import make_oracle, quiet
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 from trainer.tuning.space import short_names
 from trainer.tuning.trial import run_trial
@@ -38,62 +37,55 @@ _MAX_FAILURES_IN_A_ROW = 5
 
 
 class Worker:
-    """The part of this process in a search: it takes trials, trains them and reports results."""
+    """The part of this process in a search: it takes trials, trains them and logs the results."""
 
     def __init__(self, search: SearchDirectory) -> None:
         """Starts the clock of this process."""
         self._search = search
-        self._tuning = search.tuning
         self._start = time.monotonic()
         self._seconds_before: float | None = None
-        self._reported = {record.trial for record in search.records()}
-        self._failures = 0
-        done, limit = len(self._reported), self._tuning.max_trials
-        if done:
-            _log.info("continuing %s: %d of %d trials are done", search.path, done, limit)
-        beyond = islice(combinations(self._tuning), limit, None)
-        if self._tuning.algorithm == "grid" and next(beyond, None) is not None:
-            _log.warning("the grid has more points than tuning.max_trials = %d", limit)
+        self._earlier = {record.trial for record in search.records()}
 
-    def run(self) -> float:
+    def run(self) -> Any:
         """Runs trials until this process and all others have finished.
 
         Returns:
-            The time of the search in seconds.
+            The oracle at the end of the search.
 
         Raises:
             CheckError: Trials failed, and the search must end.
             StoppedError: A signal stopped the training; the state is saved.
         """
         try:
-            with _trial_logs_hidden():
-                while (seconds := self._run_next()) is None:
-                    pass
+            while self._run_next():
+                pass
         finally:
             with self._oracle() as oracle:
                 oracle.save()  # which notes the time of the search
-        return seconds
+        return oracle
 
-    def _run_next(self) -> float | None:
-        """Runs one trial, or waits for other processes; returns the time after the last trial."""
+    def _run_next(self) -> bool:
+        """Runs one trial, or waits for other processes; returns False after the last trial."""
         with self._oracle() as oracle:
-            self._report(oracle)
+            self._check_failures(oracle.end_order)
             taken = self._take(oracle)
-            if taken is None and not oracle.ongoing_trials:
-                self._report_end(oracle)
-                return float(oracle.seconds)
-        if taken is None:  # trials of other processes are missing
-            time.sleep(_WAIT_SECONDS)
-            return None
+        if taken is None:
+            waiting = bool(oracle.ongoing_trials)  # of other processes
+            time.sleep(_WAIT_SECONDS if waiting else 0)
+            return waiting
         trial, lock = taken
-        with lock:
-            run_trial(self._search, trial.trial_id, trial.hyperparameters.values)
-        return None
+        with lock, _trial_logs_hidden():
+            record = run_trial(self._search, trial.trial_id, trial.hyperparameters.values)
+        with self._search.lock:
+            self._search.remove_weights()
+            results.write_best(self._search)
+        self._log_result(record)
+        return True
 
     @contextlib.contextmanager
     def _oracle(self) -> Iterator[Any]:
         """Locks the search, and restores its oracle with the results of all processes."""
-        with self._search.locked(), quiet():
+        with self._search.lock, quiet():
             oracle = make_oracle(self._search)
             if self._seconds_before is None:
                 self._seconds_before = oracle.seconds
@@ -108,38 +100,29 @@ class Worker:
         for trial in oracle.ongoing_trials.values():
             with contextlib.suppress(filelock.Timeout):
                 return trial, self._search.trial_lock(trial.trial_id).acquire(timeout=0)
-        trial = oracle.create_trial("")  # saves the state
-        if trial.status != TrialStatus.RUNNING:
+        if oracle.late and oracle.trials:
             return None
-        return trial, self._search.trial_lock(trial.trial_id).acquire()
+        trial = oracle.create_trial("")  # saves the state
+        running = trial.status == TrialStatus.RUNNING
+        return (trial, self._search.trial_lock(trial.trial_id).acquire()) if running else None
 
-    def _report(self, oracle: Any) -> None:
-        """Reports trials that ended since the last call, and removes weights that are not kept.
-
-        Raises:
-            CheckError: A trial failed, and the search must end.
-        """
-        ended = [trial for trial in oracle.end_order if trial not in self._reported]
-        for trial in ended:
-            self._reported.add(trial)
-            self._report_trial(self._search.record(trial))
-        if ended:
-            self._search.remove_weights()
-            results.write_best(self._search)
-
-    def _report_trial(self, record: TrialRecord) -> None:
-        tuning, names = self._tuning, short_names(self._tuning.space)
-        values = "  ".join(f"{names[key]} {value}" for key, value in record.values.items())
-        title = f"trial {record.trial} ({len(self._reported)} of {tuning.max_trials})"
-        if record.score is None:
-            _log.warning("%s failed: %s\n%s", title, record.error, values)
-            self._failures += 1
-            limit = 1 if tuning.stop_on_failure else _MAX_FAILURES_IN_A_ROW
-            if self._failures >= limit:
+    def _check_failures(self, ended: list[str]) -> None:
+        """Raises CheckError if too many trials failed in a row since this process started."""
+        limit = 1 if self._search.tuning.stop_on_failure else _MAX_FAILURES_IN_A_ROW
+        failures = 0
+        for record in (self._search.record(each) for each in ended if each not in self._earlier):
+            failures = failures + 1 if record.score is None else 0
+            if failures == limit:
                 last = (record.error or "").strip().splitlines()[-1]
                 raise CheckError(f"the search ends after {limit} failed trials in a row: {last}")
+
+    def _log_result(self, record: TrialRecord) -> None:
+        tuning, names = self._search.tuning, short_names(self._search.tuning.space)
+        values = "  ".join(f"{names[key]} {value}" for key, value in record.values.items())
+        title = f"trial {record.trial} ({len(self._search.records())} of {tuning.max_trials})"
+        if record.score is None:
+            _log.warning("%s failed: %s\n%s", title, record.error, values)
             return
-        self._failures = 0
         best = self._search.ranked()[0]
         score = f"{tuning.objective} {record.score:.5g}"
         score += " pruned" if record.status == "pruned" else ""
@@ -147,64 +130,46 @@ class Worker:
         end = f"epochs {record.trained_epochs}, {record.seconds:.1f} s"
         _log.info("%s  %s  %s  %s", title, score, values, end)
 
-    def _report_end(self, oracle: Any) -> None:
-        """Logs the reason if the search ends with fewer trials than configured."""
-        done, limit = len(oracle.end_order), self._tuning.max_trials
-        if done < limit:
-            reason = "the space has no more values"
-            reason = "tuning.max_seconds is used up" if oracle.late else reason
-            _log.info("%s: %d of %d trials", reason, done, limit)
-
 
 @contextlib.contextmanager
 def started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
-    """Starts processes that run the same search. At the end, stops them; they save their trials."""
+    """Starts processes that run the same search, and waits for their end.
+
+    After an error, it stops them; they save their trials.
+    """
     command = [sys.executable, "-m", "trainer", "tune", str(search.config_file)]
     command += ["--name", search.name]
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    stopping = threading.Event()
+    variables = {_VARIABLE: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        for name in (f"worker-{number}" for number in range(1, count + 1)):
-            variables = {_VARIABLE: name, "PYTHONPATH": os.pathsep.join(sys.path)}
-            with (search.logs / f"{name}.txt").open("ab") as log:
-                processes[name] = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,  # its end stops the worker if this process is killed
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **variables},
-                    process_group=0,  # only this process receives control-C; it stops the others
-                )
-            watch = (search, name, processes[name], stopping)
-            threading.Thread(target=_report_loss, args=watch, daemon=True).start()
+        for _ in range(count):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end stops the worker if this process is killed
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **variables},
+                process_group=0,  # only this process receives control-C; it stops the others
+            )
+            processes.append(process)
+            threading.Thread(target=_report_loss, args=(process,), daemon=True).start()
         yield
-    finally:
-        stopping.set()
-        for process in processes.values():
+    except BaseException:
+        for process in processes:
             process.terminate()
-        deadline = time.monotonic() + _SAVING_SECONDS
-        for process in processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        raise
+    finally:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SAVING_SECONDS)
+            process.kill()
 
 
-def _report_loss(
-    search: SearchDirectory, name: str, process: subprocess.Popen[bytes], stopping: threading.Event
-) -> None:
-    """Waits for the end of a worker, and logs a warning if the worker did not finish."""
+def _report_loss(process: subprocess.Popen[bytes]) -> None:
+    """Waits for the end of a worker, and logs a warning if it was killed."""
     code = process.wait()
-    if code == 0 or stopping.is_set():
-        return
-    reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-    lines = (search.logs / f"{name}.txt").read_text("utf-8", "replace").splitlines()
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "empty")
-    _log.warning(
-        "%s %s. Another process continues its trial (last line of %s: %s)",
-        *(name, reason, search.logs / f"{name}.txt", last),
-    )
+    if code < 0 and code != -signal.SIGTERM:  # in other cases the worker has printed a line
+        reason = signal.Signals(-code).name
+        _log.warning("A worker was killed by %s. Another process continues its trial.", reason)
 
 
 def stop_with_parent() -> bool:
@@ -222,16 +187,12 @@ def stop_with_parent() -> bool:
 
 @contextlib.contextmanager
 def _trial_logs_hidden() -> Iterator[None]:
-    """Hides the log lines of trainings from the terminal; log.txt of each run has them."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.name.startswith("trainer.tuning") or record.levelno >= logging.WARNING
-
-    handlers = list(logging.getLogger("trainer").handlers)
-    for handler in handlers:
-        handler.addFilter(keep)
+    """Shows only warnings of trainings on the terminal; log.txt of each run has all lines."""
+    levels = {handler: handler.level for handler in logging.getLogger("trainer").handlers}
+    for handler in levels:
+        handler.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(keep)
+        for handler, level in levels.items():
+            handler.setLevel(level)

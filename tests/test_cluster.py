@@ -1,4 +1,4 @@
-"""Several workers: what names them, what is refused, and that they train as one device does."""
+"""Several workers: configuration, errors, and equality with a training on one device."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,8 @@ from trainer.errors import InputError, MissingError
 
 LOCAL_CLUSTER = Path(__file__).parent.parent / "scripts" / "local_cluster.py"
 TWO = ["127.0.0.1:9001", "127.0.0.1:9002"]
-# Smooth and without dropout: what differs is rounding alone. 2,401 images are 25 batches, the last
-# of one image, which one of two workers has, and the other has none.
+# Smooth and without dropout: the results differ by rounding only. 2,401 images are 25 batches. The
+# last one has a single image: one of two workers has none.
 SETTINGS = {
     "data.name": "synthetic",
     "data.options": "{examples=3335,height=8,width=8,classes=4}",
@@ -53,7 +54,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-# ---------------------------------------------------------------- what names them
+# ---------------------------------------------------------------- configuration
 
 
 def test_tf_config_names_the_workers_and_the_chief_comes_first(
@@ -68,8 +69,11 @@ def test_tf_config_names_the_workers_and_the_chief_comes_first(
     # As Kubeflow writes it.
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1, chief=["[::1]:2222"]))
     cluster = read_cluster()
-    assert cluster == Cluster(("[::1]:2222", *TWO), 2, "TF_CONFIG", chief_job=True)
-    assert cluster.resolver().task_id == 1
+    assert cluster == Cluster(("[::1]:2222", *TWO), 2, "TF_CONFIG")
+    resolver = cluster.resolver(3)
+    assert (resolver.task_type, resolver.task_id) == ("worker", 2)
+    assert resolver.num_accelerators() == {"GPU": 3}
+    assert resolver.cluster_spec().as_dict() == {"worker": ["[::1]:2222", *TWO]}
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO[:1]))
     assert read_cluster() is None  # one worker trains alone
 
@@ -87,18 +91,14 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SLURMD_NODENAME", "n01")
     with pytest.raises(InputError, match="expected task 2 on n02, it runs on n01"):
         read_cluster()
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[01-")
-    with pytest.raises(
-        InputError, match=r"expected a job step, received SLURM_STEP_NODELIST = 'n\[01-'"
-    ):
-        read_cluster()
-    for variable, value, limits in [
-        ("SLURM_PROCID", "3", "0 to 2"),
-        ("SLURM_PROCID", "-1", "0 to 2"),
-        ("SLURM_STEP_NUM_TASKS", "x", "1 to 1000000"),
+    for variable, value in [
+        ("STEP_NODELIST", "n[01-"),
+        ("PROCID", "3"),
+        ("PROCID", "x"),
+        ("STEP_NUM_TASKS", "x"),
     ]:
-        monkeypatch.setenv(variable, value)
-        expected = f"expected {variable} to be a number from {limits}, received '{value}'"
+        monkeypatch.setenv(f"SLURM_{variable}", value)
+        expected = rf"expected a job step, received .*SLURM_{variable} = '{re.escape(value)}'"
         with pytest.raises(InputError, match=expected):
             read_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
@@ -114,16 +114,14 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
         ('{"cluster": {}}', "task: Field required"),
         (tf_config(TWO, "0"), "task.index: .*received '0'"),
         (tf_config(TWO, -1), "task.index: .*received -1"),
-        (tf_config(TWO, 2), r"expected a task of its cluster \(worker 0 to 1\), received worker 2"),
-        (tf_config([]), r"expected a task of its cluster \(it has none\), received worker 0"),
+        (tf_config(TWO, 2), "expected a task of the cluster, received .*'index': 2"),
+        (tf_config([]), "expected a task of the cluster, received .*'worker': "),
         (tf_config(["no-port", TWO[0]]), "cluster.worker.0: .*received 'no-port'"),
-        (tf_config(["a..b:1", TWO[0]]), "cluster.worker.0: .*expected a host name .*'a..b:1'"),
-        (tf_config(["a" * 70 + ":1", TWO[0]]), "cluster.worker.0: .*expected a host name"),
         (tf_config(["a:\uff11", TWO[0]]), "cluster.worker.0: .*should match"),
-        (tf_config(["a:70000", TWO[0]]), "expected ports from 1 to 65535, received a:70000"),
-        (tf_config([TWO[0], TWO[0]]), "expected each address once, received 127.0.0.1:9001 twice"),
-        (tf_config(TWO, ps=["a:1"]), "expected the jobs chief and worker, received ps"),
-        (tf_config(TWO, chief=["a:1", "b:1"]), "expected one chief, received 2"),
+        (tf_config(["a:70000", TWO[0]]), "expected ports from 1 to 65535, received .*'a:70000'"),
+        (tf_config([TWO[0], TWO[0]]), "expected each address once, received .*127.0.0.1:9001"),
+        (tf_config(TWO, ps=["a:1"]), r"jobs chief .* and worker; cluster.ps: .*received \['a:1'\]"),
+        (tf_config(TWO, chief=["a:1", "b:1"]), r"chief \(at most one\).* cluster.chief: "),
     ],
 )
 def test_wrong_tf_config_is_refused(
@@ -134,7 +132,7 @@ def test_wrong_tf_config_is_refused(
         read_cluster()
 
 
-def test_wrong_tf_config_is_one_line_of_the_command(
+def test_the_command_reports_a_wrong_tf_config_in_one_line(
     command: Callable[..., Any], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (in_tmp_path / "empty.toml").touch()
@@ -144,84 +142,76 @@ def test_wrong_tf_config_is_one_line_of_the_command(
     assert "TF_CONFIG" in err
 
 
-# ---------------------------------------------------------------- waiting for each other
+# ---------------------------------------------------------------- start and loss of workers
 
 
-def test_workers_wait_for_each_other_however_late_one_comes() -> None:
+def test_workers_wait_for_each_other() -> None:
+    """Even if one of them starts late."""
     addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
     clusters = [Cluster(addresses, index, "TF_CONFIG") for index in range(3)]
+    everyone = threading.Barrier(3)
+
+    def work(cluster: Cluster) -> None:
+        cluster.wait_for_workers(30)
+        with cluster._listen():  # as TensorFlow's server
+            everyone.wait(30)
+
     with ThreadPoolExecutor(3) as threads:
-        early = [threads.submit(each.wait_for_the_others, 30) for each in clusters[:2]]
+        early = [threads.submit(work, each) for each in clusters[:2]]
         time.sleep(0.5)
-        assert not any(waiting.done() for waiting in early)
-        late = threads.submit(clusters[2].wait_for_the_others, 30)
-        with socket.create_connection(("127.0.0.1", int(addresses[0].split(":")[1]))):
-            pass  # a stranger is nobody
-        for waiting in (*early, late):
+        assert everyone.n_waiting == 0
+        for waiting in (*early, threads.submit(work, clusters[2])):
             assert waiting.result() is None
 
 
-def test_unreachable_worker_is_named_after_the_time_out() -> None:
+def test_a_missing_worker_is_named_after_the_time_limit() -> None:
     ours, nobodys = free_ports(2)
-    cluster = Cluster((f"127.0.0.1:{ours}", f"127.0.0.1:{nobodys}"), 0, "TF_CONFIG")
+    addresses = (f"127.0.0.1:{ours}", f"127.0.0.1:{nobodys}", "there-is-no-such-host.invalid:1")
     with pytest.raises(InputError) as refused:
-        cluster.wait_for_the_others(0.3)
-    assert str(refused.value) == (
-        "TF_CONFIG: expected every worker within 0.3 s (training.cluster_timeout_seconds), did not "
-        f"meet task 1 at 127.0.0.1:{nobodys} (Connection refused)"
+        Cluster((*addresses, "a..b:1"), 0, "TF_CONFIG").wait_for_workers(0.3)
+    said = str(refused.value)
+    assert said.startswith(
+        "TF_CONFIG: expected every worker within 0.3 s (training.cluster_timeout_seconds), "
+        f"missing: task 1 at 127.0.0.1:{nobodys} (Connection refused), "
+        "task 2 at there-is-no-such-host.invalid:1 ("
     )
-
-
-def test_unknown_host_is_named_after_the_time_out() -> None:
-    (ours,) = free_ports(1)
-    cluster = Cluster((f"127.0.0.1:{ours}", "there-is-no-such-host.invalid:1"), 0, "TF_CONFIG")
-    with pytest.raises(InputError, match=r"task 1 at there-is-no-such-host\.invalid:1 \("):
-        cluster.wait_for_the_others(0.1)
-
-
-def test_another_program_at_a_workers_address_is_told() -> None:
-    with ThreadPoolExecutor(1) as thread, socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(b"220 mail\n")
-
-        thread.submit(answer)
-        addresses = tuple(f"127.0.0.1:{p}" for p in (*free_ports(1), listener.getsockname()[1]))
-        with pytest.raises(InputError, match=r"task 1 at \S+ \(another program answers there\)"):
-            Cluster(addresses, 0, "TF_CONFIG").wait_for_the_others(0)
-
-
-def test_workers_that_were_told_of_different_clusters_are_refused() -> None:
-    first, second, third = (f"127.0.0.1:{port}" for port in free_ports(3))
-    with ThreadPoolExecutor(2) as threads:
-        waiting = [
-            threads.submit(Cluster(addresses, index, "TF_CONFIG").wait_for_the_others, 3)
-            for index, addresses in enumerate([(first, second), (first, second, third)])
-        ]
-        refusals = [str(each.exception()) for each in waiting]
-    # Who finds out first ends; the other then meets nobody.
-    assert any("was told of other workers than this one" in said for said in refusals), refusals
-    assert all(isinstance(each.exception(), InputError) for each in waiting)
-
-
-def test_one_address_under_two_names_is_refused() -> None:
-    (port,) = free_ports(1)
-    cluster = Cluster((f"127.0.0.1:{port}", f"localhost:{port}"), 0, "TF_CONFIG")
-    with pytest.raises(InputError, match=rf"task 1 at localhost:{port} is where task 0 answers"):
-        cluster.wait_for_the_others(60)
+    assert ", task 3 at a..b:1 (" in said
 
 
 def test_port_in_use_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         cluster = Cluster((address, "127.0.0.1:1"), 0, "TF_CONFIG")
-        with pytest.raises(InputError, match=rf"port \d+ of {address}, this task's, is in use"):
-            cluster.wait_for_the_others(60)
+        with pytest.raises(
+            InputError, match=rf"port \d+ of {address}, the address of this task, is in use"
+        ):
+            cluster.wait_for_workers(60)
 
 
-def test_errors_about_lost_workers_name_them_and_others_stay() -> None:
+def test_workers_that_cannot_agree_end_with_the_traceback_of_the_waiting_line(
+    tmp_path: Path,
+) -> None:
+    """Both have the index 0. TensorFlow would wait without end, and ignore SIGTERM."""
+    (tmp_path / "empty.toml").touch()
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    options = changes({"training.device": "cpu", "training.cluster_timeout_seconds": 3})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer", "fit", "empty.toml", *options],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TF_CONFIG": tf_config(order)},
+        )
+        for order in (addresses, addresses[::-1])
+    ]
+    for process in processes:
+        code, _, err = ended(process)
+        assert code != 0
+        assert "devices.py" in err or "missing: task 1" in err, err
+
+
+def test_errors_about_lost_workers_name_them() -> None:
     import tensorflow as tf
 
     nobodys, ours = free_ports(2)
@@ -234,29 +224,23 @@ def test_errors_about_lost_workers_name_them_and_others_stay() -> None:
         raise ZeroDivisionError
 
 
-def test_a_worker_that_hangs_is_named_by_its_job_and_its_number_there() -> None:
-    """It still takes connections: what TensorFlow says is all there is to go by."""
+def test_a_worker_that_hangs_is_named() -> None:
+    """It still accepts connections: only TensorFlow's message names it."""
     import tensorflow as tf
 
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
     addresses = tuple(f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners)
-    for chief_job, (job, task), index, expected in [
-        (True, ("worker", 0), 0, f"worker 0 at {addresses[1]}"),
-        (True, ("worker", 1), 0, f"worker 1 at {addresses[2]}"),
-        (True, ("chief", 0), 2, f"the chief at {addresses[0]}"),
-        (False, ("worker", 1), 0, f"task 1 at {addresses[1]}"),
+    task = "/job:worker/replica:0/task:"
+    for said, index, expected in [
+        (f"{task}1 unhealthy, debug info: heartbeat timeout", 0, f"task 1 at {addresses[1]}"),
+        (f"{task}0 unhealthy, debug info: heartbeat timeout", 2, f"task 0 .* at {addresses[0]}"),
+        (f"{task}2 unhealthy (from {task}0)", 1, f"task 2 at {addresses[2]}"),
+        ("CoordinationService does not answer", 2, f"task 0 .* at {addresses[0]}"),
     ]:
-        cluster = Cluster(addresses, index, "TF_CONFIG", chief_job)
-        said = f"/job:{job}/replica:0/task:{task} unhealthy, debug info: heartbeat timeout"
+        cluster = Cluster(addresses, index, "TF_CONFIG")
         error = tf.errors.UnavailableError(None, None, said)
         with pytest.raises(MissingError, match=f"lost {expected}: again"), cluster.watched("again"):
             raise error
-    cluster = Cluster(addresses, 1, "TF_CONFIG", chief_job=True)
-    said = "/job:worker/replica:0/task:1 unhealthy (from /job:chief/replica:0/task:0)"
-    error = tf.errors.UnavailableError(None, None, said)
-    expected = f"lost worker 1 at {addresses[2]}: again"
-    with pytest.raises(MissingError, match=expected), cluster.watched("again"):
-        raise error
     for listener in listeners:
         listener.close()
 
@@ -288,11 +272,11 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same training alone, in this process, and by two workers."""
+    """The runs of the same training in this process (1) and by two workers (2)."""
     folder = tmp_path_factory.mktemp("workers")
     code, out, err = ended(start(folder, "empty.toml", *changes(SETTINGS)))
     assert code == 0, err
-    assert out.count("test accuracy") == 1  # the chief alone tells
+    assert out.count("test accuracy") == 1  # only the chief prints it
     (together,) = (folder / "runs").iterdir()
     settings = SETTINGS | {"logging.directory": folder / "alone"}
     config = load_config(
@@ -302,7 +286,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def curve(run: Path, tag: str) -> np.ndarray[Any, Any]:
-    """Returns the points of a curve of training, in their order."""
+    """Returns the values of a training curve in order."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -331,7 +315,7 @@ def test_two_workers_train_as_one_device_does(trained: dict[int, Path]) -> None:
     assert len(alone) == len(together) == 100
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
     alone, together = (curve(trained[workers], "step/accuracy") for workers in (1, 2))
-    ends = [25 * epoch + step - 1 for epoch in range(4) for step in (10, 20, 25)]  # of the calls
+    ends = [25 * epoch + step - 1 for epoch in range(4) for step in (10, 20, 25)]
     np.testing.assert_allclose(together, alone[ends], rtol=0, atol=1e-5)
     summaries = [json.loads((run / "summary.json").read_text()) for run in trained.values()]
     for split in ("validation", "test"):
@@ -346,7 +330,7 @@ def test_two_devices_of_one_machine_train_as_one_does(
     trained: dict[int, Path], in_tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     (in_tmp_path / "empty.toml").touch()
-    settings = changes(SETTINGS | {"training.device": "all"})  # the two that conftest makes
+    settings = changes(SETTINGS | {"training.device": "all"})  # two, see conftest.py
     code, out, err = command("fit", "empty.toml", "--json", *settings)
     assert code == 0, err
     summary = json.loads(out)
@@ -357,7 +341,9 @@ def test_two_devices_of_one_machine_train_as_one_does(
         np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
 
 
-def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, Path]) -> None:
+def test_only_the_chief_writes_and_it_records_the_times_of_each_worker(
+    trained: dict[int, Path],
+) -> None:
     names = [sorted(p.name for p in run.iterdir()) for run in trained.values()]
     assert names[0] == names[1]
     said = (trained[2] / "log.txt").read_text()
@@ -368,7 +354,7 @@ def test_the_chief_alone_writes_and_shows_the_times_of_each(trained: dict[int, P
 
 
 @pytest.mark.slow
-def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
+def test_a_lost_worker_is_named_and_resume_ends_with_the_same_weights(
     trained: dict[int, Path], tmp_path: Path
 ) -> None:
     slow = {"training.checkpoint_seconds": 0, "training.steps_per_execution": 1}
@@ -387,7 +373,7 @@ def test_a_lost_worker_is_named_and_starting_again_ends_the_same(
     assert not list(tmp_path.glob("runs/*/summary.json"))
 
     process = start(tmp_path, "--resume", "trained")
-    # A signal that one of them gets stops all of them, with their state saved.
+    # A signal to one worker stops all of them; their state is saved.
     while "resumed" not in process.stderr.readline():
         assert process.poll() is None
     worker(process, 1).send_signal(signal.SIGTERM)
@@ -414,7 +400,7 @@ def worker(process: subprocess.Popen[str], index: int) -> psutil.Process:
     return sorted(workers, key=lambda child: child.create_time())[index]
 
 
-def test_workers_that_were_told_different_things_are_refused(tmp_path: Path) -> None:
+def test_workers_with_different_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").touch()
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     processes = [

@@ -3,7 +3,6 @@
 import importlib.util
 
 import keras
-import numpy as np
 import pytest
 
 from trainer import keras_internals
@@ -12,15 +11,6 @@ from trainer import keras_internals
 @pytest.mark.parametrize("name", keras_internals.DEFERRED_MODULES)
 def test_keras_has_the_deferred_modules(name: str) -> None:
     assert importlib.util.find_spec(name) is not None
-
-
-def test_the_moments_of_adam() -> None:
-    variables = [keras.Variable(np.zeros(shape, np.float32)) for shape in ((2,), (3,))]
-    optimizer = keras.optimizers.Adam(beta_1=0.5, beta_2=0.75)
-    optimizer.apply([keras.ops.full_like(v, 2.0) for v in variables], variables)
-    momentum, velocity = keras_internals.adam_moments(optimizer, variables[1])
-    np.testing.assert_allclose(momentum, [1.0] * 3)
-    np.testing.assert_allclose(velocity, [1.0] * 3)
 
 
 def test_the_attributes_that_keras_stores_in_callbacks() -> None:

@@ -26,7 +26,7 @@ KNOWN = [
 
 @keras.saving.register_keras_serializable(package="tests", name="Doubling")
 class Doubling(keras.layers.Layer):
-    """A layer of one's own."""
+    """A layer of the user."""
 
     def call(self, inputs: Any) -> Any:
         return 2 * inputs
@@ -36,14 +36,14 @@ class Doubling(keras.layers.Layer):
 
 
 class OnlyCall(keras.layers.Layer):
-    """The least that Keras asks of a layer."""
+    """The minimum that Keras requires of a layer."""
 
     def call(self, inputs: Any) -> Any:
         return inputs
 
 
 class FarNeighbour(keras.layers.Layer):
-    """Mixes each image with the one half a batch away."""
+    """Mixes each image with the image half a batch later."""
 
     def call(self, x: Any) -> Any:
         return 0.5 * x + 0.5 * tf.roll(x, tf.shape(x)[0] // 2, 0)
@@ -159,7 +159,7 @@ def test_an_unknown_name_shows_the_nearest(kind: str, name: str, expected: type)
     for wrong in (name + "s", name[1:].lower()):
         message = refused(keras_objects.find, kind, wrong)
         assert f"unknown {kind} {wrong!r}: did you mean '{expected.__name__}'? " in message
-        assert " in all)" in message or kind == "schedule"  # the long lists are cut
+        assert " in all)" in message or kind == "schedule"  # long lists are cut
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_warmup_climbs_to_the_rate_and_cosine_takes_the_rest() -> None:
     assert rates(config, [0, 10, 20, 60, 100]) == pytest.approx(
         [0.04, 0.22, 0.4, 0.2, 0.0], abs=1e-6
     )
-    # Too short for a warm-up: the rate comes at once. Nothing but warm-up: it stays finite.
+    # With too few steps there is no warm-up. With warm-up only, the rate stays finite.
     assert rates(config, [0, 2], total_steps=2) == pytest.approx([0.4, 0.0])
     config = scheduled("CosineDecay", warmup_fraction=0.9)
     assert rates(config, [0, 1, 2], total_steps=1) == pytest.approx([0.04, 0.4, 0.0])
@@ -349,7 +349,7 @@ def test_layers_are_applied_in_order(tiny: Dataset) -> None:
 
 def test_layers_see_float32_under_any_precision(tiny: Dataset) -> None:
     back_and_forth = [named("Rescaling", scale=s) for s in (1 / 255, 255.0)]
-    with devices.dtype_policy("mixed_bfloat16"):  # has 8 bits: 1/255 and 2/255 are no longer exact
+    with devices.dtype_policy("mixed_bfloat16"):  # 8 bits: 1/255 and 2/255 would not be exact
         result = augmented(tiny, *back_and_forth)
     np.testing.assert_array_equal(result, tiny.train.read()[0])
 
@@ -402,8 +402,8 @@ def test_layers_that_do_not_fit_are_refused(tiny: Dataset, layer: KerasObject, s
         (named(f"{__name__}:FarNeighbour"), "FarNeighbour mixes images of the batch"),
         (named(f"{__name__}:NextButOne"), "NextButOne mixes images of the batch"),
         (named(f"{__name__}:Half"), "expected as many images as it gets, received 4 for 8"),
-        (named("Dense", units=1), "Dense has weights, which nothing trains"),
-        (named("Dense", units=1, trainable=False), "Dense has weights, which nothing trains"),
+        (named("Dense", units=1), "Dense has weights, which are not trained here"),
+        (named("Dense", units=1, trainable=False), "Dense has weights, which are not trained here"),
         (named("Conv2D", filters=1, kernel_size=3, padding="same"), "Conv2D has weights"),
         (named("BatchNormalization"), "BatchNormalization has weights"),
         (named("Normalization"), "Normalization is not adapted to data and changes nothing"),

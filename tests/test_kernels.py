@@ -45,7 +45,7 @@ def trace_everything(experiment: Experiment) -> None:
     train, validation = experiment.batches("train", shuffled=True), experiment.batches("validation")
     experiment.loop.trace(train)
     for collect in (False, True):
-        experiment.loop._trace_evaluation(validation, collect)
+        experiment.loop.evaluate(validation, collect=collect)
 
 
 def cases(every: bool) -> list[Any]:

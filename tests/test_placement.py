@@ -1,4 +1,4 @@
-"""What a step reads lies on the device that reads it: seen on two logical CPU devices."""
+"""A step reads data from its own device; tested with two logical CPU devices."""
 
 import re
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from trainer.config import Config
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.training.batches import ResidentBatches
 
-# One image has 256 bytes: a batch of them would be seen. The network has 20 weights.
+# One image has 256 bytes, much more than the gradients of the 20 weights.
 BATCH_SIZE = 64
 LAYERS = [{"name": "AveragePooling2D", "options": {"pool_size": 8}}]
 
 
 def prepared(placement: str, chosen: devices.Devices | None) -> Experiment:
-    """Assembles a network whose gradients are few bytes, on one device or on both."""
+    """Builds a network with small gradients on one device or on both."""
     changes = {
         "data.name": "synthetic",
         "data.options": {"examples": 400, "height": 16, "width": 16, "classes": 4},
@@ -86,7 +86,7 @@ def run_call(experiment: Experiment, batches: Any) -> list[Any]:
     """Runs one call of three steps; returns the graphs of each device."""
     call, state = experiment.loop.trace(batches), batches.start_epoch(0)
     with partitions() as graphs:
-        experiment.loop._run(call, state, 0, 3)
+        call(state, 0, 3)
     return graphs
 
 
@@ -96,7 +96,7 @@ def test_no_images_cross_between_devices_in_a_step(placement: str, where: str) -
     experiment = prepared(placement, devices.single("CPU:1") if where == "second" else None)
     batches = experiment.batches("train", shuffled=True)
     graphs = run_call(experiment, batches)
-    traced = [experiment.loop.step_graph, experiment.loop._traced.graph]
+    traced = [experiment.loop.step_graph, experiment.loop.trace(batches).graph]
     crossing = sent(graphs, traced)
     assert len(crossing) > 3  # counters of the loop, at least
     assert sum(crossing.values()) < 1000
@@ -107,8 +107,8 @@ def test_no_images_cross_between_devices_in_a_step(placement: str, where: str) -
     assert names == ({"CPU:1"} if where == "second" else {"CPU:0", "CPU:1"})
 
 
-def test_a_gather_of_all_images_would_be_seen() -> None:
-    """The measure itself: a batch that lies elsewhere is counted with all its bytes."""
+def test_the_method_detects_images_that_cross() -> None:
+    """The test method counts all bytes of a batch on another device."""
     with tf.device("CPU:0"):
         images = tf.zeros((BATCH_SIZE, 16, 16, 1), tf.uint8)
 
@@ -136,7 +136,7 @@ def test_each_device_stores_its_own_images(where: str) -> None:
         assert [value.device.rpartition("device:")[2] for value in local] == names
         for value in local if expected is not None else ():
             np.testing.assert_array_equal(value.numpy(), expected)
-    # So do the weights, the optimizer's state and the metrics.
+    # The same for weights, optimizer state and metrics.
     for variable in [*experiment.model.variables, *experiment.model.optimizer.variables]:
         local = experiment.devices.strategy.experimental_local_results(variable.value)
         assert [value.device.rpartition("device:")[2] for value in local] == names, variable.path
@@ -157,10 +157,10 @@ def test_training_on_the_second_device_equals_the_first() -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_streamed_epoch_may_end_before_its_time(
+def test_a_streamed_epoch_can_be_stopped_early(
     tiny: Any, batches_of: Callable[..., Any], two_devices: Any
 ) -> None:
-    """What fetches batches ahead is dropped while it fetches, again and again."""
+    """The iterator is deleted while it prefetches batches."""
     for chosen in (devices.single("CPU:1"), two_devices):
         batches = batches_of(tiny.train, chosen, 8, placement="stream", seed=0)
         for epoch in range(20):

@@ -1,4 +1,4 @@
-"""Commands that are printed for people to copy can be run, whatever the names of folders are."""
+"""Printed commands can be copied into a shell, with every name of a folder."""
 
 import re
 import subprocess
@@ -27,12 +27,12 @@ def test_a_command_is_quoted_for_the_shell(name: str) -> None:
     path = f"./{name}" if name == "-v" else name
     command = shell_command("fit", "--resume", Path(name))
     assert words(f"`{command}`") == [["fit", "--resume", path]]
-    # The error that carries it is one line, and changes no space of it.
+    # The error message is one line; the spaces of the command do not change.
     assert words(str(CheckError(f"\n  stopped:\n  `{command}`\n"))) == [["fit", "--resume", path]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_that_goes_on_with_a_run_names_it(name: str, in_tmp_path: Path) -> None:
+def test_the_command_that_resumes_a_run_names_it(name: str, in_tmp_path: Path) -> None:
     run = in_tmp_path / name / "20260102T030405Z-a"
     Run(run).create(Config())
     with pytest.raises(InputError, match="is not finished: continue it with `trainer") as error:

@@ -1,4 +1,4 @@
-"""What TensorBoard serves of a run, asked of a real TensorBoard over HTTP."""
+"""What TensorBoard shows about a run, read from a real TensorBoard over HTTP."""
 
 import json
 import time
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorflow as tf
 import typer
 from matplotlib.figure import Figure
 from tensorboard import program
 from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
 
 import trainer
-from trainer import cli, figures, report
+from trainer import cli, report
 from trainer.run import Run
 from trainer.training.callbacks import TensorBoardCurves
 
-# No proxy stands between this test and a server of its own.
+# The server runs on this machine: no proxy is used.
 _WEB = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 CONFIG = Path(trainer.__file__).parent.parent / "configs" / "debug.toml"
 
@@ -48,7 +49,7 @@ def _ask(address: str, path: str, **query: str) -> Any:
 
 
 def _ask_until(address: str, path: str, complete: Callable[[Any], bool]) -> Any:
-    """TensorBoard reads the files in the background: asks again until they have been read."""
+    """Asks again until TensorBoard has read the files in the background."""
     deadline = time.monotonic() + 60
     while not complete(answer := _ask(address, path)):
         assert time.monotonic() < deadline, answer
@@ -56,7 +57,7 @@ def _ask_until(address: str, path: str, complete: Callable[[Any], bool]) -> Any:
     return answer
 
 
-def test_tensorboard_serves_everything_that_was_promised(
+def test_tensorboard_shows_all_documented_pages(
     run: Any, tensorboard: Callable[[Path], str]
 ) -> None:
     folder, fitted = run
@@ -83,7 +84,7 @@ def test_tensorboard_serves_everything_that_was_promised(
     assert last == pytest.approx(fitted.summary["validation"]["accuracy"])
     assert series(test, "epoch/accuracy")[0][2] == pytest.approx(fitted.summary["test"]["accuracy"])
     times = [point[2] for point in series(train, "step_ms")]
-    assert len(times) == fitted.summary["windows"]  # the first calls, and the traced, are left out
+    assert len(times) == fitted.summary["windows"]  # without the first and the traced calls
     assert sorted(times)[0] <= fitted.summary["step_ms"] <= sorted(times)[-1]
 
     images = _ask(address, "plugin/images/tags")
@@ -109,7 +110,7 @@ def test_tensorboard_serves_everything_that_was_promised(
 
 
 def _session_groups(address: str, *columns: dict[str, str]) -> Any:
-    """The lines of the HParams page, sorted by some columns."""
+    """Returns the rows of the HParams page, sorted by some columns."""
     query = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": columns,
              "startIndex": 0, "sliceSize": 99}  # fmt: skip
     request = urllib.request.Request(
@@ -139,19 +140,20 @@ def test_hparams_page_has_the_run_with_its_metrics(
 def test_curves_go_on_without_the_data_server(
     in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sample images come into a second file while the curves are written."""
+    """Pictures are written to a second file while the curves are written."""
     flags: list[Any] = []
     monkeypatch.setattr(program.TensorBoard, "main", lambda board: flags.append(board.flags) or 0)
     Path("runs").mkdir()
     with pytest.raises(typer.Exit):
         cli.tensorboard(runs="runs")
-    flags[0].reload_interval, flags[0].reload_task = 0, "blocking"  # reads once, and returns
+    flags[0].reload_interval, flags[0].reload_task = 0, "blocking"  # reads once and returns
     run = Run(in_tmp_path / "runs" / "a")
     curves = TensorBoardCurves(run.tensorboard, histograms=False)
     ingester = LocalDataIngester(flags[0])
     for epoch in range(3):
         curves.on_epoch_end(epoch, {"loss": 1.0})
-        report.write_samples(run, figures.as_png(Figure(figsize=(1, 1))))
+        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+            report.write_figure("picture", Figure(figsize=(1, 1)))
         ingester.start()
         points = ingester.deprecated_multiplexer.Tensors("a/tensorboard/train", "epoch/loss")
         assert [point.step for point in points] == list(range(1, epoch + 2))

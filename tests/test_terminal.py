@@ -1,4 +1,4 @@
-"""What is printed where: terminals of any encoding and width, pipes, and hints that can be run."""
+"""Printed output: terminals of any encoding and width, pipes, and installation commands."""
 
 import io
 import json
@@ -19,12 +19,12 @@ from PIL import Image
 import trainer
 from trainer import cli, console, errors
 
-NAME = "\u0663\u4e09-\u00e9\u2026"  # of no encoding but Unicode's, and in latin-1 one of four
+NAME = "\u0663\u4e09-\u00e9\u2026"  # latin-1 has one of the four characters
 
 
 @pytest.fixture(scope="module")
 def pictures(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs, three images whose names end alike, and what is no image."""
+    """A folder with the runs, three images with similar names, and files that are not images."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "runs").symlink_to(home / "runs")
     long = folder / ("a-folder-whose-name-is-longer-than-a-table-is-wide-" * 2)
@@ -45,7 +45,7 @@ def images(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Stream(io.TextIOWrapper):
-    """A stdout that is a terminal or not, of some encoding."""
+    """A stdout with the given encoding, a terminal or not."""
 
     def __init__(self, encoding: str, *, terminal: bool = False) -> None:
         super().__init__(io.BytesIO(), encoding=encoding)
@@ -100,7 +100,7 @@ def test_a_process_prints_what_its_locale_cannot_encode(
     assert b'\narchives = "\\u2026"\n' in done.stdout
 
 
-def test_a_name_that_is_no_text_is_printed(
+def test_a_name_that_is_not_utf_8_is_printed(
     command: Callable[..., Any], images: list[str], tmp_path: Path
 ) -> None:
     name = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff.png")
@@ -110,7 +110,7 @@ def test_a_name_that_is_no_text_is_printed(
     assert "/\\udcff.png" in out
 
 
-def test_a_pipe_has_no_width(
+def test_lines_are_not_wrapped_in_a_pipe(
     command: Callable[..., Any], images: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -124,7 +124,7 @@ def test_a_pipe_has_no_width(
     assert f"run         {Path('runs').resolve()}" in out or "runs/" in out
 
 
-def test_a_terminal_folds_and_shortens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_wraps_and_never_truncates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     names, numbers = ["a" * 99 + "1", "a" * 99 + "2"], ["58.125 ms", "1234567.875 ms"]
     stream = Stream("utf-8", terminal=True)
@@ -139,7 +139,7 @@ def test_a_terminal_folds_and_shortens_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert shown.count(character) == expected
 
 
-def test_a_file_that_cannot_be_read_ends_no_batch(
+def test_files_that_cannot_be_read_are_skipped(
     command: Callable[..., Any], images: list[str]
 ) -> None:
     given = ["broken.png", images[0], "folder.png", images[1], "none.png", images[2]]
@@ -148,7 +148,10 @@ def test_a_file_that_cannot_be_read_ends_no_batch(
         assert code == 2
         broken, folder, none = err.splitlines()
         assert broken.startswith("trainer: broken.png ")
-        assert folder == "trainer: expected an image file, received folder.png: it is a folder"
+        assert (
+            folder
+            == "trainer: expected an image file, received folder.png: it is not a regular file"
+        )
         assert none.endswith("received none.png: there is no such file")
     assert [result["image"] for result in json.loads(out)] == images
     code, out, _ = command("predict", "latest", "broken.png", "--json")
@@ -157,7 +160,7 @@ def test_a_file_that_cannot_be_read_ends_no_batch(
     assert (code, out, len(err.splitlines())) == (2, "", 1)
 
 
-def test_python_raises_the_first_failure_or_reports_all(images: list[str]) -> None:
+def test_python_raises_the_first_error_or_reports_all(images: list[str]) -> None:
     with pytest.raises(errors.InputError, match=r"broken\.png"):
         trainer.predict("latest", [images[0], "broken.png", "none.png"])
     failures: list[errors.InputError] = []
@@ -167,7 +170,7 @@ def test_python_raises_the_first_failure_or_reports_all(images: list[str]) -> No
     assert ["broken" in str(failures[0]), "none" in str(failures[1])] == [True, True]
 
 
-def test_a_hint_fits_the_installation(tmp_path: Path) -> None:
+def test_the_install_command_fits_the_installation(tmp_path: Path) -> None:
     assert errors.install_command() == "pip install -e ."
     assert errors.install_command("gpu") == "pip install -e '.[gpu]'"
     package = tmp_path / "site-packages" / "trainer"
@@ -178,7 +181,7 @@ def test_a_hint_fits_the_installation(tmp_path: Path) -> None:
     assert installed(options="--force-reinstall") == "pip install --force-reinstall trainer"
 
 
-def test_every_hint_uses_it() -> None:
+def test_every_message_uses_the_install_command() -> None:
     package = Path(trainer.__file__).parent
     found = [
         line.strip()
@@ -186,7 +189,7 @@ def test_every_hint_uses_it() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if "pip install" in line and path.name != "errors.py"
     ]
-    # The rest are packages of others.
+    # The others install packages of other projects.
     assert [
         line for line in found if "mlxtend" not in line and "requirement.name" not in line
     ] == []

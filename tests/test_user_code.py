@@ -1,4 +1,4 @@
-"""An error in code of the user is one line with its type, message, file and line; exit code 2."""
+"""Errors in the user's code: one line with type, message, file and line number; exit code 2."""
 
 import re
 import sys
@@ -123,7 +123,7 @@ CASES: dict[str, tuple[list[str], str]] = {
 def fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Runs `trainer fit` in a folder with code of the user; returns exit code and stderr."""
+    """Runs `trainer fit` in a folder with the user's code; returns exit code and stderr."""
     from trainer import data, models
 
     for package, code in ((data, OWN_DATA), (models, OWN_NETWORK)):
@@ -149,7 +149,7 @@ def fit(
 
 
 def place(name: str) -> str:
-    """Returns file and line that are marked with a name, as an error shows them."""
+    """Returns file and line number of the mark with this name, as errors print them."""
     for path in Path().rglob("own*.py"):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if line.endswith(f"# HERE {name}"):
@@ -158,7 +158,7 @@ def place(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_error_of_the_user_is_one_line_with_its_place(
+def test_an_error_of_the_user_is_one_line_with_its_location(
     fit: Callable[..., tuple[int, str]], name: str
 ) -> None:
     options, said = CASES[name]
@@ -169,7 +169,7 @@ def test_an_error_of_the_user_is_one_line_with_its_place(
     assert f"({place(name)}, in " in lines[0]
     assert "Traceback" not in err
     logs = [path.read_text() for path in Path().glob("runs/*/log.txt")]
-    # What fails before anything is trained makes no run.
+    # Errors before the training create no run.
     assert bool(logs) == (
         name in ("Traced", "AtRunTime", "InPython", "AutoGraph", "NoFile", "Exits")
     )
@@ -180,7 +180,7 @@ def test_the_traceback_of_the_user_is_printed_on_request(
     fit: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRAINER_TRACEBACK", "1")
-    for name in ("loss", "network"):  # as it came, and as the cause of a line of ours
+    for name in ("loss", "network"):  # raised directly, and as the cause of our error
         code, err = fit(*CASES[name][0])
         assert code == 2
         file, _, line = place(name).rpartition(":")
@@ -209,12 +209,12 @@ def test_a_module_of_the_user_that_cannot_be_imported_is_named(
 def test_a_defect_of_this_package_keeps_its_traceback(
     fit: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workflow, "_score", None)
+    monkeypatch.setattr(workflow, "build_experiment", None)
     with pytest.raises(TypeError, match="not callable"):
         fit()
 
 
-def test_every_module_that_is_ours_is_there() -> None:
+def test_the_list_of_our_modules_is_correct() -> None:
     package = Path(errors.__file__).parent
     for folder, names in errors._OUR_MODULES.items():
         assert {f"{name}.py" for name in names} <= {

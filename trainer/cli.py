@@ -1,4 +1,7 @@
-"""The command line: the core verbs, and those of every tool. Heavy imports wait for a verb."""
+"""The command line: the core verbs, and the verbs of every tool.
+
+Heavy modules are imported inside the verbs.
+"""
 
 import errno
 import os
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 _START = time.perf_counter()
-# The parts of the time that `fit` prints; summary.json has each of them separately.
+# The printed times of `fit`, and the times in summary.json that each one adds up.
 _SHOWN_SECONDS = {
     "import": ("import",),
     "data": ("devices", "data", "to_device"),
@@ -60,8 +63,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Prepare a data set, or describe it.", no_args_is_help=True)
-config_app = typer.Typer(help="Print a configuration, or the schema.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare or describe a data set.", no_args_is_help=True)
+config_app = typer.Typer(help="Print a configuration or its schema.", no_args_is_help=True)
 
 
 @app.command()
@@ -81,10 +84,13 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="One batch of train, validation and test; writes no run"),
+        typer.Option("--dry-run", help="Use one batch of train, validation and test; write no run"),
     ] = False,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Refuse operations whose result can vary")
+        bool,
+        typer.Option(
+            "--deterministic", help="Refuse operations whose result can differ between runs"
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps for TensorBoard's profiler page")
@@ -114,15 +120,8 @@ def fit(
             result = workflow.fit(loaded, dry_run=dry_run, **options)
         else:
             result = workflow.resume(resume, changed=loaded, **options)
-    if result.worker > 0:
-        return  # the chief prints the result
-    if json_:
-        print_json(result.summary)
-    elif result.run is None:
-        scores = format_scores(result.summary)
-        print_line(f"dry run: one batch of train, validation and test passed; {scores}")
-    else:
-        _print_result(result.summary, tensorboard=loaded.logging.tensorboard)
+    if result.worker == 0:  # the chief
+        _print_fit(result, as_json=json_)
 
 
 @app.command()
@@ -164,7 +163,7 @@ def predict(
     ],
     *,
     invert: Annotated[
-        bool, typer.Option("--invert", help="Exchange dark and bright first")
+        bool, typer.Option("--invert", help="Invert the brightness of the images")
     ] = False,
     device: DeviceOption = None,
     runs: RunsOption = "runs",
@@ -199,7 +198,7 @@ def tensorboard(
     runs: RunsOption = "runs",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 6006,
 ) -> None:
-    """Open TensorBoard on the runs; it listens on this machine only."""
+    """Open TensorBoard on the runs; only this machine can connect to it."""
     if not runs or not Path(runs).is_dir():
         raise InputError(f"there is no folder {runs!r}: `trainer fit` creates one")
     from tensorboard import program
@@ -221,10 +220,11 @@ def data_prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare the data again")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Download or read a data set, decode it, and store the arrays."""
+    """Download or read a data set, decode it, and store the arrays for `fit`."""
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
+        import_module("tensorflow")  # here without its messages
         spec = import_module("trainer.data").prepare(loaded.data, overwrite=overwrite)
     print_table(spec, as_json=json_)
 
@@ -233,10 +233,11 @@ def data_prepare(
 def data_info(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
-    """Describe a data set; all files are read and their checksums verified."""
+    """Describe a data set, after a check of all its files."""
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
+        import_module("tensorflow")  # `load` can prepare the data; see `data_prepare`
         spec = import_module("trainer.data").describe(loaded.data)
     print_table(spec, as_json=json_)
 
@@ -271,7 +272,7 @@ def main() -> NoReturn:
     """Runs a command. An error of the user is printed as one line, with its exit code."""
 
     def stop(*_: object) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)  # as an exception, so that files are closed
+        sys.exit(128 + signal.SIGTERM)  # an exception, so that files are closed
 
     escape_unencodable()
     signal.signal(signal.SIGTERM, stop)
@@ -337,7 +338,7 @@ def _load_resumed(
     directory = changed.get("logging.directory", "runs")
     run = open_run(reference, runs_directory=str(directory), unfinished=True)
     if "training.device" in changed and "training.jit_compile" not in changed:
-        flags = flags | {"training.jit_compile": "auto"}  # it was resolved for another device
+        flags = flags | {"training.jit_compile": "auto"}  # resolved for another device
     return str(run.path), run.continued(
         load_config(run.path / "config.toml", changes, flags, stored=True)
     )
@@ -359,13 +360,22 @@ def _loader(reference: str, runs: str) -> Any:
     return None
 
 
-def _print_result(summary: dict[str, Any], *, tensorboard: bool) -> None:
+def _print_fit(result: Any, *, as_json: bool) -> None:
+    """Prints the scores, the times and the run directory of a `FitResult`."""
+    summary = result.summary
+    if as_json:
+        print_json(summary)
+        return
+    scores = format_scores(summary)
+    if result.run is None:
+        print_line(f"dry run: one batch of train, validation and test passed; {scores}")
+        return
     seconds = summary["seconds"]
     times = ", ".join(
         f"{title} {sum(seconds.get(part) or 0.0 for part in parts):.1f}"
         for title, parts in _SHOWN_SECONDS.items()
     )
-    step = summary["step_ms"]
-    print_line(f"{summary['data']['name']}: {format_scores(summary)}")
-    print_line(f"seconds: {times}" + (f"; {step:.2f} ms per step" if step else ""))
-    print_run(Path(summary["run"]), tensorboard=tensorboard)
+    step = f"; {summary['step_ms']:.2f} ms per step" if summary["step_ms"] else ""
+    print_line(f"{summary['data']['name']}: {scores}")
+    print_line(f"seconds: {times}{step}")
+    print_run(result.run.path, tensorboard=result.run.tensorboard.is_dir())

@@ -1,63 +1,71 @@
-"""Which machines train one network together: read from TF_CONFIG or SLURM, waited for, named.
+"""The machines that train one network together: who they are, and collectives between them.
 
-A process of a cluster is a worker; the first one is the chief, which alone writes the run
-directory. TensorFlow is imported inside the functions: a wrong TF_CONFIG is refused at once.
+A process of a cluster is a worker. The first one is the chief; only the chief writes the run
+directory. TensorFlow is imported inside the functions, so that a wrong TF_CONFIG fails at once.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
 import socket
-import socketserver
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.errors import InputError, MissingError
 
-_HELLO = "trainer worker"
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 _PROBE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1
-_SLURM_PLACES = ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
-_SLURM_PORT = 8888  # the first port of a node's tasks: the default of TensorFlow's resolver
+_BACKLOG = 4096  # connections that the kernel accepts for a worker that only waits
+_SLURM_VARIABLES = (
+    *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    *("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
+)
+_SLURM_PORT = 8888  # of the first task of a node: the default of TensorFlow's resolver
+
+# Hosts of IPv6 are in square brackets.
+_Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):[0-9]{1,5}$")]
+
+# Takes values of this worker; returns those of every worker: float64 [workers, values].
+AllGather = Callable[[Sequence[float]], "NDArray[np.float64]"]
 
 
-def _resolvable(address: str) -> str:
-    """Refuses a host whose name no system would look up."""
-    try:
-        address.rpartition(":")[0].encode("idna")
-    except UnicodeError as error:
-        raise ValueError(f"expected a host name ({error.__cause__ or error})") from None
-    return address
+class _Jobs(BaseModel, strict=True, extra="forbid"):
+    chief: list[_Address] = Field(default=[], max_length=1)
+    worker: list[_Address] = []
 
 
-_Address = Annotated[
-    str,
-    Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):[0-9]{1,5}$"),
-    AfterValidator(_resolvable),
-]
+class _Task(BaseModel, strict=True):
+    type: Literal["chief", "worker"]
+    index: int = Field(ge=0)
 
 
-class _Task(BaseModel):
-    model_config = ConfigDict(strict=True)  # others' keys are left alone, as TensorFlow does
+class _TfConfig(BaseModel, strict=True):
+    """The content of TF_CONFIG; other keys are ignored, as TensorFlow does."""
 
-    type: str
-    index: Annotated[int, Field(ge=0)]
-
-
-class _TfConfig(BaseModel):
-    """What TF_CONFIG holds; see tf.distribute.cluster_resolver.TFConfigClusterResolver."""
-
-    model_config = ConfigDict(strict=True)
-
-    cluster: dict[str, list[_Address]]
+    cluster: _Jobs
     task: _Task
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        addresses = self.cluster.chief + self.cluster.worker
+        if self.task.index >= len(getattr(self.cluster, self.task.type)):
+            raise ValueError("expected a task of the cluster")
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("expected each address once")
+        if not all(1 <= _split(address)[1] <= 65535 for address in addresses):
+            raise ValueError("expected ports from 1 to 65535")
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,117 +74,99 @@ class Cluster:
 
     Attributes:
         addresses: "host:port" of each worker, the chief's first.
-        index: Which of them this process is.
-        source: Where it was read, "TF_CONFIG" or "SLURM".
-        chief_job: Whether the first is a job of its own, "chief", as Kubeflow has it: then the
-            tasks of the job "worker" are counted from the second on.
+        index: The index of this process.
+        source: "TF_CONFIG" or "SLURM", for messages.
     """
 
     addresses: tuple[str, ...]
     index: int
     source: str
-    chief_job: bool = False
 
     @property
     def chief(self) -> bool:
-        """Whether this process writes what the training leaves behind."""
+        """Whether this process writes the run directory."""
         return self.index == 0
 
-    def resolver(self) -> Any:
-        """Returns TensorFlow's own resolver of the cluster."""
-        from tensorflow import distribute
+    @property
+    def _others(self) -> list[int]:
+        return [i for i in range(len(self.addresses)) if i != self.index]
 
-        return (
-            _slurm_resolver()
-            if self.source == "SLURM"
-            else distribute.cluster_resolver.TFConfigClusterResolver()
-        )
-
-    def wait_for_the_others(self, seconds: float) -> None:
-        """Returns when this worker has met each of the others, and each of them this one.
-
-        TensorFlow itself waits without end, and does not say for whom.
+    def resolver(self, gpus: int) -> Any:
+        """Returns the description of the cluster for TensorFlow.
 
         Args:
-            seconds: The longest to wait.
-
-        Raises:
-            InputError: Our own port is taken, or a worker was not met or is not of this cluster.
-        """
-        end = time.monotonic() + seconds
-        others = set(range(len(self.addresses))) - {self.index}
-        reached: set[int] = set()
-        with _Greeter(self) as greeter:
-            while not (reached == greeter.met == others):
-                refused = {i: why for i in others - reached if (why := self._greet(i))}
-                reached = others - refused.keys()
-                if time.monotonic() >= end:
-                    refused |= dict.fromkeys(others - greeter.met - refused.keys(), "silent")
-                    who = ", ".join(f"{self.named(i)} ({refused[i]})" for i in sorted(refused))
-                    raise InputError(
-                        f"{self.source}: expected every worker within {seconds:g} s "
-                        f"(training.cluster_timeout_seconds), did not meet {who}"
-                    )
-                time.sleep(_PAUSE_SECONDS)
-
-    def _greet(self, index: int) -> str:
-        """Meets another worker; returns why not, or nothing.
-
-        Raises:
-            InputError: It is of another cluster.
-        """
-        try:
-            with (
-                socket.create_connection(
-                    _split(self.addresses[index]), timeout=_PROBE_SECONDS
-                ) as connection,
-                connection.makefile("rw", encoding="ascii") as lines,
-            ):
-                lines.write(self._greeting(self.index))
-                lines.flush()
-                answer = lines.readline()
-        except (OSError, UnicodeError) as error:
-            return str(getattr(error, "strerror", None) or error)
-        if answer != self._greeting(index):
-            twin = [i for i in range(len(self.addresses)) if answer == self._greeting(i)]
-            if twin:
-                raise InputError(
-                    f"{self.source}: expected an address for each task; {self.named(index)} is "
-                    f"where task {twin[0]} answers"
-                )
-            if answer.startswith(_HELLO):
-                raise InputError(
-                    f"{self.source}: {self.named(index)} was told of other workers than this one: "
-                    "expected the same addresses in the same order everywhere"
-                )
-            return "another program answers there"
-        return ""
-
-    def _greeting(self, index: int) -> str:
-        """Returns the line by which a worker of this cluster is known."""
-        digest = hashlib.sha256(" ".join(self.addresses).encode()).hexdigest()
-        return f"{_HELLO} {digest} {index}\n"
-
-    def named(self, index: int) -> str:
-        """Returns a worker as messages name it."""
-        name = f"task {index}{' (chief)' if index == 0 else ''}"
-        if self.chief_job:
-            name = f"worker {index - 1}" if index else "the chief"
-        return f"{name} at {self.addresses[index]}"
-
-    @contextlib.contextmanager
-    def watched(self, advice: str) -> Iterator[None]:
-        """Turns TensorFlow's errors about lost workers into one line that names them.
-
-        Args:
-            advice: How to go on, for the message.
-
-        Raises:
-            MissingError: A worker is gone.
+            gpus: The number of GPUs that this worker uses; 0: it uses its CPU.
         """
         import tensorflow as tf
 
-        errors = tf.errors
+        return tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec({"worker": list(self.addresses)}),
+            task_type="worker",
+            task_id=self.index,
+            num_accelerators={"GPU": gpus},
+            rpc_layer="grpc",
+        )
+
+    def wait_for_workers(self, seconds: float) -> None:
+        """Returns when every other worker accepts connections at its address.
+
+        TensorFlow itself waits without end for a missing worker.
+
+        Args:
+            seconds: The longest time to wait.
+
+        Raises:
+            InputError: The port of this worker is in use, or a worker is missing.
+        """
+        end = time.monotonic() + seconds
+        missing = dict.fromkeys(self._others, "")
+        with self._listen():  # until TensorFlow's server uses the port
+            while missing := {i: reason for i in missing if (reason := self._probe(i))}:
+                if time.monotonic() >= end:
+                    names = ", ".join(f"{self.named(i)} ({missing[i]})" for i in missing)
+                    raise InputError(
+                        f"{self.source}: expected every worker within {seconds:g} s "
+                        f"(training.cluster_timeout_seconds), missing: {names}"
+                    )
+                time.sleep(_PAUSE_SECONDS)
+
+    def _listen(self) -> socket.socket:
+        """Opens the port of this worker, which shows the others that it has started."""
+        address = self.addresses[self.index]
+        host, port = _split(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:  # on every interface, as TensorFlow's server
+            return socket.create_server(("", port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error})"
+            raise InputError(
+                f"{self.source}: port {port} of {address}, the address of this task, {why}"
+            ) from None
+
+    def _probe(self, index: int) -> str:
+        """Returns why a worker cannot be reached; "" if it accepts connections."""
+        try:
+            with socket.create_connection(_split(self.addresses[index]), timeout=_PROBE_SECONDS):
+                return ""
+        except (OSError, UnicodeError) as error:
+            return str(getattr(error, "strerror", None) or error)
+
+    def named(self, index: int) -> str:
+        """Returns the name of a worker for messages: its index and its address."""
+        return f"task {index}{' (chief)' if index == 0 else ''} at {self.addresses[index]}"
+
+    @contextlib.contextmanager
+    def watched(self, advice: str) -> Iterator[None]:
+        """Replaces TensorFlow's errors about lost workers by one line that names them.
+
+        Args:
+            advice: How to continue, for the message.
+
+        Raises:
+            MissingError: The connection to a worker was lost.
+        """
+        from tensorflow import errors
+
         network = (errors.UnavailableError, errors.DeadlineExceededError, errors.AbortedError)
         try:
             yield
@@ -187,28 +177,26 @@ class Cluster:
             raise MissingError(f"lost {names}: {advice}") from None
 
     def _lost(self, message: str) -> list[int]:
-        """Returns the workers that an error is about."""
-        others = [i for i in range(len(self.addresses)) if i != self.index]
-        tasks = re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", message)
-        named = {int(task) + (self.chief_job and job == "worker") for job, task in tasks}
-        silent = [i for i in others if _refusal(self.addresses[i])]
-        if silent:  # of those that are gone, some may have gone because of the first
+        """Returns the workers that an error of TensorFlow is about."""
+        tasks = re.findall(r"/job:worker(?:/replica:\d+)?/task:(\d+)", message)
+        named = [i for i in self._others if str(i) in tasks]
+        silent = [i for i in self._others if self._probe(i)]
+        if silent:  # some of them may have stopped because of the first one
             return [i for i in silent if i in named] or silent
         if "CoordinationService" in message and self.index:
-            return [0]  # which leads it; a process that hangs still takes connections
-        found = [i for i in others if i in named]
-        # The chief's service passes on what is wrong with others, and is named beside them.
-        return [i for i in found if i] or found
+            return [0]  # the chief runs it; a process that hangs still accepts connections
+        # The service of the chief reports the errors of other workers, and is named beside them.
+        return [i for i in named if i] or named
 
 
 def read_cluster() -> Cluster | None:
-    """Reads from the environment which machines train together; None: this one alone.
+    """Reads from the environment which machines train together; None: only this one.
 
-    TF_CONFIG as TensorFlow and Kubeflow write it, or the variables of a SLURM job step (`srun`) of
-    several tasks.
+    The environment has TF_CONFIG, as TensorFlow and Kubeflow write it, or the variables of a SLURM
+    job step (`srun`) with several tasks.
 
     Raises:
-        InputError: TF_CONFIG is not what TensorFlow takes, or asks for what there is not here.
+        InputError: TF_CONFIG or the variables of SLURM are wrong.
     """
     text = os.environ.get("TF_CONFIG")
     if text is not None:
@@ -224,92 +212,42 @@ def _from_tf_config(text: str) -> Cluster | None:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "TF_CONFIG"
-        shown = repr(fault["input"])[:80]
         raise InputError(
-            'TF_CONFIG: expected {"cluster": {"worker": ["host:port", ...]}, "task": '
-            f'{{"type": "worker", "index": 0}}}}; {where}: {fault["msg"]}, received {shown}'
+            'TF_CONFIG: expected {"cluster": {"worker": ["host:port", ...]}, "task": {"type": '
+            '"worker", "index": 0}} with the jobs chief (at most one) and worker; '
+            f"{where}: {fault['msg']}, received {repr(fault['input'])[:160]}"
         ) from None
     jobs, task = config.cluster, config.task
-    unknown = sorted(jobs.keys() - {"chief", "worker"})
-    if unknown:
-        raise InputError(
-            f"TF_CONFIG: expected the jobs chief and worker, received {', '.join(unknown)}: "
-            "every task trains (MultiWorkerMirroredStrategy); there is no parameter server"
-        )
-    if len(jobs.get("chief", [])) > 1:
-        raise InputError(f"TF_CONFIG: expected one chief, received {len(jobs['chief'])}")
-    if task.index >= len(jobs.get(task.type, [])):
-        known = (
-            ", ".join(f"{job} 0 to {len(at) - 1}" for job, at in jobs.items() if at)
-            or "it has none"
-        )
-        raise InputError(
-            f"TF_CONFIG: expected a task of its cluster ({known}), "
-            f"received {task.type} {task.index}"
-        )
-    addresses = [*jobs.get("chief", []), *jobs.get("worker", [])]
-    twice = sorted({address for address in addresses if addresses.count(address) > 1})
-    if twice:
-        raise InputError(
-            f"TF_CONFIG: expected each address once, received {', '.join(twice)} twice"
-        )
-    beyond = [address for address in addresses if not 1 <= _split(address)[1] <= 65535]
-    if beyond:
-        raise InputError(f"TF_CONFIG: expected ports from 1 to 65535, received {beyond[0]}")
-    if len(addresses) == 1:
-        return None
-    chief_job = bool(jobs.get("chief"))
-    index = task.index + (chief_job and task.type == "worker")
-    return Cluster(tuple(addresses), index, "TF_CONFIG", chief_job)
-
-
-def _slurm_number(variable: str, least: int, most: int) -> int:
-    """Reads one of SLURM's numbers before TensorFlow does, which does not say which is wrong.
-
-    Raises:
-        InputError: It is no number, or beyond the limits.
-    """
-    text = os.environ.get(variable, "")
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise InputError(
-            f"SLURM: expected {variable} to be a number from {least} to {most}, received {text!r}"
-        )
-    return int(text)
+    addresses = (*jobs.chief, *jobs.worker)
+    index = task.index + (len(jobs.chief) if task.type == "worker" else 0)
+    return Cluster(addresses, index, "TF_CONFIG") if len(addresses) > 1 else None
 
 
 def _from_slurm() -> Cluster:
-    tasks = _slurm_number("SLURM_STEP_NUM_TASKS", 1, 10**6)
-    _slurm_number("SLURM_PROCID", 0, tasks - 1)
-    resolver = _slurm_resolver()
-    addresses, index = tuple(resolver.cluster_spec().as_dict()["worker"]), resolver.task_id
-    host, here = _split(addresses[index])[0], os.environ.get("SLURMD_NODENAME")
-    if here is not None and here != host:
-        # The resolver sorts the hosts as words, where SLURM counts them: n10 before n2.
-        raise InputError(
-            f"SLURM: expected task {index} on {host}, it runs on {here}: TensorFlow's resolver "
-            "needs host names that sort as they count (n02, n10); set TF_CONFIG instead"
-        )
-    return Cluster(addresses, index, "SLURM")
-
-
-def _slurm_resolver() -> Any:
-    """Returns TensorFlow's resolver of a job step.
-
-    Sharing out the GPUs of a node is left to SLURM (`--gpus-per-task`): the resolver fails where a
-    node has none, so it is told of as many as there are tasks, and sets nothing.
-    """
     from tensorflow import distribute
 
-    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])  # which was looked at before
     try:
-        return distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=_SLURM_PORT, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+        # It expands the list of hosts. It fails if a node has no GPU, so it is told that each task
+        # has one; SLURM itself assigns the GPUs (`--gpus-per-task`).
+        resolver = distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=_SLURM_PORT,
+            gpus_per_node=int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            gpus_per_task=1,
+            auto_set_gpu=False,
         )
-    except (RuntimeError, ValueError) as error:
-        given = (f"{name} = {os.environ.get(name)!r}" for name in _SLURM_PLACES)
+        addresses = tuple(resolver.cluster_spec().as_dict()["worker"])
+        index = int(resolver.task_id)
+        host, here = _split(addresses[index])[0], os.environ.get("SLURMD_NODENAME")
+    except (RuntimeError, ValueError, LookupError) as error:
+        received = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in _SLURM_VARIABLES)
+        raise InputError(f"SLURM: expected a job step, received {received}: {error}") from None
+    if here is not None and here != host:
+        # The resolver sorts host names as text, SLURM by their numbers: n10, n2.
         raise InputError(
-            f"SLURM: expected a job step, received {', '.join(given)}: {error}"
-        ) from None
+            f"SLURM: expected task {index} on {host}, it runs on {here}: TensorFlow's resolver "
+            "needs host names with numbers of equal length (n02, n10); set TF_CONFIG instead"
+        )
+    return Cluster(addresses, index, "SLURM")
 
 
 def _split(address: str) -> tuple[str, int]:
@@ -317,54 +255,101 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class _Greeter(socketserver.ThreadingTCPServer):
-    """Answers the other workers at our own port, until TensorFlow's server takes it over."""
+def single_worker(values: Sequence[float]) -> "NDArray[np.float64]":
+    """Replaces `all_gather` for a process that trains alone."""
+    import numpy as np
 
-    allow_reuse_address = True
-    daemon_threads = True
+    return np.asarray([values], np.float64)
 
-    def __init__(self, cluster: Cluster) -> None:
-        """Takes the port.
+
+class Collectives:
+    """Collective operations between the workers. Every worker must call them in the same order.
+
+    They work in a process that trains alone, too.
+
+    Attributes:
+        cluster: The workers that train together; None: this process trains alone.
+        strategy: The strategy that connects them.
+    """
+
+    cluster: Cluster | None
+    strategy: Any
+
+    def on_each(self, make: Callable[[int], Any]) -> Any:
+        """Calls a function once for each device of this process; takes the replica's index."""
+        raise NotImplementedError
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.cluster is None or self.cluster.chief
+
+    @property
+    def workers(self) -> int:
+        """The number of processes that train together."""
+        return 1 if self.cluster is None else len(self.cluster.addresses)
+
+    def all_gather(self, values: Sequence[float]) -> "NDArray[np.float64]":
+        """Returns the values of every worker.
+
+        Args:
+            values: Of this worker; every worker has the same number of values.
+
+        Returns:
+            float64 [workers, values].
+        """
+        if self.cluster is None:
+            return single_worker(values)
+        import numpy as np
+        import tensorflow as tf
+
+        rows = np.zeros((self.workers, len(values)))
+        rows[self.cluster.index] = values
+        devices = self.strategy.num_replicas_in_sync // self.workers  # of each worker
+        # One device of each worker has its row, the others have zeros: the sum is exact.
+        parts = self.on_each(lambda i: tf.constant(rows if i % devices == 0 else 0 * rows))
+        total: NDArray[np.float64] = self._sum(parts).numpy()
+        return total
+
+    def broadcast(self, text: str) -> str:
+        """Returns the text of the chief."""
+        if self.cluster is None:
+            return text
+        import numpy as np
+
+        content = text.encode()
+        size = int(self.all_gather([len(content)])[0, 0])
+        numbers = list(content[:size].ljust(size))  # every worker has as many values as the chief
+        received: bytes = self.all_gather(numbers)[0].astype(np.uint8).tobytes()
+        return received.decode()
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Requires that every worker was started with the same settings and data.
+
+        Args:
+            facts: Values that must be equal, by name. Every worker has the same names.
 
         Raises:
-            InputError: Somebody else has it.
+            InputError: A value differs from the chief's.
         """
-        self.met: set[int] = set()
-        self._greetings = {cluster._greeting(i): i for i in range(len(cluster.addresses))}
-        self._answer = cluster._greeting(cluster.index)
-        address = cluster.addresses[cluster.index]
-        host, port = _split(address)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            # At every interface, as TensorFlow's server.
-            super().__init__(("", port), socketserver.StreamRequestHandler)
-        except OSError as error:
-            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error})"
-            raise InputError(
-                f"{cluster.source}: port {port} of {address}, this task's, {why}"
-            ) from None
-        threading.Thread(target=self.serve_forever, args=(_PAUSE_SECONDS,), daemon=True).start()
+        digests = self.all_gather(
+            [  # 48 bits of the digest: a float64 holds them exactly
+                int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:6])
+                for value in facts.values()
+            ]
+        )
+        for i, worker in enumerate(digests):
+            names = [n for n, a, b in zip(facts, worker, digests[0], strict=True) if a != b]
+            if names:
+                raise InputError(
+                    f"expected the same on every worker; task {i} differs from the chief in "
+                    f"{', '.join(names)}"
+                )
 
-    def finish_request(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Notes who came; strangers get the same answer."""
-        request.settimeout(_PROBE_SECONDS)
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            with request.makefile("rw", encoding="ascii") as lines:
-                came = self._greetings.get(lines.readline(200))
-                lines.write(self._answer)
-            if came is not None:
-                self.met.add(came)
+    @functools.cached_property
+    def _sum(self) -> Any:
+        import tensorflow as tf
 
-    def __exit__(self, *_: object) -> None:
-        """Gives the port back."""
-        self.shutdown()
-        self.server_close()
-
-
-def _refusal(address: str) -> str:
-    """Returns why nobody can be reached at an address; empty where somebody can."""
-    try:
-        with socket.create_connection(_split(address), timeout=_PROBE_SECONDS):
-            return ""
-    except (OSError, UnicodeError) as error:
-        return str(getattr(error, "strerror", None) or error)
+        return tf.function(
+            lambda parts: self.strategy.reduce("SUM", parts, axis=None), autograph=False
+        )

@@ -1,7 +1,7 @@
-"""What a person can set: the only schema and the only defaults.
+"""The configuration of an experiment: the only schema and the only place of defaults.
 
 A configuration is read from a TOML file, changed by `--set section.key=value`, checked and frozen.
-Every key that a file leaves out has the default written here.
+A key that the file leaves out has the default written here.
 """
 
 import contextlib
@@ -10,63 +10,73 @@ import inspect
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import GenericAlias, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NotRequired, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PydanticUserError,
     TypeAdapter,
     ValidationError,
     create_model,
-    field_validator,
     model_validator,
-    validate_call,
 )
-from pydantic_core import PydanticSerializationError
+from pydantic_core import to_json, to_jsonable_python
+from typing_extensions import TypedDict  # of typing: not before Python 3.12
 
 from trainer import tools
 from trainer.errors import InputError, did_you_mean
 
-# How options are checked against the signature of a function.
-_OPTION_RULES = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-# TOML has no tuples, and a whole number can stand for a float.
-_SAME_KIND: dict[type, tuple[type, ...]] = {tuple: (tuple, list), int: (int, float)}
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:[0-9]{1,3})?|all)$"
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
 _Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
-# TOML has no tuples: an array is taken for one, its items checked strictly all the same.
+# TOML has no tuples: an array is accepted, its items are checked strictly.
 ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
-# A path: not empty, and without the byte that ends one.
+# A path must not be empty or contain the byte that ends a path.
 _Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
-class _NotTomlError(Exception):
-    """A value is not what a TOML file can hold."""
-
-
 class Section(BaseModel):
-    """A table of the TOML file: typed, frozen, and closed to keys it does not know."""
+    """A table of the TOML file: typed, frozen, without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, **_STRICT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and cls.model_config["extra"] == "forbid":
+            _require_known(value, cls.model_fields)
+        return value
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+def _require_known(keys: Iterable[str], known: Iterable[str], kind: str = "key") -> None:
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise ValueError(f"unknown {kind} {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
+
+
 class KerasObject(Section):
     """A Keras object by name: `"Lion"`, or `{name = "EarlyStopping", options = {patience = 2}}`."""
 
-    name: str = Field(description='A Keras name, or "package.module:Name" for one of your own')
-    options: dict[str, Any] = Field(default={}, description="Keyword arguments of its constructor")
+    name: str
+    """A Keras name, or "package.module:Name" for your own class."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of its constructor."""
 
     @model_validator(mode="before")
     @classmethod
-    def _a_name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if not isinstance(value, dict | KerasObject):
+            raise ValueError(f"expected a name or {{ name, options }}, received {_short(value)}")
+        return value
 
 
 class ModuleSection(Section):
@@ -74,9 +84,8 @@ class ModuleSection(Section):
 
     name: str
     options: dict[str, Any] = {}
-    unset_options: list[str] = Field(
-        default=[], description="Options whose value is None, which TOML cannot write"
-    )
+    unset_options: list[str] = []
+    """Options whose value is None, which TOML cannot write."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -84,101 +93,120 @@ class ModuleSection(Section):
         return self.options | dict.fromkeys(self.unset_options)
 
     def resolved(self, function: Callable[..., Any]) -> Self:
-        """Returns a copy that also has the defaults of the function as options.
+        """Returns a copy whose options include the defaults of the function.
 
-        A default that a TOML file cannot hold, or that the function would not take from one, is
-        left out.
+        A default is left out if it would not be the same after it was read from a TOML file.
 
         Args:
             function: Called with one positional argument and the options.
         """
         arguments = self.arguments
-        parameters = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
-        for parameter in parameters:
-            if parameter.name not in arguments and parameter.default is not parameter.empty:
-                with contextlib.suppress(_NotTomlError):
-                    arguments[parameter.name] = _default_option(parameter)
+        schema = _OptionSchema(function, 1)
+        for name, default in schema.defaults.items():
+            if name not in arguments:
+                with contextlib.suppress(ValueError):
+                    plain = to_jsonable_python(default)
+                    if plain is not None:
+                        plain = tomllib.loads(f"value = {_toml(plain)}")["value"]
+                    if schema.check(arguments | {name: plain})[name] == default:
+                        arguments[name] = plain
         given = {name: value for name, value in arguments.items() if value is not None}
         unset = [name for name in arguments if name not in given]
         return self.model_copy(update={"options": given, "unset_options": unset})
 
 
-class DataConfig(ModuleSection):
-    """Which images, from where, and how they reach the device."""
+class _OptionSchema:
+    """The options of a function: its parameters, with their annotations and defaults."""
 
-    name: str = Field(
-        default="mnist",
-        description="A module of trainer/data, or any image-classification set of "
-        "tensorflow-datasets",
-    )
-    options: dict[str, Any] = Field(default={}, description="Options of a module of trainer/data")
-    directory: _Folder = Field(default="data", description="Folder that keeps prepared data")
-    archives: _Folder | None = Field(
-        default=None,
-        description="Folder with the original archives; the environment variable "
-        "TRAINER_DATA_FILES is used where this is not set",
-    )
-    allow_sample: bool = Field(
-        default=True,
-        description="Let mnist fall back on 5,000 of its images when nothing else is to be had",
-    )
-    image_size: ImageSize | None = Field(
-        default=None,
-        description="[height, width] to resize to; needed where the images differ in size",
-    )
-    validation_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="Share of train held out for validation"
-    )
-    test_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="Share of train held out where a set has no test split"
-    )
-    split_seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of what is held out")
-    train_on_validation: bool = Field(
-        default=False,
-        description="Also train on the validation images, when nothing is left to be chosen",
-    )
-    placement: Literal["auto", "device", "stream"] = Field(
-        default="auto",
-        description="Keep the images on the device, or stream them; auto: by device_limit_mb",
-    )
-    device_limit_mb: int = Field(
-        default=1024, ge=0, description="Largest set, in MB (10^6 bytes), that auto keeps there"
-    )
-    augmentation: list[KerasObject] = Field(
-        default=[],
-        description="Keras layers that alter training images (uint8 in, uint8 out), in order",
-    )
+    def __init__(self, function: Callable[..., Any], positional: int) -> None:
+        """Reads the signature.
+
+        Args:
+            function: Takes the options as keyword arguments.
+            positional: How many of its first parameters are not options.
+        """
+        parameters = [*inspect.signature(function, eval_str=True).parameters.values()][positional:]
+        self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.defaults = {p.name: p.default for p in named if p.default is not p.empty}
+        hints = {p.name: Any if p.annotation is p.empty else p.annotation for p in named}
+        self._hints = {n: NotRequired[h] if n in self.defaults else h for n, h in hints.items()}
+
+    def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the options with the types of the parameters.
+
+        Raises:
+            ValueError: An option is unknown, missing, of the wrong type or out of range.
+        """
+        if not self._open:
+            _require_known(options, self._hints, "option")
+        make: Any = TypedDict
+        schema = make("Options", self._hints)
+        extra = "allow" if self._open else "forbid"
+        schema.__pydantic_config__ = _STRICT | {"arbitrary_types_allowed": True, "extra": extra}
+        # As JSON, because an array of TOML then also is a tuple, and text a path.
+        checked: dict[str, Any] = TypeAdapter(schema).validate_json(to_json(options))
+        return checked
+
+
+class DataConfig(ModuleSection):
+    """The data set: its source, its splits, and its place in memory."""
+
+    name: str = "mnist"
+    """A module of trainer/data, or any image classification data set of tensorflow-datasets."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of load() of a module of trainer/data."""
+    directory: _Folder = "data"
+    """Folder for prepared data."""
+    archives: _Folder | None = None
+    """Folder with the original archives; default: the environment variable TRAINER_DATA_FILES."""
+    allow_sample: bool = True
+    """If no other source of mnist is available, use a sample of 5,000 images."""
+    image_size: ImageSize | None = None
+    """[height, width] to resize to; required if the images differ in size."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Fraction of train that is held out for validation."""
+    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Fraction of train that is held out if the data set has no test split."""
+    split_seed: int = Field(default=0, ge=0, lt=2**32)
+    """Random seed for the images that are held out."""
+    train_on_validation: bool = False
+    """Also train on the validation images, after all settings are chosen."""
+    placement: Literal["auto", "device", "stream"] = "auto"
+    """device: store the images on the device; stream: copy each batch to it; auto: device for sets
+    up to device_limit_mb."""
+    device_limit_mb: int = Field(default=1024, ge=0)
+    """Size limit in MB (10^6 bytes) for placement = auto."""
+    augmentation: list[KerasObject] = []
+    """Keras layers that change training images (uint8 in, uint8 out), in order."""
 
 
 class ModelConfig(ModuleSection):
-    """Which network."""
+    """The network."""
 
-    name: str = Field(default="cnn", description="A module of trainer/models")
-    options: dict[str, Any] = Field(default={}, description="Keyword arguments of its build()")
+    name: str = "cnn"
+    """A module of trainer/models."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of its build()."""
 
 
 class OptimizerConfig(Section):
-    """Which optimizer, and how its learning rate changes."""
+    """The optimizer and its learning rate."""
 
-    name: str = Field(default="Adam", description="A Keras optimizer")
-    learning_rate: float = Field(default=1e-3, gt=0, description="Constant or peak learning rate")
-    learning_rate_scaling: Literal["none", "linear", "sqrt"] = Field(
-        default="none",
-        description="Multiply learning_rate by the number of devices, or by its square root; for "
-        "a batch_size that was raised with it",
-    )
-    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the optimizer")
-    schedule: KerasObject | None = Field(
-        default=None,
-        description="A Keras learning-rate schedule. Left out of its options, "
-        "initial_learning_rate is learning_rate and decay_steps is the number of steps of the run",
-    )
-    warmup_fraction: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Share of the run's steps in which CosineDecay climbs to learning_rate",
-    )
+    name: str = "Adam"
+    """A Keras optimizer."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Constant learning rate, or the peak of a schedule."""
+    learning_rate_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply learning_rate by the number of devices (linear) or by its square root (sqrt), for a
+    batch_size that grew with the number of devices."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the optimizer."""
+    schedule: KerasObject | None = None
+    """A Keras learning rate schedule. Default of its option initial_learning_rate: learning_rate;
+    of decay_steps: the number of steps of the run."""
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of all steps in which CosineDecay increases to learning_rate."""
 
     @model_validator(mode="after")
     def _warmup_needs_cosine(self) -> Self:
@@ -192,84 +220,63 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How the network is trained."""
+    """The training."""
 
-    epochs: int = Field(default=3, ge=1, lt=2**31, description="How often to go through the images")
-    batch_size: int = Field(
-        default=128, ge=1, lt=2**31, description="Images a step, over all devices"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of weights, order and dropout")
-    device: str = Field(
-        default="auto",
-        pattern=DEVICE_PATTERN,
-        description="auto | cpu | gpu | gpu:N | all",
-    )
-    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
-        default="auto", description="auto: bfloat16 where the processor multiplies it faster"
-    )
-    deterministic: bool = Field(
-        default=False, description="Refuse every operation whose result can vary between runs"
-    )
-    loss: KerasObject = Field(
-        default=KerasObject(name="SparseCategoricalCrossentropy"), description="A Keras loss"
-    )
-    metrics: list[KerasObject] = Field(
-        default=[KerasObject(name="SparseCategoricalAccuracy", options={"name": "accuracy"})],
-        description="Keras metrics, in order",
-    )
-    callbacks: list[KerasObject] = Field(default=[], description="Keras callbacks, in order")
-    clip_norm: float | None = Field(
-        default=None, gt=0, description="Largest global norm of the gradients"
-    )
-    steps_per_execution: int = Field(
-        default=50, ge=1, lt=2**31, description="Steps in one call of the compiled loop"
-    )
-    jit_compile: bool | Literal["auto"] = Field(
-        default="auto",
-        description="Compile the step with XLA: true, false, or auto: on one GPU if Keras can "
-        "compile every layer, not on a CPU, where it is slower",
-    )
-    checkpoint_seconds: float = Field(
-        default=60.0,
-        ge=0,
-        description="Longest time between checkpoints; one is written after each epoch, too",
-    )
-    cluster_timeout_seconds: float = Field(
-        default=120.0, gt=0, description="Longest wait for the other machines of a cluster"
-    )
-    limit_batches: int | None = Field(
-        default=None,
-        ge=1,
-        lt=2**31,
-        description="Use only this many batches of each split; scored is a fixed sample of all "
-        "classes",
-    )
-
-    @field_validator("jit_compile", mode="before")
-    @classmethod
-    def _auto_or_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool) or value == "auto":
-            return value
-        raise ValueError(f"expected 'auto', true or false, received {value!r}")
+    epochs: _Count = 3
+    """Number of passes over the training images."""
+    batch_size: _Count = 128
+    """Images per step, over all devices."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Random seed for weights, order and dropout."""
+    device: str = Field(default="auto", pattern=DEVICE_PATTERN)
+    """auto | cpu | gpu | gpu:N | all"""
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
+    """auto: the narrowest type that the device multiplies faster than float32."""
+    deterministic: bool = False
+    """Refuse operations whose result can differ between runs."""
+    loss: KerasObject = KerasObject(name="SparseCategoricalCrossentropy")
+    """A Keras loss."""
+    metrics: list[KerasObject] = [
+        KerasObject(name="SparseCategoricalAccuracy", options={"name": "accuracy"})
+    ]
+    """Keras metrics, in order."""
+    callbacks: list[KerasObject] = []
+    """Keras callbacks, in order."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Upper limit of the global norm of the gradients."""
+    steps_per_execution: _Count = 50
+    """Steps per call of the compiled loop."""
+    jit_compile: Literal["auto", True, False] = "auto"
+    """Compile the step with XLA; auto: on one GPU, if Keras can compile every layer; not on a CPU,
+    where XLA is slower."""
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
+    """Longest time between checkpoints; each epoch also ends with one."""
+    cluster_timeout_seconds: float = Field(default=120.0, gt=0)
+    """Longest time to wait for the other workers of a cluster."""
+    limit_batches: _Count | None = None
+    """Use only this many batches of each split. Validation and test then use a fixed sample of all
+    classes."""
+    step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
+    """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
 
 
 class LoggingConfig(Section):
-    """What is written down."""
+    """The run directory and its contents."""
 
-    directory: _Folder = Field(default="runs", description="Folder that holds the run directories")
-    name: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=200,  # of the 255 bytes that file systems take
-        description="Name of the run; the data set's and the model's where it is not set",
-    )
-    tensorboard: bool = Field(default=True, description="Write TensorBoard files")
-    histograms: bool = Field(
-        default=False, description="Histograms of weights and of gradient norms, an epoch"
-    )
-    sample_images: int = Field(default=25, ge=0, le=100, description="Training images shown")
-    mistakes: int = Field(default=25, ge=0, le=100, description="Confident mistakes shown")
-    profile: bool = Field(default=False, description="Trace a few steps for the profiler page")
+    directory: _Folder = "runs"
+    """Folder for the run directories."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    """Name of the run; default: the names of data set and model."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    histograms: bool = False
+    """Write histograms of weights and gradient norms every epoch."""
+    sample_images: int = Field(default=25, ge=0, le=100)
+    """Number of training images in TensorBoard."""
+    mistakes: int = Field(default=25, ge=0, le=100)
+    """Number of most confident mistakes in TensorBoard."""
+    profile: bool = False
+    """Trace a few steps for TensorBoard's profiler page."""
 
     @model_validator(mode="after")
     def _pictures_need_tensorboard(self) -> Self:
@@ -278,10 +285,10 @@ class LoggingConfig(Section):
         return self
 
 
-# Old keys of the configuration, and their new names.
+# Old keys of each table, with their new names.
 _RENAMED = {
-    "training.steps_per_call": "training.steps_per_execution",
-    "data.files": "data.archives",
+    "training": {"steps_per_call": "steps_per_execution"},
+    "data": {"files": "archives"},
 }
 
 
@@ -367,18 +374,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        folders = {path.parent, Path("configs")}
-        found = sorted(str(p) for folder in folders for p in folder.glob("*.toml"))
-        same = [name for name in found if Path(name).stem == path.name]
-        known = (
-            did_you_mean(same[0] if same else str(path), found)
-            if found
-            else f"there is no *.toml in {path.parent} (`trainer` looks from the folder you are in)"
-        )
-        raise InputError(f"expected a configuration file, received {path}: {known}") from None
+        raise InputError(
+            f"expected a configuration file, received {path}: {_available_files(path)}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a configuration: {error}") from None
-    except (ValueError, RecursionError) as error:  # tomllib's own is a ValueError, others escape it
+    except (ValueError, RecursionError) as error:  # tomllib lets some ValueErrors through
         raise InputError(f"{path} is not TOML: {error}") from None
     changed = copy.deepcopy(tree)
     try:
@@ -389,12 +390,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
             _put(changed, key, value)
         return parse_config(changed, origin="--set" if overrides else str(path), stored=stored)
     except InputError:
-        parse_config(tree, origin=str(path), stored=stored)  # the file's own fault, if it has one
+        parse_config(tree, origin=str(path), stored=stored)  # raises if the file itself is wrong
         raise
 
 
+def _available_files(path: Path) -> str:
+    found = sorted(
+        str(p) for folder in {path.parent, Path("configs")} for p in folder.glob("*.toml")
+    )
+    if not found:
+        return f"there is no *.toml in {path.parent} (`trainer` looks from the current folder)"
+    same = [name for name in found if Path(name).stem == path.name]
+    return did_you_mean(same[0] if same else str(path), found)
+
+
 def _forget_options(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Drops the options of a section whose name is changed to another."""
+    """Removes the options of a section if its name changes."""
     section, _, last = key.partition(".")
     table = tree.get(section)
     if last == "name" and isinstance(table, dict) and value != table.get("name"):
@@ -403,62 +414,42 @@ def _forget_options(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) -> Config:
-    """Checks a tree of tables and returns it as a configuration.
+    """Checks tables and returns them as a configuration.
 
     Args:
         tree: The tables of a TOML file.
-        origin: What the error message calls the source.
-        stored: The tree was written by an earlier version: renamed keys are accepted under their
-            old names, and tables of tools that were removed are ignored.
+        origin: The name of the source in error messages.
+        stored: The tables were written by an earlier version: old names of keys are accepted, and
+            tables of removed tools are ignored.
 
     Raises:
-        InputError: With one line for the first fault found, which names `origin`.
+        InputError: One line about the first fault.
     """
     modules = tools.config_modules()
     known = [*Config.model_fields, *modules]
-    unknown = [name for name in tree if name not in known]
-    if unknown and not stored:
-        suggestion = did_you_mean(unknown[0], known)
-        raise InputError(f"{origin}: unknown key {unknown[0]!r}: {suggestion}")
-    renamed = dict(_RENAMED)
-    for name, module in modules.items():
-        renamed |= {f"{name}.{old}": f"{name}.{new}" for old, new in module.RENAMED.items()}
-    tables = {name: table for name, table in tree.items() if name in known}
-    tables = _with_new_names(tables, renamed, None if stored else origin)
-    for name in modules.keys() & tables.keys():
-        tables[name] = _validated(modules[name].TABLE, tables[name], origin, f"{name}.")
-    return _validated(Config, tables, origin)
-
-
-def _validated(kind: type[SectionT], tree: Any, origin: str, prefix: str = "") -> SectionT:
+    tables = {name: copy.deepcopy(tree[name]) for name in tree if name in known or not stored}
+    prefix = ""
     try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(f"{origin}: {_explain(error, kind, prefix)}") from None
+        _require_known(tables, known)
+        renamed = _RENAMED | {name: module.RENAMED for name, module in modules.items()}
+        for section, names in renamed.items():
+            _rename(tables.get(section), section, names, stored=stored)
+        for name in modules.keys() & tables.keys():
+            prefix = f"{name}."
+            tables[name] = modules[name].TABLE.model_validate(tables[name])
+        prefix = ""
+        return Config.model_validate(tables)
+    except ValueError as error:
+        raise InputError(f"{origin}: {_explain(error, prefix)}") from None
 
 
-def _with_new_names(
-    tree: Mapping[str, Any], renamed: Mapping[str, str], origin: str | None
-) -> dict[str, Any]:
-    """Returns a copy of a tree in which renamed keys have their new names.
-
-    Args:
-        tree: Tables by name.
-        renamed: New dotted keys by old ones.
-        origin: Refuse old keys, and name this source; None: accept them.
-
-    Raises:
-        InputError: The tree has an old key that is refused.
-    """
-    changed: dict[str, Any] = copy.deepcopy(dict(tree))
-    for old, new in renamed.items():
-        section, _, key = old.partition(".")
-        table = changed.get(section)
-        if isinstance(table, dict) and key in table:
-            if origin is not None:
-                raise InputError(f"{origin}: {old} was renamed to {new}")
-            table[new.partition(".")[2]] = table.pop(key)
-    return changed
+def _rename(table: Any, section: str, names: Mapping[str, str], *, stored: bool) -> None:
+    """Replaces old names of keys in a table if it was stored, and refuses them otherwise."""
+    for old, new in names.items():
+        if isinstance(table, dict) and old in table:
+            if not stored:
+                raise ValueError(f"{section}.{old} was renamed to {section}.{new}")
+            table[new] = table.pop(old)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -501,83 +492,20 @@ def call_with_options(
     """Calls `function(*arguments, **options)` after checking the options against its signature.
 
     Args:
-        function: Its keyword parameters, with their annotations, are the schema of the options.
-        arguments: Passed on as they are.
+        function: Its other parameters, with their annotations, are the schema of the options.
+        arguments: Passed on unchanged.
         options: A table of the configuration.
-        where: The table's name, for the message.
+        where: The name of the table, for the message.
 
     Raises:
         InputError: An option is unknown, missing, of the wrong type or out of range.
     """
-    _check_names(function, arguments, options, where)
-    checked = validate_call(config=_OPTION_RULES)(function)
-    parameters = inspect.signature(function, eval_str=True).parameters
-    given = {
-        name: _for_hint(value, parameters[name].annotation) if name in parameters else value
-        for name, value in options.items()
-    }
     try:
-        return checked(*arguments, **given)
-    except ValidationError as error:
-        if error.title != getattr(function, "__name__", None):
-            raise  # not about this call: a fault inside the function
-        raise InputError(f"{where}: {_explain(error, KerasObject)}") from None
-
-
-def _for_hint(value: Any, hint: Any) -> Any:
-    """Returns an array of TOML as a tuple if that is what a parameter takes."""
-    return tuple(value) if isinstance(value, list) and _is_tuple(hint) else value
-
-
-def _is_tuple(hint: Any) -> bool:
-    if get_origin(hint) in (Annotated, Union, UnionType):
-        return any(map(_is_tuple, get_args(hint)))
-    return tuple in (hint, get_origin(hint))
-
-
-def _default_option(parameter: inspect.Parameter) -> Any:
-    """Returns the default of a parameter as the value of an option, as TOML gives it.
-
-    Raises:
-        _NotTomlError: TOML cannot hold it, or the parameter would not take it from there.
-    """
-    hint = Any if parameter.annotation is parameter.empty else parameter.annotation
-    try:
-        # In a tuple, because pydantic takes no rules for a type that has its own.
-        one: Any = GenericAlias(tuple, (hint,))
-        adapter = TypeAdapter(one, config=_OPTION_RULES)
-        (plain,) = adapter.dump_python((parameter.default,), mode="json", warnings="error")
-        read = None if plain is None else tomllib.loads(f"value = {_toml(plain)}")["value"]
-        (taken,) = adapter.validate_python((_for_hint(read, hint),))
-        again = adapter.dump_python((taken,), mode="json", warnings="error")
-    except (PydanticUserError, PydanticSerializationError, ValueError) as error:
-        raise _NotTomlError from error
-    kind = type(parameter.default)
-    if again != [plain] or not isinstance(taken, _SAME_KIND.get(kind, kind)):
-        raise _NotTomlError
-    return read
-
-
-def _check_names(
-    function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any], where: str
-) -> None:
-    """Refuses options that are unknown or missing."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError as error:
-        known = [
-            p.name
-            for p in list(signature.parameters.values())[len(arguments) :]
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        ]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            hint = did_you_mean(unknown[0], known) if known else "it takes none"
-            raise InputError(f"{where}: unknown option {unknown[0]!r}: {hint}") from None
-        name = getattr(function, "__name__", repr(function))
-        takes = f"takes the options {', '.join(known)}" if known else "takes no options"
-        raise InputError(f"{where}: {error}; {name}() {takes}") from None
+        inspect.signature(function).bind_partial(*arguments)
+        checked = _OptionSchema(function, len(arguments)).check(options)
+    except (TypeError, ValueError) as error:
+        raise InputError(_explain(error, f"{where}.")) from None
+    return function(*arguments, **checked)
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -592,52 +520,28 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
-    fault = error.errors()[0]
-    # Of a number that may be whole or not, pydantic adds which of them it tried.
-    key = prefix + ".".join(str(part) for part in fault["loc"] if part not in ("float", "int"))
-    if fault["type"] == "extra_forbidden":
-        known = did_you_mean(str(fault["loc"][-1]), _keys_beside(root, fault["loc"]))
-        return f"unknown key {key!r}: {known}"
-    if fault["type"] == "value_error":
-        return f"{key.removesuffix('.')}: {fault['ctx']['error']}".removeprefix(": ")
-    if fault["type"] == "missing":
-        return f"{key} is missing"
-    if fault["type"] == "string_pattern_mismatch":
-        expected = f"text that matches {fault['ctx']['pattern']}"
-        if fault["ctx"]["pattern"] == DEVICE_PATTERN:
-            expected = "auto, cpu, gpu, gpu:N or all"
-    else:
-        expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
-        expected = expected.replace(
-            "a valid dictionary or instance of KerasObject", "a name or { name, options }"
-        )
-    return f"{key}: expected {expected}, received {_shown(fault['input'])}"
-
-
-def _keys_beside(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Returns the keys that are known where an unknown one was found.
+def _explain(error: Exception, prefix: str) -> str:
+    """Returns the key of an error, what was expected and what was received.
 
     Args:
-        section: The class that was validated.
-        location: The path of the unknown key.
+        error: Of pydantic, or with a message of this module.
+        prefix: The table that was checked, with a dot; empty for the whole file.
     """
-    if len(location) > 1 and location[0] not in section.model_fields:
-        section = KerasObject  # within a list of them, in a table of options
-    for part in location[:-1]:
-        if part not in section.model_fields:  # a place in a list, or a key of a space
-            continue
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(
-            c
-            for c in candidates
-            if get_origin(c) is None and isinstance(c, type) and issubclass(c, BaseModel)
-        )
-    return list(section.model_fields)
+    if not isinstance(error, ValidationError):
+        return f"{prefix.removesuffix('.')}: {error}".removeprefix(": ")
+    fault = error.errors()[0]
+    # For `float | int`, pydantic adds the type to the location.
+    location = [str(part) for part in fault["loc"] if part not in ("float", "int")]
+    key = (prefix + ".".join(location)).removesuffix(".")
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}".removeprefix(": ")
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
+    return f"{key}: expected {expected}, received {_short(fault['input'])}"
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -1,6 +1,6 @@
-"""What all verbs share: options, printing, notices, and errors as one line.
+"""Shared by all verbs: options, loading a configuration, logging, and printed output.
 
-Nothing heavy is imported here, so that `trainer --help` answers at once.
+Nothing heavy is imported here, so that `trainer --help` is fast.
 """
 
 import importlib
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 DEFAULT_CONFIG = Path("configs/mnist.toml")
-# A pipe has no width; rich needs a number.
-_PIPE_WIDTH = 1_000_000
+_PIPE_WIDTH = 1_000_000  # rich needs a width, also for a pipe
 # Lines that TensorFlow prints when it is imported, before its log level takes effect.
 _IMPORT_MESSAGES = re.compile(
     r"WARNING: All log messages before absl|I0000 |To enable the following instruct"
@@ -41,7 +40,11 @@ ConfigArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; repeatable"),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Change a key; can be repeated",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
 DeviceOption = Annotated[
@@ -53,7 +56,7 @@ RunArgument = Annotated[
 RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Allow code and any operation in the model: know its author"),
+    typer.Option("--trust", help="Allow the model to run any code: use for trusted authors"),
 ]
 
 
@@ -96,7 +99,7 @@ def require(device: str, run: str | None = None, runs: str = "runs") -> None:
 
 
 def import_module(name: str) -> Any:
-    """Imports a module that imports TensorFlow, quietly and without what it rarely needs."""
+    """Imports a module that imports TensorFlow, without messages and rarely used packages."""
     from trainer.devices import gpu_driver_files
     from trainer.startup import lean_imports
 
@@ -108,10 +111,10 @@ def import_module(name: str) -> Any:
 
 @contextmanager
 def _without_import_messages() -> Iterator[None]:
-    """Removes TensorFlow's messages about itself from stderr while it is imported.
+    """Removes the messages that TensorFlow prints during its import.
 
     It writes them to file descriptor 2 before its log level takes effect. All other lines are
-    printed at the end. TF_CPP_MIN_LOG_LEVEL=0 shows everything.
+    printed after the import. TF_CPP_MIN_LOG_LEVEL=0 shows everything.
     """
     if sys.stderr is None or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
         yield
@@ -133,12 +136,12 @@ def _without_import_messages() -> Iterator[None]:
 
 
 def stdout_to_stderr() -> AbstractContextManager[Any]:
-    """Sends what callbacks and users' modules print to stderr: stdout is for the result."""
+    """Redirects the output of callbacks and users' modules to stderr: stdout is for the result."""
     return redirect_stdout(sys.stderr)
 
 
 def start_logging() -> Console:
-    """Shows the log of the package on stderr, warnings in a frame.
+    """Prints the log of the package on stderr, warnings in a frame.
 
     Returns:
         The console of stderr, for a progress bar.
@@ -159,7 +162,7 @@ def start_logging() -> Console:
                     console.print(Panel(Text(message), title="NOTICE", border_style="bold yellow"))
                 else:
                     console.print(message, highlight=False, markup=False, soft_wrap=True)
-            except OSError:  # the terminal was closed: the training continues, log.txt has it all
+            except OSError:  # the terminal was closed; the training continues
                 logging.getLogger("trainer").removeHandler(self)
 
     logger = logging.getLogger("trainer")
@@ -171,19 +174,19 @@ def start_logging() -> Console:
 
 
 def escape_unencodable() -> None:
-    r"""Makes stdout and stderr print a character that their encoding lacks as `\u2026`."""
+    r"""Prints characters that the encoding of stdout or stderr lacks as `\u2026`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str, *, err: bool = False, end: str = "\n") -> None:
-    """Prints a line at once, in the encoding of the stream (typer.echo may use another)."""
+    """Prints a line in the encoding of the stream and flushes it (typer.echo may differ)."""
     print(text, end=end, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def print_json(content: Any) -> None:
-    """Prints a JSON document on stdout, in ASCII: it reads the same in every locale."""
+    """Prints a JSON document on stdout, in ASCII, which every locale can read."""
     print_line(json.dumps(content, indent=2, allow_nan=False))
 
 
@@ -221,7 +224,7 @@ def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] 
 
 
 def print_run(run: Path, *, tensorboard: bool) -> None:
-    """Prints the folder of a result, and the command that shows it."""
+    """Prints the folder of a result, and the command that opens it in TensorBoard."""
     command = f"; see it with `{tensorboard_command(run.parent)}`" if tensorboard else ""
     print_line(f"saved in {run}{command}")
 

@@ -1,4 +1,4 @@
-"""The machine and the software that a result depends on: versions, CPU, GPU, git revision."""
+"""The hardware and software that a result depends on: versions, CPU, GPU, git revision."""
 
 import contextlib
 import functools
@@ -13,11 +13,11 @@ _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets
 
 
 def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, Any]:
-    """Describes what a run's numbers depend on besides its configuration.
+    """Returns everything besides the configuration that the results of a run depend on.
 
     Args:
         device_names: The devices of the run.
-        fingerprint: Of the data.
+        fingerprint: The fingerprint of the data.
     """
     return {
         "python": platform.python_version(),
@@ -40,48 +40,34 @@ def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dic
 
 @functools.cache
 def cpu_flags() -> tuple[str, ...]:
-    """Returns the instruction sets the CPU lists, sorted; empty where the system has no list."""
+    """Returns the names of the CPU's instruction sets, sorted; empty if they are not known."""
     for line in _cpuinfo():
         if line.startswith(("flags", "Features")):
             return tuple(sorted(line.partition(":")[2].split()))
-    if platform.system() == "Darwin":
-        return tuple(sorted(_sysctl("machdep.cpu.features").lower().split()))
     return ()
 
 
 @functools.cache
 def cpu_model() -> str:
-    """Returns the CPU's name as the system gives it."""
+    """Returns the name of the CPU."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     if platform.system() == "Darwin":
-        return _sysctl("machdep.cpu.brand_string")
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:
-    """Returns how many CPUs this process may use."""
+    """Returns the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-@functools.cache
-def cpu_caches() -> dict[str, int]:
-    """Returns the bytes of each cache of the first CPU, smallest first; empty where not told."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        names = ("level", "type", "size")
-        level, kind, size = ((folder / name).read_text().strip() for name in names)
-        if kind != "Instruction":
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
-            found[f"L{level}"] = int(size.rstrip("KMG")) * unit
-    return found
-
-
 def gpu_models() -> list[str]:
-    """Returns a line for each GPU that TensorFlow can use: its name and compute capability."""
+    """Returns name and compute capability of each GPU that TensorFlow can use."""
     import tensorflow as tf
 
     lines = []
@@ -97,15 +83,8 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _sysctl(name: str) -> str:
-    run = subprocess.run(
-        ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip()
-
-
 def _git_state() -> dict[str, Any] | None:
-    """Returns the revision of this code and whether it was changed; None where it is not in git."""
+    """Returns the revision of this code and whether it was changed; None without git."""
     checkout = str(Path(__file__).resolve().parent.parent)
 
     def git(*arguments: str) -> str:

@@ -1,7 +1,7 @@
-"""The errors a person can cause or mend, each with the exit code that the command ends with.
+"""Errors that the user can fix, each with the exit code of the command.
 
-An error in code of the user is one of them. Everything else that goes wrong is a defect: it keeps
-its traceback and ends with exit code 1.
+An error in the user's own code is one of them. Every other exception is a defect of this package:
+it keeps its traceback, and the exit code is 1.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
-# Users add modules of their own to these folders of the package; these are not theirs.
+# Users add their own modules to these folders of the package. These modules are not theirs.
 _OUR_MODULES = {
     "data": ("__init__", "_prepared", "mnist_sample", "synthetic", "tfds"),
     "models": ("__init__", "cnn", "layers", "mlp"),
@@ -31,7 +31,7 @@ _Frame = tuple[str, int, str]  # file, line, function
 
 
 class TrainerError(Exception):
-    """Something a person can mend; its message is the one line they read.
+    """An error that the user can fix. Its message is one line.
 
     The message states what was expected, what was received and what is available.
     """
@@ -39,7 +39,7 @@ class TrainerError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        """Puts the message on one line: the reasons of libraries come on several, and in colour."""
+        """Joins the lines of the message and removes colors, which libraries write."""
         lines = re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()
         super().__init__(" ".join(line.strip() for line in lines if line.strip()))
 
@@ -51,39 +51,44 @@ class InputError(TrainerError):
 
 
 class MissingError(TrainerError):
-    """The device or the optional component that was asked for is not here."""
+    """The requested device or optional component is missing."""
 
     exit_code = 3
 
 
 class CheckError(TrainerError):
-    """A check failed: the loss is not finite, or the output is not where it should be."""
+    """A check failed: the loss is not finite, or the output is on the wrong device."""
 
     exit_code = 4
 
 
 class StoppedError(TrainerError):
-    """A signal ended the training; its state is saved."""
+    """A signal stopped the training; its state is saved."""
 
     def __init__(self, number: int, advice: str) -> None:
-        """Names the signal, and how to go on."""
+        """Builds the message from the number of the signal and how to continue."""
         cause = "control-C" if number == signal.SIGINT else signal.Signals(number).name
         super().__init__(f"stopped by {cause}; {advice}")
         self.exit_code = 128 + number
 
 
-def explain_user_code(error: BaseException) -> str | None:
-    """Returns one line for an error that was raised in code of the user.
+def expect(fits: object, where: str, expected: object, received: object) -> None:
+    """Raises an InputError "where: expected ..., received ..." unless `fits` is true."""
+    if not fits:
+        raise InputError(f"{where}: expected {expected}, received {received}")
 
-    Code of the user is every file that belongs neither to this package, nor to the standard
-    library, nor to an installed package; and the modules that users add to `trainer/data` and
-    `trainer/models`.
+
+def explain_user_code(error: BaseException) -> str | None:
+    """Returns one line about an error that was raised in the user's code.
+
+    The user's code is every file outside of this package, the standard library and installed
+    packages, and the modules that users add to `trainer/data` and `trainer/models`.
 
     Args:
-        error: Raised below a function of this package.
+        error: Raised by a function that this package called.
 
     Returns:
-        Its type and message, and the innermost line of the user's code; None if none was involved.
+        Its type and message, and the innermost line of the user's code; None if there is none.
     """
     frames = [frame for frame in _frames(error) if _is_users(frame[0])]
     if not frames:
@@ -97,30 +102,23 @@ def explain_user_code(error: BaseException) -> str | None:
 
 
 def _frames(error: BaseException) -> list[_Frame]:
-    """Returns the calls that led from this package to an error, the innermost last."""
-    found = [
-        (summary.filename, summary.lineno or 0, summary.name)
-        for summary in traceback.extract_tb(error.__traceback__)
-    ]
-    frames = _below_package(found)
+    """Returns the calls from this package to the error, the innermost last."""
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = _below_package([(call.filename, call.lineno or 0, call.name) for call in stack])
     if isinstance(error, SyntaxError) and error.filename is not None:
         frames.append((error.filename, error.lineno or 0, "<module>"))
     message = str(error)
     written = [(match[1], int(match[2]), match[3]) for match in _FRAME.finditer(message)]
-    if "in user code:" in message:  # AutoGraph lists only what it has converted
+    if "in user code:" in message:  # AutoGraph lists only the functions that it has converted
         frames += written
-    elif "OpError" in {kind.__name__ for kind in type(error).__mro__}:
-        frames += _below_package(written)  # where the operation that failed was defined
+    elif any(kind.__name__ == "OpError" for kind in type(error).__mro__):
+        frames += _below_package(written)  # the definition of the operation that failed
     return frames
 
 
 def _below_package(frames: list[_Frame]) -> list[_Frame]:
-    """Leaves out the calls before the first one of this package: a script that calls it."""
-    return list(itertools.dropwhile(lambda frame: not _in_package(frame[0]), frames))
-
-
-def _in_package(file: str) -> bool:
-    return Path(file).resolve().is_relative_to(_PACKAGE)
+    """Removes the calls before the first one of this package: those of a script that calls it."""
+    return [*itertools.dropwhile(lambda f: _PACKAGE not in Path(f[0]).resolve().parents, frames)]
 
 
 def _is_users(file: str) -> bool:
@@ -134,7 +132,7 @@ def _is_users(file: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the message that the user wrote, without what Keras and TensorFlow put around it."""
+    """Returns the user's message without the text that Keras and TensorFlow write around it."""
     text = str(error)
     # Keras: "Exception encountered when calling L.call(). <bold>the message</bold> Arguments ...".
     within = re.search(r"\x1b\[1m(.*)\x1b\[0m", text, re.DOTALL)
@@ -148,51 +146,46 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split())[:1000]
 
 
-def require_packages(what: str, packages: Iterable[str], *, extra: str) -> None:
-    """Refuses what needs packages that are not installed.
+def require_packages(feature: str, packages: Iterable[str], *, extra: str) -> None:
+    """Fails if a package that a feature needs is not installed.
 
     Args:
-        what: Needs them.
+        feature: The name of the feature, for the message.
         packages: Names of modules.
-        extra: Of this package; brings them.
+        extra: The extra of this package that installs them.
 
     Raises:
-        MissingError: One cannot be imported.
+        MissingError: A package is not installed.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingError(f"{what} needs {', '.join(missing)}: {install_command(extra)}")
+        raise MissingError(f"{feature} needs {', '.join(missing)}: {install_command(extra)}")
 
 
 def install_command(extra: str = "", *, options: str = "") -> str:
-    """Returns the command that installs this package the way it is installed.
+    """Returns the command that installs this package in the way in which it is installed now.
 
     Args:
         extra: Optional dependencies to install with it.
-        options: Of `pip install`.
+        options: Options of `pip install`.
 
     Returns:
-        For example `pip install -e '.[gpu]'` for a package that is imported from a checkout, where
-        the command is to be run, and `pip install 'trainer[gpu]'` for an installed wheel.
+        For example `pip install -e '.[gpu]'` in a checkout, where the user runs the command, and
+        `pip install 'trainer[gpu]'` for an installed wheel.
     """
-    checkout = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+    checkout = (_PACKAGE.parent / "pyproject.toml").is_file()
     name = "." if checkout else "trainer"
-    words = [
-        "pip install",
-        options,
-        "-e" if checkout else "",
-        f"'{name}[{extra}]'" if extra else name,
-    ]
-    return " ".join(filter(None, words))
+    target = f"'{name}[{extra}]'" if extra else name
+    return " ".join(filter(None, ["pip install", options, "-e" if checkout else "", target]))
 
 
 def shell_command(*words: str | Path) -> str:
-    """Returns a `trainer` command for people to copy, quoted for the shell.
+    """Returns a `trainer` command for users to copy, quoted for the shell.
 
     Args:
         words: The verb, its arguments and options. Files and folders are paths.
     """
-    # A path that begins with "-" would be read as an option.
+    # The shell would read a path that begins with "-" as an option.
     texts = [
         f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
         for word in words
@@ -201,12 +194,12 @@ def shell_command(*words: str | Path) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], *, shown: int = 12) -> str:
-    """Says what there is instead of an unknown name.
+    """Lists the known names for an unknown one, with the most similar name first.
 
     Args:
-        name: What was received.
-        known: Every name that would have been accepted.
-        shown: The most names to list.
+        name: The unknown name.
+        known: All known names.
+        shown: The largest number of names to list.
 
     Returns:
         For example `"did you mean 'epochs'? available: batch_size, epochs"`.

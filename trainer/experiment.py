@@ -5,10 +5,9 @@ What does not fit together is refused here, before anything is trained or writte
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
 from trainer.cluster import Cluster
-from trainer.config import Config, KerasObject
+from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
 from trainer.errors import InputError
@@ -28,16 +27,25 @@ from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
-from trainer.training.loop import Loop, metric_tensors
+from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
-from trainer.training.step import compute_loss
-from trainer.training.trial_run import try_callback
+from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
 from trainer.training.weights import load_weights
 
 # Names that a metric cannot have: they would replace another number.
 _RESERVED = {
     *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
-    *("images_per_second", "run", "data", "split", "images", "devices", "precision"),
+    *(
+        "outputs",
+        "gradient_norms",
+        "images_per_second",
+        "run",
+        "data",
+        "split",
+        "images",
+        "devices",
+        "precision",
+    ),
 }
 
 
@@ -153,6 +161,7 @@ def build_experiment(
     # Before the data, which may have to be downloaded first.
     models.find(config.model)
     try_optimizer(config.optimizer)
+    step = find_step(config.training.step) if restored is None else train_step
     with timer.phase("data"):
         data = datasets.load(config.data)
     if restored is not None:
@@ -181,6 +190,7 @@ def build_experiment(
         loop = Loop(
             model,
             selected,
+            step=step,
             steps_per_execution=training.steps_per_execution,
             clip_norm=training.clip_norm,
             jit_compile=bool(config.training.jit_compile),
@@ -368,73 +378,6 @@ def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
             f"the data differs from the data that {run.name} was trained on: expected fingerprint "
             f"{expected}, found {found.fingerprint} ({found.origin})"
         )
-
-
-def make_callbacks(
-    experiment: Experiment, folder: Path, given: Sequence[keras.callbacks.Callback] = ()
-) -> list[keras.callbacks.Callback]:
-    """Makes the callbacks of the configuration, and checks them and those given in Python.
-
-    Args:
-        experiment: Its configuration names the callbacks; its model has what they can monitor.
-        folder: The run directory, which replaces "{run}" in an option.
-        given: Callbacks that follow those of the configuration.
-
-    Returns:
-        All callbacks, in order.
-
-    Raises:
-        InputError: A callback is unknown, its options are refused, or it would fail or damage the
-            run during training.
-    """
-    described = [_in_folder(each, folder) for each in experiment.config.training.callbacks]
-    kinds = [keras_objects.find("callback", each.name) for each in described]
-    for kind in (*kinds, *map(type, given)):
-        _check_kind(experiment.config, kind)
-    results = metric_tensors(experiment.model.get_metrics_result())
-    values = {name: np.full(value.shape, 0.5)[()] for name, value in results.items()}
-    logs = values | {f"val_{name}": value for name, value in values.items()}
-    for i, each in enumerate(described):
-        # A user's callback may add logs for the callbacks after it.
-        own = any(not kind.__module__.startswith("keras.") for kind in kinds[:i])
-        monitor = each.options.get("monitor")
-        added = {monitor: 0.5} if own and isinstance(monitor, str) else {}
-        try_callback(each, experiment.model, added | logs)
-    return [*(keras_objects.make("callback", each) for each in described), *given]
-
-
-def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
-    """Replaces "{run}" by the run directory, and refuses the files of the run itself."""
-    options = {
-        key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
-        for key, value in callback.options.items()
-    }
-    for key, value in options.items():
-        if isinstance(value, str) and Run(folder).owns(Path(value)):
-            raise InputError(f"callback {callback.name!r}: {key} = {value!r} is a file of the run")
-    return callback.model_copy(update={"options": options})
-
-
-def _check_kind(config: Config, kind: type) -> None:
-    """Refuses callbacks that would delete a user's work or act against a part of the workflow."""
-    callbacks, schedule = keras.callbacks, config.optimizer.schedule
-    reasons = {
-        callbacks.BackupAndRestore: "deletes its folder at the end, with everything in it; "
-        "checkpoints are written without it, and `trainer fit --resume` continues from them",
-        callbacks.SwapEMAWeights: "is not needed: with use_ema, the averaged weights are scored "
-        "and saved without it",
-    }
-    if schedule is not None:
-        reason = (
-            f"sets the learning rate, as optimizer.schedule = {schedule.name!r} does: expected one "
-            "of them (a file without optimizer.schedule)"
-        )
-        reasons |= dict.fromkeys(
-            (callbacks.ReduceLROnPlateau, callbacks.LearningRateScheduler), reason
-        )
-    for refused, reason in reasons.items():
-        if issubclass(kind, refused):
-            raise InputError(f"callback {kind.__name__!r} {reason}")
 
 
 def _refuse_reserved(names: Iterable[str]) -> None:

@@ -48,18 +48,17 @@ def confusion_image(matrix: NDArray[Any], names: list[str]) -> NDArray[np.uint8]
     colors = _WHITE + strength[..., np.newaxis] * (_RED - _WHITE)
     cells = Image.fromarray(colors.astype(np.uint8))
     # Columns have only their labels, because names are too long; rows have both.
-    rows = [name if name == str(label) else f"{name}  {label}" for label, name in enumerate(names)][
-        : classes if classes <= 100 else 0
-    ]
+    named = enumerate(names if classes <= 100 else [])
+    rows = [name if name == str(label) else f"{name}  {label}" for label, name in named]
     left, top = 20 + max((round(font.getlength(row)) for row in rows), default=0), 70
     width, height = max(320, left + classes * size + 20), top + classes * size + 20
     picture = Image.new("RGB", (width, height), "white")
     picture.paste(cells.resize((classes * size,) * 2, Image.Resampling.NEAREST), (left, top))
     draw = ImageDraw.Draw(picture)
     centers = size * (np.arange(classes) + 0.5)
-    for label, (row, center) in enumerate(zip(rows, centers, strict=False)):
-        draw.text((left - 6, top + center), row, "black", font, "rm")
-        draw.text((left + center, top - 5), str(label), "black", font, "md")
+    for label, row in enumerate(rows):
+        draw.text((left - 6, top + centers[label]), row, "black", font, "rm")
+        draw.text((left + centers[label], top - 5), str(label), "black", font, "md")
     for row, column in np.argwhere(matrix) if classes <= 30 else ():
         color = "gray" if row == column else "white" if strength[row, column] > 0.5 else "black"
         place = left + centers[column], top + centers[row]

@@ -1,9 +1,9 @@
-"""Files and folders: atomic writing, checksums, and the check that a folder can be written."""
+"""Files and folders: atomic writing, checksums, and a check for write access."""
 
 import contextlib
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,28 @@ from trainer.errors import InputError
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a file beside `path`, makes it durable and renames it into place.
+    """Calls `write` with a new file next to `path`, flushes it to the disk, and renames it.
 
     A reader sees the old file or the new one, never a part.
 
     Args:
-        path: Where the file shall be.
-        write: Takes the path to fill. The ending is that of `path`, as Keras chooses by it.
+        path: The file to write.
+        write: Takes the path of the new file, which has the ending of `path` (Keras needs it).
     """
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes)
-    )
-    os.close(handle)
-    beside = Path(name)
+    partial = path.with_name(f".partial-{uuid.uuid4().hex}{''.join(path.suffixes)}")
     try:
-        write(beside)
-        beside.chmod(0o666 & ~_umask())
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _make_durable(path.parent)
+        write(partial)
+        _flush(partial)
+        partial.replace(path)
+        with contextlib.suppress(OSError):  # not every system can open a folder
+            _flush(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    write_atomic(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    """Writes a text file; a reader never sees a part of it."""
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:
@@ -47,29 +42,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _make_durable(folder: Path) -> None:
-    """Has the system write a folder's names to the disk, where it can."""
-    with contextlib.suppress(OSError):  # not every system opens folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _umask() -> int:
-    # mkstemp makes a file that only its owner may read; the umask can be read only by setting it.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _flush(path: Path) -> None:
+    """Writes the content of a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def require_writable(directory: str, option: str = "logging.directory") -> None:
-    """Refuses a folder for runs that cannot be written, before anything slow has started.
+    """Fails if a folder cannot be written, before anything slow starts.
 
     Args:
-        directory: The folder.
-        option: What a person names it by, for the message.
+        directory: The folder; it need not exist.
+        option: The name of the option that sets it, for the message.
 
     Raises:
         InputError: The folder, or the nearest parent that exists, cannot be written.

@@ -5,8 +5,6 @@ tests/test_keras_internals.py names the use that no longer works. This module im
 command line needs `DEFERRED_MODULES` before it imports Keras.
 """
 
-from typing import Any
-
 # trainer/startup.py imports these on first use: Keras offers no option to leave them out. They
 # import scikit-learn, matplotlib and pandas, which take longer to import than the rest of Keras.
 DEFERRED_MODULES = (
@@ -20,12 +18,3 @@ DEFERRED_MODULES = (
 
 # Keras stores these in every callback. They refer to the training and are not saved.
 CALLBACK_ATTRIBUTES = ("_model", "params")
-
-
-def adam_moments(optimizer: Any, variable: Any) -> tuple[Any, Any]:
-    """Returns the first and second moment that Keras's Adam stores for a variable.
-
-    The documented `optimizer.variables` is a flat list, whose order is not documented.
-    """
-    index = optimizer._get_variable_index(variable)
-    return optimizer._momentums[index], optimizer._velocities[index]

@@ -29,7 +29,7 @@ A `{model}` network of {parameters:,} parameters, trained on **{data[name]}** {d
 ({data[origin]}).
 
 - Test: {scores} ({test_images:,} images, scored once, after training)
-- Trained on {train_images:,} images for {epochs} epoch{plural}; {held_out}
+- Training: {train_images:,} images, epochs: {epochs}; {held_out}
 - Device: {device_names}; precision: {precision}; seed: {seed}
 - Training took {seconds[training]:.1f} s{step}
 - Data fingerprint (SHA-256): `{data[fingerprint]}`
@@ -76,7 +76,7 @@ def write_results(
 
     Args:
         run: The run.
-        config: The configuration of the run.
+        config: Its configuration.
         summary: The content of summary.json.
         split: The test images that were scored.
         probabilities: float [n, classes], in the order of the split.
@@ -84,7 +84,9 @@ def write_results(
     """
     spec = DataSpec.model_validate(summary["data"])
     labels, predicted = split.labels[split.rows], probabilities.argmax(axis=1)
-    matrix = tf.math.confusion_matrix(labels, predicted, spec.class_count).numpy()
+    # The index of a cell of the confusion matrix: true classes are rows, predicted classes columns.
+    cells = labels * np.int64(spec.class_count) + predicted
+    matrix = np.bincount(cells, minlength=spec.class_count**2).reshape(spec.class_count, -1)
     classes = class_table(matrix, spec.class_names)
     run.write_json("classes.json", classes)
     run.write_text("README.md", model_card(run.path, summary, classes, config))
@@ -126,7 +128,7 @@ def write_figure(tag: str, figure: "Figure") -> None:
 def most_confident_mistakes(
     labels: Labels, probabilities: NDArray[Any], count: int
 ) -> NDArray[np.int64]:
-    """Returns the positions of the mistakes with the highest probabilities, highest first.
+    """Returns the positions of the `count` mistakes with the highest probabilities, highest first.
 
     Args:
         labels: int [n].
@@ -194,18 +196,10 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
 
 
 def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
-    """Returns the README.md of a run: data, scores, settings and the next commands.
-
-    Args:
-        path: The run directory.
-        summary: The content of summary.json.
-        classes: The content of classes.json.
-        config: The configuration of the run.
-    """
-    step, validation = summary["step_ms"], f"{summary['data']['validation']:,}"
-    held_out = f"{validation} more were held out for validation"
+    """Returns the README.md of a run from the content of summary.json and classes.json."""
+    step, held_out = summary["step_ms"], f"{summary['data']['validation']:,} more for validation"
     if config.data.train_on_validation:
-        held_out = f"this includes the {validation} validation images"
+        held_out = "including the validation images"
     rows = [
         f"| {markdown_text(name)} | {row['precision']:.4f} | {row['recall']:.4f} "
         f"| {row['f1-score']:.4f} | {row['support']:.0f} |"
@@ -215,7 +209,6 @@ def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], con
         **summary,
         name=path.name,
         scores=", ".join(f"{key} {value:.4f}" for key, value in _numbers(summary["test"]).items()),
-        plural="" if summary["epochs"] == 1 else "s",
         held_out=held_out,
         device_names=", ".join(summary["devices"]),
         step=f", {step:.2f} ms per step (median of {summary['windows']} windows)" if step else "",

@@ -32,10 +32,6 @@ CASES: dict[str, list[str]] = {
     "ten steps a call": ["training.steps_per_execution=10"],
     "streamed, not on the device (data.placement)": ["data.placement=stream"],
     "float32 (training.precision)": ["training.precision=float32"],
-    "Keras's Adam instead of FusedAdam (optimizer.name)": [
-        "optimizer.name=Adam",
-        "optimizer.options={beta_1=0.7, beta_2=0.9}",
-    ],
     "no crop (model.options.crop = 0)": ["model.options.crop=0"],
     "no batch normalization": ["model.options.batch_normalization=false"],
     "plain labels (training.loss)": ["training.loss=SparseCategoricalCrossentropy"],

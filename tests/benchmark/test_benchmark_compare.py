@@ -5,94 +5,78 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from trainer.benchmark.compare import compare, read_document
-from trainer.benchmark.curves import Crossover, Curves, find_crossover
-from trainer.benchmark.timing import Timing
+from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
 from trainer.errors import CheckError, InputError
 
 SIZES = [1, 10, 100, 1000]
 
 
-def timings(seconds: list[float], spread: float = 0.01) -> list[Timing]:
-    generator = np.random.default_rng(1)
-    return [Timing(list(s * generator.normal(1, spread, 21))) for s in seconds]
-
-
-def test_crossover_is_the_size_from_which_the_second_device_is_faster() -> None:
-    first = timings([1e-6 * n for n in SIZES])  # grows with n
-    second = timings([50e-6] * 4)  # a constant cost
-    found = find_crossover(SIZES, first, second, seed=0)
-    assert found.size == pytest.approx(50, rel=0.02)
-    assert found.interval is not None
-    low, high = found.interval
-    assert low < 50 < high
-    assert high / low < 1.1
-    assert found.describe("n").startswith("faster from n ")
-    assert "95% interval" in found.describe("n")
-    wide = find_crossover(SIZES, timings([1e-6 * n for n in SIZES], 0.3), second, seed=0)
-    assert wide.interval is not None
-    assert wide.interval[1] / wide.interval[0] > high / low
+def curve(device: str, label: str, seconds: list[float], spread: float = 0.01) -> list[Any]:
+    """Returns rows whose quartiles differ from the median by a fraction."""
+    return [
+        {
+            "device": device,
+            "label": label,
+            "batch_size": n,
+            "timing": {
+                "median_seconds": s,
+                "quartiles_seconds": [s * (1 - spread), s * (1 + spread)],
+            },
+        }
+        for n, s in zip(SIZES, seconds, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("second", "spread", "reason"),
+    ("second", "spread", "size", "reason"),
     [
-        (1.0, 0.01, "not faster at the largest size"),
-        (1e-9, 0.01, "faster at every size"),
-        (0.99e-3, 0.3, "neither is reliably faster: the timings overlap"),
-        (1.01e-3, 0.3, "neither is reliably faster: the timings overlap"),
+        ([50e-6] * 4, 0.01, 100, "faster from batch size 100, not yet reliably at 10"),
+        ([50e-6] * 4, 0.5, 1000, "faster from batch size 1,000, not yet reliably at 100"),
+        ([1.0] * 4, 0.01, None, "not faster at the largest size"),
+        ([1e-9] * 4, 0.01, None, "faster at every size"),
+        ([0.99e-3] * 4, 0.3, None, "neither is reliably faster: the quartiles overlap"),
+        ([1.01e-3] * 4, 0.3, None, "neither is reliably faster: the quartiles overlap"),
     ],
 )
-def test_an_uncertain_or_missing_crossover_has_a_reason(
-    second: float, spread: float, reason: str
+def test_crossover_is_the_size_from_which_the_second_device_is_faster(
+    second: list[float], spread: float, size: int | None, reason: str
 ) -> None:
-    first = timings([1e-3] * 4, spread)
-    found = find_crossover(SIZES, first, timings([second] * 4, spread), seed=0)
-    assert found == Crossover(None, None, reason)
-    assert found.describe("n") == reason
+    rows = curve("CPU:0", "dot/float32", [1e-6 * n for n in SIZES], spread)
+    rows += curve("GPU:0", "dot/float32", second, spread)
+    found = find_crossovers(rows, "batch_size", first="CPU:0")
+    assert found == {"dot/float32/CPU:0/GPU:0": {"size": size, "reason": reason}}
 
 
 def test_crossovers_compare_the_first_device_with_each_other_device() -> None:
-    def curve(device: str, label: str, seconds: list[float]) -> list[Any]:
-        found: list[Any] = timings(seconds)
-        for n, timing in zip(SIZES, found, strict=True):
-            timing.row = {"device": device, "label": label, "batch_size": n}
-        return found
-
     slow, flat = [1e-6 * n for n in SIZES], [50e-6] * 4
-    entries = [
+    rows = [
         *curve("CPU:0", "dot/float32", slow),
         *curve("GPU:0", "dot/float32", flat),
         *curve("GPU:0", "dot/tf32", [0.5e-6 * n for n in SIZES]),  # compared with float32
         *curve("GPU:0", "dot/float16", flat),  # the CPU has no such curve
     ]
-    curves = Curves(entries, "batch_size", lambda row: str(row["label"]), first="CPU:0", seed=0)
-    found = curves.facts()["crossovers"]
+    found = find_crossovers(rows, "batch_size", first="CPU:0")
     assert list(found) == ["dot/float32/CPU:0/GPU:0", "dot/tf32/CPU:0/GPU:0"]
-    assert found["dot/float32/CPU:0/GPU:0"]["size"] == pytest.approx(50, rel=0.02)
-    lines = curves.notes()
-    assert lines[0].startswith("dot, float32: GPU:0 compared with CPU:0: faster from batch size 5")
+    lines = crossover_notes(found)
+    assert lines[0].startswith("dot, float32: GPU:0 compared with CPU:0: faster from batch size 1")
     assert lines[1] == "dot, tf32: GPU:0 compared with CPU:0: faster at every size"
     axes = Figure().subplots()
-    curves.draw(axes, "dot")
-    assert len(axes.lines) == 4 + 1  # only a certain crossover is drawn
+    draw_curves(axes, rows, "batch_size", found)
+    assert len(axes.lines) == 4 + 1  # only a size is drawn
     assert [line.get_linestyle() for line in axes.lines[:4]] == ["-", "-", "--", "-."]
     assert {line.get_marker() for line in axes.lines[:4]} == {"."}
-    axes = Figure().subplots()
-    curves.draw(axes, "dot/tf32", mark="dot/tf32")
-    assert len(axes.lines) == 1
 
 
 def document(rows: dict[str, float], baselines: dict[str, float]) -> dict[str, Any]:
-    """Returns a document of a quiet machine: intervals of 2% of the median."""
+    """Returns a document of a quiet machine: quartiles within 1% of the median."""
 
     def timing(seconds: float) -> dict[str, Any]:
-        interval = [0.99 * seconds, 1.01 * seconds]
-        return {"median_seconds": seconds, "interval_seconds": interval}
+        quartiles = [0.99 * seconds, 1.01 * seconds]
+        return {"median_seconds": seconds, "quartiles_seconds": quartiles}
 
     return {
         "benchmark": "matmul",
@@ -123,6 +107,7 @@ def test_documents_of_earlier_versions_can_be_compared(tmp_path: Path) -> None:
     old = slower(1.0)
     old["references"] = old.pop("baselines")
     old["rows"][0]["timing"]["calls_a_block"] = 3
+    old["rows"][0]["timing"]["interval_seconds"] = [0.99e-6, 1.01e-6]
     (tmp_path / "old.json").write_text(json.dumps(old))
     lines = compare(read_document(tmp_path / "old.json"), slower(1.5, baselines=1.5), tolerance=0.1)
     assert "the baselines took 1.50 times as long" in lines[-1]
@@ -145,7 +130,7 @@ def test_results_of_other_benchmarks_are_refused() -> None:
         {"baselines": None},
         {"baselines": [1]},
         {"baselines": {"a": 1}},
-        {"rows": [{"key": "a", "timing": {"median_seconds": 1, "interval_seconds": [2, 3]}}]},
+        {"rows": [{"key": "a", "timing": {"median_seconds": 1, "quartiles_seconds": [2, 3]}}]},
         {"rows": [{"key": "a"}]},
     ],
 )

@@ -5,22 +5,28 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainer.benchmark import formats
 from trainer.benchmark.formats import BATCH
-from trainer.benchmark.timing import Timing
 from trainer.errors import MissingError
 from trainer.saving.formats import FORMATS
 from trainer.saving.versions import read_record
 
 
-def test_timings_of_several_processes_are_joined() -> None:
-    first, second = Timing([1.0, 2.0], 1.0, 1, 3), Timing([3.0], 3.0, 2, 4, settled=False)
-    joined = formats._join([first, second])
-    assert joined == Timing([1.0, 2.0, 3.0], 2.0, 2, 7, settled=False)
+def test_timings_of_several_processes_are_joined(tmp_path: Path) -> None:
+    (tmp_path / "model.tflite").write_bytes(b"12345")
+    once = {"import_seconds": 1.0, "load_seconds": 2.0, "first_call_seconds": 3.0}
+    measured = [once | {"one": [0.001], "many": [1.0]}, once | {"one": [0.003], "many": [3.0, 2.0]}]
+    verified = SimpleNamespace(accuracy=0.9, model_accuracy=0.9, largest_difference=1e-7)
+    row = formats._row("litert", tmp_path / "model.tflite", measured, verified)  # type: ignore[arg-type]
+    assert (row["bytes"], row["load_seconds"]) == (5, 2.0)
+    assert row["latency_p50_ms"] == pytest.approx(2.0)
+    assert row["latency_p95_ms"] == pytest.approx(2.9)
+    assert row["images_per_second"] == BATCH / 2
 
 
 @pytest.mark.slow

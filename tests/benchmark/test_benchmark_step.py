@@ -147,7 +147,7 @@ def test_steps_are_measured_and_written(tmp_path: Path, command: Callable[..., A
         assert row["step_ms"] > 0
         assert row["images_per_second"] == pytest.approx(1000 * size / row["step_ms"])
         assert row["share"] == pytest.approx(row["gflop_per_s"] / row["peak_gflop_per_s"])
-        low, high = row["overhead_interval"]
+        low, high = row["overhead_quartiles"]
         assert -1 < low <= row["overhead"] <= high
         assert row["timing"]["median_seconds"] == pytest.approx(row["step_ms"] / 1e3)
         reason = document["skipped"][f"step/1000/{device}/float32/graph"]

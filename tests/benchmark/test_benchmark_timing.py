@@ -4,11 +4,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from trainer.benchmark import timing
-from trainer.benchmark.timing import Budget, Measurement, Timing, run_interleaved
+from trainer.benchmark.timing import Budget, Measurement, run_interleaved, summary
 
 
 class Device:
@@ -46,18 +45,15 @@ def test_measurement_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.first_seconds == pytest.approx(0.5, rel=1e-4)
     assert found.median == pytest.approx(0.004001, rel=1e-4)
     assert found.calls_per_block == 5  # 20 ms
-    assert (found.stable, found.settled, len(found.block_seconds)) == (True, True, 9)
+    assert (found.warmup_blocks, found.timing()["blocks"]) == (2, 9)
 
 
-def test_blocks_are_much_longer_than_a_reading_of_the_clock(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_block_has_many_short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, lambda _: 1e-7)
-    measurement = Measurement(device.call, device.wait, Budget(block_seconds=0))
+    measurement = Measurement(device.call, device.wait, Budget(block_seconds=1e-3))
     measurement.run_block()
-    found = measurement
-    assert found.calls_per_block * found.median > 1000 * 1e-7
-    assert found.median == pytest.approx(1.1e-6, rel=0.01)
+    assert measurement.calls_per_block * measurement.median > 1e-3
+    assert measurement.median == pytest.approx(1.1e-6, rel=0.01)
 
 
 def test_warm_up_ends_when_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,15 +61,11 @@ def test_warm_up_ends_when_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None
     measurement = Measurement(device.call, device.wait)
     measurement.run_block()
     found = measurement
-    assert found.settled
     assert found.warmup_blocks > 5
     assert found.median < 0.06
     alternating = Device(monkeypatch, lambda n: 0.03 * (1 + n % 2))
     measurement = Measurement(alternating.call, alternating.wait, Budget(warmup_seconds=1))
-    for _ in range(10):
-        measurement.run_block()
-    found = measurement
-    assert (found.settled, found.stable) == (False, False)
+    assert measurement.warmup_blocks > 10  # until the time is over
 
 
 def test_timing_of_a_part_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,22 +77,14 @@ def test_timing_of_a_part_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measurement.call_seconds == pytest.approx(0.2, rel=1e-3)
 
 
-def test_interval_contains_the_median_in_95_percent_of_samples() -> None:
-    generator = np.random.default_rng(0)
-    for size in (20, 75):
-        hits = 0
-        for _ in range(2000):
-            sample = generator.lognormal(size=size)
-            low, high = Timing(list(sample)).interval
-            hits += low <= 1.0 <= high  # the median of this distribution
-        assert 0.94 < hits / 2000 < 0.98
-    one = Timing([3.0])
-    assert (one.interval, one.quartiles, one.median) == ((3, 3), (3, 3), 3)
+def test_summary_has_median_and_quartiles() -> None:
+    expected = {"median_seconds": 3.0, "quartiles_seconds": [2.0, 4.0], "blocks": 5}
+    assert summary([5.0, 1.0, 3.0, 2.0, 4.0]) == expected
 
 
 def test_measurements_run_in_turns_in_a_changing_order() -> None:
     order: list[str] = []
-    entries: Any = [SimpleNamespace(run_block=lambda n=n: order.append(n)) for n in "abc"]
+    entries: Any = [lambda n=n: order.append(n) for n in "abc"]
     run_interleaved(entries, blocks=20, seed=1)
     rounds = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
     assert {"".join(sorted(r)) for r in rounds} == {"abc"}
@@ -109,10 +93,3 @@ def test_measurements_run_in_turns_in_a_changing_order() -> None:
     order.clear()
     run_interleaved(entries, blocks=20, seed=1)
     assert order == before
-
-
-def test_a_slow_phase_of_the_machine_cancels_out_in_ratios() -> None:
-    bare = Timing([1.0, 3.0, 1.0])
-    loop = Timing([1.1, 3.3, 1.1])
-    assert loop.relative_to(bare).median == pytest.approx(1.1)
-    assert loop.relative_to(bare).interval == pytest.approx((1.1, 1.1))

@@ -1,4 +1,4 @@
-"""What every data set keeps to, whatever it comes from."""
+"""The contract of all data sets, from any source."""
 
 import re
 
@@ -10,9 +10,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def check_contract(dataset: Dataset, again: Dataset) -> None:
-    """Checks what networks, the loop and reports rely on."""
+    """Checks the facts that networks, the loop and reports rely on."""
     spec = dataset.spec
-    assert spec == again.spec  # the fingerprint among it
+    assert spec == again.spec  # including the fingerprint
     assert re.fullmatch("[0-9a-f]{64}", spec.fingerprint)
     assert spec.name
     assert spec.version
@@ -38,7 +38,7 @@ def check_contract(dataset: Dataset, again: Dataset) -> None:
 
 
 def check_disjoint(dataset: Dataset) -> None:
-    """No image is in two splits, and none is left out."""
+    """Checks that every image is in exactly one split."""
     by_array: dict[int, list[Split]] = {}
     for name in SPLITS:
         split = dataset.split(name)

@@ -1,4 +1,4 @@
-"""What is claimed of all of MNIST. Needs the original archives, through TRAINER_DATA_FILES."""
+"""The claims about all of MNIST. Needs the original archives: set TRAINER_DATA_FILES."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.all_of_mnist
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_tmp_path")
 def test_the_default_reaches_99_percent_and_evaluate_repeats_it(prepared_mnist: Path) -> None:
-    """One seed of twenty; docs/performance.md has all of them."""
+    """Checks one of the twenty seeds in docs/performance.md."""
     config = trainer.load_config(CONFIGS / "mnist.toml", [f'data.directory="{prepared_mnist}"'])
     fitted = trainer.fit(config)
     data = fitted.summary["data"]

@@ -1,4 +1,4 @@
-"""Prepared data: read as it was written, and refused where it is damaged."""
+"""Prepared data: it is read as it was written, and refused if it is damaged."""
 
 import subprocess
 import sys
@@ -11,8 +11,8 @@ import pytest
 from data_contract import SPLITS, check_contract
 
 from trainer.config import DataConfig
-from trainer.data import fingerprint, load
-from trainer.data._prepared import check_sums, open_prepared, write_prepared
+from trainer.data import describe, fingerprint, load
+from trainer.data._prepared import open_prepared, write_prepared
 from trainer.errors import InputError
 
 
@@ -48,10 +48,10 @@ def test_prepared_data_is_what_was_written(prepared: Path) -> None:
     assert dataset.spec.class_names == ("a", "b", "c")
     np.testing.assert_array_equal(dataset.train.images.ravel(), np.arange(240))
     np.testing.assert_array_equal(dataset.test.labels, np.arange(12, 16) % 3)
-    assert isinstance(dataset.train.images, np.memmap)  # read when it is needed
+    assert isinstance(dataset.train.images, np.memmap)  # read on demand
     whole = [(split.images, split.labels) for split in (dataset.train, dataset.test)]
     assert dataset.spec.fingerprint == fingerprint(whole)
-    assert len(check_sums(prepared)) == 4
+    open_prepared(prepared, checked_bytes=10**6)
     assert [path.name for path in prepared.parent.iterdir()] == ["kept"]
 
 
@@ -79,8 +79,7 @@ def test_damaged_prepared_file_is_refused(fault: str, name: str, prepared: Path)
     path = prepared / name
     content = path.read_bytes()
     size = len(content)
-    received = {"truncated": f"{size - 1} bytes", "longer": f"{size + 1} bytes"}
-    received |= {"empty": "0 bytes", "missing": "no such file", "foreign": ""}
+    received = {"truncated": size - 1, "longer": size + 1, "empty": 0}
     if fault == "missing":
         path.unlink()
     else:
@@ -89,10 +88,10 @@ def test_damaged_prepared_file_is_refused(fault: str, name: str, prepared: Path)
     with pytest.raises(InputError) as refused:
         load(kept(prepared))
     message = str(refused.value)
-    if fault == "foreign":
-        assert str(prepared) in message
-    else:
-        assert f"{path}: expected {size} bytes, received {received[fault]}" in message
+    assert str(path) in message
+    if fault in received:
+        assert f"{path}: expected bytes={size} " in message
+        assert f"received bytes={received[fault]} " in message
     assert "trainer data prepare --overwrite" in message
 
 
@@ -132,9 +131,14 @@ def test_changed_byte_is_found_by_its_sum(prepared: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    open_prepared(prepared)  # of the right size: only the sum tells
-    with pytest.raises(InputError, match=r"test_images\.npy: expected sha256 [0-9a-f]{64}, found"):
-        check_sums(prepared)
+    open_prepared(prepared)  # the size is right: only the checksum shows the change
+    sums = r"expected bytes=\d+ sha256='[0-9a-f]{64}', received bytes=\d+ sha256='[0-9a-f]{64}'"
+    with pytest.raises(InputError, match=rf"test_images\.npy: {sums}"):
+        load(kept(prepared))
+    streamed = kept(prepared).model_copy(update={"device_limit_mb": 0})
+    load(streamed)
+    with pytest.raises(InputError, match=r"test_images\.npy"):
+        describe(streamed)
 
 
 def test_preparing_anew_replaces_what_was_there(prepared: Path) -> None:
@@ -176,7 +180,7 @@ def test_interrupted_preparation_leaves_nothing(stop: type[BaseException], prepa
                 origin="a test",
                 splits={"train": (4, (5, 4, 1), batches())},
             )
-    # What was there is as it was, and nothing is beside it.
+    # The old data is unchanged, and no other file remains.
     assert [path.name for path in prepared.parent.iterdir()] == ["kept"]
     assert {path: path.read_bytes() for path in prepared.iterdir()} == before
 

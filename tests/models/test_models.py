@@ -1,4 +1,4 @@
-"""What every network keeps to, found by itself: a new module is tested without a line here."""
+"""The contract of all networks. A new module is tested without a change here."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from trainer.models import build, names
 
 
 def spec_of(height: int, width: int, channels: int, classes: int) -> DataSpec:
-    """Describes a data set that is not there."""
+    """Describes a data set that does not exist."""
     return DataSpec(
         name="none",
         version="1",
@@ -38,19 +38,19 @@ DIGITS = spec_of(28, 28, 1, 10)
 SMALL = spec_of(8, 9, 3, 4)
 CONVOLUTION = {"name": "Conv2D", "options": {"filters": 2, "kernel_size": 3}}
 SPECS = {"28x28x1-10": DIGITS, "8x9x3-4": SMALL}
-# The small images are too small for the defaults of some. These networks accept both.
+# The small images are too small for some defaults. With these options, both sizes work.
 FOR_SMALL: dict[str, dict[str, Any]] = {"cnn": {"padding": "same"}, "layers": {}, "mlp": {}}
 
 
 def some_images(spec: DataSpec, count: int = 5) -> tuple[Any, Any]:
-    """Draws images over the whole range of uint8, and labels."""
+    """Draws images with all values of uint8, and labels."""
     random = np.random.RandomState(0)
     images = random.randint(0, 256, (count, *spec.image_shape), dtype=np.uint8)
     return images, random.randint(spec.class_count, size=count)
 
 
 def spec_for(name: str, spec: DataSpec) -> DataSpec:
-    """Returns `spec` with the image shape that the network asks for."""
+    """Returns `spec` with the image shape that the network requires."""
     return spec.model_copy(update={"image_shape": sample_shape(name, spec.image_shape)})
 
 
@@ -79,7 +79,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Puts a module named `own` among the networks; it ends in the lines that are given."""
+    """Adds a network module named `own` that returns the given expression."""
     start = (
         "import keras\n"
         "from keras.layers import Dense, Flatten\n"
@@ -127,7 +127,7 @@ def test_a_network_with_a_dictionary_of_outputs_is_refused(
 ) -> None:
     own_network('{"a": class_probabilities(Flatten()(x), spec)}')
     message = refusal("own", {})
-    assert "expected one output of shape [None, 4], received a dict of outputs" in message
+    assert "expected probabilities of shape [None, 4], received ['dict']" in message
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
@@ -143,7 +143,7 @@ def test_raw_images_in_probabilities_out(name: str, spec: DataSpec, policy: str)
     assert probabilities.shape == (5, spec.class_count)
     assert (probabilities.numpy() >= 0).all()
     np.testing.assert_allclose(probabilities.numpy().sum(axis=1), 1, rtol=1e-5)
-    # Different images are told apart, so that the probabilities depend on the pixels.
+    # Different images have different probabilities.
     assert len(np.unique(probabilities.numpy(), axis=0)) == 5
 
 
@@ -187,7 +187,7 @@ def test_equal_seeds_make_equal_networks(name: str) -> None:
 
 
 def refusal(name: str, options: dict[str, Any], spec: DataSpec = SMALL) -> str:
-    """Returns the message by which a network is refused, which must be one line."""
+    """Returns the error message for a network, which must be one line."""
     with pytest.raises(InputError) as refused:
         build(ModelConfig(name=name, options=options), spec)
     message = str(refused.value)
@@ -221,7 +221,7 @@ def test_unknown_option_is_refused_with_the_nearest() -> None:
         ("mlp", {"units": [8, 0]}, "units.1: expected greater than or equal to 1, received 0"),
         ("mlp", {"activation": 3}, "activation: expected a valid string, received 3"),
         ("mlp", {"dropout": float("nan")}, "dropout: expected a finite number, received nan"),
-        ("layers", {"layers": "Dense"}, "layers: expected a valid tuple, received 'Dense'"),
+        ("layers", {"layers": "Dense"}, "layers: expected a valid array, received 'Dense'"),
         ("layers", {"layers": [{"nam": "Dense"}]}, "layers.0"),
         ("layers", {"layers": []}, "layers"),
     ],
@@ -230,14 +230,14 @@ def test_wrong_option_is_refused_by_its_name(
     name: str, options: dict[str, Any], expected: str
 ) -> None:
     message = refusal(name, options)
-    assert message.startswith("model.options: ")
+    assert message.startswith("model.options.")
     assert expected in message
 
 
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        # The images are 8 x 9: the second convolution has nothing left to work on.
+        # The images are 8 x 9: the second convolution would have no output.
         ("cnn", {}, "model 'cnn' cannot be built"),
         ("mlp", {"activation": "rellu"}, "rellu"),
         (
@@ -263,7 +263,7 @@ def test_wrong_option_is_refused_by_its_name(
         (
             "layers",
             {"layers": [{"name": "Flatten", "options": {"name": "a b"}}]},
-            "names of layers that TensorFlow's graphs take (letters, digits, _ . - /, no blanks), "
+            "layer names that TensorFlow accepts (letters, digits, _ . - /, no blanks), "
             "received 'a b'",
         ),
         ("layers", {"layers": [{"name": "no_such_module:Thing"}]}, "no_such_module"),

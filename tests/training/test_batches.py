@@ -1,4 +1,4 @@
-"""Both ways that images reach the device give the same batches; streaming needs no memory."""
+"""Resident and streamed images yield the same batches; streaming needs little memory."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ Make = Callable[..., Any]
 
 
 def read_epoch(batches: Batches, chosen: Any, epoch: int) -> list[tuple[Any, Any]]:
-    """Returns the images and labels of each batch of an epoch, as one device gets them."""
+    """Returns the images and labels of each batch of an epoch on one device."""
     state = batches.start_epoch(epoch)
     found = []
     with chosen.scope():
@@ -55,7 +55,7 @@ def placement(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_both_placements_give_the_same_batches(
+def test_both_placements_yield_the_same_batches(
     tiny: Any, batches_of: Make, one_device: Any
 ) -> None:
     resident = batches_of(tiny.train, one_device, 7, placement="device", seed=4)
@@ -115,13 +115,13 @@ def test_limit_batches_takes_the_first_of_an_epoch(
     assert (some.steps, some.images) == (3, 21)
     expected = as_rows(read_epoch(whole, one_device, 0))
     assert as_rows(read_epoch(some, one_device, 0)) == expected[:21]
-    # More than there are leaves all of them.
+    # A limit above the number of batches changes nothing.
     many = batches_of(tiny.train, one_device, 7, placement=placement, seed=2, limit_batches=99)
     assert (many.steps, many.images) == (10, 64)
 
 
 def test_order_does_not_change_between_versions() -> None:
-    # A resumed run must meet the same batches: this order is part of what a seed promises.
+    # A resumed run must read the same batches, also with a later version.
     assert epoch_order(8, 3, 1).numpy().tolist() == [7, 3, 6, 0, 5, 4, 2, 1]
 
 
@@ -131,7 +131,7 @@ def test_batch_larger_than_the_training_split_is_refused(
     with pytest.raises(InputError, match=r"batch_size = 65 is larger than the 64 training images"):
         batches_of(tiny.train, one_device, 65, seed=0)
     assert batches_of(tiny.train, one_device, 64, seed=0).steps == 1
-    # What is only scored may be smaller than a batch.
+    # An evaluated split may be smaller than a batch.
     assert batches_of(tiny.validation, one_device, 65).steps == 1
 
 
@@ -149,7 +149,7 @@ def test_batch_larger_than_the_training_split_is_refused(
 def test_placement_obeys_the_limit(
     placement: Any, images: int, limit_mb: int, expected: type, one_device: Any
 ) -> None:
-    # A thousand bytes an image. Only the rows of the split count, not those it leaves out.
+    # 1000 bytes per image. Only the rows of the split count.
     split = Split(
         np.zeros((1500, 10, 10, 10), np.uint8), np.zeros(1500, np.int32), np.arange(images)
     )
@@ -180,7 +180,7 @@ from trainer.data import load
 from trainer.training.batches import make_batches
 
 def peak_mb():
-    # Not getrusage where there is better: Linux hands the parent's peak on to a child.
+    # Not getrusage on Linux, where a child starts with the peak of its parent.
     status = Path("/proc/self/status")
     if status.exists():
         line = next(l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
@@ -223,7 +223,7 @@ def test_streaming_ten_times_as_much_needs_no_more_memory(tmp_path: Path) -> Non
 
     write("small", 1)
     write("large", 10)
-    # In this order, since a peak never falls. The last shows that the measure sees what is kept.
+    # In this order, because a peak never falls. The last case shows that resident images count.
     order = [("small", "stream"), ("large", "stream"), ("large", "device")]
     cases = json.dumps([(name, str(tmp_path), placement) for name, placement in order])
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`Loop.fit` beside Keras's `Model.fit`: hooks, logs, weights. docs/keras_fit.md has the rest."""
+"""`Loop.fit` compared to Keras's `Model.fit`: hooks, logs, weights. See docs/keras_fit.md."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_loop import Recorder, compare_histories, compare_weights, keras_fit
+from test_loop import Recorder, at_call_end, compare_histories, compare_weights, keras_fit
 
 from trainer.errors import InputError
 from trainer.training.averaging import AveragedWeights
@@ -44,9 +44,9 @@ class Act(keras.callbacks.Callback):
 def both(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> Callable[..., tuple[Any, Any]]:
-    """Trains equal models by Keras's fit and by our loop, and compares everything.
+    """Trains equal models with Keras's fit and with our loop, and compares everything.
 
-    Args of the result: what makes the callbacks, what makes the model (takes one or no device).
+    Args of the result: functions that make the callbacks and the model (from one device or none).
     """
 
     def run(
@@ -256,12 +256,12 @@ def test_a_list_of_results_is_an_array(
             return [self.count, self.count * 2.0]
 
     model = compiled_model(one_device, metrics=[Lists("several")])
-    windows: list[CallRecord] = []
+    records: list[CallRecord] = []
     history = Loop(model, one_device).fit(
-        batches_of(tiny.train, one_device, 32), epochs=1, observers=[windows.append]
+        batches_of(tiny.train, one_device, 32), epochs=1, callbacks=[at_call_end(records.append)]
     )
     np.testing.assert_array_equal(history["several"][0], [64, 128])
-    assert windows[0].metrics.keys() == set()  # curves are of single numbers
+    assert records[0].metrics.keys() == set()  # curves are of single numbers
 
 
 class OwnStep(keras.Model):
@@ -350,9 +350,11 @@ def test_a_step_of_a_models_own_is_recorded_step_by_step(
 ) -> None:
     model = of_class(OwnStep, compiled_model)(one_device)
     loop = Loop(model, one_device, gradient_norms=True)
-    windows: list[CallRecord] = []
-    loop.fit(batches_of(tiny.train, one_device, 8), epochs=1, observers=[windows.append])
-    (record,) = windows
+    records: list[CallRecord] = []
+    loop.fit(
+        batches_of(tiny.train, one_device, 8), epochs=1, callbacks=[at_call_end(records.append)]
+    )
+    (record,) = records
     assert record.loss.shape == record.metrics["error"].shape == (8,)
     assert record.gradient_norms is None
     assert len(set(record.loss.tolist())) == 8
@@ -380,9 +382,11 @@ def test_what_a_step_of_a_models_own_must_be(
             return {"error": super().train_step(data)["error"]}
 
     model = of_class(NoLoss, compiled_model)(one_device)
-    with pytest.raises(InputError, match=r"clip_norm: expected a model without a train_step"):
+    with pytest.raises(InputError, match=r"clip_norm: train_step has no parameter clip_norm"):
         Loop(model, one_device, clip_norm=1.0)
-    with pytest.raises(InputError, match=r"train_step: expected logs that have 'loss', received e"):
+    with pytest.raises(
+        InputError, match=r"train_step: expected logs that have 'loss' \(a number\), received e"
+    ):
         Loop(model, one_device).fit(batches_of(tiny.train, one_device, 8), epochs=1)
 
 
@@ -444,16 +448,15 @@ def test_several_optimizers_in_one(
 
     both(optimizer=two)
     model = compiled_model(one_device, optimizer=two)
-    windows: list[CallRecord] = []
+    records: list[CallRecord] = []
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     curves = TensorBoardCurves(tmp_path, histograms=False)
     Loop(model, one_device).fit(
         batches_of(tiny.train, one_device, 8),
         epochs=1,
-        callbacks=[metrics, curves],
-        observers=[windows.append, metrics, curves],
+        callbacks=[metrics, curves, at_call_end(records.append)],
     )
-    assert np.isnan(windows[0].learning_rate).all()  # there is not one rate
+    assert np.isnan(records[0].learning_rate).all()  # there is not one rate
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["learning_rate"] is None
     assert line["loss"] > 0
@@ -463,7 +466,7 @@ def test_several_optimizers_in_one(
 def test_averaged_weights_are_scored_and_kept(
     best: bool, tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any, tmp_path: Path
 ) -> None:
-    """Every copy of the weights is what the validation of its epoch has scored."""
+    """Every copy has the weights that the validation of its epoch scored."""
     model = compiled_model(
         one_device, optimizer=lambda: keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
     )
@@ -520,7 +523,7 @@ def test_averaging_changes_nothing_in_the_training_itself(
 def test_a_workflow_runs_a_models_own_methods(
     kind: type[keras.Model], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From assembling to the report and the evaluation of the run."""
+    """From building the experiment to the report and the evaluation of the run."""
     import trainer
     from trainer import models
     from trainer.models import mlp
@@ -547,7 +550,7 @@ def test_a_workflow_runs_a_models_own_methods(
 
 
 def without_background(labels: Any, outputs: Any) -> Any:
-    """A loss of one number for a batch that is 0 for the class 0."""
+    """A loss with one number for a batch; class 0 does not contribute."""
     each = keras.losses.sparse_categorical_crossentropy(labels, outputs)
     return tf.reduce_mean(each * tf.cast(tf.reshape(labels, (-1,)) > 0, tf.float32))
 
@@ -560,7 +563,7 @@ class AddsSum(keras.layers.Layer):
         return x
 
 
-def test_losses_that_are_no_means_are_refused_on_several_devices(
+def test_losses_that_are_not_means_are_refused_on_several_devices(
     compiled_model: Make, two_devices: Any, batches_of: Make, tiny: Any
 ) -> None:
     models = [

@@ -1,4 +1,4 @@
-"""The loop: Keras's callbacks and parts as Keras's own fit runs them, windows, evaluation."""
+"""The loop: callbacks and objects behave as in Keras's fit; call records; evaluation."""
 
 import itertools
 import subprocess
@@ -30,7 +30,7 @@ def keras_fit(
     callbacks: list[Any],
     steps_per_execution: int = 4,
 ) -> dict[str, list[float]]:
-    """Trains by Keras's own fit: 8 batches of 8 images, validated on 4 batches of 5 and fewer."""
+    """Trains with Keras's fit: 8 batches of 8 images, validated on 4 batches of at most 5."""
     images, labels = tiny.train.read()
     model.steps_per_execution = steps_per_execution
     fitted = model.fit(
@@ -48,8 +48,15 @@ def keras_fit(
     return history
 
 
+def at_call_end(*functions: Callable[[CallRecord], Any]) -> keras.callbacks.Callback:
+    """Returns a callback that calls each function with the record of each call."""
+    callback = keras.callbacks.Callback()
+    callback.on_call_end = lambda record: [function(record) for function in functions]
+    return callback
+
+
 class Recorder(keras.callbacks.Callback):
-    """A user's own callback: writes down which method was called with what."""
+    """A user's callback that records its calls and their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +97,7 @@ def both_ways(
     epochs: int,
     **options: Any,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], keras.Model, keras.Model]:
-    """Trains equal models by Keras's fit and by our loop; returns histories and models."""
+    """Trains equal models with Keras's fit and with our loop; returns histories and models."""
     theirs, ours = compiled_model(**options), compiled_model(one_device, **options)
     wanted = keras_fit(theirs, tiny, epochs=epochs, callbacks=callbacks("keras"))
     found = Loop(ours, one_device, steps_per_execution=4).fit(
@@ -121,7 +128,7 @@ def test_callbacks_that_stop_restore_and_save_work_as_under_keras_fit(
             recorders[who],
         ]
 
-    # So high a rate overshoots, and the validation loss soon rises.
+    # The rate is too high, so the validation loss soon rises.
     found, wanted, ours, theirs = both_ways(
         tiny,
         compiled_model,
@@ -181,7 +188,7 @@ def test_callbacks_that_set_the_learning_rate_work_as_under_keras_fit(
 
 
 class Scale(keras.layers.Layer):
-    """A user's own layer: a factor for each feature, and a loss of its own."""
+    """A user's layer: a factor for each feature, and an additional loss."""
 
     def build(self, shape: tuple[int, ...]) -> None:
         self.factor = self.add_weight(shape=(shape[-1],), initializer="ones", name="factor")
@@ -192,7 +199,7 @@ class Scale(keras.layers.Layer):
 
 
 class Focal(keras.losses.Loss):
-    """A user's own loss."""
+    """A user's loss."""
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         y_true = keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32")
@@ -201,7 +208,7 @@ class Focal(keras.losses.Loss):
 
 
 class Count(keras.metrics.Metric):
-    """A user's own metric: how many images it has seen."""
+    """A user's metric: the number of images."""
 
     def __init__(self, name: str = "images_seen", **options: Any) -> None:
         super().__init__(name=name, **options)
@@ -215,7 +222,7 @@ class Count(keras.metrics.Metric):
 
 
 class SignDescent(keras.optimizers.Optimizer):
-    """A user's own optimizer."""
+    """A user's optimizer."""
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         rate = keras.ops.cast(learning_rate, variable.dtype)
@@ -241,7 +248,7 @@ def test_own_layer_loss_metric_and_optimizer_work_as_under_keras_fit(
     compare_weights(ours, theirs)
     assert found["images_seen"] == [64.0, 64.0]
     assert found["val_images_seen"] == [17.0, 17.0]
-    # 16 steps of 0.002, always downwards against the layer's own loss, unless the data said no.
+    # 16 steps of 0.002 have changed the weights of the layer.
     assert not np.array_equal(ours.get_layer("scale_own").factor.numpy(), np.ones(8))
 
 
@@ -256,7 +263,7 @@ def test_weights_averaged_by_the_optimizer_are_those_at_the_end(
     Loop(model, one_device, steps_per_execution=1).fit(
         batches_of(tiny.train, one_device, 16),
         epochs=1,
-        observers=[lambda _: weights.append(model.get_weights())],
+        callbacks=[at_call_end(lambda _: weights.append(model.get_weights()))],
     )
     for i, found in enumerate(model.get_weights()):
         average = weights[0][i]
@@ -303,7 +310,7 @@ def test_steps_per_execution_repetition_and_validation_change_no_bit(
 def test_dropout_drops_in_training_and_not_in_evaluation(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
-    # A rate of 0 learns nothing: the losses of two epochs differ by what was dropped alone.
+    # A rate of 0 learns nothing: the losses of two epochs differ only by dropout.
     model = compiled_model(one_device, dropout=0.5, optimizer=lambda: keras.optimizers.SGD(0.0))
     loop = Loop(model, one_device)
     train = batches_of(tiny.train, one_device, 16)
@@ -335,26 +342,25 @@ def test_infinite_loss_names_the_step(
     labels[tiny.train.rows[45]] = 2  # of batches of 8, the sixth
     split = type(tiny.train)(tiny.train.images, labels, tiny.train.rows)
     model = compiled_model(one_device, loss=infinite_at(2))
-    recorder, windows = Recorder(), []
+    recorder, records = Recorder(), []
     loop = Loop(model, one_device, steps_per_execution=steps_per_execution)
     with pytest.raises(CheckError, match=r"the loss became inf at step 6 \(epoch 1 of 3\)"):
         loop.fit(
             batches_of(split, one_device, 8),
             epochs=3,
-            callbacks=[recorder, keras.callbacks.TerminateOnNaN()],
-            observers=[windows.append],
+            callbacks=[recorder, keras.callbacks.TerminateOnNaN(), at_call_end(records.append)],
         )
-    # What was recorded is still handed out, and callbacks may close their files.
-    losses = np.concatenate([record.loss for record in windows])
+    # The record is still passed to callbacks, and they can close their files.
+    losses = np.concatenate([record.loss for record in records])
     assert np.isfinite(losses[:5]).all()
     assert losses[5] == np.inf
     assert recorder.calls[-1][0] == "on_train_end"
 
 
-def test_loss_that_is_no_number_names_the_step(
+def test_nan_loss_names_the_step(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
-    # At an infinite rate the first step of the second epoch spoils the weights for the next one.
+    # With an infinite rate, the first step of the second epoch makes the weights infinite.
     rates = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 if epoch == 0 else float("inf"))
     stop = keras.callbacks.TerminateOnNaN()
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(0.1))
@@ -364,32 +370,32 @@ def test_loss_that_is_no_number_names_the_step(
     assert model.stop_training  # TerminateOnNaN saw it in the logs
 
 
-def test_windows_add_up_and_tell_rate_and_metrics_of_each_step(
+def test_records_add_up_and_have_rate_and_metrics_of_each_step(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 12], [0.5, 0.05, 0.005])
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
     loop = Loop(model, one_device, steps_per_execution=4)
-    windows: list[CallRecord] = []
+    records: list[CallRecord] = []
     train = batches_of(tiny.train, one_device, 7)  # ten batches, the last of one image
-    loop.fit(train, epochs=2, observers=[windows.append])
+    loop.fit(train, epochs=2, callbacks=[at_call_end(records.append)])
 
-    assert [w.epoch for w in windows] == [0, 0, 0, 1, 1, 1]
-    assert [w.first_step for w in windows] == [0, 4, 8, 10, 14, 18]
-    assert [w.steps for w in windows] == [4, 4, 2, 4, 4, 2]
-    assert [w.images for w in windows] == [28, 28, 8, 28, 28, 8]
-    assert [w.warm for w in windows] == [False] + [True] * 5
-    assert all(w.seconds > 0 for w in windows)
-    assert loop.seconds.training == pytest.approx(sum(w.seconds for w in windows))
-    rates = np.concatenate([np.atleast_1d(w.learning_rate) for w in windows])
+    assert [w.epoch for w in records] == [0, 0, 0, 1, 1, 1]
+    assert [w.first_step for w in records] == [0, 4, 8, 10, 14, 18]
+    assert [w.steps for w in records] == [4, 4, 2, 4, 4, 2]
+    assert [w.images for w in records] == [28, 28, 8, 28, 28, 8]
+    assert [w.warm for w in records] == [False] + [True] * 5
+    assert all(w.seconds > 0 for w in records)
+    assert loop.seconds.training == pytest.approx(sum(w.seconds for w in records))
+    rates = np.concatenate([np.atleast_1d(w.learning_rate) for w in records])
     np.testing.assert_array_equal(rates, np.float32([0.5] * 2 + [0.05] * 11 + [0.005] * 7))
-    losses = np.concatenate([w.loss for w in windows])
+    losses = np.concatenate([w.loss for w in records])
     # The loss of the epoch is the mean over images, not over steps.
     sizes = [7] * 9 + [1]
     for epoch in range(2):
         mean = np.average(losses[10 * epoch : 10 * (epoch + 1)], weights=sizes)
-        assert windows[3 * epoch + 2].logs["loss"] == pytest.approx(mean, rel=1e-5)
-    for record in windows:
+        assert records[3 * epoch + 2].logs["loss"] == pytest.approx(mean, rel=1e-5)
+    for record in records:
         assert record.metrics["accuracy"].shape == (record.steps,)
         assert record.metrics["accuracy"][-1] == pytest.approx(record.logs["accuracy"])
 
@@ -401,34 +407,33 @@ def test_each_recorded_rate_is_the_one_that_moved_the_weights(
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [0.0, 0.5, 0.0])
     model = compiled_model(one_device, optimizer=lambda: keras.optimizers.SGD(schedule))
     weights = [model.get_weights()]
-    windows: list[CallRecord] = []
-    observers = [windows.append, lambda _: weights.append(model.get_weights())]
+    records: list[CallRecord] = []
+    callback = at_call_end(records.append, lambda _: weights.append(model.get_weights()))
     train = batches_of(tiny.train, one_device, 8, limit_batches=4)
-    Loop(model, one_device, steps_per_execution=1).fit(train, epochs=1, observers=observers)
+    Loop(model, one_device, steps_per_execution=1).fit(train, epochs=1, callbacks=[callback])
     moved = [
         any((a != b).any() for a, b in zip(x, y, strict=True))
         for x, y in itertools.pairwise(weights)
     ]
     assert moved == [False, True, True, False]
-    assert [bool(np.any(w.learning_rate)) for w in windows] == moved
+    assert [bool(np.any(w.learning_rate)) for w in records] == moved
 
 
-def test_observers_stop_flag_ends_the_epoch(
+def test_stop_flag_of_a_callback_ends_the_epoch(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:
     class StopAtOnce(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
             self.model.stop_training = batch >= 3
 
-    windows: list[CallRecord] = []
+    records: list[CallRecord] = []
     loop = Loop(compiled_model(one_device), one_device, steps_per_execution=2)
     history = loop.fit(
         batches_of(tiny.train, one_device, 8),
         epochs=3,
-        callbacks=[StopAtOnce()],
-        observers=[windows.append],
+        callbacks=[StopAtOnce(), at_call_end(records.append)],
     )
-    assert [w.first_step for w in windows] == [0, 2]
+    assert [w.first_step for w in records] == [0, 2]
     assert len(history["loss"]) == 1
 
 
@@ -454,7 +459,7 @@ def test_evaluate_scores_every_image_in_order_as_keras_does(
     assert scores["accuracy"] == pytest.approx(hits.sum() / 64, rel=1e-6)
     expected = trained.model.evaluate(images, labels, batch_size=7, verbose=0, return_dict=True)
     assert scores == pytest.approx(expected, rel=1e-6)
-    # The loss is that of the probabilities collected, and of the regularizer.
+    # The loss is the loss of the collected probabilities plus the regularizer.
     bare = -np.log(probabilities[np.arange(64), labels]).mean()
     penalty = float(tf.add_n(trained.model.losses))
     assert penalty > 0.01
@@ -525,14 +530,14 @@ def golden_run() -> Iterator[float]:
         model = build(ModelConfig(name="cnn", options=options), dataset.spec)
         model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
     train = make_batches(dataset.train, config, chosen, batch_size=15, seed=1)
-    windows: list[CallRecord] = []
-    Loop(model, chosen).fit(train, epochs=2, observers=[windows.append])
-    for record in windows:
+    records: list[CallRecord] = []
+    Loop(model, chosen).fit(train, epochs=2, callbacks=[at_call_end(records.append)])
+    for record in records:
         yield from record.loss.tolist()
 
 
-# A change that should not move numbers moves none of these. To write them anew after one that
-# should: `python -m pytest tests/test_loop.py -k golden` shows the losses found, as a list.
+# A change that should not change results leaves these numbers. To update them after another one:
+# `python -m pytest tests/training/test_loop.py -k golden` shows the losses found, as a list.
 GOLDEN = [
     1.40871, 1.33532, 1.42997, 1.40914, 1.4052, 1.38236, 1.37768, 1.35827, 1.388, 1.33178,
     1.37304, 1.29034, 1.3273, 1.34864, 1.24754, 1.29038, 1.40401, 1.31257, 1.13711, 1.17929,

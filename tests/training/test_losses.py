@@ -1,4 +1,4 @@
-"""SmoothedCrossentropy is Keras's CategoricalCrossentropy with smoothing, for plain labels."""
+"""SmoothedCrossentropy is Keras's CategoricalCrossentropy with smoothing, for integer labels."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ OUTPUTS = np.random.default_rng(0).dirichlet(np.ones(3), 5).astype(np.float32)
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("labels", [LABELS, LABELS[:, None]], ids=["[n]", "[n, 1]"])
-def test_it_is_that_of_keras_on_one_hot_labels(share: float, labels: Any) -> None:
+def test_it_equals_the_loss_of_keras_on_one_hot_labels(share: float, labels: Any) -> None:
     expected = keras.losses.CategoricalCrossentropy(label_smoothing=share)
     found = float(SmoothedCrossentropy(share)(labels, OUTPUTS))
     assert found == pytest.approx(float(expected(np.eye(3)[LABELS], OUTPUTS)), rel=1e-6)
@@ -26,10 +26,10 @@ def test_without_smoothing_it_is_the_sparse_one() -> None:
     assert float(SmoothedCrossentropy(0.0)(LABELS, OUTPUTS)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_its_least_value_is_the_entropy_of_the_labels() -> None:
+def test_its_minimum_is_the_entropy_of_the_labels() -> None:
     smoothed = 0.9 * np.eye(10)[LABELS] + 0.01
     least = float(SmoothedCrossentropy(0.1)(LABELS, smoothed.astype(np.float32)))
-    assert least == pytest.approx(0.5003, abs=1e-4)  # what the docstring says
+    assert least == pytest.approx(0.5003, abs=1e-4)  # the number in the docstring
     assert float(SmoothedCrossentropy(0.1)(LABELS, np.eye(10, dtype=np.float32)[LABELS])) > least
 
 
@@ -52,5 +52,5 @@ def test_a_saved_model_keeps_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="label_smoothing: expected 0 <= share < 1"):
+    with pytest.raises(ValueError, match="label_smoothing: expected 0 <= x < 1"):
         SmoothedCrossentropy(share)

@@ -21,12 +21,12 @@ import pytest
 from rich.console import Console
 
 import trainer
-from trainer import experiment as experiment_module
 from trainer import workflow
 from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
 from trainer.training import checkpoint
 from trainer.training.signals import Signals
+from trainer.training.user_callbacks import make_callbacks
 
 # Dropout and augmentation draw at random; every call of four steps is followed by a checkpoint.
 SETTINGS: dict[str, Any] = {
@@ -292,13 +292,13 @@ def test_a_directory_that_another_process_makes_first_is_left_to_it(
     """A second `fit`, started in the same second, is faster once."""
     faster: list[Path] = []
 
-    def make_callbacks(experiment: Any, folder: Path, given: Any) -> Any:
+    def make(config: Any, model: Any, folder: Path, given: Any) -> Any:
         if not faster:
             folder.mkdir(parents=True)
             faster.append(folder)
-        return experiment_module.make_callbacks(experiment, folder, given)
+        return make_callbacks(config, model, folder, given)
 
-    monkeypatch.setattr(workflow, "make_callbacks", make_callbacks)
+    monkeypatch.setattr(workflow, "make_callbacks", make)
     fitted = fit(logging__name="same", training__epochs=1)
     assert fitted.run.path == Path(f"{faster[0]}-2")
     assert list(faster[0].iterdir()) == []

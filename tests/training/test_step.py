@@ -1,4 +1,4 @@
-"""Our step against Keras's own, and several devices against one."""
+"""Our step compared to Keras's, and several devices compared to one."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_loop import at_call_end
 
 from trainer.errors import InputError
 from trainer.training import step
@@ -16,7 +17,7 @@ Make = Callable[..., Any]
 
 
 def some_batches(split: Any, sizes: list[int]) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields images, labels and sample weights of batches of these sizes, round and round."""
+    """Yields images, labels and sample weights of batches, again from the start after the end."""
     images, labels = split.read()
     weights = np.random.RandomState(1).uniform(0, 2, len(labels)).astype(np.float32)
     first = 0
@@ -91,7 +92,7 @@ def test_twenty_steps_equal_keras_own(case: str, tiny: Any, compiled_model: Make
     ):
         np.testing.assert_array_equal(found.numpy(), wanted.numpy(), err_msg=found.path)
     assert int(models[0].optimizer.iterations.numpy()) == 20
-    # ... and something was learned meanwhile, so that equal does not mean idle.
+    # The weights have changed: the models did not agree only because nothing happened.
     assert all((a != b).any() for a, b in zip(before, models[0].get_weights(), strict=True))
 
 
@@ -129,10 +130,12 @@ def test_loop_equals_keras_own_step(
     expected, weights = keras_over_two_epochs
     model = compiled_model(one_device)
     loop = Loop(model, one_device, steps_per_execution=steps_per_execution)
-    windows: list[CallRecord] = []
-    loop.fit(batches_of(tiny.train, one_device, 7), epochs=2, observers=[windows.append])
-    assert len(windows) == (20 if steps_per_execution == 1 else 2)
-    for record in windows:
+    records: list[CallRecord] = []
+    loop.fit(
+        batches_of(tiny.train, one_device, 7), epochs=2, callbacks=[at_call_end(records.append)]
+    )
+    assert len(records) == (20 if steps_per_execution == 1 else 2)
+    for record in records:
         wanted = expected[record.first_step + record.steps - 1]
         assert record.logs == pytest.approx(wanted, rel=1e-6)
     for found, wanted in zip(model.get_weights(), weights, strict=True):
@@ -140,7 +143,7 @@ def test_loop_equals_keras_own_step(
 
 
 def true_gradients(model: keras.Model, images: Any, labels: Any, scale: float) -> list[Any]:
-    """Returns the gradients of the loss, by a tape of the test's own."""
+    """Returns the gradients of the loss, computed by the test itself."""
     with tf.GradientTape() as tape:
         outputs = model(images, training=True)
         loss = model.compute_loss(images, labels, outputs, None, training=True) * scale
@@ -211,8 +214,8 @@ def test_clip_norm_knows_the_scale_of_any_optimizer(tiny: Any, compiled_model: M
 def test_mixed_float16_keeps_gradients_too_small_for_float16(
     tiny: Any, compiled_model: Make
 ) -> None:
-    # float16 knows no number below 6e-8: unscaled, most of these gradients would be zero, and
-    # scaled in the optimizer alone, all would be 2**15 times too small.
+    # The smallest float16 is 6e-8: without scaling, most of these gradients would be zero. Scaled
+    # only in the optimizer, all would be 2**15 times too small.
     images, labels, _ = next(some_batches(tiny.train, [8]))
     small = 1e-7
     model = compiled_model(
@@ -238,7 +241,7 @@ MIRRORED: dict[str, tuple[dict[str, Any], dict[str, Any], str, float]] = {
     # name: (options of the model, of the loop, placement, relative tolerance)
     "plain": ({"regularizer": "l2"}, {}, "device", 1e-5),
     "clip_norm": ({}, {"clip_norm": 1.0, "gradient_norms": True}, "stream", 1e-5),
-    # Half a batch rounds otherwise than a whole one in float16, which has 11 bits.
+    # In float16, which has 11 bits, half a batch is rounded differently.
     "mixed_float16": ({"policy": "mixed_float16"}, {"clip_norm": 1.0}, "device", 5e-3),
 }
 
@@ -259,17 +262,17 @@ def test_two_devices_equal_one_on_the_same_batches(
         loop = Loop(model, chosen, steps_per_execution=5, **loop_options)
         # 64 rows: nine batches of 7 (3 rows and 4), then one of a single row (none and 1).
         train = batches_of(tiny.train, chosen, 7, placement=placement, seed=3)
-        windows: list[CallRecord] = []
-        loop.fit(train, epochs=2, observers=[windows.append])
+        records: list[CallRecord] = []
+        loop.fit(train, epochs=2, callbacks=[at_call_end(records.append)])
         assert int(model.optimizer.iterations.numpy()) == 20
-        results.append((model.get_weights(), windows))
-    (wanted_weights, wanted_windows), (weights, windows) = results
+        results.append((model.get_weights(), records))
+    (wanted_weights, wanted_records), (weights, records) = results
 
     for found, wanted in zip(weights, wanted_weights, strict=True):
         np.testing.assert_allclose(
             found, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max()
         )
-    for found, wanted in zip(windows, wanted_windows, strict=True):
+    for found, wanted in zip(records, wanted_records, strict=True):
         assert found.images == wanted.images
         assert found.logs == pytest.approx(wanted.logs, rel=tolerance)
         np.testing.assert_allclose(found.loss, wanted.loss, rtol=tolerance)
@@ -307,7 +310,7 @@ def test_replicas_hold_equal_weights_and_skip_an_overflow_together(
 def test_a_summed_loss_is_refused_on_two_devices(
     compiled_model: Make, one_device: Any, two_devices: Any
 ) -> None:
-    # Its regularisers are means over the replicas and it is not: no weight is right for both.
+    # Regularizers are means over the replicas and this loss is a sum: no factor is right for both.
     loss = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
     Loop(compiled_model(one_device, loss=loss), one_device)
     with pytest.raises(InputError, match="received a sum, or one number for the batch"):

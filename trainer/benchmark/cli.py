@@ -63,9 +63,8 @@ def matmul(
     options: dict[str, Any] = {"largest": largest, "quick": quick, "seed": seed}
     if not textbook:
         options |= {"shapes": shape or [*_SHAPES], "dtypes": dtype or [*_DTYPES]}
-    benchmark = _Benchmark(device, runs, json_, compare, tolerance)
-    name = "textbook_matmul" if textbook else "benchmark_matmul"
-    benchmark.run("matmul", name, device or [], **options)
+    function = "matmul.textbook_matmul" if textbook else "matmul.benchmark_matmul"
+    _run(function, (runs, json_, compare, tolerance), _devices(device), **options)
 
 
 @verbs.command("operations")
@@ -80,8 +79,8 @@ def operations(
     json_: JsonFileOption = None,
 ) -> None:
     """Time operations and layers of networks, forward and with gradient."""
-    benchmark = _Benchmark(device, runs, json_, compare, tolerance)
-    benchmark.run("operations", "benchmark_operations", device or [], quick=quick, seed=seed)
+    output, options = (runs, json_, compare, tolerance), {"quick": quick, "seed": seed}
+    _run("operations.benchmark_operations", output, _devices(device), **options)
 
 
 @verbs.command("step")
@@ -115,10 +114,10 @@ def step(
     loaded = console.load_config(config, set_)
     _check("--batch-size", batch_size)
     _check("--precision", precision, _PRECISIONS)
-    benchmark = _Benchmark(device, runs, json_, compare, tolerance)
-    choices: dict[str, Any] = {"batch_sizes": batch_size or [], "precisions": precision or []}
-    choices |= {"jit_compile": jit_compile, "quick": quick}
-    benchmark.run("step", "benchmark_step", loaded, device or [], **choices)
+    options: dict[str, Any] = {"batch_sizes": batch_size or [], "precisions": precision or []}
+    options |= {"jit_compile": jit_compile, "quick": quick}
+    output = (runs, json_, compare, tolerance)
+    _run("step.benchmark_step", output, loaded, _devices(device), **options)
 
 
 @verbs.command("formats")
@@ -133,8 +132,8 @@ def formats(
 ) -> None:
     """Compare the export formats of a model: size, loading time, speed, accuracy."""
     console.require("cpu", run, runs)
-    benchmark = _Benchmark(None, runs, json_, compare, tolerance)
-    benchmark.run("formats", "benchmark_formats", run, runs_directory=runs, quick=quick)
+    output = (runs, json_, compare, tolerance)
+    _run("formats.benchmark_formats", output, run, runs_directory=runs, quick=quick)
 
 
 def _check(option: str, values: list[Any] | None, choices: tuple[str, ...] = ()) -> None:
@@ -146,57 +145,63 @@ def _check(option: str, values: list[Any] | None, choices: tuple[str, ...] = ())
             raise InputError(f"{option}: expected 1 or more, received {value}")
 
 
-class _Benchmark:
-    """The options that all verbs share. They are checked before the measurement starts."""
+def _devices(words: list[str] | None) -> list[str]:
+    """Returns the values of --device, and requires a GPU driver if one names a GPU."""
+    for word in words or ():
+        console.require(word if word.startswith("gpu") else "cpu")
+    return words or []
 
-    def __init__(
-        self,
-        devices: list[str] | None,
-        runs: str,
-        json_: Path | None,
-        compare: Path | None,
-        tolerance: float,
-    ) -> None:
-        from trainer.benchmark.compare import read_document
-        from trainer.files import require_writable
 
-        for device in devices or ():
-            console.require(device if device.startswith("gpu") else "cpu")
-        require_writable(runs, "--runs")
-        self._json = None if json_ == Path("-") else json_
-        self._on_stdout = json_ == Path("-")
-        try:
-            if self._json is not None:
-                self._json.touch(exist_ok=False)
-                self._json.unlink()
-        except FileExistsError:
-            message = f"--json: {json_} exists already and is not overwritten: use another name"
-            raise InputError(message) from None
-        except OSError as error:
-            raise InputError(f"--json: {json_} cannot be written: {error.strerror}") from None
-        self._runs, self._tolerance = runs, tolerance
-        self._before = None if compare is None else read_document(compare)
+def _run(
+    function: str,
+    output: tuple[str, Path | None, Path | None, float],
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """Measures, writes and prints the result, and compares it with the earlier one.
 
-    def run(self, module: str, function: str, *arguments: Any, **options: Any) -> None:
-        """Measures, writes and prints the result, and compares it with the earlier one."""
-        from trainer.benchmark.compare import compare
-        from trainer.files import write_text
+    Args:
+        function: The function of the benchmark, as "module.function".
+        output: The values of --runs, --json, --compare and --tolerance.
+        *arguments: Arguments of the function.
+        **options: Keyword arguments of the function.
+    """
+    from trainer.benchmark.compare import compare, read_document
+    from trainer.files import require_writable, write_text
 
-        console.start_logging()
-        with console.stdout_to_stderr():
-            measure = getattr(console.import_module(f"trainer.benchmark.{module}"), function)
-            result = measure(*arguments, **options)
-            folder = result.write(self._runs)
-        if self._json is not None:
-            write_text(self._json, result.json())
-        if self._on_stdout:
-            console.print_line(result.json(), end="")
-        else:
-            titles, *rows = result.table()
-            console.print_line(result.subject)
-            console.print_rows(rows, titles=titles)
-            console.print_line("\n".join(result.lines()))
-            console.print_run(folder, tensorboard=True)
-        if self._before is not None:
-            for line in compare(self._before, result.document(), tolerance=self._tolerance):
-                console.print_line(line, err=True)
+    runs, file, earlier, tolerance = output
+    before = None if earlier is None else read_document(earlier)
+    require_writable(runs, "--runs")
+    if file is not None and file != Path("-"):
+        _require_new(file)
+    console.start_logging()
+    with console.stdout_to_stderr():
+        module, name = function.split(".")
+        imported = console.import_module(f"trainer.benchmark.{module}")
+        result = getattr(imported, name)(*arguments, **options)
+        folder = result.write(runs)
+    if file == Path("-"):
+        console.print_line(result.json(), end="")
+    else:
+        if file is not None:
+            write_text(file, result.json())
+        titles, *rows = result.table()
+        console.print_line(result.subject)
+        console.print_rows(rows, titles=titles)
+        console.print_line("\n".join(result.lines()))
+        console.print_run(folder, tensorboard=True)
+    if before is not None:
+        for line in compare(before, result.document(), tolerance=tolerance):
+            console.print_line(line, err=True)
+
+
+def _require_new(file: Path) -> None:
+    """Requires that a file does not exist and can be written, before the measurement starts."""
+    try:
+        file.touch(exist_ok=False)
+        file.unlink()
+    except FileExistsError:
+        message = f"--json: {file} exists already and is not overwritten: use another name"
+        raise InputError(message) from None
+    except OSError as error:
+        raise InputError(f"--json: {file} cannot be written: {error.strerror}") from None

@@ -31,8 +31,8 @@ def read_document(path: Path) -> dict[str, Any]:
 def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> list[str]:
     """Compares the medians of two documents of the same benchmark.
 
-    A measurement changed if the 95% intervals of its medians do not overlap. Each document has
-    baselines of the machine itself: their change, the drift, is removed first.
+    A measurement changed if its interquartile ranges do not overlap. Each document has baselines
+    of the machine itself: their change, the drift, is removed first.
 
     Args:
         old: The earlier document.
@@ -44,7 +44,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> li
 
     Raises:
         InputError: They are of different benchmarks, or have no measurement in common.
-        CheckError: A measurement is slower by more than `tolerance`, beyond its interval.
+        CheckError: A measurement is slower by more than `tolerance`, beyond its quartiles.
     """
     if old["benchmark"] != new["benchmark"]:
         raise InputError(
@@ -73,12 +73,12 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> li
 
 
 def _timings(document: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Returns median and interval of each row by its key, in seconds."""
+    """Returns median and quartiles of each row by its key, in seconds."""
     found = {}
     for row in document["rows"]:
-        median, (low, high) = row["timing"]["median_seconds"], row["timing"]["interval_seconds"]
+        median, (low, high) = row["timing"]["median_seconds"], row["timing"]["quartiles_seconds"]
         if not 0 < low <= median <= high < math.inf:
-            raise ValueError("a median is outside its interval")
+            raise ValueError("a median is outside its quartiles")
         found[str(row["key"])] = (median, low, high)
     return found
 
@@ -89,5 +89,5 @@ def _baselines(document: dict[str, Any]) -> dict[str, float]:
     timings = document.get("baselines", document.get("references", {}))
     found = {key: float(timing["median_seconds"]) for key, timing in timings.items()}
     if not all(0 < seconds < math.inf for seconds in found.values()):
-        raise ValueError("a baseline that took no time")
+        raise ValueError("expected baselines of more than 0 s")
     return found

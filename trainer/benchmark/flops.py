@@ -1,7 +1,10 @@
-"""Counts the multiplications and additions of the matrix products in a graph."""
+"""Counts the multiplications and additions of the matrix products in a graph.
 
+`tf.compat.v1.profiler` counts the gradients of convolutions wrongly, and not those of Einsum.
+"""
+
+import itertools
 import math
-from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -20,18 +23,6 @@ def count_flops(graph: tf.Graph) -> int | None:
         None if the count is unknown: a shape is open, or the graph calls other graphs (loops,
         branches, functions).
     """
-    operations = _needed_operations(graph)
-    products = [operation for operation in operations if operation.type in _PRODUCTS]
-    tensors = [tensor for each in products for tensor in (*each.inputs, *each.outputs)]
-    attributes = [value for each in operations for value in each.node_def.attr.values()]
-    calls_graph = any(value.HasField("func") for value in attributes)
-    if calls_graph or not all(tensor.shape.is_fully_defined() for tensor in tensors):
-        return None
-    return sum(2 * _PRODUCTS[operation.type](operation) for operation in products)
-
-
-def _needed_operations(graph: tf.Graph) -> set[tf.Operation]:
-    """Returns the operations that lead to the results; the others are never executed."""
     found: set[tf.Operation] = set()
     pending = [*(tensor.op for tensor in graph.outputs), *graph.control_outputs]
     while pending:
@@ -39,45 +30,30 @@ def _needed_operations(graph: tf.Graph) -> set[tf.Operation]:
         if operation not in found:
             found.add(operation)
             pending += [*operation.control_inputs, *(tensor.op for tensor in operation.inputs)]
-    return found
+    if any(value.HasField("func") for each in found for value in each.node_def.attr.values()):
+        return None
+    try:
+        return sum(2 * _multiplications(operation) for operation in found)
+    except TypeError:  # an unknown dimension is None
+        return None
 
 
-def _matmul(operation: tf.Operation) -> int:
-    name = "transpose_a" if operation.type == "MatMul" else "adj_x"
-    inner = operation.inputs[0].shape[-2 if operation.get_attr(name) else -1]
-    return int(math.prod(operation.outputs[0].shape) * inner)
-
-
-def _einsum(operation: tf.Operation) -> int:
-    terms = operation.get_attr("equation").decode().partition("->")[0].split(",")
-    sizes = {
-        label: size
-        for term, tensor in zip(terms, operation.inputs, strict=True)
-        for label, size in zip(term, tensor.shape.as_list(), strict=True)
-    }
-    return int(math.prod(sizes.values())) if len(terms) > 1 else 0
-
-
-def _convolution(operation: tf.Operation) -> int:
-    """Counts one pass of the filter for each output number; both gradients take the same."""
-    kernel, output = operation.inputs[1].shape, operation.outputs[0].shape
-    if operation.type.endswith("BackpropFilter"):
-        kernel, output = operation.outputs[0].shape, operation.inputs[2].shape
-    elif operation.type.endswith("BackpropInput"):
-        output = operation.inputs[2].shape
-    depthwise = operation.type.startswith("Depthwise")
-    return int(math.prod(output) * math.prod(kernel[:2] if depthwise else kernel[:-1]))
-
-
-_PRODUCTS: dict[str, Callable[[tf.Operation], int]] = {
-    **dict.fromkeys(("MatMul", "BatchMatMulV2", "BatchMatMulV3"), _matmul),
-    "Einsum": _einsum,
-    **dict.fromkeys(
-        (
-            *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"),
-            *("DepthwiseConv2dNative", "DepthwiseConv2dNativeBackpropInput"),
-            "DepthwiseConv2dNativeBackpropFilter",
-        ),
-        _convolution,
-    ),
-}
+def _multiplications(operation: tf.Operation) -> int:
+    kind = operation.type
+    if "MatMul" not in kind and "onv2" not in kind and kind != "Einsum":
+        return 0
+    inputs, output = [each.shape for each in operation.inputs], operation.outputs[0].shape
+    if "MatMul" in kind:
+        transposed = operation.get_attr("transpose_a" if kind == "MatMul" else "adj_x")
+        return int(math.prod(output) * inputs[0][-2 if transposed else -1])
+    if kind == "Einsum":
+        terms = operation.get_attr("equation").decode().partition("->")[0].split(",")
+        sizes = dict(zip("".join(terms), itertools.chain(*inputs), strict=True))
+        return math.prod(sizes.values()) if len(terms) > 1 else 0
+    # One pass of the filter for each output number; each of the two gradients takes the same.
+    kernel = inputs[1]
+    if kind.endswith("BackpropFilter"):
+        kernel, output = output, inputs[2]
+    elif kind.endswith("BackpropInput"):
+        output = inputs[2]
+    return int(math.prod(output) * math.prod(kernel[:2] if "Depthwise" in kind else kernel[:-1]))

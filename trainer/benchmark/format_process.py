@@ -10,12 +10,11 @@ import importlib
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from trainer.benchmark.timing import Budget, Measurement
+from trainer.benchmark.timing import Budget, Measurement, run_interleaved
 from trainer.saving.runtimes import RUNTIMES
 
 _BATCH_SECONDS = 1.0
@@ -31,16 +30,20 @@ def main(kind: str, path: str, images_file: str, calls: str) -> None:
     imported = time.perf_counter()
     predict = open_model(Path(path))
     loaded = time.perf_counter()
-    # Blocks are as short as the clock allows: a percentile is that of requests, not of means.
-    one = Measurement(lambda: predict(images[:1]), budget=Budget(block_seconds=0))
-    for _ in range(int(calls)):
-        one.run_block()
+    # Blocks are short, usually one call: a percentile is that of requests, not of means.
+    one = Measurement(lambda: predict(images[:1]), budget=Budget(block_seconds=1e-4))
+    run_interleaved([one.run_block], blocks=int(calls), seed=0)
     many = Measurement(lambda: predict(images), budget=Budget(block_seconds=0.05))
-    end = time.perf_counter() + _BATCH_SECONDS
-    while time.perf_counter() < end or len(many.block_seconds) < _MIN_BLOCKS:
-        many.run_block()
-    seconds = {"import_seconds": imported - start, "load_seconds": loaded - imported}
-    print(json.dumps(seconds | {"one": asdict(one), "many": asdict(many)}))  # noqa: T201
+    blocks = max(_MIN_BLOCKS, int(_BATCH_SECONDS / (many.call_seconds * many.calls_per_block)))
+    run_interleaved([many.run_block], blocks=blocks, seed=0)
+    measured = {
+        "import_seconds": imported - start,
+        "load_seconds": loaded - imported,
+        "first_call_seconds": one.first_seconds,
+        "one": one.block_seconds,
+        "many": many.block_seconds,
+    }
+    print(json.dumps(measured))  # noqa: T201
 
 
 if __name__ == "__main__":

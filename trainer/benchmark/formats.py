@@ -1,13 +1,12 @@
 """`trainer benchmark formats`: size, loading time, speed and accuracy of each export format."""
 
+import functools
 import json
 import logging
 import os
-import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trainer import data as datasets
-from trainer.benchmark.result import BenchmarkResult
-from trainer.benchmark.timing import Timing
-from trainer.environment import describe_environment
+from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
+from trainer.benchmark.timing import run_interleaved, summary
 from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import open_run
 from trainer.saving.export import export
@@ -27,6 +25,19 @@ from trainer.saving.versions import Verification, artefact_files
 _logger = logging.getLogger(__name__)
 
 BATCH = 256
+_COLUMNS: Columns = {
+    "": ("format", ""),
+    "bytes": ("bytes", ","),
+    "import": ("import_seconds", time_text),
+    "load": ("load_seconds", time_text),
+    "first call": ("first_call_seconds", time_text),
+    "1 image, p50 ms": ("latency_p50_ms", ".3f"),
+    "1 image, p95 ms": ("latency_p95_ms", ".3f"),
+    f"{BATCH}: images/s": ("images_per_second", ",.0f"),
+    "  IQR": ("batches", spread_text),
+    "test accuracy": ("accuracy", ".4f"),
+    "difference": ("largest_difference", ".1e"),
+}
 QUICK = {"processes": 2, "calls": 200}  # calls: at batch 1, in each process
 FULL = {"processes": 5, "calls": 1000}
 
@@ -58,12 +69,12 @@ def benchmark_formats(
         # A small test set is repeated.
         np.save(Path(folder) / "images.npy", np.resize(images, (BATCH, *images.shape[1:])))
         artefacts = _export_all(str(run.path), folder, skipped)
-        turns = [kind for kind in artefacts for _ in range(budget["processes"])]
-        random.Random(seed).shuffle(turns)
         measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in artefacts}
-        for number, kind in enumerate(turns, 1):
-            _logger.info("process %d of %d: %s", number, len(turns), kind)
-            measured[kind].append(_measure(kind, artefacts[kind][0], folder, budget["calls"]))
+        turns = [
+            functools.partial(_measure, kind, path, folder, budget["calls"], measured[kind])
+            for kind, (path, _) in artefacts.items()
+        ]
+        run_interleaved(turns, blocks=budget["processes"], seed=seed)
         rows = [
             _row(kind, path, measured[kind], verified)
             for kind, (path, verified) in artefacts.items()
@@ -75,7 +86,8 @@ def benchmark_formats(
         columns=_COLUMNS,
         skipped=skipped,
         settings={"batch": BATCH, "seed": seed, **budget},
-        environment=describe_environment(("CPU:0",), data.spec.fingerprint),
+        devices=["CPU:0"],
+        fingerprint=data.spec.fingerprint,
         figure=_figure(rows),
         transposed=True,
     )
@@ -98,8 +110,11 @@ def _export_all(
     return artefacts
 
 
-def _measure(kind: str, artefact: Path, folder: str, calls: int) -> dict[str, Any]:
+def _measure(
+    kind: str, artefact: Path, folder: str, calls: int, measured: list[dict[str, Any]]
+) -> None:
     """Measures a format once, in a new process that has the module path of this one."""
+    _logger.info("process %d of %s", len(measured) + 1, kind)
     program = [sys.executable, "-P", "-m", "trainer.benchmark.format_process"]
     done = subprocess.run(
         [*program, kind, str(artefact.absolute()), f"{folder}/images.npy", str(calls)],
@@ -113,63 +128,30 @@ def _measure(kind: str, artefact: Path, folder: str, calls: int) -> dict[str, An
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise CheckError(f"{kind} cannot be measured: {last[0]}")
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    measured.append(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _row(
     kind: str, artefact: Path, measured: list[dict[str, Any]], verified: Verification
 ) -> dict[str, Any]:
-    one, many = (_join([Timing(**m[key]) for m in measured]) for key in ("one", "many"))
+    """Returns the row of a format. Times are those of all its processes together."""
+    one, many = ([seconds for m in measured for seconds in m[key]] for key in ("one", "many"))
+    once = ("import_seconds", "load_seconds", "first_call_seconds")
     return {
         "key": kind,
         "format": kind,
         "bytes": sum(file.stat().st_size for file in artefact_files(artefact)),
-        "import_seconds": float(np.median([m["import_seconds"] for m in measured])),
-        "load_seconds": float(np.median([m["load_seconds"] for m in measured])),
-        "first_call_seconds": one.first_seconds,
-        "latency_p50_ms": 1000 * one.median,
-        "latency_p95_ms": 1000 * one.percentile(95),
-        "images_per_second": BATCH / many.median,
+        **{name: float(np.median([m[name] for m in measured])) for name in once},
+        "latency_p50_ms": 1000 * float(np.median(one)),
+        "latency_p95_ms": 1000 * float(np.percentile(one, 95)),
+        "images_per_second": BATCH / float(np.median(many)),
         "accuracy": verified.accuracy,
         "model_accuracy": verified.model_accuracy,
         "largest_difference": verified.largest_difference,
-        "timing": one.to_json(),
-        "batches": many.to_json(),
+        "timing": summary(one),
+        "batches": summary(many),
         "loads_seconds": [m["load_seconds"] for m in measured],
     }
-
-
-def _join(timings: list[Timing]) -> Timing:
-    """Returns the timings of the same call in several processes as one timing."""
-    return Timing(
-        [seconds for timing in timings for seconds in timing.block_seconds],
-        float(np.median([timing.first_seconds for timing in timings])),
-        max(timing.calls_per_block for timing in timings),
-        sum(timing.warmup_blocks for timing in timings),
-        all(timing.settled for timing in timings),
-    )
-
-
-def _quartiles(row: dict[str, Any]) -> str:
-    low, high = (BATCH / seconds for seconds in reversed(row["batches"]["quartiles_seconds"]))
-    return f"{low / 1000:.1f}k-{high / 1000:.1f}k"
-
-
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "": lambda row: str(row["format"]),
-    "bytes": lambda row: f"{row['bytes']:,}",
-    "import, s": lambda row: f"{row['import_seconds']:.2f}",
-    "load, ms": lambda row: f"{1000 * row['load_seconds']:.1f}",
-    "first call, ms": lambda row: f"{1000 * row['first_call_seconds']:.1f}",
-    "1 image, p50 ms": lambda row: f"{row['latency_p50_ms']:.3f}",
-    "1 image, p95 ms": lambda row: f"{row['latency_p95_ms']:.3f}",
-    f"{BATCH}: images/s": lambda row: f"{row['images_per_second']:,.0f}",
-    "  quartiles": _quartiles,
-    "  stable": lambda row: "yes" if row["batches"]["stable"] else "no",
-    "test accuracy": lambda row: f"{row['accuracy']:.4f}",
-    "difference": lambda row: f"{row['largest_difference']:.1e}",
-}
 
 
 def _figure(rows: list[dict[str, Any]]) -> Figure:

@@ -7,29 +7,44 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from matplotlib.figure import Figure
 
-from trainer import devices as places
-from trainer import environment
-from trainer.benchmark.checks import check_share
-from trainer.benchmark.curves import Curves
+from trainer.benchmark.cases import baselines_of, check_share, measure, synchronize
+from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.products import (
-    Products,
-    cache_levels,
     fastest,
     multiply_on,
     place_operands,
-    prepare_products,
+    product_cases,
     product_row,
 )
-from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text, with_unit
-from trainer.benchmark.timing import Budget, Measurement, run_interleaved
-from trainer.environment import describe_environment
+from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
+from trainer.benchmark.timing import Budget, Measurement
 
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
 QUICK = Budget(7, 0.004, 0.05, tuple(4**k for k in range(6)), (1, 100, 10**4, 10**6, 10**7))
-_BOOK = (
+_COLUMNS: Columns = {
+    "shape": ("shape", ""),
+    "n": ("n", ","),
+    "device": ("device", ""),
+    "type": ("dtype", ""),
+    "time": ("seconds", time_text),
+    "IQR": ("timing", spread_text),
+    "GFLOP/s": ("gflop_per_s", ".3g"),
+    "GB/s": ("gbyte_per_s", ".3g"),
+    "share": ("share", ".1%"),
+}
+_TEXTBOOK_COLUMNS: Columns = {
+    "n": ("n", ","),
+    "device": ("device", ""),
+    "tensors": ("tensors", ", ".join),
+    "warm-up": ("warm_up_seconds", time_text),
+    "book": ("book_seconds", time_text),
+    "awaited": ("waited_seconds", time_text),
+    "book's GFLOP/s": ("book_gflop_per_s", ".3g"),
+}
+_TEXTBOOK_NOTE = (
     "book: the clock stops after the last call; awaited: after the device has finished. A GPU "
     "executes calls later, so the book's time is only that of the calls, the same at every size. "
     "A CPU finishes before the call returns: both times agree."
@@ -47,48 +62,32 @@ def benchmark_matmul(
 ) -> BenchmarkResult:
     """Measures matrix products of growing size.
 
-    Args:
-        words: Devices, see `trainer.devices.select_each`.
-        shapes: "dot", "square" or both.
-        dtypes: Any of "float32", "bfloat16" and "float16".
-        largest: The largest size; None means that of the budget.
-        quick: Measure less.
-        seed: Random seed for operands and order.
+    The arguments are the options of `trainer benchmark matmul`; `words` are those of `--device`.
 
     Raises:
         InputError: A device is unknown.
         MissingError: A device is not available.
         CheckError: A rate is impossible, a product is wrong, or a tensor is on another device.
     """
-    names = places.select_each(words)
+    names = select_each(words)
     budget = _budget(largest, quick=quick)
-    products = prepare_products(names, shapes, dtypes, budget, seed=seed)
-    run_interleaved([*products.entries, *products.baselines], blocks=budget.blocks, seed=seed)
-    rows = [_complete(entry, products) for entry in products.entries]
-    hot = [entry for entry in products.entries if not entry.row["cold"]]
-    curves = Curves(
-        *(hot, "n", lambda row: f"{row['shape']}/{row['dtype']}"), first=names[0], seed=seed
-    )
-    threads = {  # 0 means as many threads as CPUs
-        "inter_op": tf.config.threading.get_inter_op_parallelism_threads(),
-        "intra_op": tf.config.threading.get_intra_op_parallelism_threads(),
-    }
+    cases = product_cases(names, shapes, dtypes, budget, seed=seed)
+    measured, skipped = measure(cases, budget, seed=seed)
+    baselines = baselines_of(measured)
+    rows = [_complete(each, measured) for each in measured if each not in baselines]
+    crossovers = find_crossovers(rows, "n", first=names[0])
     return BenchmarkResult(
         name="matmul",
         subject=f"matrix products on {', '.join(names)}",
         rows=rows,
         columns=_COLUMNS,
-        notes=curves.notes(),
-        skipped=products.skipped | skipped_gpus(names),
-        settings={"seed": seed, "devices": names, "dtypes": dtypes, **asdict(budget)},
-        environment=describe_environment(tuple(names), fingerprint="")
-        | {
-            "caches": environment.cpu_caches(),
-            "threads": threads,
-        },
-        facts=curves.facts(),
-        baselines=products.baselines,
-        figure=_figure(curves, shapes),
+        notes=crossover_notes(crossovers),
+        skipped=skipped,
+        settings={"seed": seed, "dtypes": dtypes, **asdict(budget)},
+        devices=names,
+        facts={"crossovers": crossovers},
+        baselines=baselines,
+        figure=_figure(rows, shapes, crossovers),
         size="n",
         scalars=_scalars,
     )
@@ -99,50 +98,38 @@ def textbook_matmul(
 ) -> BenchmarkResult:
     """Times the dot product as the textbook does, and again with a clock that waits.
 
-    The book makes ten calls to warm up, and reports the mean of ten more calls.
-
-    Args:
-        words: Devices, see `trainer.devices.select_each`.
-        largest: The largest size.
-        quick: Measure fewer sizes.
-        seed: Random seed for the operands.
+    The book makes ten calls to warm up, and reports the mean of ten more calls. The arguments are
+    those of `benchmark_matmul`.
     """
-    names, generator, rows = places.select_each(words), np.random.default_rng(seed), []
+    names, generator, rows = select_each(words), np.random.default_rng(seed), []
     for device, n in itertools.product(names, _budget(largest, quick=quick).dot_sizes):
-        a, b = place_operands(product_row("dot", n, device, "float32"), generator).pair
-        multiply = multiply_on(device, [(a, b)])
-        row = {"device": device, "n": n}
-        row["tensors"] = [str(t.device).rpartition("device:")[2] for t in (a, b, multiply())]
-        row["warm_up_seconds"] = _seconds_of_ten(multiply, wait=False)
-        row["book_seconds"] = _seconds_of_ten(multiply, wait=False)
-        row["waited_seconds"] = _seconds_of_ten(multiply, wait=True)
-        rows.append(row)
+        row = product_row("dot", n, device, "float32")
+        pair, _, _ = place_operands(row, generator)
+        multiply = multiply_on(device, pair)
+        tensors = [str(t.device).rpartition("device:")[2] for t in (*pair, multiply())]
+        warm_up, book = (_seconds_of_ten(multiply, wait=False) for _ in range(2))
+        waited = _seconds_of_ten(multiply, wait=True)
+        row |= {"tensors": tensors, "warm_up_seconds": warm_up, "book_seconds": book}
+        rows.append(row | {"waited_seconds": waited, "book_gflop_per_s": 2 * n / book / 1e9})
     return BenchmarkResult(
         name="textbook",
         subject=f"[1, n] x [n, 1] as the textbook times it, on {', '.join(names)}",
         rows=rows,
-        columns={
-            "n": lambda row: f"{row['n']:,}",
-            "tensors": lambda row: ", ".join(row["tensors"]),
-            "warm-up": lambda row: time_text(row["warm_up_seconds"]),
-            "book": lambda row: time_text(row["book_seconds"]),
-            "awaited": lambda row: time_text(row["waited_seconds"]),
-            "book's GFLOP/s": lambda row: f"{2 * row['n'] / row['book_seconds'] / 1e9:.3g}",
-        },
-        notes=[_BOOK],
-        settings={"seed": seed, "devices": names, "calls": 10},
-        environment=describe_environment(tuple(names), fingerprint=""),
+        columns=_TEXTBOOK_COLUMNS,
+        notes=[_TEXTBOOK_NOTE],
+        settings={"seed": seed, "calls": 10},
+        devices=names,
     )
 
 
 def _seconds_of_ten(call: Callable[[], Any], *, wait: bool) -> float:
     """Returns the mean seconds of ten calls."""
-    synchronize = tf.test.experimental.sync_devices if wait else lambda: None
     synchronize()
     start = time.perf_counter()
     for _ in range(10):
         call()
-    synchronize()
+    if wait:
+        synchronize()
     return (time.perf_counter() - start) / 10
 
 
@@ -156,70 +143,42 @@ def _budget(largest: int | None, *, quick: bool) -> Budget:
     return replace(budget, square_sizes=squares, dot_sizes=dots)
 
 
-def _complete(entry: Measurement, products: Products) -> dict[str, Any]:
-    """Adds timing, rates and the share of the limit to the row of an entry.
+def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
+    """Adds timing, rates and the share of the limit to the row of a product.
 
     The limit of a square is the GFLOP/s of its device and type. That of a dot product is the GB/s
-    of its device from caches that are at least as large: a cache is no slower than a larger one.
+    of its device for operands that are at least as large.
 
     Raises:
         CheckError: The rate is far above the baselines.
     """
-    row, levels = entry.complete_row(), cache_levels()
-    same = {"shape": [row["shape"]], "device": [row["device"]]}
+    row, baselines = each.complete_row(), baselines_of(measured)
     if row["shape"] == "square":
-        work, same = "flops", same | {"dtype": [row["dtype"]]}
+        work, rate, least = "flops", row["gflop_per_s"], 0
+        same = {key: row[key] for key in ("shape", "device", "dtype")}
     else:
-        work, same = "bytes", same | {"fits": levels[levels.index(row["fits"]) :]}
-    rate, limit = _rate(row)[1], fastest(products.baselines, work, **same)
-    row["most"] = row["share"] = None
-    if limit:
+        work, rate, least = "bytes", row["gbyte_per_s"], row["bytes"]
+        same = {key: row[key] for key in ("shape", "device")}
+    row["label"], row["most"], row["share"] = f"{row['shape']}/{row['dtype']}", None, None
+    if limit := fastest(baselines, work, at_least=least, **same):
         check_share(rate, limit, row["key"])
-        row["most"] = max(limit, fastest(products.entries, work, **same))
+        row["most"] = fastest(measured, work, at_least=least, **same)
         row["share"] = rate / row["most"]
-    beside = {
-        baseline.row["name"]: baseline.median
-        for baseline in products.baselines
-        if baseline.row["product"] == row["key"]
-    }
-    if beside:
-        row["beside_seconds"] = beside
-        best = min(seconds for name, seconds in beside.items() if name != "sums")
-        row["of_the_best_beside"] = best / row["seconds"]
     return row
 
 
-def _rate(row: dict[str, Any]) -> tuple[str, float]:
-    """Returns name and value of the rate that limits a product."""
-    name = "gflop_per_s" if row["shape"] == "square" else "gbyte_per_s"
-    return name, row[name]
-
-
 def _scalars(row: dict[str, Any]) -> dict[str, float]:
-    tag, (name, rate) = f"{row['shape']}_{row['dtype']}", _rate(row)
-    hot = {f"{tag}/microseconds": row["seconds"] * 1e6, f"{tag}/{name}": rate}
-    return {} if row["cold"] else hot
+    tag = f"{row['shape']}_{row['dtype']}"
+    rate = "gflop_per_s" if row["shape"] == "square" else "gbyte_per_s"
+    return {f"{tag}/microseconds": row["seconds"] * 1e6, f"{tag}/{rate}": row[rate]}
 
 
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "n": lambda row: f"{row['shape']} {row['n']:,}",
-    "device": lambda row: str(row["device"]),
-    "type": lambda row: str(row["dtype"]),
-    "from": lambda row: "cold" if row["cold"] else str(row["fits"]),
-    "time": lambda row: time_text(row["seconds"]),
-    "rate": lambda row: with_unit(
-        _rate(row)[1] * 1e9, "FLOP/s" if row["shape"] == "square" else "B/s"
-    ),
-    "share": lambda row: "" if row["share"] is None else f"{row['share']:.1%}",
-    "stable": lambda row: "yes" if row["timing"]["stable"] else "no",
-}
-
-
-def _figure(curves: Curves, shapes: list[str]) -> Figure:
+def _figure(rows: list[dict[str, Any]], shapes: list[str], crossovers: dict[str, Any]) -> Figure:
     """Draws time against n, one panel for each shape."""
     figure = Figure(figsize=(8 * len(shapes), 5.5), layout="constrained")
     titles = {"dot": "[1, n] x [n, 1]", "square": "[n, n] x [n, n]"}
     for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        curves.draw(axes, shape, mark=f"{shape}/float32/")
+        shown = {k: v for k, v in crossovers.items() if k.startswith(f"{shape}/float32/")}
+        draw_curves(axes, [row for row in rows if row["shape"] == shape], "n", shown)
         axes.set_title(titles[shape])
     return figure

@@ -15,11 +15,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainer import devices as places
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.timing import Measurement
+from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.run import make_directory
+
+# The key of a row, and the format of its value: for `format`, or a function that returns the text.
+Columns = dict[str, tuple[str, str | Callable[[Any], str]]]
 
 
 @dataclass
@@ -29,9 +33,10 @@ class BenchmarkResult:
     name: str
     subject: str  # title of the table
     rows: list[dict[str, Any]]  # plain values, one dictionary for each measured thing
-    columns: dict[str, Callable[[dict[str, Any]], str]]  # titles and texts of the printed table
+    columns: Columns  # of the printed table, by title
     settings: dict[str, Any]
-    environment: dict[str, Any]  # versions, processors and other conditions
+    devices: list[str]
+    fingerprint: str = ""  # of the data
     skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped thing
     notes: list[str] = field(default_factory=list)  # results that are sentences
     facts: dict[str, Any] = field(default_factory=dict)  # further results
@@ -41,10 +46,19 @@ class BenchmarkResult:
     scalars: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}  # by tag, of a row
     transposed: bool = False  # whether the printed table has a column for each row
 
+    def __post_init__(self) -> None:
+        """Adds the conditions of the measurement, and the reason if no GPU is measured."""
+        self.environment = describe_environment(tuple(self.devices), self.fingerprint)
+        self.settings["devices"] = self.devices
+        if not any(name.startswith("GPU") for name in self.devices) and self.name != "formats":
+            reason = "TensorFlow finds none on this machine; `trainer doctor` explains why"
+            found = any(name.startswith("GPU") for name in select_each([]))
+            self.skipped["GPU"] = "--device does not name it" if found else reason
+
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
         names = ("subject", "settings", "rows", "facts", "skipped", "environment")
-        baselines = {entry.row["key"]: entry.to_json() for entry in self.baselines}
+        baselines = {entry.row["key"]: entry.timing() for entry in self.baselines}
         plain = {name: getattr(self, name) for name in names}
         return {"benchmark": self.name, **plain, "baselines": baselines}
 
@@ -56,7 +70,9 @@ class BenchmarkResult:
     def table(self) -> list[list[str]]:
         """Returns the printed table; the first line has the titles."""
         lines = [list(self.columns)]
-        lines += [[show(row) for show in self.columns.values()] for row in self.rows]
+        for row in self.rows:
+            cells = [(row[key], spec) for key, spec in self.columns.values()]
+            lines.append([_text(value, spec) for value, spec in cells])
         return [list(line) for line in zip(*lines, strict=True)] if self.transposed else lines
 
     def lines(self) -> list[str]:
@@ -94,29 +110,25 @@ class BenchmarkResult:
             if self.figure is not None:
                 write_figure(f"benchmark/{self.name}", self.figure)
         # One TensorBoard run for each device: devices are drawn in the same charts.
-        scalars = [(row, self.scalars(row)) for row in self.rows]
-        for device in dict.fromkeys(row["device"] for row, found in scalars if found):
+        for device in dict.fromkeys(row["device"] for row in self.rows if self.size):
             with tf.summary.create_file_writer(str(path / device.replace(":", ""))).as_default():
-                for row, found in scalars:
-                    for tag, value in found.items() if row["device"] == device else ():
+                for row in (row for row in self.rows if row["device"] == device):
+                    for tag, value in self.scalars(row).items():
                         tf.summary.scalar(tag, value, step=row[self.size])
 
 
-def skipped_gpus(devices: list[str]) -> dict[str, str]:
-    """Returns the reason if none of the devices is a GPU."""
-    if any(name.startswith("GPU") for name in devices):
-        return {}
-    if places.select_each([]) == ["CPU:0"]:
-        return {"GPU": "TensorFlow finds none on this machine; `trainer doctor` explains why"}
-    return {"GPU": "--device does not name it"}
-
-
-def with_unit(value: float, unit: str) -> str:
-    """Returns a number with a metric prefix: 0.00123, "s" is "1.23 ms"."""
-    rounded = float(f"{value:.3g}")
-    return str(EngFormatter(unit)(rounded)).replace("\N{MICRO SIGN}", "u")
+def _text(value: Any, spec: str | Callable[[Any], str]) -> str:
+    if value is None:
+        return ""
+    return format(value, spec) if isinstance(spec, str) else spec(value)
 
 
 def time_text(seconds: float) -> str:
-    """Returns a duration with a suitable unit: "1.23 ms"."""
-    return with_unit(seconds, "s")
+    """Returns a duration with a suitable unit: 0.00123 is "1.23 ms"."""
+    return str(EngFormatter("s")(float(f"{seconds:.3g}"))).replace("\N{MICRO SIGN}", "u")
+
+
+def spread_text(timing: dict[str, Any]) -> str:
+    """Returns the interquartile range of a timing, relative to its median."""
+    low, high = timing["quartiles_seconds"]
+    return f"{(high - low) / timing['median_seconds']:.0%}"

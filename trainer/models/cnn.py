@@ -1,4 +1,4 @@
-"""A small convolutional network: (convolution, pooling, ReLU) a few times, then a dense layer."""
+"""A small convolutional network: blocks of convolution, pooling and ReLU, then a dense layer."""
 
 from typing import Annotated, Literal
 
@@ -26,33 +26,30 @@ def build(
     """Builds the network.
 
     Args:
-        spec: Gives the image shape and the class count.
-        filters: Channels of each convolution; each is followed by a 2x2 max pooling.
-        kernel_size: Height and width of the first convolution's kernel; the others have 3.
-        padding: "valid" computes only where the kernel fits, which is quicker; "same" keeps the
-            edges, for images that "valid" would shrink to nothing.
+        spec: Contains the image shape and the class count.
+        filters: Channels of each convolution; a 2x2 max pooling follows each.
+        kernel_size: Height and width of the first kernel; the others have 3.
+        padding: "valid" is faster; "same" keeps the edges, for small images.
         dense: Units of the hidden dense layer.
-        dropout: Share of its outputs that training sets to zero.
-        crop: Rows and columns to leave out at each edge of the images: less to compute, for
-            images whose edges hold little.
-        batch_normalization: Normalize the hidden layer's outputs before their ReLU, which lets a
-            training of one epoch take large steps (Ioffe and Szegedy 2015).
+        dropout: Fraction of its outputs that training sets to zero.
+        crop: Rows and columns removed at each edge of the images, which saves computation.
+        batch_normalization: Normalize the hidden layer's outputs before their ReLU, which allows
+            larger steps in a training of one epoch (Ioffe and Szegedy 2015).
     """
     images, x = image_input(spec)  # (B, H, W, C)
     if crop:
         x = layers.Cropping2D(crop, name="crop")(x)
     for i, channels in enumerate(filters, start=1):
         size = kernel_size if i == 1 else 3
-        convolution = layers.Conv2D(channels, size, padding=padding, name=f"convolution_{i}")
-        x = convolution(x)  # (B, H, W, channels)
+        x = layers.Conv2D(channels, size, padding=padding, name=f"convolution_{i}")(x)
         x = layers.MaxPooling2D(2, padding="same", name=f"pooling_{i}")(x)  # halves H and W
-        # The largest of four is the same before and after a ReLU; here it has a quarter to do.
+        # A ReLU gives the same result before the pooling, but with four times the work.
         x = layers.ReLU(name=f"relu_{i}")(x)
     x = layers.Flatten(name="flatten")(x)  # (B, H * W * channels)
     x = layers.Dense(dense, use_bias=not batch_normalization, name="hidden")(x)  # (B, dense)
     if batch_normalization:
-        # A ReLU follows: a scale would only be undone by the next layer. The averages must follow
-        # within the few hundred steps of an epoch.
+        # The layer after the ReLU makes a scale unnecessary. The momentum is low, because the
+        # averages must follow within the few hundred steps of an epoch.
         x = layers.BatchNormalization(scale=False, momentum=0.8, name="normalization")(x)
     x = layers.ReLU(name="relu")(x)
     x = layers.Dropout(dropout, name="dropout")(x)

@@ -1,4 +1,4 @@
-"""A network written in the configuration: a list of Keras layers, one after the other.
+"""A network in the configuration: a list of Keras layers.
 
     [model]
     name = "layers"
@@ -7,7 +7,7 @@
         { name = "GlobalAveragePooling2D" },
     ]
 
-Scaling comes before the list, and the dense layer to the classes with its softmax after it.
+The scaling is added before the list, and the dense layer to the classes with its softmax after it.
 """
 
 from typing import Annotated
@@ -21,7 +21,7 @@ from trainer.data import DataSpec
 from trainer.errors import InputError
 from trainer.models import class_probabilities, image_input
 
-# The default is what makes the module a network without any options, as every other one is.
+# With a default, the module builds a network without options, like every other one.
 _FLATTEN = (KerasObject(name="Flatten"),)
 
 
@@ -33,8 +33,8 @@ def build(
     """Builds the network.
 
     Args:
-        spec: Gives the image shape and the class count.
-        layers: Any layers Keras knows, or "package.module:Name" of your own, with their options.
+        spec: Contains the image shape and the class count.
+        layers: Keras layers, or "package.module:Name" of your own, with their options.
 
     Raises:
         InputError: A layer is unknown, refuses its options or does not fit the one before it.
@@ -45,10 +45,9 @@ def build(
         try:
             x = layer(x)
         except keras_objects.KERAS_ERRORS as error:
-            reason = keras_objects.explain(error)
             raise InputError(
                 f"model.options.layers.{i}: {described.name} does not fit its input "
-                f"{list(x.shape)}: {reason}"
+                f"{list(x.shape)}: {keras_objects.explain(error)}"
             ) from error
     if len(x.shape) != 2:
         x = keras.layers.Flatten()(x)

@@ -22,10 +22,10 @@ def build(
     """Builds the network.
 
     Args:
-        spec: Gives the image shape and the class count.
-        units: Of each hidden layer; none makes it a logistic regression.
-        activation: Of the hidden layers, a Keras name.
-        dropout: Share of each hidden layer's outputs that training sets to zero.
+        spec: Contains the image shape and the class count.
+        units: Units of each hidden layer; without any, the network is a logistic regression.
+        activation: Activation of the hidden layers, a Keras name.
+        dropout: Fraction of each hidden layer's outputs that training sets to zero.
     """
     images, x = image_input(spec)  # (B, H, W, C)
     x = layers.Flatten(name="flatten")(x)  # (B, H * W * C)

@@ -1,4 +1,4 @@
-"""Averaged weights, which optimizers with `use_ema` keep beside the trained ones."""
+"""Averaged weights, which optimizers with `use_ema` store in addition to the trained ones."""
 
 from typing import Any
 
@@ -8,18 +8,17 @@ from numpy.typing import NDArray
 
 
 class AveragedWeights(keras.callbacks.Callback):
-    """Puts the averaged weights into the model while it is scored and its weights are kept.
+    """Puts the averaged weights into the model while it is scored and saved.
 
-    They are in the model from the validation of an epoch to the beginning of the next one, so that
+    They are in the model from the validation of an epoch to the start of the next one, so that
     every callback that copies weights (EarlyStopping, ModelCheckpoint, the checkpoints of a run)
-    copies what was scored. Keras scores the trained weights, and averages them only when training
-    ends; its `SwapEMAWeights` returns to the trained weights before an epoch ends. It must be the
-    first callback.
+    copies the weights that were scored. Keras scores the trained weights, and its `SwapEMAWeights`
+    restores them before the epoch ends. This must be the first callback.
 
     Attributes:
-        trained: The trained weights while the averaged ones are in the model, else None. Part of a
-            checkpoint.
-        averaged: The averaged weights that took their place.
+        trained: The trained weights while the averaged ones are in the model, else None. Saved in
+            checkpoints.
+        averaged: The averaged weights that replaced them, else None.
     """
 
     def __init__(self) -> None:
@@ -31,42 +30,37 @@ class AveragedWeights(keras.callbacks.Callback):
         self._variables: list[Any] = []
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
-        """Remembers the weights that the optimizer averages, before a callback freezes some."""
-        self._look_at_optimizer()
+        """Stores the list of averaged weights before a callback freezes some of them."""
+        if self.model.optimizer is not self._optimizer:
+            self._optimizer = self.model.optimizer
+            self._variables = list(self.model.trainable_variables)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Puts the trained weights back, but not in place of what a callback has assigned."""
-        if self.trained is None or self.averaged is None:
-            return
-        pairs = zip(self._variables, self.trained, self.averaged, strict=True)
+        """Restores the trained weights, except those to which a callback has assigned."""
+        pairs = zip(self._variables, self.trained or [], self.averaged or [], strict=False)
         for variable, trained, averaged in pairs:
             if np.array_equal(keras.ops.convert_to_numpy(variable), averaged):
                 variable.assign(trained)
         self.trained = self.averaged = None
 
-    def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+    def on_test_begin(self, logs: Any = None) -> None:
         """Puts the averaged weights into the model."""
-        self._look_at_optimizer()
+        self.on_train_begin(logs)
         if self.trained is None and averages_weights(self._optimizer):
             self.trained = self._values()
             self._optimizer.finalize_variable_values(self._variables)
             self.averaged = self._values()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Does so if the epoch had no validation."""
+        """Puts them into the model if the epoch had no validation."""
         self.on_test_begin()
-
-    def _look_at_optimizer(self) -> None:
-        if self.model.optimizer is not self._optimizer:
-            self._optimizer = self.model.optimizer
-            self._variables = list(self.model.trainable_variables)
 
     def _values(self) -> list[NDArray[Any]]:
         return [np.array(keras.ops.convert_to_numpy(variable)) for variable in self._variables]
 
 
 def simple_optimizers(optimizer: keras.optimizers.Optimizer) -> list[Any]:
-    """Returns the optimizers that a LossScaleOptimizer or MultiOptimizer is made of, or itself."""
+    """Returns the parts of a LossScaleOptimizer or MultiOptimizer, or the optimizer itself."""
     if hasattr(optimizer, "inner_optimizer"):
         return simple_optimizers(optimizer.inner_optimizer)
     return list(getattr(optimizer, "optimizers", [optimizer]))

@@ -11,7 +11,9 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
 from trainer.errors import InputError
-from trainer.training import fused_adam  # noqa: F401 - registers its class by name
+
+# Runs and models of earlier versions name a subclass of Adam that had the same options and state.
+keras.saving.get_custom_objects()["trainer>FusedAdam"] = keras.optimizers.Adam
 
 # For batches that grow with the devices: "linear" is Goyal et al. 2017, "sqrt" Krizhevsky 2014.
 _SCALE: dict[str, Callable[[int], float]] = {
@@ -22,34 +24,34 @@ _SCALE: dict[str, Callable[[int], float]] = {
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
-    """Makes a Keras optimizer, with a schedule over the run where one is asked for.
+    """Makes a Keras optimizer, with a schedule over the run if the configuration has one.
 
     It is made for the devices of the strategy in whose scope this is called.
 
     Args:
         config: Names and options.
-        total_steps: Steps of the whole run, over which a schedule goes unless it says otherwise.
+        total_steps: Steps of the whole run: the default length of a schedule.
 
     Raises:
         InputError: A name is unknown, or an option is refused.
     """
     if "learning_rate" in config.options:
         raise InputError("optimizer.options.learning_rate: expected as optimizer.learning_rate")
-    scale = _SCALE[config.learning_rate_scaling](tf.distribute.get_strategy().num_replicas_in_sync)
-    config = config.model_copy(update={"learning_rate": scale * config.learning_rate})
-    rate: Any = config.learning_rate
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    rate: Any = _SCALE[config.learning_rate_scaling](replicas) * config.learning_rate
     if config.schedule is not None:
-        rate = _schedule(config, config.schedule, total_steps)
+        warmup_steps = round(config.warmup_fraction * total_steps)
+        rate = _make_schedule(config.schedule, rate, total_steps, warmup_steps)
     options = {"learning_rate": rate} | config.options
     factory = keras_objects.find("optimizer", config.name)
     return keras_objects.call(factory, f"optimizer {config.name!r}", options)
 
 
 def try_optimizer(config: OptimizerConfig) -> None:
-    """Makes the optimizer and takes one step with it: Keras finds some faults only then.
+    """Makes the optimizer and takes one step with it, because Keras finds some faults only then.
 
     Raises:
-        InputError: An option has a value that the optimizer or the schedule cannot work with.
+        InputError: An option has a value that the optimizer or the schedule cannot use.
     """
     optimizer = make_optimizer(config, total_steps=100)
     variable = keras.Variable([[1.0]])
@@ -60,28 +62,23 @@ def try_optimizer(config: OptimizerConfig) -> None:
         raise InputError(f"optimizer {config.name!r} cannot take a step: {reason}") from error
 
 
-def _schedule(
-    config: OptimizerConfig, schedule: KerasObject, total_steps: int
-) -> keras.optimizers.schedules.LearningRateSchedule:
+def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_steps: int) -> Any:
+    """Makes a schedule with the options of the configuration and those that follow from the run."""
     factory = keras_objects.find("schedule", schedule.name)
-    warmup = round(config.warmup_fraction * total_steps)
     defaults = {
-        "initial_learning_rate": config.learning_rate,
-        "decay_steps": max(1, total_steps - warmup),
+        "initial_learning_rate": rate,
+        "decay_steps": max(1, total_steps - warmup_steps),
     }
-    if warmup:
-        given = schedule.options.keys() & {"warmup_steps", "warmup_target"}
+    if warmup_steps:
+        given = sorted(schedule.options.keys() & {"warmup_steps", "warmup_target"})
         if given:
             raise InputError(
-                f"optimizer.warmup_fraction and the schedule's {', '.join(sorted(given))}: "
+                f"optimizer.warmup_fraction and the schedule's {', '.join(given)}: "
                 "expected one of them"
             )
-        defaults |= {
-            # From a tenth: the first steps, whose gradients are the largest, are then small.
-            "initial_learning_rate": config.learning_rate / 10,
-            "warmup_target": config.learning_rate,
-            "warmup_steps": warmup,
-        }
+        # A tenth, because the gradients of the first steps are the largest.
+        defaults |= {"initial_learning_rate": rate / 10, "warmup_target": rate}
+        defaults |= {"warmup_steps": warmup_steps}
     accepted = inspect.signature(factory).parameters
     options = {k: v for k, v in defaults.items() if k in accepted} | schedule.options
     return keras_objects.call(factory, f"schedule {schedule.name!r}", options)

@@ -1,25 +1,30 @@
 """One training step and one test step on one replica: the only GradientTape that trains.
 
-Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that a compiled
-model's losses, metrics and optimizer behave as Keras users know them. They differ in one thing: a
-global batch that the replicas cannot share evenly is weighted exactly, where Keras weights every
-replica alike. A model with steps of its own (`overrides`) is trained and scored by them.
+Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that the losses,
+metrics and optimizer of a compiled model behave as in Keras. There is one difference: if the
+replicas have different numbers of rows of a batch, each is weighted by its rows. Keras weights all
+replicas alike.
+
+`training.step` names a function that replaces `train_step`: `step(model, images, labels)` updates
+the weights and returns logs as `keras.Model.train_step` does, a dictionary with "loss". If the
+names are those of the model's metrics, the results of the metrics are reported, else the values
+themselves. `batch_fraction`, `clip_norm` and `gradient_norms` are passed to a function that has
+parameters of these names.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from trainer import keras_objects
+from trainer.errors import InputError
+
 
 def overrides(model: keras.Model, method: str) -> bool:
-    """Returns whether a model, or its class, has a method of its own in place of Keras's.
-
-    Args:
-        model: Any model.
-        method: "train_step", "test_step", "compute_loss" or "compute_metrics".
-    """
+    """Returns whether a model or its class replaces a method of `keras.Model`."""
     return getattr(getattr(model, method), "__func__", None) is not getattr(keras.Model, method)
 
 
@@ -37,101 +42,191 @@ def train_step(
 
     Args:
         model: Compiled, its optimizer built.
-        images: This replica's part of the batch, [rows, H, W, C].
+        images: Rows of the batch for this replica, [rows, H, W, C].
         labels: int64 [rows].
         sample_weight: float32 [rows], or None.
-        batch_fraction: This replica's fraction of the rows of the global batch, float32 scalar in
-            [0, 1]; None for one replica. A replica with fraction 0 still receives one row, because
-            every replica must take part in the sum of gradients.
+        batch_fraction: `LocalBatch.fraction`; None for one replica. A replica with fraction 0
+            still receives one row, because it must take part in the sum of gradients.
         clip_norm: Largest global norm of the gradients of the whole batch; None: not clipped.
         gradient_norms: Also return the norm of each weight's gradient.
 
     Returns:
-        "loss": float32 scalar, this replica's part of the global batch's loss (they add up to it).
-        "logs": What `model.compute_metrics` returned; empty if there are several replicas.
-        "gradient_norms", if asked for: float32 [weights], of the whole batch's unclipped gradient;
-        0 for a weight that the loss does not depend on.
+        "loss": float32 scalar, this replica's part of the loss of the global batch. The sum of the
+        parts is the loss. With one replica also the metrics, as `model.compute_metrics` returns
+        them; a model that overrides this method also determines "loss".
+        "gradient_norms", on request: float32 [weights], of the unclipped gradient of the whole
+        batch; 0 for a weight that does not influence the loss.
     """
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
     optimizer, weights = model.optimizer, model.trainable_variables
-    # The names are the boxes that TensorBoard draws.
+    # TensorBoard draws a box for each name scope.
     with tf.GradientTape() as tape:
         with tf.name_scope("forward"):
             outputs = model(images, training=True)
         with tf.name_scope("loss"):
-            loss = compute_loss(model, images, labels, outputs, sample_weight, training=True)
-            mean_loss = (
-                loss if batch_fraction is None else loss * replicas
-            )  # Keras divides by the replicas
+            data = (images, labels, outputs, sample_weight)
+            mean_loss = _mean_loss(model, *data, batch_fraction, training=True)
             part = mean_loss if batch_fraction is None else mean_loss * batch_fraction
-            # mixed_float16 multiplies the loss so that small gradients do not vanish; the optimizer
-            # divides them again. Left out, it would divide gradients that were never multiplied.
+            # mixed_float16 multiplies the loss so that small gradients do not become 0. The
+            # optimizer divides the gradients by the same factor.
             scaled = optimizer.scale_loss(part)
     with tf.name_scope("gradients"):
         gradients = tape.gradient(scaled, weights)
-    result: dict[str, Any] = {"loss": part}
-    if clip_norm is not None or gradient_norms or _scales_loss(optimizer):
+    scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    norms = None
+    if clip_norm is not None or gradient_norms or scales_loss:
         with tf.name_scope("clip"):
             gradients, norms = _clip_whole_batch(gradients, optimizer, clip_norm)
-        if gradient_norms:
-            result["gradient_norms"] = norms
     with tf.name_scope("update"):
         optimizer.apply(gradients, weights)
     with tf.name_scope("metrics"):
-        arguments = (images, labels, outputs, sample_weight)
-        result["logs"] = _update_metrics(model, *arguments, mean_loss, batch_fraction)
-    return result
+        logs = _update_metrics(model, *data, mean_loss, batch_fraction)
+    if not overrides(model, "compute_metrics"):
+        logs = {**logs, "loss": part}
+    return {**logs, "gradient_norms": norms} if gradient_norms else logs
 
 
 def test_step(
     model: keras.Model,
     images: tf.Tensor,
     labels: tf.Tensor,
-    sample_weight: tf.Tensor | None = None,
     *,
     batch_fraction: tf.Tensor | None = None,
-) -> tuple[tf.Tensor, dict[str, Any]]:
-    """Updates the metrics of a compiled model.
-
-    Args:
-        model: Compiled.
-        images: This replica's part of the batch, [rows, H, W, C].
-        labels: int64 [rows].
-        sample_weight: float32 [rows], or None.
-        batch_fraction: As in `train_step`.
+    collect: bool = True,
+) -> dict[str, Any]:
+    """Updates the metrics of a compiled model, by its own `test_step` if it has one.
 
     Returns:
-        The probabilities, float32 [rows, classes], and logs as in `train_step`.
+        With one replica the logs. If `collect` is set, "outputs": the probabilities, float32
+        [rows, classes].
     """
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    outputs = model(images, training=False)
-    loss = compute_loss(model, images, labels, outputs, sample_weight, training=False)
-    mean_loss = loss if batch_fraction is None else loss * replicas
-    arguments = (images, labels, outputs, sample_weight)
-    return outputs, _update_metrics(model, *arguments, mean_loss, batch_fraction)
+    if overrides(model, "test_step"):
+        logs = model.test_step((images, labels))
+        outputs = model(images, training=False) if collect else None
+    else:
+        outputs = model(images, training=False)
+        data = (images, labels, outputs, None)
+        mean_loss = _mean_loss(model, *data, batch_fraction, training=False)
+        logs = _update_metrics(model, *data, mean_loss, batch_fraction)
+    collected = {"outputs": tf.cast(outputs, tf.float32)} if collect else {}
+    return metric_tensors(logs) | collected
 
 
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
-    """Returns the loss of a model; a `compute_loss` from before Keras 3.3 has no `training`.
+    """Returns the loss of a model, also if its `compute_loss` has no parameter `training`.
 
     Args:
         model: Compiled.
         arguments: Images, labels, outputs and sample weights or None, as `compute_loss` takes them.
-        training: Whether the model is trained or scored.
+        training: Whether the model is trained or evaluated. Keras 3.3 added this parameter.
     """
-    parameters = inspect.signature(model.compute_loss).parameters.values()
-    takes_it = any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return model.compute_loss(*arguments, **({"training": training} if takes_it else {}))
+    options = {"training": training} if _accepts(model.compute_loss, "training") else {}
+    return model.compute_loss(*arguments, **options)
 
 
-def _scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
-    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+def find_step(name: str) -> Callable[..., Any]:
+    """Returns the function that `training.step` names.
+
+    Raises:
+        InputError: It does not exist, or does not take a model, images and labels.
+    """
+    step: Callable[..., Any] = keras_objects.import_object("training.step", name)
+    try:
+        inspect.signature(step).bind(None, None, None)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"training.step {name!r}: expected a function of (model, images, labels): {error}"
+        ) from None
+    return step
+
+
+def bind_step(
+    step: Callable[..., Any], model: keras.Model, *, replicas: int = 1, **options: Any
+) -> Callable[..., dict[str, tf.Tensor]]:
+    """Returns the step of a model as a function of images, labels and batch_fraction.
+
+    Args:
+        step: As `find_step` returns it. A model with its own `train_step` uses that instead.
+        model: Compiled.
+        replicas: Number of devices that train together.
+        options: `clip_norm` and `gradient_norms` of `train_step`.
+
+    Raises:
+        InputError: Two steps are given, or the step lacks a parameter that is needed.
+    """
+    for method in ("make_train_function", "make_test_function"):
+        if overrides(model, method):
+            raise InputError(f"a model with its own {method}: expected train_step or test_step")
+    name = f"training.step {getattr(step, '__name__', step)}"
+    if overrides(model, "train_step"):
+        if step is not train_step:
+            raise InputError(f"{name}: expected a model without its own train_step")
+        name, step = "train_step", lambda model, *data: model.train_step(data)
+    if options.get("clip_norm") is not None and not _accepts(step, "clip_norm"):
+        raise InputError(f"training.clip_norm: {name} has no parameter clip_norm")
+    if replicas > 1 and not _accepts(step, "batch_fraction"):
+        raise InputError(f"{name}: on several devices expected a parameter batch_fraction")
+
+    def bound(images: tf.Tensor, labels: tf.Tensor, batch_fraction: Any) -> dict[str, tf.Tensor]:
+        every = {**options, "batch_fraction": batch_fraction}
+        accepted = {key: value for key, value in every.items() if _accepts(step, key)}
+        result = step(model, images, labels, **accepted)
+        try:
+            logs = metric_tensors(result)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: {error}") from None
+        loss = logs.get("loss")
+        if loss is None or loss.shape != () or not loss.dtype.is_floating:
+            received = ", ".join(f"{key} {value.shape}" for key, value in logs.items()) or "none"
+            raise InputError(
+                f"{name}: expected logs that have 'loss' (a number), received {received}"
+            )
+        return logs
+
+    return bound
+
+
+def _accepts(function: Callable[..., Any], option: str) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == option or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def metric_tensors(logs: Any) -> dict[str, tf.Tensor]:
+    """Returns logs as tensors. As in Keras, each entry of a nested dictionary is a log.
+
+    Raises:
+        TypeError, ValueError: The logs are not a dictionary of numbers and lists of numbers.
+    """
+    if not isinstance(logs, dict):
+        raise TypeError(f"expected a dictionary of logs, received {type(logs).__name__}")
+    found: dict[str, tf.Tensor] = {}
+    for name, value in logs.items():
+        if isinstance(value, dict):
+            found |= metric_tensors(value)
+        else:
+            found[name] = keras.ops.convert_to_tensor(_stacked(value))
+    return found
+
+
+def _stacked(value: Any) -> Any:
+    """Returns a (nested) list of results as one tensor."""
+    if isinstance(value, list | tuple):
+        return tf.stack([tf.convert_to_tensor(_stacked(part)) for part in value])
+    return value + 0 if isinstance(value, keras.Variable) else value
+
+
+def _mean_loss(model: keras.Model, *data: Any, training: bool) -> tf.Tensor:
+    """Returns the mean loss over the rows of this replica; the last argument is batch_fraction."""
+    *arguments, batch_fraction = data
+    loss = compute_loss(model, *arguments, training=training)
+    # With several replicas, Keras divides the loss by their number.
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    return loss if batch_fraction is None else loss * replicas
 
 
 def _clip_whole_batch(
     gradients: list[Any], optimizer: keras.optimizers.Optimizer, clip_norm: float | None
 ) -> tuple[list[Any], tf.Tensor]:
-    """Clips by the norm of the whole batch's gradient, not by that of each replica's part.
+    """Clips by the norm of the gradient of the whole batch, not of each replica's part.
 
     Returns:
         The gradients as `optimizer.apply` takes them, and the norm of each before clipping,
@@ -140,44 +235,37 @@ def _clip_whole_batch(
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
     if replicas > 1:
-        # The optimizer will add the replicas' gradients: give it equal parts of the sum. Equal
-        # gradients also let every replica decide alike whether float16 has overflowed.
+        # The optimizer adds the gradients of the replicas, so each gets an equal part of the sum.
+        # With equal gradients all replicas decide alike whether float16 has overflowed.
         context = tf.distribute.get_replica_context()
         present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
     scale = optimizer.scale_loss(tf.constant(1.0))
-    exchanged = iter(present)
-    gradients = [None if g is None else next(exchanged) for g in gradients]
+    summed = iter(present)
+    gradients = [None if g is None else next(summed) for g in gradients]
     norms = tf.stack([0.0 if g is None else tf.norm(g) for g in gradients])  # [weights]
     norms *= replicas / scale
     if clip_norm is not None:
-        factor = clip_norm / tf.maximum(tf.norm(norms), clip_norm)  # 1 where the norm is within
+        factor = clip_norm / tf.maximum(tf.norm(norms), clip_norm)  # 1 if the norm is smaller
         gradients = [None if g is None else g * factor for g in gradients]
     return gradients, norms
 
 
-def _update_metrics(
-    model: keras.Model,
-    images: tf.Tensor,
-    labels: tf.Tensor,
-    outputs: tf.Tensor,
-    sample_weight: tf.Tensor | None,
-    mean_loss: tf.Tensor,
-    batch_fraction: tf.Tensor | None,
-) -> dict[str, Any]:
-    """Tracks the loss, weighted by rows, and whatever metrics the model was compiled with."""
+def _update_metrics(model: keras.Model, *data: Any) -> dict[str, Any]:
+    """Updates the metrics of a model, and its mean loss weighted by rows.
+
+    `data` is images, labels, outputs, sample weights, mean loss and batch fraction.
+    """
+    *arguments, mean_loss, batch_fraction = data
 
     def update() -> dict[str, Any]:
-        # Keras's own tracker of the loss, also if a model lists other metrics as its own.
+        # The property of the base class has the tracker of the loss even if a model overrides it.
         tracker = next(m for m in keras.Model.metrics.fget(model) if m.name == "loss")
-        tracker.update_state(mean_loss, sample_weight=tf.shape(labels)[0])
-        logs: dict[str, Any] = model.compute_metrics(images, labels, outputs, sample_weight)
+        tracker.update_state(mean_loss, sample_weight=tf.shape(arguments[1])[0])
+        logs: dict[str, Any] = model.compute_metrics(*arguments)
         return logs
-
-    def update_shared() -> None:
-        update()
 
     if batch_fraction is None:
         return update()
-    # The one row that a replica without a share was given belongs to another replica.
-    tf.cond(batch_fraction > 0, update_shared, lambda: None)
+    # With fraction 0, the only row belongs to another replica.
+    tf.cond(batch_fraction > 0, lambda: (update(), None)[1], lambda: None)
     return {}

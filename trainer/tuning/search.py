@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from trainer.experiment import (
     PhaseTimer,
     build_experiment,
     compiled_model,
-    make_callbacks,
 )
 from trainer.files import require_writable
 from trainer.training.augmentation import make_augmentation
 from trainer.training.optimizer import try_optimizer
+from trainer.training.user_callbacks import make_callbacks
 from trainer.tuning import results
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.oracles import combinations
@@ -165,7 +164,7 @@ def _build(config: Config, experiment: Experiment) -> None:
     with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
         compiled_model(config, experiment.data.spec)
         make_augmentation(config.data.augmentation, experiment.data)
-    make_callbacks(replace(experiment, config=config), Path("run"))
+    make_callbacks(config, experiment.model, Path("run"))
     try_optimizer(config.optimizer)
 
 

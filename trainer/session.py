@@ -1,0 +1,311 @@
+"""One training: from the start or a checkpoint to scores, files and report."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from trainer import report
+from trainer.cluster import Cluster
+from trainer.environment import describe_environment
+from trainer.errors import CheckError, InputError, explain_user_code, shell_command
+from trainer.experiment import (
+    Experiment,
+    PhaseTimer,
+)
+from trainer.files import sha256
+from trainer.run import Run
+from trainer.tensorflow_internals import KernelReport
+from trainer.training.averaging import AveragedWeights, averages_weights
+from trainer.training.batches import Batches
+from trainer.training.callbacks import (
+    Callback,
+    MetricsFile,
+    Profiler,
+    ProgressBar,
+    StepTimes,
+    TensorBoardCurves,
+    format_metrics,
+    to_json,
+)
+from trainer.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+)
+from trainer.training.loop import CallRecord, Loop
+from trainer.training.signals import Signals
+from trainer.training.weights import save_weights
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The result of `fit` and `resume`.
+
+    Attributes:
+        summary: The content of the run's summary.json.
+        model: The trained model: uint8 images in, probabilities out.
+        run: The run directory; None for a dry run, and for all workers of a cluster but the chief.
+        worker: Index of this process in a cluster; 0 for the chief, and without a cluster.
+    """
+
+    summary: dict[str, Any]
+    model: keras.Model
+    run: Run | None
+    worker: int = 0
+
+
+class _KernelCheck(Callback):
+    """Reports once which operations of the step run on the CPU although a GPU trains."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.report: KernelReport | None = None
+        self._loop = loop
+
+    def on_call_end(self, record: CallRecord) -> None:  # noqa: ARG002
+        if self.report is None and self._loop.devices.type != "CPU":
+            self.report = self._loop.check_kernels()
+            _log.info("kernels  %s", self.report)
+
+
+@dataclass
+class Training:
+    """The training of one process, from the start or a checkpoint to the report.
+
+    Attributes:
+        experiment: The experiment.
+        run: Receives what this process writes.
+        resumable: The run that can be resumed after an interruption: the chief's.
+        batches: Batches of train and validation.
+        callbacks: Callbacks of the user.
+        timer: Has the seconds of the phases before.
+        console: Shows the progress bar; None: no bar.
+        saved: Checkpoint to continue from.
+        score_test: As in `fit`.
+    """
+
+    experiment: Experiment
+    run: Run
+    resumable: str
+    batches: tuple[Batches, Batches]
+    callbacks: list[keras.callbacks.Callback]
+    timer: PhaseTimer
+    console: Console | None
+    saved: Checkpoint | None = None
+    score_test: bool = True
+
+    def __post_init__(self) -> None:
+        """Names the objects whose state is saved.
+
+        Raises:
+            InputError: The checkpoint has the states of other callbacks.
+        """
+        experiment = self.experiment
+        self._times, self._kernels = StepTimes(), _KernelCheck(experiment.loop)
+        advice = f"continue with `{shell_command('fit', '--resume', Path(self.resumable))}`"
+        if experiment.devices.workers > 1:
+            advice += " on every worker"
+        self._signals = Signals(advice, experiment.devices.all_gather)
+        self._averaging, self._history = AveragedWeights(), keras.callbacks.History()
+        self._watched: dict[str, Any] = {"history": self._history}
+        if averages_weights(experiment.model.optimizer):  # else it has no state
+            self._watched["averaged_weights"] = self._averaging
+        for callback in self.callbacks:
+            name = f"callbacks.{type(callback).__name__}"
+            same = sum(each.partition("-")[0] == name for each in self._watched)
+            self._watched[f"{name}-{same + 1}" if same else name] = callback
+        self._watched["step_times"] = self._times
+        self._watched["metrics"] = MetricsFile(self.run.metrics)
+        self._watched["tensorboard"] = None  # opened when training begins
+        self._watched["seconds"] = experiment.loop.seconds
+        if self.saved is not None:
+            states = self.saved.named_states(list(self._watched))
+            self.saved = replace(self.saved, states=states)
+
+    def run_to_end(self) -> FitResult:
+        """Trains, scores and reports."""
+        cluster = self.experiment.devices.cluster
+        with self._signals.noted(), watched(cluster, self.resumable):
+            self._begin()
+            self._fit()
+            result = self._finish()
+            self.experiment.devices.all_gather([0])  # no worker leaves before the others
+            return result
+
+    def _begin(self) -> None:
+        """Logs and writes what is known before training."""
+        experiment, run, spec = self.experiment, self.run, self.experiment.data.spec
+        config, cluster = experiment.config, experiment.devices.cluster
+        if cluster is not None:
+            worker = cluster.named(cluster.index)
+            _log.info("worker   %s, of %d", worker, experiment.devices.workers)
+            if not cluster.chief:
+                return
+        sizes = spec.train, spec.validation, spec.test
+        _log.info("run      %s", run.path)
+        _log.info(
+            "data     %s: %d train, %d validation, %d test images (%s)",
+            *(spec.name, *sizes, spec.origin),
+        )
+        parameters = f"{experiment.model.count_params():,}"
+        _log.info("network  %s, %s parameters", config.model.name, parameters)
+        _log.info("device   %s, %s", ", ".join(experiment.placed), config.training.precision)
+        if config.training.limit_batches is not None:
+            _log.info("limited  %d batches of each split", config.training.limit_batches)
+        if self.saved is not None:
+            progress = self.saved.progress
+            _log.info("resumed  epoch %d, after %d steps", progress.epoch + 1, progress.step)
+            return
+        facts = describe_environment(experiment.devices.names, spec.fingerprint)
+        run.write_json("environment.json", facts)
+        if config.logging.tensorboard:
+            with self.timer.phase("report"):
+                report.write_start(run, config, facts, experiment.data)
+
+    def _fit(self) -> None:
+        """Runs the loop with all callbacks, and closes their files in any case."""
+        experiment, config, run = self.experiment, self.experiment.config, self.run
+        own: list[Callback] = [self._times, self._watched["metrics"], self._kernels]
+        if config.logging.tensorboard:
+            histograms = config.logging.histograms
+            curves = TensorBoardCurves(run.tensorboard, histograms=histograms)
+            self._watched["tensorboard"] = curves
+            own.append(curves)
+        if config.logging.profile:
+            own.append(Profiler(run.tensorboard / "train"))
+        if self.console is not None and experiment.devices.chief:
+            steps, epochs = self.batches[0].steps, config.training.epochs
+            own.append(ProgressBar(self.console, steps=steps, epochs=epochs))
+        checkpoints = Checkpoints(
+            run,
+            watched={name: each for name, each in self._watched.items() if each is not None},
+            variables=experiment.random_state,
+            fingerprint=experiment.data.spec.fingerprint,
+            every_seconds=config.training.checkpoint_seconds,
+            signals=self._signals,
+            saved=self.saved,
+        )
+        try:
+            experiment.loop.fit(
+                *self.batches,
+                epochs=config.training.epochs,
+                # The history follows the user's callbacks, and so has the logs that they add.
+                callbacks=[self._averaging, *self.callbacks, self._history, *own, checkpoints],
+                warmup_calls=2 if config.logging.profile else 1,
+                start=None if self.saved is None else self.saved.progress,
+            )
+        except SystemExit as end:  # not from a signal: those are noted
+            reason = explain_user_code(end) or repr(end)
+            raise InputError(f"a callback ended the program: {reason}") from end
+        finally:
+            for callback in own:
+                callback.close()
+        save_weights(run.weights, experiment.model)
+        epochs, asked = len(experiment.model.history.epoch), config.training.epochs
+        if epochs < asked:
+            _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
+
+    def _finish(self) -> FitResult:
+        """Scores the saved weights, which need not be those of the last epoch, and reports."""
+        experiment, run, timer = self.experiment, self.run, self.timer
+        scores, probabilities = {}, None
+        if self.score_test:
+            with self._evaluating():
+                scores, probabilities = self._score(experiment.batches("test"), collect=True)
+        with self._evaluating():
+            validation, _ = self._score(self.batches[1])
+        summary = _summary(experiment, validation, scores, timer) | self._times.summary()
+        cluster = experiment.devices.cluster
+        if cluster is not None and not cluster.chief:
+            return FitResult(summary, experiment.model, None, cluster.index)
+        host = self._kernels.report
+        summary |= {
+            "run": str(run.path),
+            "weights_sha256": sha256(run.weights),
+            "train_images": self.batches[0].images,  # fewer than there are, with limit_batches
+            "host_operations": None if host is None else [asdict(each) for each in host.host],
+        }
+        if probabilities is not None:
+            summary["test_images"] = len(probabilities)
+            run.write_json("summary.json", summary)  # the run is finished, even without a report
+            split, graph = experiment.scored("test"), experiment.loop.step_graph
+            with timer.phase("report"):
+                report.write_results(run, experiment.config, summary, split, probabilities, graph)
+            summary["seconds"]["report"] = timer.seconds["report"]
+        earlier = {} if self.saved is None else self.saved.states["seconds"]
+        summary["seconds"] |= {
+            "import": timer.import_seconds,
+            "total": timer.total() + sum(earlier.values()),
+        }
+        run.write_json("summary.json", summary)
+        # The terminal has the scores on stdout.
+        _log.debug("test     %s", format_metrics(scores))
+        return FitResult(summary, experiment.model, run)
+
+    def _score(self, batches: Batches, *, collect: bool = False) -> Any:
+        return score(self.experiment.loop, batches, collect=collect, signals=self._signals)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Times the final scoring, without the tracing in it, which the loop counts."""
+        seconds = self.experiment.loop.seconds
+        traced = seconds.tracing
+        with self.timer.phase("evaluation"):
+            yield
+        self.timer.seconds["evaluation"] -= seconds.tracing - traced
+
+
+def score(
+    loop: Loop, batches: Batches, *, collect: bool = False, signals: Signals | None = None
+) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
+    """Evaluates, and refuses a loss that is not finite."""
+    scores, probabilities = loop.evaluate(
+        batches, collect=collect, between=signals.stop_if_received if signals else None
+    )
+    if not np.isfinite(scores["loss"]):
+        raise CheckError(f"expected a finite loss, received {scores['loss']}: the model is broken")
+    return scores, probabilities
+
+
+def watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
+    """Raises InputError if a worker of a cluster is lost, with the command that continues."""
+    if cluster is None:
+        return nullcontext()
+    how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
+    return cluster.watched(f"start every worker again{how}")
+
+
+def _summary(
+    experiment: Experiment,
+    validation: dict[str, Any],
+    scores: dict[str, Any],
+    timer: PhaseTimer,
+) -> dict[str, Any]:
+    """Returns the content of summary.json that every training has."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": experiment.data.spec.model_dump(mode="json"),
+        "model": experiment.config.model.name,
+        "parameters": experiment.model.count_params(),
+        "devices": experiment.placed,
+        "workers": experiment.devices.workers,
+        "precision": experiment.config.training.precision,
+        "jit_compile": experiment.config.training.jit_compile,
+        "seed": experiment.config.training.seed,
+        "epochs": len(experiment.model.history.epoch),
+        "steps": int(keras.ops.convert_to_numpy(experiment.model.optimizer.iterations)),
+        "validation": to_json(validation),
+        "test": to_json(scores),
+        **StepTimes().summary(),
+        "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
+    }

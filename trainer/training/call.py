@@ -1,0 +1,163 @@
+"""A call: one execution of a compiled function that runs a step on many batches.
+
+Python costs nothing between these steps. The values of each step are one row of float32 numbers,
+and the host reads all rows at the end of the call.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from trainer.devices import Devices
+from trainer.training.batches import Batches, LocalBatch
+from trainer.training.step import metric_tensors
+
+# What Keras passes to callbacks: floats, and arrays for metrics with several values.
+Logs = dict[str, Any]
+Tensors = dict[str, tf.Tensor]
+
+
+class Call:
+    """A traced function of the state of an epoch, its first step and a number of steps.
+
+    Attributes:
+        graph: Its graph.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        devices: Devices,
+        batches: Batches,
+        step: Callable[[LocalBatch], Tensors],
+        *,
+        trains: bool,
+        collect: bool = False,
+    ) -> None:
+        """Traces the function.
+
+        Args:
+            model: Compiled.
+            devices: Run the step.
+            batches: Batches of the steps.
+            step: Returns the logs for the rows of one replica; also "gradient_norms" and "outputs".
+            trains: Record the values and the learning rate of each step.
+            collect: Return the outputs of all steps.
+        """
+        self._model, self._devices, self._batches, self._step = model, devices, batches, step
+        self._trains, self._collect = trains, collect
+        self._metric_names = metric_results(model, devices).keys()
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the values in a row
+        # Logs that the step itself returns. As in Keras, the results of the metrics are used
+        # instead if the names are the same.
+        self._own_logs: list[str] = []
+
+        def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
+            rows = tf.TensorArray(tf.float32, size=count)
+            outputs = tf.TensorArray(tf.float32, size=count, infer_shape=False)
+            # Not a Python loop, because AutoGraph needs most of a second to convert it. Steps must
+            # not overlap: the communication of different steps would mix.
+            _, rows, outputs = tf.while_loop(
+                lambda i, *_: i < count,
+                lambda i, *arrays: (i + 1, *self._run_step(i, state, first + i, *arrays)),
+                (tf.constant(0), rows, outputs),
+                parallel_iterations=1,
+            )
+            metrics = {} if self._own_logs else metric_tensors(model.get_metrics_result())
+            return rows.stack(), metrics, outputs.concat() if collect else None
+
+        with devices.scope():
+            # The concrete function, because calling a tf.function traces it again.
+            self._function = tf.function(call, autograph=False).get_concrete_function(
+                batches.start_epoch(0), tf.constant(0), tf.constant(1)
+            )
+        self.graph: tf.Graph = self._function.graph
+
+    def __call__(self, state: Any, first: int, count: int) -> tuple[tf.Tensor, ...]:
+        """Starts the steps; TensorFlow may return before the devices have finished.
+
+        Returns:
+            Arguments of `read`, and the outputs, float32 [images, n], or None.
+        """
+        with self._devices.scope():
+            results: tuple[Any, ...] = self._function(state, tf.constant(first), tf.constant(count))
+        return results
+
+    def read(self, rows: tf.Tensor, metrics: Tensors) -> tuple[dict[str, NDArray[Any]], Logs]:
+        """Returns the values of each step by name, [steps, ...], and the logs of the last step."""
+        array, values, first = rows.numpy(), {}, 0
+        for name, shape in self._shapes.items():
+            last = first + math.prod(shape)
+            values[name] = array[:, first:last].reshape(-1, *shape)
+            first = last
+        own = {name: values[name][-1] for name in self._own_logs}
+        return values, as_logs(own or metrics)
+
+    def _run_step(self, i: tf.Tensor, state: Any, step: Any, rows: Any, outputs: Any) -> Any:
+        with tf.name_scope("record"):  # before the step changes it
+            rate = {"learning_rate": _learning_rate(self._model.optimizer)} if self._trains else {}
+        with tf.name_scope("batch"):
+            batch = self._batches.global_batch(state, step)
+        values = self._devices.strategy.run(self._run_replica, args=(batch,))
+        with tf.name_scope("record"):
+            values = self._combined(values)
+            output, norms = values.pop("outputs", None), values.pop("gradient_norms", None)
+            if self._devices.replicas == 1 and values.keys() != self._metric_names:
+                self._own_logs = list(values)
+            elif not self._trains:
+                values = {}
+            else:  # only single numbers are recorded
+                values = {name: value for name, value in values.items() if value.shape.rank == 0}
+            values |= rate if norms is None else {**rate, "gradient_norms": norms}
+            self._shapes = {name: tuple(value.shape) for name, value in values.items()}
+            flat = [tf.reshape(tf.cast(v, tf.float32), (-1,)) for v in values.values()]
+            rows = rows.write(i, tf.concat(flat, axis=0) if flat else tf.zeros((0,)))
+            if self._collect:
+                outputs = outputs.write(i, output[: self._batches.size(step)])
+        return rows, outputs
+
+    def _run_replica(self, batch: Any) -> Tensors:
+        with tf.name_scope("batch"):
+            local = self._batches.local_batch(batch)
+        values = dict(self._step(local))
+        if "outputs" in values:
+            values["outputs"] = self._batches.join(local, values["outputs"])
+        return values
+
+    def _combined(self, values: Tensors) -> Tensors:
+        """Combines the values of all replicas: sums, except for gradient norms, which are equal."""
+        if self._devices.replicas == 1:
+            return dict(values)
+        strategy = self._devices.strategy
+        combined = {
+            name: strategy.experimental_local_results(value)[0]
+            if name == "gradient_norms"
+            else strategy.reduce("SUM", value, axis=None)
+            for name, value in values.items()
+        }
+        if self._trains and self._devices.workers == 1:  # several workers have to communicate
+            combined = metric_tensors(self._model.get_metrics_result()) | combined
+        return combined
+
+
+def metric_results(model: keras.Model, devices: Devices) -> Tensors:
+    """Returns the present results of the metrics of a model."""
+    with devices.scope():
+        return metric_tensors(model.get_metrics_result())
+
+
+def as_logs(results: Tensors) -> Logs:
+    """Returns results as Keras passes them to callbacks."""
+    arrays = {name: np.asarray(value) for name, value in results.items()}
+    return {name: value if value.ndim else float(value) for name, value in arrays.items()}
+
+
+def _learning_rate(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+    """Returns the learning rate; NaN for a MultiOptimizer, which has several."""
+    rate = getattr(optimizer, "learning_rate", None)
+    return tf.constant(math.nan) if rate is None else tf.identity(rate)

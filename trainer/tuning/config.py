@@ -18,20 +18,18 @@ _MAX_VALUES = 10_000  # of a range with a step
 class Parameter(Section):
     """The values of one key: a range of numbers, or choices."""
 
-    low: float | int | None = Field(default=None, description="Smallest value of a range")
-    high: float | int | None = Field(
-        default=None, description="Largest value; if both ends are whole, all values are"
-    )
-    step: float | int | None = Field(
-        default=None, gt=0, description="Difference between neighbours; with log: their ratio"
-    )
-    scale: Literal["linear", "log"] = Field(
-        default="linear", description="log: sample the logarithm uniformly"
-    )
-    choices: list[Any] | None = Field(default=None, description="Values, instead of a range")
-    when: dict[str, list[Any]] = Field(
-        default={}, description="Set this key only if other keys have one of these choices"
-    )
+    low: float | int | None = None
+    """Smallest value of a range."""
+    high: float | int | None = None
+    """Largest value; if both ends are whole, all values are."""
+    step: float | int | None = Field(default=None, gt=0)
+    """Difference between neighbours; with log: their ratio."""
+    scale: Literal["linear", "log"] = "linear"
+    """log: sample the logarithm uniformly."""
+    choices: list[Any] | None = None
+    """Values, instead of a range."""
+    when: dict[str, list[Any]] = Field(default={})
+    """Set this key only if other keys have one of these choices."""
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> Self:
@@ -73,32 +71,30 @@ class Parameter(Section):
 class TuningConfig(Section):
     """How `trainer tune` searches."""
 
-    algorithm: Literal["random", "bayesian", "hyperband", "grid"] = Field(
-        default="random", description="hyperband: many short trials, few full-length ones"
-    )
-    objective: str = Field(default="val_accuracy", description="val_loss, or val_ and a metric")
-    direction: Literal["auto", "min", "max"] = Field(
-        default="auto", description="auto: derived from the Keras metric of that name"
-    )
-    max_trials: int = Field(default=30, ge=1, lt=10**6, description="Maximum number of trials")
-    max_seconds: float | None = Field(
-        default=None, gt=0, description="Start no trial after this search time; pauses are excluded"
-    )
-    executions_per_trial: int = Field(
-        default=1, ge=1, le=100, description="Trainings per trial with different seeds; averaged"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Random seed of the search")
-    patience: int = Field(
-        default=3, ge=0, description="Epochs without improvement before a training ends; 0: no end"
-    )
-    pruning: bool = Field(
-        default=True, description="End a trial below the median of the others at the same epoch"
-    )
-    keep: int = Field(default=3, ge=1, description="Number of best trials that keep their weights")
-    stop_on_failure: bool = Field(default=False, description="End the search if a trial fails")
-    space: dict[str, Parameter] = Field(
-        default={}, description="The search space: a range or choices for each dotted key"
-    )
+    algorithm: Literal["random", "bayesian", "hyperband", "grid"] = "random"
+    """hyperband: many short trials, few full-length ones."""
+    objective: str = "val_accuracy"
+    """val_loss, or val_ and a metric."""
+    direction: Literal["auto", "min", "max"] = "auto"
+    """auto: derived from the name of the objective."""
+    max_trials: int = Field(default=30, ge=1, lt=10**6)
+    """Maximum number of trials."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Start no trial after this search time; pauses are excluded."""
+    executions_per_trial: int = Field(default=1, ge=1, le=100)
+    """Trainings per trial with different seeds; averaged."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Random seed of the search."""
+    patience: int = Field(default=3, ge=0)
+    """Epochs without improvement before a training ends; 0: no end."""
+    pruning: bool = True
+    """End a trial below the median of the others at the same epoch."""
+    keep: int = Field(default=3, ge=1)
+    """Number of best trials that keep their weights."""
+    stop_on_failure: bool = False
+    """End the search if a trial fails."""
+    space: dict[str, Parameter] = Field(default={})
+    """The search space: a range or choices for each dotted key."""
 
     @field_validator("space", mode="before")
     @classmethod

@@ -1,15 +1,17 @@
-"""Kills the chief and workers of a search at random moments, and checks that nothing is lost.
+"""Kills processes of a search at random moments, and checks that nothing is lost.
 
     python scripts/kill_and_tune.py configs/mnist_tune.toml --name killed
 
-The same command starts the search again after each kill: the chief is killed once, a worker each
-other time. At the end, the search must have all configured trials, none of them twice, and each
-epoch of each trial once. Otherwise the script prints what is wrong and ends with exit code 1.
+After each kill, the same command starts again. It joins the processes that still run. The first
+process is killed once, one of its workers each other time. At the end, the search must have all
+configured trials, none of them twice, and each epoch of each trial once. Otherwise the script
+prints the faults and ends with exit code 1.
 """
 
 import collections
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ def main(
     config: Path,
     *,
     name: Annotated[str, typer.Option(help="Name of the search")],
-    workers: Annotated[int, typer.Option(min=1)] = 2,
+    workers: Annotated[int, typer.Option(min=2)] = 2,
     kills: Annotated[int, typer.Option(min=1)] = 3,
     runs: Annotated[Path, typer.Option(help="Folder that holds the run directories")] = Path(
         "runs"
@@ -44,23 +46,19 @@ def main(
     command += ["--workers", str(workers), "--set", f"logging.directory={runs}"]
     for change in set_ or ():
         command += ["--set", change]
-    victims = ["chief"] + ["worker"] * (kills - 1)
-    moments.shuffle(victims)
-    for victim in victims:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    first = [True] + [False] * (kills - 1)
+    moments.shuffle(first)
+    processes = []
+    for kill_first in first:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        processes.append(process)
         _wait(folder, process, moments)
-        begin = time.monotonic()
-        what = _kill(process, victim, moments)
-        _, said = process.communicate()
-        last = said.strip().splitlines()[-1] if said.strip() else ""
-        seconds = time.monotonic() - begin
-        print(
-            f"killed {what} with {len(_records(folder))} trials done; the command ended with "
-            f"{process.returncode} after {seconds:.1f} s: {last}",
-            flush=True,
-        )
-    if subprocess.run(command, check=False).returncode:
-        sys.exit("the last start failed")
+        killed = _kill(process, moments, first=kill_first)
+        print(f"killed {killed} with {len(_records(folder))} trials done", flush=True)
+    processes.append(subprocess.Popen(command))
+    codes = [process.wait() for process in processes]
+    if codes != [-signal.SIGKILL if killed else 0 for killed in first] + [0]:
+        sys.exit(f"the processes ended with {codes}")
     faults = _faults(folder)
     for fault in faults:
         print(f"wrong: {fault}")
@@ -70,7 +68,7 @@ def main(
     raise typer.Exit(1 if faults else 0)
 
 
-def _wait(folder: Path, process: subprocess.Popen[str], moments: random.Random) -> None:
+def _wait(folder: Path, process: subprocess.Popen[bytes], moments: random.Random) -> None:
     """Waits until some more trials are done, plus a random time."""
     expected = len(_records(folder)) + moments.randint(2, 6)
     while process.poll() is None and len(_records(folder)) < expected:
@@ -78,16 +76,17 @@ def _wait(folder: Path, process: subprocess.Popen[str], moments: random.Random) 
     time.sleep(moments.uniform(0, 8))
 
 
-def _kill(process: subprocess.Popen[str], victim: str, moments: random.Random) -> str:
-    """Sends SIGKILL, and returns the name of the victim."""
-    if victim == "chief":
+def _kill(process: subprocess.Popen[bytes], moments: random.Random, *, first: bool) -> str:
+    """Sends SIGKILL to a process or to one of its workers, and returns a name for the message."""
+    if process.poll() is not None:
+        sys.exit("the search ended before the kill: choose fewer --kills or more trials")
+    if first:
         process.kill()
-        return "the chief"
+        return "the first process"
     workers = [
         child for child in psutil.Process(process.pid).children() if "tune" in child.cmdline()
     ]
-    worker = moments.choice(workers)
-    worker.kill()
+    moments.choice(workers).kill()
     return f"one of {len(workers)} workers"
 
 
@@ -98,7 +97,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _faults(folder: Path) -> list[str]:
-    """Returns one line for everything that is missing or doubled."""
+    """Returns one line for each trial or epoch that is missing or doubled."""
     config = tomllib.loads((folder / "search.toml").read_text())
     asked, records = config["tuning"]["max_trials"], _records(folder)
     faults = []

@@ -21,6 +21,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic_core import to_json, to_jsonable_python
@@ -246,7 +247,7 @@ class TrainingConfig(Section):
     """Upper limit of the global norm of the gradients."""
     steps_per_execution: _Count = 50
     """Steps per call of the compiled loop."""
-    jit_compile: Literal["auto", True, False] = "auto"
+    jit_compile: bool | Literal["auto"] = "auto"
     """Compile the step with XLA; auto: on one GPU, if Keras can compile every layer; not on a CPU,
     where XLA is slower."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
@@ -258,6 +259,13 @@ class TrainingConfig(Section):
     classes."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
     """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
+
+    @field_validator("jit_compile", mode="before")
+    @classmethod
+    def _auto_or_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value == "auto":
+            return value
+        raise ValueError(f"expected 'auto', true or false, received {value!r}")
 
 
 class LoggingConfig(Section):

@@ -167,13 +167,6 @@ def build_experiment(
     if restored is not None:
         require_data(restored, spec_of(restored).fingerprint, data.spec)
     selected.require_same(config.flat() | {"the data itself": data.spec.fingerprint})
-    resolved: dict[str, Any] = {
-        "data": datasets.resolve(config.data).model_dump(),
-        "model": models.resolve(config.model).model_dump(),
-        "training.precision": precision,
-    }
-    if data.spec.name == "mnist_sample":
-        resolved["data.name"] = data.spec.name  # `evaluate` must load the same data later
     with timer.phase("model"):
         keras.utils.set_random_seed(training.seed)
         if training.deterministic:
@@ -185,8 +178,7 @@ def build_experiment(
             else:
                 model, augmentation = restore(restored, selected, compiled=True), None
         placed = _check_forward(model, data, selected)
-        resolved["training.jit_compile"] = _resolve_jit_compile(config, model, selected)
-        config = config.with_changes(resolved)
+        config = _resolve(config, data.spec, model, selected, precision)
         loop = Loop(
             model,
             selected,
@@ -225,15 +217,26 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     return model
 
 
-def _resolve_jit_compile(config: Config, model: keras.Model, selected: Devices) -> bool:
-    """Resolves "auto": Keras's rule on one GPU, off elsewhere (docs/performance.md)."""
-    wanted = config.training.jit_compile
-    if wanted == "auto":
-        # model.compile has replaced its own "auto" by whether every layer can be compiled.
-        wanted = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
-    if not wanted:
+def _resolve(
+    config: Config, spec: DataSpec, model: keras.Model, selected: Devices, precision: str
+) -> Config:
+    """Returns the configuration without "auto" and fallbacks."""
+    compiled = config.training.jit_compile
+    if compiled == "auto":
+        # Keras's own rule on one GPU: model.compile has checked whether every layer can be
+        # compiled. Elsewhere off (docs/performance.md).
+        compiled = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
+    if not compiled:
         model.jit_compile = False  # also for Keras's own fit() and evaluate()
-    return wanted
+    resolved: dict[str, Any] = {
+        "data": datasets.resolve(config.data).model_dump(),
+        "model": models.resolve(config.model).model_dump(),
+        "training.precision": precision,
+        "training.jit_compile": compiled,
+    }
+    if spec.name == "mnist_sample":
+        resolved["data.name"] = spec.name  # `evaluate` must load the same data later
+    return config.with_changes(resolved)
 
 
 def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list[str]:

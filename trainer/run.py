@@ -125,15 +125,23 @@ class Run:
             changed: The configuration of the run, with the requested changes.
 
         Raises:
-            InputError: A change concerns what is trained, or asks for fewer epochs than were
-                trained.
+            InputError: The run is finished, and no more epochs are asked for; or a change concerns
+                what is trained, or asks for fewer epochs than were trained.
         """
-        if changed.training.epochs < self.trained_epochs:
+        own = self.config()
+        trained, asked = self.trained_epochs, own.training.epochs
+        if self.finished and changed.training.epochs <= asked:
+            why = f" of {asked} epochs (a callback stopped it)" if trained < asked else " epochs"
             raise InputError(
-                f"--resume: {self.name} has trained {self.trained_epochs} epochs: expected as many "
-                f"or more, received {changed.training.epochs}"
+                f"run {self.name} is finished, after {trained}{why}: train it for longer with "
+                f"--epochs {asked + 1} or more"
             )
-        before, after = self.config().flat(), changed.flat()
+        if changed.training.epochs < trained:
+            raise InputError(
+                f"--resume: {self.name} has trained {trained} epochs: expected as many or more, "
+                f"received {changed.training.epochs}"
+            )
+        before, after = own.flat(), changed.flat()
         differing = [
             f"{key} = {before[key]!r} (received {after.get(key)!r})"
             for key in before

@@ -193,8 +193,9 @@ class Training:
             fingerprint=experiment.data.spec.fingerprint,
             every_seconds=config.training.checkpoint_seconds,
             signals=self._signals,
-            saved=self.saved,
         )
+        if self.saved is not None:
+            checkpoints.continue_from(self.saved)
         try:
             experiment.loop.fit(
                 *self.batches,

@@ -135,16 +135,7 @@ def resume(
     """
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
-    before = run.config()
-    config = before if changed is None else run.continued(changed)
-    longer = config.training.epochs > before.training.epochs
-    if run.finished and not longer:
-        trained, asked = run.trained_epochs, before.training.epochs
-        stopped = f" of {asked} epochs (a callback stopped it)" if trained < asked else " epochs"
-        raise InputError(
-            f"run {run.name} is finished, after {trained}{stopped}: train it for longer with "
-            f"--epochs {asked + 1} or more"
-        )
+    config = run.continued(run.config() if changed is None else changed)
     chief = cluster is None or cluster.chief  # the other workers only read the run
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
         with watched(cluster, str(run.path)):
@@ -152,14 +143,6 @@ def resume(
             saved = _checkpoint_that_fits(run, experiment)
             progress = saved and asdict(saved.progress)
             experiment.devices.require_same({"the newest checkpoint": progress})
-        if saved is not None and longer:
-            saved = replace(saved, stopped=False)
-            if config.optimizer.schedule is not None:
-                _log.warning(
-                    "The learning-rate schedule now covers %d epochs: the result differs from a "
-                    "training that had this length from the start.",
-                    config.training.epochs,
-                )
         with _output(experiment, kept=chief) as experiment:
             own = run if chief else next(new_runs(experiment.config.logging.directory, run.name))
             made = make_callbacks(experiment.config, experiment.model, own.path, callbacks)
@@ -342,6 +325,14 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
             f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
             f"received {epochs}"
         )
+    if epochs > run.config().training.epochs:
+        saved = replace(saved, stopped=False)
+        if experiment.config.optimizer.schedule is not None:
+            _log.warning(
+                "The learning-rate schedule now covers %d epochs: the result differs from a "
+                "training that had this length from the start.",
+                epochs,
+            )
     variables = all_variables(experiment.model, experiment.random_state)
     if [tuple(v.shape) for v in variables] != [value.shape for value in saved.variables]:
         raise InputError(

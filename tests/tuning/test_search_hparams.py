@@ -8,7 +8,7 @@ from typing import Any
 import trainer
 from trainer import report
 from trainer.run import Run
-from trainer.tuning import hparams
+from trainer.tuning import results
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 
 
@@ -44,7 +44,7 @@ def test_every_column_of_the_hparams_page_can_be_sorted(
             record = TrialRecord(
                 trial=str(trial), status="completed", values={key: value}, epochs=1, score=0.5
             )
-            hparams.write_session(directory, record, 0.0)
+            results.write_session(directory, record, 0.0)
     address = tensorboard(in_tmp_path)
     deadline = time.monotonic() + 60
     while len(groups := session_groups(address)) < 17:

@@ -20,11 +20,19 @@ from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError
 from trainer.run import Run
 from trainer.tuning.config import TuningConfig
-from trainer.tuning.oracles import direction_of, make_oracle, quiet
+from trainer.tuning.oracles import make_oracle, quiet
 from trainer.tuning.results import importances
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
-from trainer.tuning.space import check_space, decode, extremes, short_names, trial_config
+from trainer.tuning.space import (
+    check_space,
+    decode,
+    direction_of,
+    extremes,
+    short_names,
+    trial_config,
+)
 from trainer.tuning.trial import Pruning, run_trial
+from trainer.tuning.workers import Worker
 
 SEARCH = """
 [data]
@@ -97,8 +105,7 @@ RATE = "tuning.space.optimizer.learning_rate"
             f"{RATE}={{low=1, high=2, step=1, scale='log'}}",
             "received low = 1, step = 1",
         ),
-        (f"{RATE}={{low=0.1, high=1, step=0.4}}", "in whole steps (10000 at most), received 2.25"),
-        (f"{RATE}={{low=1, high=9, step=2, scale='log'}}", "whole steps (10000 at most), received"),
+        (f"{RATE}={{low=0, high=1, step=1e-5}}", "step = 1e-05: expected fewer than 10000 values"),
         (f"{RATE}={{low=1, high=2, step=0}}", "step: expected greater than 0, received 0"),
         (f"{RATE}={{low=-1.0, high=1}}", "optimizer.learning_rate: expected greater than 0, rece"),
         ("tuning.space.optimizer.learning_rat={low=1, high=2}", "did you mean 'learning_rate'?"),
@@ -222,21 +229,19 @@ def test_a_device_of_the_space_that_is_not_here_is_refused_at_once(
 
 
 def test_the_direction_of_an_unknown_metric_must_be_set(search: Callable[..., Config]) -> None:
+    def direction(name: str, configured: str = "auto") -> str:
+        changes = (f"tuning.objective=val_{name}", f"tuning.direction={configured}")
+        return direction_of(search(*changes).table(TuningConfig))
+
     assert direction_of(search().table(TuningConfig)) == "max"
-    assert direction_of(search("tuning.objective=val_loss").table(TuningConfig)) == "min"
-    assert "Set tuning.direction" in refused(
-        direction_of, search("tuning.objective=val_odd").table(TuningConfig)
-    )
-    # Keras's own metrics that need arguments, and one that keras-tuner takes for a loss.
-    for name in ("val_odd", "val_mean_io_u", "val_precision_at_recall", "val_f1_score"):
-        assert "Set tuning.direction" in refused(
-            direction_of, search(f"tuning.objective={name}").table(TuningConfig)
-        )
-        for direction in ("min", "max"):
-            told = search(f"tuning.objective={name}", f"tuning.direction={direction}")
-            assert direction_of(told.table(TuningConfig)) == direction
-    for name in ("val_mse", "val_mean_squared_error", "val_kl_divergence"):
-        assert direction_of(search(f"tuning.objective={name}").table(TuningConfig)) == "min"
+    for name in ("loss", "mse", "mean_squared_error", "kl_divergence"):
+        assert direction(name) == "min"
+    for name in ("top_k_categorical_accuracy", "f1_score", "precision_at_recall"):
+        assert direction(name) == "max"
+    for name in ("odd", "mean_io_u", "cosine_similarity"):
+        assert "Set tuning.direction" in refused(direction, name)
+        for configured in ("min", "max"):
+            assert direction(name, configured) == configured
 
 
 def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
@@ -248,6 +253,8 @@ def test_values_of_ranges_and_choices(search: Callable[..., Config]) -> None:
     assert values("{low=128, high=512, step=2, scale='log'}") == [128, 256, 512]
     assert [type(v) for v in values("{low=2, high=6, step=2}")] == [int] * 3
     assert values("{low=1e-4, high=1e-1, step=10, scale='log'}") == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert values("{low=0.1, high=1, step=0.4}") == [0.1, 0.5, 0.9]  # high need not be a value
+    assert values("{low=1, high=9, step=2, scale='log'}") == [1, 2, 4, 8]
     assert values("{choices=['a', 1, [2.5]]}") == ["a", 1, [2.5]]
     assert values("{low=1, high=2}") is None
 
@@ -302,27 +309,21 @@ def test_the_space_comes_back_from_its_file(search: Callable[..., Config]) -> No
 def _take(
     directory: SearchDirectory, count: int, score: float | None = 0.5
 ) -> list[dict[str, Any]]:
-    """Runs trials of a new oracle without training, as a new process would."""
+    """Runs trials of a search without training; each step is one of a new process."""
     directory.create()
     taken: list[dict[str, Any]] = []
-    with quiet():
-        oracle = make_oracle(directory)
-        while len(taken) < count:
-            trial = oracle.create_trial("w")
-            if trial.status == TrialStatus.STOPPED:
-                break
-            taken.append(dict(trial.hyperparameters.values))
-            if score is not None:
-                _end(directory, oracle, trial, score)
+    while len(taken) < count:
+        with quiet():
+            oracle = make_oracle(directory)
+            oracle.add_records()
+            trial = next(iter(oracle.ongoing_trials.values()), None) or oracle.create_trial("w")
+        if trial.status == TrialStatus.STOPPED:
+            break
+        taken.append(dict(trial.hyperparameters.values))
+        if score is not None:
+            values = decode(directory.tuning, trial.hyperparameters.values)
+            directory.write_record(_record(trial.trial_id, score, **values))
     return taken
-
-
-def _end(directory: SearchDirectory, oracle: Any, trial: Any, score: float) -> None:
-    values = decode(directory.tuning, trial.hyperparameters.values)
-    directory.write_record(_record(trial.trial_id, score, **values))
-    oracle.update_trial(trial.trial_id, {oracle.objective.name: score})
-    trial.status = TrialStatus.COMPLETED
-    oracle.end_trial(trial)
 
 
 def _record(trial: int | str, score: float | None, **values: Any) -> TrialRecord:
@@ -367,16 +368,25 @@ def test_an_interrupted_search_makes_the_same_choices(
 
 
 def test_a_kill_neither_loses_nor_repeats_a_trial(search: Callable[..., Config]) -> None:
-    directory = SearchDirectory(search("tuning.direction=max"))
+    directory = SearchDirectory(search("tuning.direction=max", "tuning.max_trials=4"))
     _take(directory, 1)
     (begun,) = _take(directory, 1, score=None)
-    oracle = make_oracle(directory)
-    with quiet():
-        trials = [oracle.create_trial(worker) for worker in ("x", "y", "z", "u")]
-    assert [trial.trial_id for trial in trials[:3]] == ["1", "2", "3"]  # 0 has ended
-    assert trials[0].hyperparameters.values == begun  # first the interrupted one
-    assert trials[1].hyperparameters.values != begun
-    assert trials[3].status == TrialStatus.STOPPED
+    worker = Worker(directory)
+    taken: list[Any] = []
+    for _ in range(3):
+        with worker._oracle() as oracle:
+            taken.append(worker._take(oracle))
+    assert [trial.trial_id for trial, _ in taken] == ["1", "2", "3"]  # 0 has ended
+    assert taken[0][0].hyperparameters.values == begun  # first the interrupted one
+    assert taken[1][0].hyperparameters.values != begun
+    with worker._oracle() as oracle:
+        assert worker._take(oracle) is None  # every trial is held
+        assert sorted(oracle.ongoing_trials) == ["1", "2", "3"]
+    taken[1][1].lock.release()  # as when its process dies
+    with worker._oracle() as oracle:
+        again: Any = worker._take(oracle)
+    assert again[0].trial_id == "2"
+    assert again[0].hyperparameters.values == taken[1][0].hyperparameters.values
 
 
 def test_a_trial_without_a_record_runs_again(search: Callable[..., Config]) -> None:
@@ -384,7 +394,9 @@ def test_a_trial_without_a_record_runs_again(search: Callable[..., Config]) -> N
     first, second = _take(directory, 2)
     directory.record_file("0").unlink()
     assert _take(directory, 1) == [first]
-    oracle = make_oracle(directory)
+    with quiet():
+        oracle = make_oracle(directory)
+        oracle.add_records()
     assert sorted(oracle.end_order) == ["0", "1"]
     assert [t.hyperparameters.values for t in oracle.trials.values()] == [first, second]
 
@@ -402,7 +414,7 @@ def test_a_search_of_the_first_version_continues(search: Callable[..., Config]) 
         path.write_text(json.dumps(trial))
     file.write_text(json.dumps({key: state[key] for key in state if key != "seconds"}))
     (directory.path / "seconds.json").write_text('{"seconds": 99.5}')
-    assert make_oracle(directory).seconds == pytest.approx(99.5, abs=0.4)
+    assert make_oracle(directory).seconds == 99.5
     assert _take(directory, 4) == at_once[2:]
 
 
@@ -428,7 +440,8 @@ def test_a_trial_leaves_no_images_in_memory(search: Callable[..., Config]) -> No
 def _directory(name: str, **changes: Any) -> SearchDirectory:
     options = {f"tuning.{key}": value for key, value in {"direction": "max", **changes}.items()}
     directory = SearchDirectory(Config().with_changes(options), name)
-    directory.create()
+    if not directory.path.exists():
+        directory.create()
     return directory
 
 
@@ -652,20 +665,16 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
 
 
 def test_many_failures_in_a_row_end_the_search(in_tmp_path: Path) -> None:
-    from trainer.tuning.search import _Progress
-
     directory = _directory("w", max_trials=9)
-    oracle: Any = SimpleNamespace(end_order=[])
-    progress = _Progress(directory, oracle)
+    worker = Worker(directory)
     for trial, score in enumerate([None, 0.5, None, None, None, None, None]):
         error = "E: no space left" if score is None else None
         directory.write_record(_record(trial, score).model_copy(update={"error": error}))
-        oracle.end_order.append(str(trial))
-        if trial < 6:
-            progress.report()
+    ended = [record.trial for record in directory.records()]
+    worker._check_failures(ended[:6])
     with pytest.raises(CheckError, match=r"ends after 5 failed trials in a row: .*no space left"):
-        progress.report()
-    _Progress(directory, oracle).report()  # reports only new failures
+        worker._check_failures(ended)
+    Worker(directory)._check_failures(ended)  # counts only new failures
     assert in_tmp_path.is_dir()
 
 

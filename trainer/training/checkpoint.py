@@ -111,7 +111,6 @@ class Checkpoints(Callback):
         fingerprint: str,
         every_seconds: float,
         signals: Signals,
-        saved: Checkpoint | None = None,
     ) -> None:
         """Prepares; nothing is read or written before training begins.
 
@@ -122,10 +121,6 @@ class Checkpoints(Callback):
             fingerprint: Fingerprint of the data.
             every_seconds: Longest time between checkpoints, rounded up to the end of a call.
             signals: Signals to stop.
-            saved: Checkpoint to continue from.
-
-        Raises:
-            InputError: `saved` has the states of other callbacks.
         """
         super().__init__()
         self._run = run
@@ -134,15 +129,18 @@ class Checkpoints(Callback):
         self._fingerprint = fingerprint
         self._every_seconds = every_seconds
         self._signals = signals
-        self._saved = saved
-        self._saved_states = {} if saved is None else saved.named_states(list(watched))
+        self._saved: Checkpoint | None = None
         self._progress = Progress()
         self._training = False
         self._last_time = 0.0
         self._initial: dict[str, dict[str, Any]] = {}
         self._best_loss: float | None = None
-        for callback in watched.values():
-            if saved is not None and isinstance(callback, keras.callbacks.CSVLogger):
+
+    def continue_from(self, saved: Checkpoint) -> None:
+        """Sets the checkpoint that is restored when training begins."""
+        self._saved = saved
+        for callback in self._watched.values():
+            if isinstance(callback, keras.callbacks.CSVLogger):
                 callback.append = True  # it would otherwise start its file again
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
@@ -227,7 +225,7 @@ class Checkpoints(Callback):
         variables = all_variables(self.model, self._variables)
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
-        for name, state in self._saved_states.items():
+        for name, state in saved.states.items():
             if name in self._watched:
                 vars(self._watched[name]).update(state)
         self._best_loss = saved.best_loss

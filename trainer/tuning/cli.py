@@ -26,8 +26,8 @@ def tune(
     set_: console.SetOption = None,
     trials: Annotated[int | None, typer.Option(help="Overrides tuning.max_trials")] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that train at the same time; 0: only this one")
-    ] = 0,
+        int, typer.Option(min=0, help="Processes that train at the same time, this one included")
+    ] = 1,
     refit: Annotated[
         bool,
         typer.Option("--refit", help="Train the best on train and validation, score test once"),
@@ -46,7 +46,7 @@ def tune(
         search = console.import_module("trainer.tuning.search")
         result = search.tune(loaded, workers=workers, refit=refit, console=terminal)
     if result is None:
-        return  # a worker: the chief has the result
+        return  # another process has started this one, and has the result
     if json_:
         console.print_json(result)
     else:

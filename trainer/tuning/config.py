@@ -1,5 +1,6 @@
 """The table [tuning] of a configuration: the search space, and how `trainer tune` searches it."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, Self
@@ -11,26 +12,24 @@ from trainer.errors import did_you_mean
 
 # Keys of earlier versions: refused in files, translated in stored configurations.
 RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "seconds": "max_seconds"}
-_MAX_STEPS = 10_000  # in a range with a step
+_MAX_VALUES = 10_000  # of a range with a step
 
 
 class Parameter(Section):
-    """What a search may set one key to: a number of a range, or one of several choices."""
+    """The values of one key: a range of numbers, or choices."""
 
-    low: float | int | None = Field(default=None, description="Smallest value of a range")
-    high: float | int | None = Field(
-        default=None, description="Largest value; if both ends are whole, all values are"
-    )
-    step: float | int | None = Field(
-        default=None, gt=0, description="Difference between neighbours; with log: their ratio"
-    )
-    scale: Literal["linear", "log"] = Field(
-        default="linear", description="log: sample the logarithm uniformly"
-    )
-    choices: list[Any] | None = Field(default=None, description="Values, instead of a range")
-    when: dict[str, list[Any]] = Field(
-        default={}, description="Set this key only if other keys have one of these choices"
-    )
+    low: float | int | None = None
+    """Smallest value of a range."""
+    high: float | int | None = None
+    """Largest value; if both ends are whole, all values are."""
+    step: float | int | None = Field(default=None, gt=0)
+    """Difference between neighbours; with log: their ratio."""
+    scale: Literal["linear", "log"] = "linear"
+    """log: sample the logarithm uniformly."""
+    choices: list[Any] | None = None
+    """Values, instead of a range."""
+    when: dict[str, list[Any]] = Field(default={})
+    """Set this key only if other keys have one of these choices."""
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> Self:
@@ -42,28 +41,15 @@ class Parameter(Section):
                 raise ValueError(f"choices: expected different values, received {self.choices}")
             return self
         if low is None or high is None or low >= high:
-            raise ValueError(
-                f"expected low < high, or choices; received low = {low}, high = {high}"
-            )
+            received = f"low = {low}, high = {high}"
+            raise ValueError(f"expected low < high, or choices; received {received}")
         if self.scale == "log" and (low <= 0 or (step or math.inf) <= 1):
             raise ValueError(
                 f"scale = 'log' expects low > 0 and step > 1, received low = {low}, step = {step}"
             )
-        count = self._steps()
-        if abs(count - round(count)) > 1e-6 or count > _MAX_STEPS:
-            raise ValueError(
-                f"step = {step} expected to lead from low = {low} to high = {high} in whole steps "
-                f"({_MAX_STEPS} at most), received {count:.6g} steps"
-            )
+        if len(self.values() or ()) == _MAX_VALUES:
+            raise ValueError(f"step = {step}: expected fewer than {_MAX_VALUES} values")
         return self
-
-    def _steps(self) -> float:
-        """Returns the number of steps from low to high; 0 without a step."""
-        if self.low is None or self.high is None or self.step is None:
-            return 0.0
-        if self.scale == "log":
-            return math.log(self.high / self.low, self.step)
-        return (self.high - self.low) / self.step
 
     @property
     def whole(self) -> bool:
@@ -72,47 +58,43 @@ class Parameter(Section):
 
     def values(self) -> list[Any] | None:
         """Returns all possible values; None for a range without a step."""
-        if self.choices is not None:
+        low, high, step = self.low, self.high, self.step
+        if low is None or high is None or step is None:
             return self.choices
-        if self.low is None or self.step is None:
-            return None
-        found: list[Any] = []
-        for i in range(round(self._steps()) + 1):
-            value = self.low * self.step**i if self.scale == "log" else self.low + i * self.step
-            # Without rounding errors: 0.1 + 2 * 0.1 becomes 0.3.
-            found.append(value if isinstance(value, int) else float(f"{value:.12g}"))
-        return found
+        log, steps = self.scale == "log", range(_MAX_VALUES)
+        numbers = (low * step**i if log else low + i * step for i in steps)
+        # Without rounding errors: 0.1 + 2 * 0.1 becomes 0.3.
+        rounded = (each if isinstance(each, int) else float(f"{each:.12g}") for each in numbers)
+        return list(itertools.takewhile(lambda value: value <= high, rounded))
 
 
 class TuningConfig(Section):
     """How `trainer tune` searches."""
 
-    algorithm: Literal["random", "bayesian", "hyperband", "grid"] = Field(
-        default="random", description="hyperband: many short trials, few full-length ones"
-    )
-    objective: str = Field(default="val_accuracy", description="val_loss, or val_ and a metric")
-    direction: Literal["auto", "min", "max"] = Field(
-        default="auto", description="auto: derived from the Keras metric of that name"
-    )
-    max_trials: int = Field(default=30, ge=1, lt=10**6, description="Maximum number of trials")
-    max_seconds: float | None = Field(
-        default=None, gt=0, description="Start no trial after this search time; pauses are excluded"
-    )
-    executions_per_trial: int = Field(
-        default=1, ge=1, le=100, description="Trainings per trial with different seeds; averaged"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Random seed of the search")
-    patience: int = Field(
-        default=3, ge=0, description="Epochs without improvement before a training ends; 0: no end"
-    )
-    pruning: bool = Field(
-        default=True, description="End a trial below the median of the others at the same epoch"
-    )
-    keep: int = Field(default=3, ge=1, description="Number of best trials that keep their weights")
-    stop_on_failure: bool = Field(default=False, description="End the search if a trial fails")
-    space: dict[str, Parameter] = Field(
-        default={}, description="The search space: a range or choices for each dotted key"
-    )
+    algorithm: Literal["random", "bayesian", "hyperband", "grid"] = "random"
+    """hyperband: many short trials, few full-length ones."""
+    objective: str = "val_accuracy"
+    """val_loss, or val_ and a metric."""
+    direction: Literal["auto", "min", "max"] = "auto"
+    """auto: derived from the name of the objective."""
+    max_trials: int = Field(default=30, ge=1, lt=10**6)
+    """Maximum number of trials."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Start no trial after this search time; pauses are excluded."""
+    executions_per_trial: int = Field(default=1, ge=1, le=100)
+    """Trainings per trial with different seeds; averaged."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Random seed of the search."""
+    patience: int = Field(default=3, ge=0)
+    """Epochs without improvement before a training ends; 0: no end."""
+    pruning: bool = True
+    """End a trial below the median of the others at the same epoch."""
+    keep: int = Field(default=3, ge=1)
+    """Number of best trials that keep their weights."""
+    stop_on_failure: bool = False
+    """End the search if a trial fails."""
+    space: dict[str, Parameter] = Field(default={})
+    """The search space: a range or choices for each dotted key."""
 
     @field_validator("space", mode="before")
     @classmethod
@@ -122,18 +104,18 @@ class TuningConfig(Section):
 
     @model_validator(mode="after")
     def _check_space(self) -> Self:
+        choices = {key: each.choices for key, each in self.space.items() if each.choices}
         for key, parameter in self.space.items():
             for other, values in parameter.when.items():
-                known = self.space[other].choices if other in self.space else None
-                if known is None:
-                    named = [k for k, p in self.space.items() if p.choices is not None and k != key]
+                if other not in choices:
                     raise ValueError(
                         f"space.{key}.when: expected keys of the space that have choices, "
-                        f"received {other!r}: {did_you_mean(other, named)}"
+                        f"received {other!r}: {did_you_mean(other, choices)}"
                     )
-                if not values or any(value not in known for value in values):
+                if not values or any(value not in choices[other] for value in values):
                     raise ValueError(
-                        f"space.{key}.when.{other}: expected some of {known}, received {values}"
+                        f"space.{key}.when.{other}: expected some of {choices[other]}, "
+                        f"received {values}"
                     )
             inner = [other for other in self.space if other.startswith(f"{key}.")]
             if inner:

@@ -1,10 +1,12 @@
-"""Results of a search: the best configuration, all trials, and the importance of each parameter."""
+"""Results of a search: TensorBoard's HParams page, best.toml, results.json, importances."""
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import tensorflow as tf
+from tensorboard.plugins.hparams import api
 
 from trainer.config import Config
 from trainer.errors import CheckError
@@ -20,6 +22,44 @@ _MIN_TRIALS_PER_PARAMETER = 4
 _MIN_R2 = 0.3  # below this, a forest has learned mostly noise
 
 
+def write_session(search: SearchDirectory, record: TrialRecord, begin: float) -> None:
+    """Writes a trial as a row of the HParams page, and replaces an existing row.
+
+    Args:
+        search: The search.
+        record: Result of the trial. A failed trial gets no metrics and no end.
+        begin: Start of the trial, or of its continuation, in seconds since 1970.
+    """
+    path = search.tensorboard / record.trial
+    shutil.rmtree(path, ignore_errors=True)
+    columns, row = [], {}
+    for key, parameter in searched(search.config).items():
+        values = parameter.values()
+        numeric = values is None or all(type(value) in (int, float) for value in values)
+        # The page shows all searches together and cannot sort numbers with text, but an option may
+        # be a number in one search and text in another.
+        columns.append(f"{key} (text)" if ".options." in key and not numeric else key)
+        value = record.shown_values.get(key)
+        if value is not None:
+            text = value if isinstance(value, str) else json.dumps(value)
+            row[columns[-1]] = float(value) if numeric else text
+    # The name of the search is part of the ID: the page can show several searches together.
+    trial_id, objective = f"{search.name}-{record.trial}", search.tuning.objective
+    scores: dict[str, Any] = {objective: record.score, **record.scores, "seconds": record.seconds}
+    writer = tf.summary.create_file_writer(str(path))
+    with writer.as_default(step=record.trained_epochs):
+        # TensorBoard reads the columns of one trial, so every trial has all of them.
+        metrics = [api.Metric(name) for name in scores]
+        api.hparams_config(hparams=[api.HParam(name) for name in columns], metrics=metrics)
+        api.hparams(row, trial_id=trial_id, start_time_secs=begin)
+        if record.status == "failed":
+            return
+        for name, value in scores.items():
+            if value is not None:
+                tf.summary.scalar(name, value)
+        api.KerasCallback(writer, row, trial_id).on_train_end()
+
+
 def write_best(search: SearchDirectory) -> None:
     """Writes best.toml, the configuration of the best trial, if a trial has a score."""
     ranked, count = search.ranked(), search.tuning.executions_per_trial
@@ -33,34 +73,34 @@ def write_best(search: SearchDirectory) -> None:
     write_text(search.best, head + trial_config(search.config, best.shown_values).to_toml())
 
 
-def write_results(search: SearchDirectory, seconds: float, **extra: Any) -> dict[str, Any]:
+def write_results(search: SearchDirectory, seconds: float) -> dict[str, Any]:
     """Writes results.json and best.toml, and returns the content of results.json.
 
     Args:
         search: The search.
         seconds: Time of the search.
-        extra: Further entries of results.json.
 
     Raises:
         CheckError: No trial has a score.
     """
-    tuning, records, ranked = search.tuning, search.records(), search.ranked()
+    records, ranked = search.records(), search.ranked()
     if not ranked:
         raise CheckError(f"none of {len(records)} trials has a score")
     write_best(search)
     importance, note = importances(search.config, records)
     document: dict[str, Any] = {
         "search": str(search.path),
-        "objective": tuning.objective,
-        "direction": tuning.direction,
-        "algorithm": tuning.algorithm,
+        **search.tuning.model_dump(include={"objective", "direction", "algorithm"}),
         "best": ranked[0].model_dump() | {"config": str(search.best)},
         "importance": importance,
         "importance_note": note,
         "seconds": round(seconds, 1),
         "trials": [record.model_dump() for record in records],
-        **extra,
     }
+    run = search.refit_run()
+    if run.finished:
+        summary = run.read_json("summary.json")
+        document["refit"] = {key: summary[key] for key in ("run", "test", "test_images")}
     write_text(search.path / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     return document
 
@@ -80,34 +120,25 @@ def importances(config: Config, records: list[TrialRecord]) -> tuple[dict[str, f
         Fractions by key, the largest first, or None if they are not reliable; and a note on
         reliability.
     """
-    scored = [record for record in records if record.score is not None]
-    space = searched(config)
-    keys = list(space)
-    needed = max(10, _MIN_TRIALS_PER_PARAMETER * len(keys))
-    if len(scored) < needed:
-        return None, f"{len(scored)} trials with a score are too few: expected {needed}"
-    columns = np.array(
-        [[_number(space[key], r.shown_values.get(key)) for key in keys] for r in scored]
-    )
-    scores = np.array([record.score for record in scored], np.float64)
-    if np.ptp(scores) == 0:
-        return None, "all scores are the same"
-    found, r2 = _forest(columns, scores)
-    if r2 < _MIN_R2 or found.sum() <= 0:
-        return None, f"a forest explains too little of the scores: out-of-bag R2 {r2:.2f}"
-    order = np.argsort(-found, kind="stable")
-    shares = {keys[i]: float(found[i] / found.sum()) for i in order}
-    return shares, f"{len(scored)} trials, out-of-bag R2 {r2:.2f}"
-
-
-def _forest(columns: NDArray[Any], scores: NDArray[Any]) -> tuple[NDArray[Any], float]:
-    """Returns the importance of each column, and the out-of-bag R2."""
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 
+    scored, space = [record for record in records if record.score is not None], searched(config)
+    needed = max(10, _MIN_TRIALS_PER_PARAMETER * len(space))
+    if len(scored) < needed:
+        return None, f"{len(scored)} trials with a score are too few: expected {needed}"
+    columns = [[_number(space[key], r.shown_values.get(key)) for key in space] for r in scored]
+    scores = np.array([record.score for record in scored], np.float64)
+    if np.ptp(scores) == 0:
+        return None, "all scores are the same"
     forest = RandomForestRegressor(_TREES, oob_score=True, random_state=0).fit(columns, scores)
-    result = permutation_importance(forest, columns, scores, n_repeats=_REPEATS, random_state=0)
-    return np.maximum(result.importances_mean, 0.0), float(forest.oob_score_)
+    shuffled = permutation_importance(forest, columns, scores, n_repeats=_REPEATS, random_state=0)
+    found, r2 = np.maximum(shuffled.importances_mean, 0.0), forest.oob_score_
+    if r2 < _MIN_R2 or found.sum() <= 0:
+        return None, f"a forest explains too little of the scores: out-of-bag R2 {r2:.2f}"
+    shares = dict(zip(space, (found / found.sum()).tolist(), strict=True))
+    largest_first = dict(sorted(shares.items(), key=lambda item: -item[1]))
+    return largest_first, f"{len(scored)} trials, out-of-bag R2 {r2:.2f}"
 
 
 def _number(parameter: Parameter, value: Any) -> float:

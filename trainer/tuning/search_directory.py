@@ -4,15 +4,13 @@ runs/tune-<name>/
     search.toml       the complete configuration
     oracle/           state of keras-tuner: oracle.json
     trials/<id>/      run directories; <id>-<execution>/ if a trial has several executions
+    trials/<id>.lock  held by the process that trains the trial
     records/<id>.json result of a trial, written last: a trial with a record is done
     tensorboard/      the HParams page: domains, and a session for each trial
-    logs/  workers/   output of each worker; a lock for each running worker
-    results.json  best.toml  refit.toml  refit/
+    results.json  best.toml  refit-<id>/
 """
 
-import contextlib
 import re
-from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +20,11 @@ from pydantic import Field, ValidationError
 from trainer.config import Config, Section, load_config
 from trainer.errors import InputError
 from trainer.files import write_text
+from trainer.run import Run
 from trainer.tuning.config import TuningConfig
 
 # Keys of [tuning] that can change when a search is continued.
 _CHANGEABLE = {"max_trials", "max_seconds", "keep", "stop_on_failure"}
-# Keys whose "auto" or fallback the chief resolves.
-RESOLVED = ("tuning.direction", "data.name")
 
 
 class TrialRecord(Section):
@@ -86,71 +83,42 @@ class SearchDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.best = self.path / "best.toml"
         self._records = self.path / "records"
-        self._workers = self.path / "workers"
+        # Held while a process changes the state. The operating system releases it if a process
+        # dies. (Earlier versions hold it during the whole search.)
+        self.lock = filelock.FileLock(self.path / ".lock")
 
     def create(self) -> None:
-        """Creates the directory if necessary, and writes the configuration."""
-        own = (self.oracle, self.trials, self.tensorboard, self._records, self._workers)
-        for folder in (*own, self.path / "logs"):
+        """Creates the directory if necessary, and writes the configuration.
+
+        Raises:
+            InputError: The directory holds a search with another configuration, or search.toml is
+                missing.
+        """
+        if self.config_file.exists():
+            before = _compared(load_config(self.config_file, stored=True))
+            after = _compared(self.config)
+            differences = [
+                f"{key} = {before.get(key)!r} (received {after.get(key)!r})"
+                for key in before | after
+                if before.get(key) != after.get(key)
+            ]
+            if differences:
+                raise InputError(
+                    f"{self.path} is a search with another configuration: "
+                    f"{', '.join(differences)}; choose another --name for a new search"
+                )
+        elif any(self._records.glob("*")) or any(self.oracle.glob("oracle.json")):
+            raise InputError(
+                f"{self.path} holds a search without its search.toml: restore the file, or "
+                "choose another --name"
+            )
+        for folder in (self.oracle, self.trials, self.tensorboard, self._records):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(self.config_file, self.config.to_toml())
 
-    def stored(self, ignored: Container[str] = ()) -> "SearchDirectory":
-        """Returns the search that the directory holds; this one if it holds none.
-
-        Args:
-            ignored: Dotted keys that may differ from the stored configuration.
-
-        Raises:
-            InputError: The stored configuration differs, or search.toml is missing.
-        """
-        if not self.config_file.exists():
-            if any(self._records.glob("*")) or any(self.oracle.glob("oracle.json")):
-                raise InputError(
-                    f"{self.path} holds a search without its search.toml: restore the file, or "
-                    "choose another --name"
-                )
-            return self
-        stored = load_config(self.config_file, stored=True)
-        before, after = _compared(stored), _compared(self.config)
-        differences = [
-            f"{key} = {before.get(key)!r} (received {after.get(key)!r})"
-            for key in before | after
-            if before.get(key) != after.get(key) and key not in ignored
-        ]
-        if differences:
-            raise InputError(
-                f"{self.path} is a search with another configuration: {', '.join(differences)}; "
-                "choose another --name for a new search"
-            )
-        return SearchDirectory(stored, self.name)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from leading this search. A killed process releases its lock.
-
-        Raises:
-            InputError: Another process leads it, or a worker of an earlier start still runs.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _lock(self.path / ".lock", 0, f"{self.path} is being searched by another process"):
-            for path in sorted(self._workers.glob("*.lock")):
-                # A worker whose chief was killed saves its trial and ends.
-                with _lock(path, 60, f"{path.stem} of an earlier start of {self.path} still runs"):
-                    pass
-            yield
-
-    def worker(self, worker: str) -> contextlib.AbstractContextManager[None]:
-        """Holds the lock of a running worker.
-
-        Raises:
-            InputError: Another worker has the same name.
-        """
-        return _lock(self._workers / f"{worker}.lock", 5, f"a worker named {worker} already runs")
-
-    def log(self, worker: str) -> Path:
-        """Returns the file for the output of a worker."""
-        return self.path / "logs" / f"{worker}.txt"
+    def trial_lock(self, trial: str) -> filelock.BaseFileLock:
+        """Returns the lock that a process holds while it trains a trial."""
+        return filelock.FileLock(self.trials / f"{trial}.lock")
 
     def record_file(self, trial: str) -> Path:
         """Returns the file of a trial's record. The trial is finished if the file exists."""
@@ -190,6 +158,10 @@ class SearchDirectory:
         highest_first = self.tuning.direction == "max"
         return sorted(scored, key=lambda record: record.score or 0.0, reverse=highest_first)
 
+    def refit_run(self) -> Run:
+        """Returns the run directory for the refit of the best trial."""
+        return Run(self.path / f"refit-{self.ranked()[0].trial}")
+
     def remove_weights(self) -> None:
         """Removes the weights and checkpoints of all trials except the best `tuning.keep`."""
         kept = self.ranked()[: self.tuning.keep]
@@ -205,16 +177,3 @@ def _compared(config: Config) -> dict[str, Any]:
     flat = {f"{s}.{k}": v for s, table in tree.items() for k, v in table.items()}
     space = flat.pop("tuning.space")
     return flat | {f"tuning.space.{key}": parameter for key, parameter in space.items()}
-
-
-@contextlib.contextmanager
-def _lock(path: Path, seconds: float, message: str) -> Iterator[None]:
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except filelock.Timeout:
-        raise InputError(message) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -5,6 +5,7 @@ of layer sizes, so keras-tuner receives its index. Values of a range with a step
 Nothing here imports TensorFlow at module level: an invalid space is refused within a second.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from trainer.tuning.config import Parameter, TuningConfig
 if TYPE_CHECKING:
     import keras_tuner
 
+_log = logging.getLogger(__name__)
+
 # Trials are compared by the same metrics on the same images, so these keys cannot be searched.
 # The best of several seeds would be luck: tuning.executions_per_trial averages over seeds instead.
 _FIXED = (
@@ -23,6 +26,11 @@ _FIXED = (
     *("training.limit_batches", "training.metrics", "training.seed"),
 )
 _FREE = ("data.augmentation", "data.image_size")  # of `data`, but the images stay the same
+# How the names of metrics end.
+_DIRECTIONS = {
+    "max": ("acc", "accuracy", "auc", "precision", "recall", "f1_score"),
+    "min": ("loss", "error", "divergence", "crossentropy", "mse", "mae", "mape", "msle"),
+}
 _DIGITS = 6  # significant digits of a sampled value: best.toml shows exactly what was tried
 
 
@@ -136,6 +144,24 @@ def decode(tuning: TuningConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
             rounded = float(f"{chosen[key]:.{_DIGITS}g}")
             found[key] = min(max(rounded, float(parameter.low or 0)), float(parameter.high or 0))
     return found
+
+
+def direction_of(tuning: TuningConfig) -> str:
+    """Returns "min" or "max".
+
+    Raises:
+        InputError: The direction is "auto", and the name of the objective does not show it.
+    """
+    objective, direction = tuning.objective, tuning.direction
+    known = next((each for each, ends in _DIRECTIONS.items() if objective.endswith(ends)), None)
+    if direction == "auto" and known is None:
+        raise InputError(
+            f"tuning.objective = {objective!r}: is a higher or a lower value better? Set "
+            "tuning.direction to 'max' or 'min'"
+        )
+    if direction != "auto" and known not in (None, direction):
+        _log.warning("tuning.direction = %r searches for the worst %s.", direction, objective)
+    return known if direction == "auto" and known else direction
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Training of one trial, and the loop that asks an oracle for trials."""
+"""Training of one trial."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from keras_tuner.engine.trial import TrialStatus
 
 from trainer import workflow
 from trainer.config import Config
@@ -18,13 +17,11 @@ from trainer.errors import CheckError, InputError, StoppedError, TrainerError
 from trainer.run import Run
 from trainer.tensorflow_internals import released_gradients
 from trainer.training.loop import Logs
-from trainer.tuning import hparams
-from trainer.tuning.oracles import quiet
+from trainer.tuning import results
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 from trainer.tuning.space import decode, trial_config
 
 _MIN_TRIALS = 5  # the median of fewer trials is not reliable
-_IDLE_SECONDS = 0.5
 
 
 class Pruning(keras.callbacks.Callback):
@@ -58,38 +55,6 @@ class Pruning(keras.callbacks.Callback):
         if self._choose(best, median) != best:
             self._mark.touch()
             self.model.stop_training = True
-
-
-def run_trials(
-    search: SearchDirectory, oracle: Any, worker: str, after: Callable[[], None] = lambda: None
-) -> None:
-    """Runs trials until the oracle has no more.
-
-    Args:
-        search: The search.
-        oracle: A keras-tuner oracle, or the client of the chief's oracle.
-        worker: Name of this process.
-        after: Called after each trial.
-
-    Raises:
-        StoppedError: A signal stopped the training; the state is saved.
-    """
-    while True:
-        with quiet():
-            trial = oracle.create_trial(worker)
-        if trial.status == TrialStatus.STOPPED:
-            return
-        if trial.status == TrialStatus.IDLE:  # the next trial depends on trials of other workers
-            time.sleep(_IDLE_SECONDS)
-            continue
-        record = run_trial(search, trial.trial_id, trial.hyperparameters.values)
-        with quiet():
-            trial.status = TrialStatus.FAILED
-            if record.score is not None:
-                oracle.update_trial(trial.trial_id, {search.tuning.objective: record.score})
-                trial.status = TrialStatus.COMPLETED
-            oracle.end_trial(trial)
-        after()
 
 
 def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> TrialRecord:
@@ -134,7 +99,7 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
         )
     keras.utils.clear_session()
     # The record is written last: a trial with a record is complete.
-    hparams.write_session(search, record, begin)
+    results.write_session(search, record, begin)
     search.write_record(record)
     return record
 
@@ -143,18 +108,20 @@ def _train(search: SearchDirectory, trial: str, values: dict[str, Any], epochs: 
     """Runs all executions of a trial and returns its record."""
     tuning, count = search.tuning, search.tuning.executions_per_trial
     config = trial_config(search.config, {"training.epochs": epochs} | values)
+    # Hyperband ends trials itself: it compares short trials with each other.
+    prunes = tuning.pruning and tuning.algorithm != "hyperband"
     summaries: list[dict[str, Any]] = []
     pruned = False
     for execution in range(count):
         run = Run(search.trials / (trial if count == 1 else f"{trial}-{execution + 1}"))
         mark = run.path / "pruned"
-        # Hyperband ends trials itself: it compares short trials with each other.
-        prunes = tuning.pruning and tuning.algorithm != "hyperband"
         seed = (config.training.seed + execution) % 2**31
         changed = config.with_changes({"training.seed": seed})
-        summaries.append(_execute(run, changed, [Pruning(search, mark)] if prunes else [], mark))
-        pruned = mark.exists()
-        if pruned:
+        if not run.finished:
+            mark.unlink(missing_ok=True)  # the training continues from before the pruning
+        callbacks = [Pruning(search, mark)] if prunes else []
+        summaries.append(train_or_resume(run, changed, callbacks=callbacks, score_test=False))
+        if pruned := mark.exists():
             break
     scores = _mean_scores([summary["validation"] for summary in summaries])
     if scores[tuning.objective] is None:
@@ -176,18 +143,15 @@ def _train(search: SearchDirectory, trial: str, values: dict[str, Any], epochs: 
     )
 
 
-def _execute(
-    run: Run, config: Config, callbacks: list[keras.callbacks.Callback], mark: Path
-) -> dict[str, Any]:
-    """Trains once, from the beginning or from a checkpoint, and returns the summary."""
+def train_or_resume(run: Run, config: Config, **options: Any) -> dict[str, Any]:
+    """Trains a run from the beginning or from its checkpoint, and returns the summary."""
     if run.finished:
         return run.read_json("summary.json")
-    mark.unlink(missing_ok=True)  # the training continues from before the pruning
     if (run.path / "config.toml").exists():
-        return workflow.resume(str(run.path), callbacks=callbacks, score_test=False).summary
+        return workflow.resume(str(run.path), **options).summary
     if run.path.exists():  # killed before anything was written
         shutil.rmtree(run.path)
-    return workflow.fit(config, callbacks=callbacks, run=run, score_test=False).summary
+    return workflow.fit(config, run=run, **options).summary
 
 
 def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, float | None]:

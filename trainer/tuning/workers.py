@@ -1,294 +1,198 @@
-"""A search by several processes: a chief with keras-tuner's oracle, and workers that train.
+"""The processes of a search. Each one runs the same loop, and no process leads the others.
 
-The processes communicate by keras-tuner's gRPC protocol, which has no password. The chief listens
-on this machine only, unless KERASTUNER_ORACLE_IP is set. In keras-tuner, a chief waits forever for
-a killed worker, and a worker waits an hour for a chief. Here each worker sends a heartbeat, and
-both sides end with a message when the other one is lost. An interrupted trial keeps its checkpoint
-and is handed out again when the search continues.
+They share the state of the search by files. A process locks the search for a moment, restores the
+oracle, adds the results of other processes to it, and takes a trial. Then it trains this trial and
+holds a lock of it. If the process dies, the operating system releases the lock, and another process
+continues the trial from its checkpoint.
 """
 
 import contextlib
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import grpc
-from keras_tuner.engine.base_tuner import BaseTuner
-from keras_tuner.oracles import RandomSearchOracle
+import filelock
+from keras_tuner.engine.trial import TrialStatus
 
-from trainer.errors import InputError, MissingError, StoppedError
-from trainer.tuning.keras_tuner_internals import serve_oracle
-from trainer.tuning.oracles import quiet
-from trainer.tuning.search_directory import RESOLVED, SearchDirectory
-from trainer.tuning.trial import run_trials
+from trainer.errors import CheckError
+from trainer.tuning import results
+from trainer.tuning.oracles import make_oracle, quiet
+from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.space import short_names
+from trainer.tuning.trial import run_trial
 
 _log = logging.getLogger(__name__)
 
-_HEARTBEAT_SECONDS = 2.0
-_ANSWER_SECONDS = 20.0  # the chief may be busy: fitting a Gaussian process takes a while
-_MAX_MISSED = 3  # unanswered heartbeats before a worker gives up the chief
-_START_SECONDS = 600.0  # how long chief and workers wait for each other at the start
-_SILENT_SECONDS = 60.0  # without a heartbeat, before a worker counts as lost
+_VARIABLE = "TRAINER_TUNE_WORKER"  # set in a process that started_workers() has started
+_WAIT_SECONDS = 0.5  # until a process without a trial asks again
 _SAVING_SECONDS = 60.0  # for a worker to save its trial
-_POLL_SECONDS = 0.2
-_VARIABLES = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
-_HEARTBEAT = ("trainer.Tuning", "Heartbeat")  # service and method in the chief's gRPC server
+# So many failures in a row have a common cause, for example a full disk.
+_MAX_FAILURES_IN_A_ROW = 5
 
 
-class Member(NamedTuple):
-    """Name of this process, which contains "chief" in the chief, and the address of the chief."""
+class Worker:
+    """The part of this process in a search: it takes trials, trains them and logs the results."""
 
-    name: str
-    host: str
-    port: int
-
-
-def membership() -> Member | None:
-    """Reads keras-tuner's environment variables; None: this process searches alone.
-
-    Raises:
-        InputError: Only some of the variables are set, or the port is not a port number.
-    """
-    name, host, port = (os.environ.get(variable, "") for variable in _VARIABLES)
-    if not name and not host and not port:
-        return None
-    if not (name and host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise InputError(
-            f"expected all of {', '.join(_VARIABLES)} or none (a name, an address, a port), "
-            f"received {name!r}, {host!r}, {port!r}"
-        )
-    return Member(name, host, int(port))
-
-
-class Chief:
-    """The oracle, the processes that were started here, and the time of each worker's heartbeat."""
-
-    def __init__(self, search: SearchDirectory, oracle: Any) -> None:
-        """Creates a chief that serves nothing yet."""
-        self.heartbeats: dict[str, float] = {}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+    def __init__(self, search: SearchDirectory) -> None:
+        """Starts the clock of this process."""
         self._search = search
-        self._oracle = oracle
-        self._service: Any = None
+        self._start = time.monotonic()
+        self._seconds_before: float | None = None
+        self._earlier = {record.trial for record in search.records()}
 
-    @contextlib.contextmanager
-    def serving(self, host: str, port: int) -> Iterator[int]:
-        """Serves the oracle to workers; yields the port, a free one for port 0.
+    def run(self) -> Any:
+        """Runs trials until this process and all others have finished.
 
-        Raises:
-            InputError: The address cannot be used.
-        """
-        try:
-            socket.create_server((host, port)).close()  # gRPC's error does not contain the reason
-        except OSError as error:
-            raise InputError(
-                f"KERASTUNER_ORACLE_IP, KERASTUNER_ORACLE_PORT: cannot listen at {host}:{port}: "
-                f"{error.strerror}"
-            ) from None
-
-        def receive(worker: bytes, context: Any) -> bytes:  # noqa: ARG001
-            self.heartbeats[worker.decode()] = time.monotonic()
-            return b""
-
-        # One thread: keras-tuner does not release its lock after an error, but the same thread can
-        # acquire it again.
-        pool = futures.ThreadPoolExecutor(max_workers=1)
-        server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
-        self._service = serve_oracle(server, self._oracle)
-        service, method = _HEARTBEAT
-        handlers = {method: grpc.unary_unary_rpc_method_handler(receive)}
-        handler = grpc.method_handlers_generic_handler(service, handlers)
-        server.add_generic_rpc_handlers((handler,))
-        port = server.add_insecure_port(f"{host}:{port}")
-        server.start()
-        try:
-            yield port
-        finally:
-            server.stop(grace=None).wait()
-
-    @contextlib.contextmanager
-    def workers(self, count: int, port: int) -> Iterator[None]:
-        """Starts workers on this machine. At the end, stops them; they save their trials."""
-        command = [sys.executable, "-m", "trainer", "tune", str(self._search.config_file)]
-        command += ["--name", self._search.name]
-        try:
-            for name in (f"worker-{number}" for number in range(1, count + 1)):
-                variables = dict(zip(_VARIABLES, (name, "127.0.0.1", str(port)), strict=True))
-                path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-                with self._search.log(name).open("ab") as log:
-                    self.processes[name] = subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        env={**os.environ, **variables, **path},
-                        process_group=0,  # only the chief receives control-C; it stops the workers
-                    )
-            yield
-        finally:
-            running = [process for process in self.processes.values() if process.poll() is None]
-            for process in running:
-                process.terminate()
-            deadline = time.monotonic() + _SAVING_SECONDS
-            for process in running:
-                try:
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-    def done(self) -> bool:
-        """Returns whether the workers have finished all trials."""
-        if self.processes:
-            return all(process.poll() == 0 for process in self.processes.values())
-        busy = self._oracle.ongoing_trials or self._oracle.tuner_ids
-        return bool(self._service.stop_triggered and not busy)
-
-    def require_alive(self) -> None:
-        """Checks all workers.
+        Returns:
+            The oracle at the end of the search.
 
         Raises:
-            MissingError: A worker is lost.
+            CheckError: Trials failed, and the search must end.
+            StoppedError: A signal stopped the training; the state is saved.
         """
-        for name, process in self.processes.items():
-            code = process.poll()
-            if code:
-                reason = f"ended with exit code {code}"
-                if code < 0:
-                    reason = f"was killed by {signal.Signals(-code).name}"
-                raise MissingError(self.lost_worker_message(name, reason))
-        for name in list(self._oracle.tuner_ids):
-            silent = time.monotonic() - self.heartbeats.setdefault(name, time.monotonic())
-            if silent > _SILENT_SECONDS:
-                if name in self.processes:
-                    self.processes[name].kill()  # a process that hangs ignores SIGTERM
-                raise MissingError(
-                    self.lost_worker_message(name, f"sent no heartbeat for {silent:.0f} s")
-                )
+        try:
+            while self._run_next():
+                pass
+        finally:
+            with self._oracle() as oracle:
+                oracle.save()  # which notes the time of the search
+        return oracle
 
-    def lost_worker_message(self, name: str, reason: str) -> str:
-        """Returns one line: the worker, the reason, its trial, the end of its log, what to do."""
-        trial = self._oracle.ongoing_trials.get(name)
-        during = f" during trial {trial.trial_id}" if trial is not None else ""
-        log = self._search.log(name)  # exists for workers that were started here
-        lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "empty")
-        return (
-            f"{name} {reason}{during}. The search has ended and nothing is lost: the same command "
-            "continues it, and another worker gets the trial"
-            + (f" (last line of {log}: {last})" if lines else "")
-        )
+    def _run_next(self) -> bool:
+        """Runs one trial, or waits for other processes; returns False after the last trial."""
+        with self._oracle() as oracle:
+            self._check_failures(oracle.end_order)
+            taken = self._take(oracle)
+        if taken is None:
+            waiting = bool(oracle.ongoing_trials)  # of other processes
+            time.sleep(_WAIT_SECONDS if waiting else 0)
+            return waiting
+        trial, lock = taken
+        with lock, _trial_logs_hidden():
+            record = run_trial(self._search, trial.trial_id, trial.hyperparameters.values)
+        with self._search.lock:
+            self._search.remove_weights()
+            results.write_best(self._search)
+        self._log_result(record)
+        return True
+
+    @contextlib.contextmanager
+    def _oracle(self) -> Iterator[Any]:
+        """Locks the search, and restores its oracle with the results of all processes."""
+        with self._search.lock, quiet():
+            oracle = make_oracle(self._search)
+            if self._seconds_before is None:
+                self._seconds_before = oracle.seconds
+            # Other processes may search at the same time: the longest time counts.
+            elapsed = time.monotonic() - self._start
+            oracle.seconds = max(oracle.seconds, self._seconds_before + elapsed)
+            oracle.add_records()
+            yield oracle
+
+    def _take(self, oracle: Any) -> tuple[Any, Any] | None:
+        """Returns a trial and its lock: one that lost its process, else a new one, or None."""
+        for trial in oracle.ongoing_trials.values():
+            with contextlib.suppress(filelock.Timeout):
+                return trial, self._search.trial_lock(trial.trial_id).acquire(timeout=0)
+        if oracle.late and oracle.trials:
+            return None
+        trial = oracle.create_trial("")  # saves the state
+        running = trial.status == TrialStatus.RUNNING
+        return (trial, self._search.trial_lock(trial.trial_id).acquire()) if running else None
+
+    def _check_failures(self, ended: list[str]) -> None:
+        """Raises CheckError if too many trials failed in a row since this process started."""
+        limit = 1 if self._search.tuning.stop_on_failure else _MAX_FAILURES_IN_A_ROW
+        failures = 0
+        for record in (self._search.record(each) for each in ended if each not in self._earlier):
+            failures = failures + 1 if record.score is None else 0
+            if failures == limit:
+                last = (record.error or "").strip().splitlines()[-1]
+                raise CheckError(f"the search ends after {limit} failed trials in a row: {last}")
+
+    def _log_result(self, record: TrialRecord) -> None:
+        tuning, names = self._search.tuning, short_names(self._search.tuning.space)
+        values = "  ".join(f"{names[key]} {value}" for key, value in record.values.items())
+        title = f"trial {record.trial} ({len(self._search.records())} of {tuning.max_trials})"
+        if record.score is None:
+            _log.warning("%s failed: %s\n%s", title, record.error, values)
+            return
+        best = self._search.ranked()[0]
+        score = f"{tuning.objective} {record.score:.5g}"
+        score += " pruned" if record.status == "pruned" else ""
+        score += f"  best {best.score:.5g} (trial {best.trial})"
+        end = f"epochs {record.trained_epochs}, {record.seconds:.1f} s"
+        _log.info("%s  %s  %s  %s", title, score, values, end)
 
 
-def lead(
-    search: SearchDirectory,
-    oracle: Any,
-    member: Member | None,
-    workers: int,
-    report: Callable[[], None],
-) -> None:
-    """Serves the oracle until workers have finished all trials.
+@contextlib.contextmanager
+def started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
+    """Starts processes that run the same search, and waits for their end.
 
-    Args:
-        search: The search.
-        oracle: Chooses the values.
-        member: Where to listen; None: on this machine only, at a free port.
-        workers: Number of workers to start here; 0: they are started elsewhere.
-        report: Called several times per second.
-
-    Raises:
-        InputError: The port is in use.
-        MissingError: A worker is lost, or none connected.
+    After an error, it stops them; they save their trials.
     """
-    host, port = ("127.0.0.1", 0) if member is None else (member.host, member.port)
-    chief = Chief(search, oracle)
-    with quiet(), chief.serving(host, port) as port, chief.workers(workers, port):
-        _log.info("chief    at %s:%d%s", host, port, "" if workers else ", waiting for workers")
-        begin = time.monotonic()
-        while not chief.done():
-            time.sleep(_POLL_SECONDS)
-            report()
-            chief.require_alive()
-            if not chief.heartbeats and time.monotonic() > begin + _START_SECONDS:
-                raise MissingError(
-                    f"no worker connected to {host}:{port} within {_START_SECONDS:.0f} s: expected "
-                    f"`trainer tune` elsewhere with the same {', '.join(_VARIABLES[1:])}"
-                )
-        report()
-
-
-def work(search: SearchDirectory, member: Member) -> None:
-    """Runs trials for a chief, which can be on another machine that shares the directory.
-
-    Args:
-        search: The search, with the same configuration as the chief's.
-        member: Name of this worker and address of the chief.
-
-    Raises:
-        InputError: The chief has another configuration.
-        StoppedError: A signal stopped the training; the state is saved.
-        MissingError: The chief is lost.
-    """
-    address = f"{member.host}:{member.port}"
-    _log.info("worker   %s for the chief at %s", member.name, address)
-    channel = grpc.insecure_channel(address)
+    command = [sys.executable, "-m", "trainer", "tune", str(search.config_file)]
+    command += ["--name", search.name]
+    variables = {_VARIABLE: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        grpc.channel_ready_future(channel).result(_START_SECONDS)
-    except grpc.FutureTimeoutError:
-        raise MissingError(f"no chief at {address} within {_START_SECONDS:.0f} s") from None
-    search = search.stored(ignored=RESOLVED)
-    # The environment variables give this tuner a client in place of the oracle.
-    client = BaseTuner(RandomSearchOracle(), directory=search.path, project_name="oracle")
-    heartbeat = Heartbeat(channel, member.name)
-    with search.worker(member.name):
-        heartbeat.start()
-        try:
-            run_trials(search, client.oracle, member.name)
-        except (StoppedError, SystemExit, grpc.RpcError):
-            if not heartbeat.lost:
-                raise
-            raise MissingError(
-                f"the chief at {address} does not answer. The trial of {member.name} is saved: "
-                "start the search again to continue"
-            ) from None
-        finally:
-            heartbeat.stop()
+        for _ in range(count):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end stops the worker if this process is killed
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **variables},
+                process_group=0,  # only this process receives control-C; it stops the others
+            )
+            processes.append(process)
+            threading.Thread(target=_report_loss, args=(process,), daemon=True).start()
+        yield
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SAVING_SECONDS)
+            process.kill()
 
 
-class Heartbeat(threading.Thread):
-    """Sends a heartbeat to the chief, and ends this worker if the chief does not answer."""
+def _report_loss(process: subprocess.Popen[bytes]) -> None:
+    """Waits for the end of a worker, and logs a warning if it was killed."""
+    code = process.wait()
+    if code < 0 and code != -signal.SIGTERM:  # in other cases the worker has printed a line
+        reason = signal.Signals(-code).name
+        _log.warning("A worker was killed by %s. Another process continues its trial.", reason)
 
-    def __init__(self, channel: grpc.Channel, name: str) -> None:
-        """Creates the thread; `start` runs it."""
-        super().__init__(daemon=True, name="heartbeat")
-        self._send = channel.unary_unary("/" + "/".join(_HEARTBEAT))
-        self._worker = name.encode()
-        self._stopped = threading.Event()
-        self.lost = False
 
-    def stop(self) -> None:
-        """Ends the thread."""
-        self._stopped.set()
+def stop_with_parent() -> bool:
+    """Returns whether another process has started this worker; if so, this one stops with it."""
+    if _VARIABLE not in os.environ:
+        return False
 
-    def run(self) -> None:
-        """Sends heartbeats until the thread is stopped or too many were not answered."""
-        missed = 0
-        while not self._stopped.wait(_HEARTBEAT_SECONDS):
-            try:
-                self._send(self._worker, timeout=_ANSWER_SECONDS)
-                missed = 0
-            except grpc.RpcError:
-                missed += 1
-            if missed >= _MAX_MISSED:
-                self.lost = True
-                # SIGTERM makes the training save its state, and ends a call to the chief.
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+    def wait_for_end() -> None:
+        os.read(sys.stdin.fileno(), 1)  # returns when the parent has ended
+        os.kill(os.getpid(), signal.SIGTERM)  # the training saves its state
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    return True
+
+
+@contextlib.contextmanager
+def _trial_logs_hidden() -> Iterator[None]:
+    """Shows only warnings of trainings on the terminal; log.txt of each run has all lines."""
+    levels = {handler: handler.level for handler in logging.getLogger("trainer").handlers}
+    for handler in levels:
+        handler.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)

@@ -254,13 +254,13 @@ def copy_repository(folder: Path) -> None:
 
 # From each contract test to the reason why it is skipped; None: it passes.
 CONTRACT_RESULTS = {
-    "keeps_the_contract[rows]": None,
+    "fulfils_the_contract[rows]": None,
     "refuses_an_option_it_does_not_know[my_pictures]": None,
     "raw_images_in_probabilities_out[my_network-28x28x1-10-float32]": None,
     "raw_images_in_probabilities_out[large-8x9x3-4-float32]": None,
     "equal_seeds_make_equal_networks[large]": None,
-    "keeps_the_contract[my_pictures]": "No such file or directory: 'pictures'",
-    "keeps_the_contract[required]": "SAMPLE_OPTIONS is missing",
+    "fulfils_the_contract[my_pictures]": "No such file or directory: 'pictures'",
+    "fulfils_the_contract[required]": "SAMPLE_OPTIONS is missing",
     "refuses_an_option_it_does_not_know[scanner]": "needs a scanner",
     "equal_seeds_make_equal_networks[required]": "SAMPLE_OPTIONS is missing",
     "equal_seeds_make_equal_networks[large_only]": "SAMPLE_IMAGE_SHAPE is missing",
@@ -304,7 +304,7 @@ def test_modules_of_a_reader_pass_the_contract_tests(tmp_path: Path) -> None:
         assert (reason or "") in " ".join(output.split())
 
     write_pictures(tmp_path / "pictures", 20)
-    assert "keeps_the_contract[my_pictures] PASSED" in run(files[0], "-k=my_pictures")
+    assert "fulfils_the_contract[my_pictures] PASSED" in run(files[0], "-k=my_pictures")
 
 
 @pytest.mark.usefixtures("clone")

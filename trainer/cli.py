@@ -89,7 +89,7 @@ def fit(
     deterministic: Annotated[
         bool,
         typer.Option(
-            "--deterministic", help="Refuse operations whose result can differ between runs"
+            "--deterministic", help="Use deterministic operations; one that has none is an error"
         ),
     ] = False,
     profile: Annotated[
@@ -233,7 +233,7 @@ def data_prepare(
 def data_info(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
-    """Describe a data set, after a check of all its files."""
+    """Describe a data set and verify the checksums of its files."""
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
@@ -269,7 +269,7 @@ for tool_app in tools.apps():
 
 
 def main() -> NoReturn:
-    """Runs a command. An error of the user is printed as one line, with its exit code."""
+    """Runs a command. An error that the user can fix is printed as one line."""
 
     def stop(*_: object) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)  # an exception, so that files are closed
@@ -339,9 +339,9 @@ def _load_resumed(
     run = open_run(reference, runs_directory=str(directory), unfinished=True)
     if "training.device" in changed and "training.jit_compile" not in changed:
         flags = flags | {"training.jit_compile": "auto"}  # resolved for another device
-    return str(run.path), run.continued(
-        load_config(run.path / "config.toml", changes, flags, stored=True)
-    )
+    config = load_config(run.path / "config.toml", changes, flags, stored=True)
+    run.check_changes(config)
+    return str(run.path), config
 
 
 def _loader(reference: str, runs: str) -> Any:

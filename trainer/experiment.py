@@ -1,6 +1,6 @@
-"""From a configuration to an experiment: devices, data, model and loop, built and checked.
+"""Builds and checks an experiment from a configuration: devices, data, model and loop.
 
-What does not fit together is refused here, before anything is trained or written.
+Parts that do not fit together are refused before anything is trained or written.
 """
 
 import logging
@@ -34,18 +34,22 @@ from trainer.training.weights import load_weights
 
 # Names that a metric cannot have: they would replace another number.
 _RESERVED = {
-    *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
-    *(
-        "outputs",
-        "gradient_norms",
-        "images_per_second",
-        "run",
-        "data",
-        "split",
-        "images",
-        "devices",
-        "precision",
-    ),
+    "data",
+    "devices",
+    "epoch",
+    "gradient_norms",
+    "images",
+    "images_per_second",
+    "learning_rate",
+    "loss",
+    "outputs",
+    "precision",
+    "run",
+    "split",
+    "step",
+    "step_ms",
+    "step_ms_quartiles",
+    "windows",
 }
 
 
@@ -53,17 +57,17 @@ class PhaseTimer:
     """Seconds of each phase of a command."""
 
     def __init__(self, import_seconds: float | None = None) -> None:
-        """Starts.
+        """Starts the timer.
 
         Args:
-            import_seconds: What importing took before.
+            import_seconds: Seconds that imports took before the start.
         """
         self.seconds: dict[str, float] = {}
         self.import_seconds = import_seconds
         self._start = time.perf_counter()
 
     def total(self) -> float:
-        """Returns the seconds since the start, importing included."""
+        """Returns the seconds since the start, including imports."""
         return time.perf_counter() - self._start + (self.import_seconds or 0.0)
 
     @contextmanager
@@ -81,7 +85,7 @@ class Experiment:
     """Everything that a training or an evaluation needs.
 
     Attributes:
-        config: The configuration; "auto" and fallbacks are resolved.
+        config: The configuration, with "auto" and the sample of mnist resolved.
         data: The splits and their description.
         devices: The selected devices.
         placed: The devices that the outputs were found on.
@@ -116,8 +120,8 @@ class Experiment:
 
         Args:
             split: "train", "validation" or "test".
-            shuffled: In another order in each epoch, of which `limit_batches` takes the first
-                batches; otherwise those of `scored`, in their order.
+            shuffled: Shuffle all images in each epoch; `limit_batches` takes the first batches.
+                False: the images of `scored`, in their order.
         """
         training = self.config.training
         return make_batches(
@@ -158,10 +162,10 @@ def build_experiment(
             training.device, cluster, cluster_timeout_seconds=training.cluster_timeout_seconds
         )
         precision = devices.choose_precision(training.precision, selected)
-    # Before the data, which may have to be downloaded first.
+    # Checked before the data is loaded, which can include a download.
     models.find(config.model)
     try_optimizer(config.optimizer)
-    step = find_step(config.training.step) if restored is None else train_step
+    step = find_step(training.step) if restored is None else train_step
     with timer.phase("data"):
         data = datasets.load(config.data)
     if restored is not None:
@@ -249,7 +253,7 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
         InputError: The data, the loss or a metric does not fit the model.
         CheckError: The outputs are not on the requested devices.
     """
-    # Not the number of classes, so that no loss fits by accident of broadcasting.
+    # Not as many images as classes, so that no loss fits only by broadcasting.
     few = 4 if data.spec.class_count == 3 else 3
     images, labels = data.train.read(slice(few))
     strategy = selected.strategy
@@ -275,7 +279,7 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
             raise InputError(f"training.metrics: expected numbers, received text in {name!r}")
     _refuse_reserved(logs.keys() - {"loss"})
     for metric in keras_objects.compiled_metrics(model):
-        if isinstance(result := metric.result(), dict):  # its keys become names of logs
+        if isinstance(result := metric.result(), dict):  # a key "loss" would replace the loss
             _refuse_reserved(metric_tensors(result))
     sums = outputs[0].numpy().sum(axis=1)
     if not np.allclose(sums, 1, atol=0.01):
@@ -321,8 +325,8 @@ def restore(
 ) -> keras.Model:
     """Builds the model of a finished run with its weights.
 
-    Unless it is compiled, only its module of `trainer/models` is called: other objects that the
-    training used may be gone.
+    If it is not compiled, only its module of `trainer/models` is needed: the user's losses, metrics
+    and optimizers may be missing.
 
     Args:
         run: A finished run.

@@ -18,7 +18,7 @@ TICK_CHARACTERS, TITLE_CHARACTERS = 24, 14
 # Sizes in a grid, in pixels: width of a cell, longer side of an image, two lines of title, font.
 _CELL_WIDTH, _IMAGE_SIZE, _TITLE_HEIGHT, _FONT_SIZE = 180, 150, 40, 12
 
-# Colours of the confusion matrix: no mistakes, most mistakes.
+# Colors of the confusion matrix: no mistakes, most mistakes.
 _WHITE, _RED = np.array([255, 245, 240]), np.array([180, 10, 20])
 
 
@@ -42,12 +42,12 @@ def confusion_image(matrix: NDArray[Any], names: list[str]) -> NDArray[np.uint8]
     """
     classes, font = len(matrix), ImageFont.truetype(_font_path(), _FONT_SIZE)
     size = 44 if classes <= 30 else 18 if classes <= 100 else 1200 // classes + 1
-    # Only mistakes are coloured: the diagonal is hundreds of times larger and would hide them.
+    # Only mistakes are colored: the diagonal is hundreds of times larger and would hide them.
     mistakes = matrix * (1 - np.eye(classes, dtype=matrix.dtype))
     strength = mistakes / max(1, mistakes.max())
     colors = _WHITE + strength[..., np.newaxis] * (_RED - _WHITE)
     cells = Image.fromarray(colors.astype(np.uint8))
-    # Columns have only their labels, because names are too long; rows have both.
+    # Columns show only the label, because names are too long; rows show name and label.
     named = enumerate(names if classes <= 100 else [])
     rows = [name if name == str(label) else f"{name}  {label}" for label, name in named]
     left, top = 20 + max((round(font.getlength(row)) for row in rows), default=0), 70

@@ -1,4 +1,4 @@
-"""Finds and makes the Keras objects that a configuration names: layers, optimizers and others."""
+"""Creates Keras objects by name: layers, losses, metrics, optimizers, schedules, callbacks."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ import tensorflow as tf
 from trainer.config import KerasObject
 from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code
 
-# Errors of Keras and TensorFlow for options that do not work.
+# Errors that Keras and TensorFlow raise for wrong options.
 KERAS_ERRORS = (
     *(TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError, OSError),
     tf.errors.OpError,
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def find(kind: str, name: str) -> Any:
-    """Returns the class with a name of a configuration.
+    """Returns the class that a configuration names.
 
     Args:
         kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
@@ -63,7 +63,7 @@ def find(kind: str, name: str) -> Any:
 
 
 def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
-    """Makes the object that a configuration describes.
+    """Creates the object that a configuration describes.
 
     Args:
         kind: As in `find`.
@@ -104,7 +104,7 @@ def import_object(what: str, name: str) -> Any:
 
 
 def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """Returns the metrics of a model; Keras holds those of `compile` in one metric."""
+    """Returns the metrics of a model, with those of `compile`, which Keras stores in one."""
     return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
 
 
@@ -124,7 +124,7 @@ def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Lay
 
 
 def explain(error: Exception) -> str:
-    """Returns the reason of an error, short and without internal names.
+    """Returns the message of an error, shortened and without internal names.
 
     For an error in the user's code, the reason contains its type, file and line.
     """

@@ -1,4 +1,4 @@
-"""One training: from the start or a checkpoint to scores, files and report."""
+"""The training of one process: the loop with its callbacks, the scores and the report."""
 
 import logging
 from collections.abc import Iterator
@@ -17,10 +17,7 @@ from trainer import report
 from trainer.cluster import Cluster
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
-from trainer.experiment import (
-    Experiment,
-    PhaseTimer,
-)
+from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
 from trainer.run import Run
 from trainer.tensorflow_internals import KernelReport
@@ -36,10 +33,7 @@ from trainer.training.callbacks import (
     format_metrics,
     to_json,
 )
-from trainer.training.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-)
+from trainer.training.checkpoint import Checkpoint, Checkpoints
 from trainer.training.loop import CallRecord, Loop
 from trainer.training.signals import Signals
 from trainer.training.weights import save_weights
@@ -85,10 +79,10 @@ class Training:
     Attributes:
         experiment: The experiment.
         run: Receives what this process writes.
-        resumable: The run that can be resumed after an interruption: the chief's.
+        resumable: Path of the run to resume after an interruption: the run of the chief.
         batches: Batches of train and validation.
         callbacks: Callbacks of the user.
-        timer: Has the seconds of the phases before.
+        timer: Contains the seconds of earlier phases.
         console: Shows the progress bar; None: no bar.
         saved: Checkpoint to continue from.
         score_test: As in `fit`.
@@ -105,7 +99,7 @@ class Training:
     score_test: bool = True
 
     def __post_init__(self) -> None:
-        """Names the objects whose state is saved.
+        """Creates the callbacks, and collects the objects whose state is saved.
 
         Raises:
             InputError: The checkpoint has the states of other callbacks.
@@ -151,12 +145,9 @@ class Training:
             _log.info("worker   %s, of %d", worker, experiment.devices.workers)
             if not cluster.chief:
                 return
-        sizes = spec.train, spec.validation, spec.test
         _log.info("run      %s", run.path)
-        _log.info(
-            "data     %s: %d train, %d validation, %d test images (%s)",
-            *(spec.name, *sizes, spec.origin),
-        )
+        sizes = f"{spec.train} train, {spec.validation} validation, {spec.test} test images"
+        _log.info("data     %s: %s (%s)", spec.name, sizes, spec.origin)
         parameters = f"{experiment.model.count_params():,}"
         _log.info("network  %s, %s parameters", config.model.name, parameters)
         _log.info("device   %s, %s", ", ".join(experiment.placed), config.training.precision)
@@ -200,12 +191,12 @@ class Training:
             experiment.loop.fit(
                 *self.batches,
                 epochs=config.training.epochs,
-                # The history follows the user's callbacks, and so has the logs that they add.
+                # After the user's callbacks, the history also records the logs that they add.
                 callbacks=[self._averaging, *self.callbacks, self._history, *own, checkpoints],
                 warmup_calls=2 if config.logging.profile else 1,
                 start=None if self.saved is None else self.saved.progress,
             )
-        except SystemExit as end:  # not from a signal: those are noted
+        except SystemExit as end:  # not from a signal: signals are recorded
             reason = explain_user_code(end) or repr(end)
             raise InputError(f"a callback ended the program: {reason}") from end
         finally:
@@ -217,7 +208,7 @@ class Training:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 
     def _finish(self) -> FitResult:
-        """Scores the saved weights, which need not be those of the last epoch, and reports."""
+        """Scores the final weights, which can be those of an earlier epoch, and reports."""
         experiment, run, timer = self.experiment, self.run, self.timer
         scores, probabilities = {}, None
         if self.score_test:
@@ -258,7 +249,7 @@ class Training:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Times the final scoring, without the tracing in it, which the loop counts."""
+        """Measures the final scoring without its tracing, which the loop measures."""
         seconds = self.experiment.loop.seconds
         traced = seconds.tracing
         with self.timer.phase("evaluation"):
@@ -279,7 +270,7 @@ def score(
 
 
 def watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
-    """Raises InputError if a worker of a cluster is lost, with the command that continues."""
+    """Raises MissingError if a worker is lost, with the command to continue; see `Cluster`."""
     if cluster is None:
         return nullcontext()
     how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"

@@ -30,15 +30,8 @@ from trainer.files import require_writable
 from trainer.run import ExistsError, Run, new_runs, open_run
 from trainer.session import FitResult, Training, score, watched
 from trainer.training.batches import Batches
-from trainer.training.callbacks import (
-    to_json,
-)
-from trainer.training.checkpoint import (
-    Checkpoint,
-    all_variables,
-    newest_checkpoint,
-    roll_back,
-)
+from trainer.training.callbacks import to_json
+from trainer.training.checkpoint import Checkpoint, all_variables, newest_checkpoint, roll_back
 from trainer.training.user_callbacks import make_callbacks
 
 _log = logging.getLogger(__name__)
@@ -68,8 +61,8 @@ def fit(
         console: Shows the progress bar; None: no bar.
         import_seconds: The seconds that importing took, for the summary.
         run: The run directory to create; None: one whose name begins with the time.
-        score_test: False: the test images are not used, for trainings among which the validation
-            images decide. No pictures are drawn then.
+        score_test: False: the test images are not used and no report is written, for trainings
+            that are compared by their validation scores.
 
     Returns:
         Scores, times, the trained model, and the run directory.
@@ -91,7 +84,7 @@ def fit(
         experiment = build_experiment(config, timer, cluster=cluster)
     with _output(experiment, kept=chief and not dry_run) as experiment:
         batches = _training_batches(experiment, timer)
-        # From here on something is written: everything that can fail before has been checked.
+        # Everything that can be checked before the first file is written has been checked.
         run, made = _create_run(experiment, run, callbacks)
         with watched(cluster):
             resumable = experiment.devices.broadcast(str(run.path))
@@ -118,7 +111,7 @@ def resume(
     Args:
         reference: A run directory, its name, or "latest".
         changed: The run's configuration with more epochs or on other devices, as
-            `Run.continued` allows; None: unchanged.
+            `Run.check_changes` allows; None: unchanged.
         callbacks: The same as for `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
@@ -135,7 +128,8 @@ def resume(
     """
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
-    config = run.continued(run.config() if changed is None else changed)
+    config = changed or run.config()
+    run.check_changes(config)
     chief = cluster is None or cluster.chief  # the other workers only read the run
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
         with watched(cluster, str(run.path)):
@@ -262,7 +256,7 @@ def _training_batches(experiment: Experiment, timer: PhaseTimer) -> tuple[Batche
 def _create_run(
     experiment: Experiment, given: Run | None, callbacks: Sequence[keras.callbacks.Callback]
 ) -> tuple[Run, list[keras.callbacks.Callback]]:
-    """Makes the callbacks, whose options can name the run directory, and then the directory.
+    """Creates the callbacks, whose options can name the run directory, and then the directory.
 
     Args:
         experiment: The experiment.
@@ -290,9 +284,9 @@ def _create_run(
 
 @contextmanager
 def _output(experiment: Experiment, *, kept: bool) -> Iterator[Experiment]:
-    """Lets a dry run, and the workers other than the chief, write to a folder that is removed.
+    """Yields the experiment; if it is not `kept`, its runs are written to a temporary folder.
 
-    They run the same code as the others, so that no worker waits for another.
+    So a dry run and the workers other than the chief run the same code as the chief.
     """
     if kept:
         yield experiment
@@ -303,7 +297,7 @@ def _output(experiment: Experiment, *, kept: bool) -> Iterator[Experiment]:
 
 
 def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None:
-    """Reads the newest checkpoint of a run; None: it has none yet.
+    """Reads the newest checkpoint of a run and checks it; None: it has none yet.
 
     Raises:
         InputError: The checkpoint does not fit the experiment.
@@ -322,8 +316,7 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
     epochs = experiment.config.training.epochs
     if begun > epochs:
         raise InputError(
-            f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
-            f"received {epochs}"
+            f"{run.name} is in epoch {begun}: expected as many epochs or more, received {epochs}"
         )
     if epochs > run.config().training.epochs:
         saved = replace(saved, stopped=False)

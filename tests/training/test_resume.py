@@ -332,7 +332,7 @@ def test_a_number_of_epochs_that_was_a_slip_can_be_mended(
     with pytest.raises(Killed):
         fit(Bomb(step=STEPS + 4), training__epochs=100_000)
     run = newest()
-    for epochs, said in [(0, "greater"), (1, "is in its epoch 2: expected as many epochs or more")]:
+    for epochs, said in [(0, "greater"), (1, "is in epoch 2: expected as many epochs or more")]:
         with pytest.raises(InputError, match=said):
             changed = run.config().with_changes({"training.epochs": epochs})
             trainer.resume("latest", changed=changed, callbacks=[Bomb()])

@@ -1,4 +1,4 @@
-"""Random changes of training images by Keras layers, in the step, on the device."""
+"""Augmentation of training images by Keras layers, as part of the step on the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.config import KerasObject
 from trainer.data import Dataset, Images
 from trainer.errors import InputError
 
-# Number of training images on which the layers are tried.
+# Number of training images that the layers are tested on.
 _TRIED_IMAGES = 8
 # Smallest fraction of the contrast, and of the pixels between black and white, that must remain.
 _MIN_CONTRAST = 0.05
@@ -44,17 +44,17 @@ class Augmentation:
 
 
 def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentation | None:
-    """Makes the function that the loop applies to each batch of training images.
+    """Builds and tests the augmentation that the loop applies to each training batch.
 
     Random layers use generators seeded by `keras.utils.set_random_seed`, so that resident and
     streamed batches are changed alike.
 
     Args:
         layers: Keras layers by name, in order. They receive float32 images from 0 to 255.
-        data: The layers are tried on some of its training images, whose shape they must keep.
+        data: The layers are tested on some of its training images.
 
     Returns:
-        The function; None if there are no layers.
+        The augmentation; None if there are no layers.
 
     Raises:
         InputError: A layer is unknown, refuses its options, changes the shape, has weights that
@@ -134,7 +134,7 @@ def _try_on_images(chain: keras.Sequential, images: Images) -> None:
         batches = [np.zeros_like(images), np.zeros_like(images)]
         batches[0][place], batches[1][place] = images[place], 255 - images[place]
         difference = np.delete(augment(batches[0]) - augment(batches[1]), place, axis=0)
-        if difference.size and difference.std(axis=(1, 2)).max() > 1:  # grey level, not rounding
+        if difference.size and difference.std(axis=(1, 2)).max() > 1:  # more than rounding
             raise _mixes(chain.layers)
 
 

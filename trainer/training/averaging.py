@@ -1,4 +1,4 @@
-"""Averaged weights, which optimizers with `use_ema` store in addition to the trained ones."""
+"""The averaged weights of optimizers with `use_ema`, and their use in scoring."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ from trainer.data import Split
 from trainer.devices import Devices, free_bytes, memory_state
 from trainer.errors import InputError
 
-# Batches that wait on the device while it computes. Each needs device memory.
+# Batches that are copied ahead to the device. Each needs device memory.
 _BATCHES_ON_DEVICE = 2
 
 
@@ -46,7 +46,7 @@ class LocalBatch(NamedTuple):
 
 
 class Batches(ABC):
-    """Batches of one split, and the calculation of their rows.
+    """Batches of one split, and the rows of them that each replica computes.
 
     Attributes:
         images: Images per epoch.
@@ -80,7 +80,7 @@ class Batches(ABC):
 
     @abstractmethod
     def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns images and labels of some rows of a global batch, without its size."""
+        """Returns images and labels of rows `first` to `last`; `source` is a batch without size."""
 
     def local_batch(self, batch: Any) -> LocalBatch:
         """Returns the rows of a global batch for the replica that calls this."""
@@ -126,7 +126,7 @@ def make_batches(
         devices: Devices that receive the batches.
         batch_size: Images per step, over all replicas.
         seed: Shuffles each epoch differently; None keeps the order of the split.
-        limit_batches: Use only the first batches of an epoch, at most this many.
+        limit_batches: Maximum number of batches per epoch; None: all.
 
     Raises:
         InputError: A training batch is larger than the split, or the images do not fit in the
@@ -154,7 +154,7 @@ def epoch_order(images: int, seed: int | None, epoch: int) -> tf.Tensor:
         order = tf.range(images)
         if seed is not None:
             order = tf.random.experimental.stateless_shuffle(order, seed=(seed, epoch))
-        # TensorFlow stores int32 tensors of a GPU in host memory: each step would copy its part.
+        # Not int32, which TensorFlow stores in host memory: each step would copy its part.
         return tf.cast(order, tf.int64)
 
 
@@ -181,8 +181,8 @@ class ResidentBatches(Batches):
             raise _too_large(split, "CPU:0")
         images, labels = split.read()
 
-        # Gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy all images to the
-        # host in every step. Gathering from a variable has one for uint8 and int64, not for int32.
+        # Variables, because gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy
+        # all images to the host in every step. Variables have one for uint8 and int64, not int32.
         def store(replica: int) -> tuple[tf.Variable, tf.Variable]:
             try:
                 return (
@@ -211,7 +211,7 @@ class ResidentBatches(Batches):
 
 
 class StreamedBatches(Batches):
-    """A few batches in memory, the rest in the file."""
+    """A few batches in memory, read from the file and copied to the device."""
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
         """Returns an iterator for each device over its rows of the batches of an epoch."""

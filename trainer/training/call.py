@@ -1,7 +1,7 @@
 """A call: one execution of a compiled function that runs a step on many batches.
 
-Python costs nothing between these steps. The values of each step are one row of float32 numbers,
-and the host reads all rows at the end of the call.
+No Python runs between these steps. The values of each step are one row of float32 numbers, and the
+host reads all rows at the end of the call.
 """
 
 import math
@@ -23,10 +23,10 @@ Tensors = dict[str, tf.Tensor]
 
 
 class Call:
-    """A traced function of the state of an epoch, its first step and a number of steps.
+    """A traced function that runs a number of steps of an epoch from a given step.
 
     Attributes:
-        graph: Its graph.
+        graph: The graph of the function.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class Call:
             model: Compiled.
             devices: Run the step.
             batches: Batches of the steps.
-            step: Returns the logs for the rows of one replica; also "gradient_norms" and "outputs".
+            step: Returns the logs for the rows of one replica, and with them "gradient_norms" and
+                "outputs" if requested.
             trains: Record the values and the learning rate of each step.
             collect: Return the outputs of all steps.
         """
@@ -54,7 +55,7 @@ class Call:
         self._metric_names = metric_results(model, devices).keys()
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the values in a row
         # Logs that the step itself returns. As in Keras, the results of the metrics are used
-        # instead if the names are the same.
+        # if the names are the same.
         self._own_logs: list[str] = []
 
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
@@ -146,7 +147,7 @@ class Call:
 
 
 def metric_results(model: keras.Model, devices: Devices) -> Tensors:
-    """Returns the present results of the metrics of a model."""
+    """Returns the current results of the metrics of a model."""
     with devices.scope():
         return metric_tensors(model.get_metrics_result())
 

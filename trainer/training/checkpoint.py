@@ -1,4 +1,4 @@
-"""Checkpoints: all state of a training, so that it continues bit for bit after an interruption.
+"""Checkpoints: all state of a training, so that it continues as if it had not been interrupted.
 
 checkpoints/
     step-0000000450.npz   all state after 450 steps; the newest two are kept
@@ -29,8 +29,9 @@ from trainer.errors import InputError
 from trainer.files import write_atomic
 from trainer.keras_objects import nested_layers
 from trainer.run import Run
+from trainer.training.call import Logs
 from trainer.training.callbacks import Callback
-from trainer.training.loop import CallRecord, Logs, Progress
+from trainer.training.loop import CallRecord, Progress
 from trainer.training.signals import Signals
 from trainer.training.state import digest, lost_attributes, pack_state, unpack_state
 from trainer.training.weights import save_weights
@@ -98,8 +99,8 @@ class Checkpoint:
 class Checkpoints(Callback):
     """Writes checkpoints after each epoch and at intervals, and restores one.
 
-    It must be the last callback: it saves what the others made of an epoch, and restores them after
-    they have begun.
+    It must be the last callback: it saves and restores the state of the other callbacks after their
+    own `on_epoch_end` and `on_train_begin`.
     """
 
     def __init__(
@@ -112,15 +113,15 @@ class Checkpoints(Callback):
         every_seconds: float,
         signals: Signals,
     ) -> None:
-        """Prepares; nothing is read or written before training begins.
+        """Stores the arguments; nothing is read or written before training begins.
 
         Args:
             run: Receives the checkpoints.
             watched: Callbacks and other objects by name, whose plain attributes are saved.
             variables: Variables that do not belong to the model: those of augmentation.
             fingerprint: Fingerprint of the data.
-            every_seconds: Longest time between checkpoints, rounded up to the end of a call.
-            signals: Signals to stop.
+            every_seconds: Maximum time between checkpoints, rounded up to the end of a call.
+            signals: The received stop signals.
         """
         super().__init__()
         self._run = run
@@ -141,7 +142,7 @@ class Checkpoints(Callback):
         self._saved = saved
         for callback in self._watched.values():
             if isinstance(callback, keras.callbacks.CSVLogger):
-                callback.append = True  # it would otherwise start its file again
+                callback.append = True  # otherwise it would overwrite its file
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Restores the checkpoint, after the other callbacks have reset themselves."""
@@ -186,7 +187,7 @@ class Checkpoints(Callback):
         self._signals.stop_if_received()
 
     def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Saves no more: from here on the weights may be those of another epoch."""
+        """Stops saving: callbacks may now restore the weights of another epoch."""
         self._training = False
 
     def _save(self) -> None:
@@ -226,7 +227,7 @@ class Checkpoints(Callback):
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
         for name, state in saved.states.items():
-            if name in self._watched:
+            if name in self._watched:  # TensorBoard may be switched off now
                 vars(self._watched[name]).update(state)
         self._best_loss = saved.best_loss
         self.model.stop_training = saved.stopped
@@ -264,8 +265,8 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
     """Truncates the logs of a run to their size at a checkpoint, or removes them.
 
     Args:
-        run: Its metrics.jsonl and TensorBoard files are meant; log.txt keeps everything.
-        saved: The checkpoint.
+        run: The run. Its log.txt is not truncated.
+        saved: The checkpoint; None: the training starts again.
     """
     sizes = {} if saved is None else saved.log_sizes
     for name in {os.path.relpath(path, run.path) for path in _logs(run)} | sizes.keys():
@@ -286,8 +287,8 @@ def _write(run: Run, facts: Any, arrays: dict[str, NDArray[Any]], *, steps: int)
     arrays["sha256"] = np.frombuffer(digest(arrays), np.uint8)
     path = run.checkpoints / f"step-{steps:010}.npz"
 
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
 
     try:
@@ -332,7 +333,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _value(variable: Any) -> NDArray[Any]:
     array: NDArray[Any] = np.asarray(keras.ops.convert_to_numpy(variable))
-    # NumPy has no bfloat16: its bytes are stored, and viewed as the variable's type when read.
+    # NumPy has no bfloat16: the bytes are stored, and `_restore` views them as the right type.
     return array if array.dtype.isbuiltin else array.view(f"V{array.itemsize}")
 
 

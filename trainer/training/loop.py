@@ -27,8 +27,7 @@ from trainer.tensorflow_internals import (
 )
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
-from trainer.training.call import Call, as_logs, metric_results
-from trainer.training.call import Logs as Logs
+from trainer.training.call import Call, Logs, as_logs, metric_results
 from trainer.training.replicas import require_addable, require_mean_loss
 from trainer.training.step import bind_step, test_step, train_step
 
@@ -104,6 +103,7 @@ class Loop:
 
     Attributes:
         seconds: Time of each part.
+        step_graph: The graph of one training step; None until it is traced.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class Loop:
             callbacks: Keras callbacks. Their batch methods run once per call, as in Keras with
                 `steps_per_execution`. A method `on_call_end(record)` receives each `CallRecord`
                 after all `on_train_batch_end`.
-            warmup_calls: Number of calls at the start that are not `warm`.
-            start: Position of the checkpoint whose state a callback restores.
+            warmup_calls: Number of first calls whose records are not `warm`.
+            start: Position to continue from. A callback must restore the state of the training.
 
         Returns:
             The value of each metric after each epoch, by name.
@@ -199,6 +199,7 @@ class Loop:
             diverged = error
         # Optimizers that average the weights now replace them by their average.
         model.optimizer.finalize_variable_values(self._optimized)
+        # Also after an infinite loss, so that callbacks can close their files.
         self._timed("callbacks", hooks.on_train_end, logs)
         if diverged is not None:
             raise diverged
@@ -206,9 +207,9 @@ class Loop:
         return history
 
     def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
-        """Yields the records of endless calls of `steps` steps (at most those of an epoch).
+        """Trains without validation and callbacks, for benchmarks; yields records without end.
 
-        There is no validation and no callback: this is what benchmarks measure.
+        Each call has `steps` steps, at most as many as an epoch.
         """
         for epoch in itertools.count():
             state = train.start_epoch(epoch)
@@ -228,8 +229,8 @@ class Loop:
         Args:
             batches: Batches to score.
             collect: Also return the probabilities, in the order of the batches.
-            callbacks: Receive the calls of Keras's test methods.
-            between: Called after each call of the device.
+            callbacks: Their `on_test_...` methods are called.
+            between: Called after each call.
 
         Returns:
             Loss and metrics, and float32 [images, classes] if `collect` is set.
@@ -259,7 +260,7 @@ class Loop:
         return logs, np.concatenate(outputs) if collect else None
 
     def trace(self, train: Batches) -> Call:
-        """Returns the traced training call; `fit` and `repeat` trace it themselves."""
+        """Traces the training call if necessary, and returns it. `fit` and `repeat` do this too."""
         call = self._training_call = self._call("train", train)
         return call
 
@@ -292,7 +293,7 @@ class Loop:
     ) -> Logs:
         """Trains all epochs from a position; returns the logs of the last one."""
         model, logs = self.model, dict[str, Any]()
-        # If a callback had stopped the training, resuming it does not begin another epoch.
+        # A training that a callback has stopped does not begin another epoch when it is resumed.
         stopped = model.stop_training and start != Progress() and start.step == 0
         for epoch in range(start.epoch, start.epoch if stopped else self._epochs):
             progress = start if epoch == start.epoch else Progress(epoch)

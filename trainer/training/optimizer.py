@@ -24,9 +24,9 @@ _SCALE: dict[str, Callable[[int], float]] = {
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
-    """Makes a Keras optimizer, with a schedule over the run if the configuration has one.
+    """Creates the optimizer, with its learning-rate schedule if the configuration has one.
 
-    It is made for the devices of the strategy in whose scope this is called.
+    The scope of the strategy must be active: the learning rate can depend on its replicas.
 
     Args:
         config: Names and options.
@@ -42,13 +42,12 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     if config.schedule is not None:
         warmup_steps = round(config.warmup_fraction * total_steps)
         rate = _make_schedule(config.schedule, rate, total_steps, warmup_steps)
-    options = {"learning_rate": rate} | config.options
-    factory = keras_objects.find("optimizer", config.name)
-    return keras_objects.call(factory, f"optimizer {config.name!r}", options)
+    described = KerasObject(name=config.name, options=config.options)
+    return keras_objects.make("optimizer", described, learning_rate=rate)
 
 
 def try_optimizer(config: OptimizerConfig) -> None:
-    """Makes the optimizer and takes one step with it, because Keras finds some faults only then.
+    """Creates the optimizer and takes one step: Keras finds some errors only then.
 
     Raises:
         InputError: An option has a value that the optimizer or the schedule cannot use.
@@ -63,7 +62,7 @@ def try_optimizer(config: OptimizerConfig) -> None:
 
 
 def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_steps: int) -> Any:
-    """Makes a schedule with the options of the configuration and those that follow from the run."""
+    """Creates a schedule with the configured options; the others default to values of the run."""
     factory = keras_objects.find("schedule", schedule.name)
     defaults = {
         "initial_learning_rate": rate,

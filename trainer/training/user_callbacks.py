@@ -14,7 +14,7 @@ from trainer.errors import InputError, did_you_mean
 from trainer.run import Run
 from trainer.training.step import metric_tensors
 
-# They need functions, which a configuration cannot contain.
+# Callbacks that need functions, which a configuration cannot contain.
 _NEED_FUNCTIONS = (keras.callbacks.LearningRateScheduler, keras.callbacks.LambdaCallback)
 
 
@@ -65,7 +65,7 @@ def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
 
 
 def _check_kind(config: Config, kind: type) -> None:
-    """Refuses callbacks that would delete a user's work or act against a part of the workflow."""
+    """Refuses callbacks that would delete files of the user or conflict with the workflow."""
     callbacks, schedule = keras.callbacks, config.optimizer.schedule
     reasons = {
         callbacks.BackupAndRestore: "deletes its folder at the end, with everything in it; "
@@ -87,9 +87,9 @@ def _check_kind(config: Config, kind: type) -> None:
 
 
 def _check_options(described: KerasObject, logs: Collection[Any]) -> None:
-    """Refuses options that Keras would ignore, or would reject only during the training.
+    """Refuses options that Keras ignores, or rejects only during the training.
 
-    Callbacks of the user are not checked, because they may do anything when they are made.
+    User-defined callbacks are not checked: creating one here could have side effects.
 
     Args:
         described: The callback.

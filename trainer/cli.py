@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 _START = time.perf_counter()
-# The printed times of `fit`, and the times in summary.json that each one adds up.
+# The times that `fit` prints. Each one is the sum of these times of summary.json.
 _SHOWN_SECONDS = {
     "import": ("import",),
     "data": ("devices", "data", "to_device"),
@@ -84,7 +84,7 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Use one batch of train, validation and test; write no run"),
+        typer.Option("--dry-run", help="Use one batch of each split; write nothing"),
     ] = False,
     deterministic: Annotated[
         bool,
@@ -224,7 +224,7 @@ def data_prepare(
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
-        import_module("tensorflow")  # here without its messages
+        import_module("tensorflow")  # now, because this hides its import messages
         spec = import_module("trainer.data").prepare(loaded.data, overwrite=overwrite)
     print_table(spec, as_json=json_)
 
@@ -333,7 +333,7 @@ def _load_resumed(
 
     for option, value in given.items():
         if value:
-            raise InputError(f"--resume takes everything from the run: expected no {option}")
+            raise InputError(f"--resume uses the configuration of the run: remove {option}")
     changed = dict(map(parse_override, changes or ())) | {k: v for k, v in flags.items() if v}
     directory = changed.get("logging.directory", "runs")
     run = open_run(reference, runs_directory=str(directory), unfinished=True)

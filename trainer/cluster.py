@@ -122,7 +122,8 @@ class Cluster:
         """
         end = time.monotonic() + seconds
         missing = dict.fromkeys(self._others, "")
-        with self._listen():  # until TensorFlow's server uses the port
+        with self._listen():  # closed before TensorFlow's server opens the port
+            # Probes each worker until it has answered once.
             while missing := {i: reason for i in missing if (reason := self._probe(i))}:
                 if time.monotonic() >= end:
                     names = ", ".join(f"{self.named(i)} ({missing[i]})" for i in missing)
@@ -187,7 +188,7 @@ class Cluster:
             return [i for i in silent if i in named] or silent
         if "CoordinationService" in message and self.index:
             return [0]  # the chief runs it; a process that hangs still accepts connections
-        # The service of the chief reports the errors of other workers, and is named beside them.
+        # The chief also appears in messages about other workers, because its service sends them.
         return [i for i in named if i] or named
 
 
@@ -308,7 +309,7 @@ class Collectives:
         rows = np.zeros((self.workers, len(values)))
         rows[self.cluster.index] = values
         devices = self.strategy.num_replicas_in_sync // self.workers  # of each worker
-        # One device of each worker has its row, the others have zeros: the sum is exact.
+        # The first device of each worker adds the row of the worker. The others add zeros.
         parts = self.on_each(lambda i: tf.constant(rows if i % devices == 0 else 0 * rows))
         total: NDArray[np.float64] = self._sum(parts).numpy()
         return total
@@ -321,7 +322,7 @@ class Collectives:
 
         content = text.encode()
         size = int(self.all_gather([len(content)])[0, 0])
-        numbers = list(content[:size].ljust(size))  # every worker has as many values as the chief
+        numbers = list(content[:size].ljust(size))  # as many values as the chief
         received: bytes = self.all_gather(numbers)[0].astype(np.uint8).tobytes()
         return received.decode()
 

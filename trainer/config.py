@@ -1,7 +1,7 @@
 """The configuration of an experiment: the tables of the core, their types and defaults.
 
 A configuration is read from a TOML file, changed by `--set section.key=value`, checked and frozen.
-A key that the file leaves out has the default written here.
+Keys that are missing in the file have the defaults of this module.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ RunArgument = Annotated[
 RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Allow the model to run any code: use for trusted authors"),
+    typer.Option("--trust", help="Allow the model to run any code; only for authors you trust"),
 ]
 
 
@@ -174,7 +174,7 @@ def start_logging() -> Console:
 
 
 def escape_unencodable() -> None:
-    r"""Prints characters that the encoding of stdout or stderr lacks as `\u2026`."""
+    r"""Makes stdout and stderr escape characters that their encoding lacks, as in `\u2026`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

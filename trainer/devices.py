@@ -250,7 +250,7 @@ def memory_error(error: BaseException) -> MissingError | None:
     Returns:
         None if the exception has another reason.
     """
-    # Compares names: errors of other libraries must not import TensorFlow.
+    # Compares the names of classes, because the classes would need an import of TensorFlow.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     internal = kinds & {"InternalError", "UnknownError"} and _OUT_OF_MEMORY.search(str(error))
     if "ResourceExhaustedError" not in kinds and not internal:
@@ -260,7 +260,7 @@ def memory_error(error: BaseException) -> MissingError | None:
         f"{found[1]} has no memory left ({memory_state(found[1])})" if found else "no memory left"
     )
     return MissingError(
-        f"{device}: end the processes that hold it (`nvidia-smi` lists those of a GPU), or lower "
+        f"{device}: end the processes that use it (`nvidia-smi` lists them), or lower "
         "training.batch_size"
     )
 
@@ -275,8 +275,8 @@ def free_bytes(name: str) -> int | None:
     """Returns the free memory of a device in bytes; None if it is not known.
 
     Args:
-        name: TensorFlow's name of the device. nvidia-smi reports the memory of GPUs; its numbers
-            are those of CUDA if CUDA_VISIBLE_DEVICES is a list of indices or not set.
+        name: TensorFlow's name of the device. For "GPU:N", nvidia-smi reports the memory of
+            entry N of CUDA_VISIBLE_DEVICES, or of GPU N if that is not set.
     """
     kind, _, index = name.partition(":")
     if kind == "CPU":

@@ -24,6 +24,7 @@ _OUR_MODULES = {
 }
 # A line of a traceback, as TensorFlow writes it into the messages of its errors.
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
+# The part of such a message that lists the definitions of the operation that failed.
 _DEFINITIONS = re.compile(
     r'Graph execution error:\s+(Detected at node [^\n]+\s+(File "[^\n]+\s+)*)+', re.DOTALL
 )
@@ -81,8 +82,8 @@ def expect(fits: object, where: str, expected: object, received: object) -> None
 def explain_user_code(error: BaseException) -> str | None:
     """Returns one line about an error that was raised in the user's code.
 
-    The user's code is every file outside of this package, the standard library and installed
-    packages, and the modules that users add to `trainer/data` and `trainer/models`.
+    The user's code is the modules that users add to `trainer/data` and `trainer/models`, and every
+    file outside this package, the standard library and the installed packages.
 
     Args:
         error: Raised by a function that this package called.
@@ -117,7 +118,7 @@ def _frames(error: BaseException) -> list[_Frame]:
 
 
 def _below_package(frames: list[_Frame]) -> list[_Frame]:
-    """Removes the calls before the first one of this package: those of a script that calls it."""
+    """Removes the calls before the first call of this package, such as calls of a user's script."""
     return [*itertools.dropwhile(lambda f: _PACKAGE not in Path(f[0]).resolve().parents, frames)]
 
 
@@ -170,7 +171,7 @@ def install_command(extra: str = "", *, options: str = "") -> str:
         options: Options of `pip install`.
 
     Returns:
-        For example `pip install -e '.[gpu]'` in a checkout, where the user runs the command, and
+        For example `pip install -e '.[gpu]'`, to be run in the checkout, or
         `pip install 'trainer[gpu]'` for an installed wheel.
     """
     checkout = (_PACKAGE.parent / "pyproject.toml").is_file()

@@ -32,7 +32,7 @@ from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
 from trainer.training.weights import load_weights
 
-# Names that a metric cannot have: they would replace another number.
+# Names that a metric must not have, because logs and results already contain them.
 _RESERVED = {
     "data",
     "devices",
@@ -108,7 +108,7 @@ class Experiment:
         return [] if self.augmentation is None else self.augmentation.variables
 
     def scored(self, split: str) -> Split:
-        """Returns the images of a split that are scored: with `limit_batches`, a fixed sample."""
+        """Returns the images of a split to score; with `limit_batches`, a fixed sample of them."""
         training, images = self.config.training, self.data.split(split)
         if training.limit_batches is None:
             return images
@@ -205,7 +205,7 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     training = config.training
     model = models.build(config.model, spec)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-        # Several devices then normalize as one device does.
+        # Statistics of the whole batch, not of the part of each device, as on one device.
         for layer in keras_objects.nested_layers(model.layers):
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
@@ -257,14 +257,14 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
     few = 4 if data.spec.class_count == 3 else 3
     images, labels = data.train.read(slice(few))
     strategy = selected.strategy
-    refusing = _refusing("the model cannot be run on images of the data")
-    with refusing, _without_warnings(), selected.scope():
+    input_error = _keras_errors_as_input_error("the model cannot be run on images of the data")
+    with input_error, _without_warnings(), selected.scope():
         outputs = strategy.experimental_local_results(
             strategy.run(lambda images: model(images, training=False), args=(images,))
         )
     placed = devices.check_placement(outputs, selected)
     with (
-        _refusing(
+        _keras_errors_as_input_error(
             "training.loss or training.metrics does not fit: expected one that accepts labels (int "
             f"[n]) and probabilities (float [n, {data.spec.class_count}])"
         ),
@@ -296,8 +296,8 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Raises InputError for errors of Keras objects."""
+def _keras_errors_as_input_error(what: str) -> Iterator[None]:
+    """Replaces an error of Keras by an InputError that starts with `what`."""
     try:
         yield
     except keras_objects.KERAS_ERRORS as error:
@@ -306,7 +306,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Hides TensorFlow's advice to use a graph when several devices run something once."""
+    """Hides the warning that `strategy.run` is slow outside a graph: here it runs only once."""
     logger = logging.getLogger("tensorflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -370,10 +370,10 @@ def spec_of(run: Run) -> DataSpec:
 
 
 def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
-    """Refuses data that a run was not trained on.
+    """Checks that the data is the data that a run was trained on.
 
     Args:
-        run: For the message.
+        run: The run, for its name in the message.
         expected: Fingerprint of the data that the run was trained on.
         found: The data.
 
@@ -388,7 +388,7 @@ def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
 
 
 def _refuse_reserved(names: Iterable[str]) -> None:
-    """Refuses names of metrics that would replace another number."""
+    """Raises InputError if the name of a metric is reserved."""
     taken = sorted(_RESERVED.intersection(names))
     if taken:
         raise InputError(f"training.metrics: {', '.join(taken)} is reserved: choose another name")

@@ -48,6 +48,7 @@ def find(kind: str, name: str) -> Any:
     if ":" in name:
         found = import_object(kind, name)
     else:
+        # The package of our own classes can be omitted.
         ours = {k.removeprefix("trainer>"): c for k, c in keras.saving.get_custom_objects().items()}
         classes = {n: c for n, c in (vars(module) | ours).items() if fits(c) and ">" not in n}
         lower = {n.lower(): c for n, c in classes.items()}
@@ -74,7 +75,7 @@ def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
 
 
 def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
-    """Calls `factory(**options)`; an error about the options becomes one line about `what`."""
+    """Calls `factory(**options)`. Raises its errors again as one line that starts with `what`."""
     try:
         return factory(**options)
     except ImportError as error:  # an optional package of Keras

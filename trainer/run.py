@@ -157,7 +157,7 @@ class Run:
         ]
         if differing:
             raise InputError(
-                f"--resume: {self.name} continues with its own {', '.join(differing)}; "
+                f"--resume: {self.name} cannot change {', '.join(differing)}; "
                 f"may change: logging.*, {', '.join(sorted(_CHANGEABLE))}"
             )
 
@@ -237,7 +237,7 @@ def new_runs(directory: str, name: str) -> Iterator[Run]:
 
     Args:
         directory: Folder that holds the run directories.
-        name: Follows the time in the name of the directory.
+        name: The part of the new name after the time.
     """
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = Path(directory) / f"{time}-{name}"

@@ -48,7 +48,7 @@ class FitResult:
     Attributes:
         summary: The content of the run's summary.json.
         model: The trained model: uint8 images in, probabilities out.
-        run: The run directory; None for a dry run, and for all workers of a cluster but the chief.
+        run: The run directory; None for a dry run and for workers other than the chief.
         worker: Index of this process in a cluster; 0 for the chief, and without a cluster.
     """
 
@@ -59,7 +59,7 @@ class FitResult:
 
 
 class _KernelCheck(Callback):
-    """Reports once which operations of the step run on the CPU although a GPU trains."""
+    """Logs once which operations of the training step run on the CPU instead of the GPU."""
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
@@ -111,19 +111,20 @@ class Training:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
         self._averaging, self._history = AveragedWeights(), keras.callbacks.History()
-        self._watched: dict[str, Any] = {"history": self._history}
+        self._saved_objects: dict[str, Any] = {"history": self._history}
         if averages_weights(experiment.model.optimizer):  # else it has no state
-            self._watched["averaged_weights"] = self._averaging
+            self._saved_objects["averaged_weights"] = self._averaging
         for callback in self.callbacks:
+            # The second callback of a class gets the suffix "-2".
             name = f"callbacks.{type(callback).__name__}"
-            same = sum(each.partition("-")[0] == name for each in self._watched)
-            self._watched[f"{name}-{same + 1}" if same else name] = callback
-        self._watched["step_times"] = self._times
-        self._watched["metrics"] = MetricsFile(self.run.metrics)
-        self._watched["tensorboard"] = None  # opened when training begins
-        self._watched["seconds"] = experiment.loop.seconds
+            same = sum(each.partition("-")[0] == name for each in self._saved_objects)
+            self._saved_objects[f"{name}-{same + 1}" if same else name] = callback
+        self._saved_objects["step_times"] = self._times
+        self._saved_objects["metrics"] = MetricsFile(self.run.metrics)
+        self._saved_objects["tensorboard"] = None  # opened when training begins
+        self._saved_objects["seconds"] = experiment.loop.seconds
         if self.saved is not None:
-            states = self.saved.named_states(list(self._watched))
+            states = self.saved.named_states(list(self._saved_objects))
             self.saved = replace(self.saved, states=states)
 
     def run_to_end(self) -> FitResult:
@@ -133,11 +134,11 @@ class Training:
             self._begin()
             self._fit()
             result = self._finish()
-            self.experiment.devices.all_gather([0])  # no worker leaves before the others
+            self.experiment.devices.all_gather([0])  # waits for all workers
             return result
 
     def _begin(self) -> None:
-        """Logs and writes what is known before training."""
+        """Logs the settings of the run, and writes the files that need no training."""
         experiment, run, spec = self.experiment, self.run, self.experiment.data.spec
         config, cluster = experiment.config, experiment.devices.cluster
         if cluster is not None:
@@ -166,11 +167,11 @@ class Training:
     def _fit(self) -> None:
         """Runs the loop with all callbacks, and closes their files in any case."""
         experiment, config, run = self.experiment, self.experiment.config, self.run
-        own: list[Callback] = [self._times, self._watched["metrics"], self._kernels]
+        own: list[Callback] = [self._times, self._saved_objects["metrics"], self._kernels]
         if config.logging.tensorboard:
             histograms = config.logging.histograms
             curves = TensorBoardCurves(run.tensorboard, histograms=histograms)
-            self._watched["tensorboard"] = curves
+            self._saved_objects["tensorboard"] = curves
             own.append(curves)
         if config.logging.profile:
             own.append(Profiler(run.tensorboard / "train"))
@@ -179,7 +180,7 @@ class Training:
             own.append(ProgressBar(self.console, steps=steps, epochs=epochs))
         checkpoints = Checkpoints(
             run,
-            watched={name: each for name, each in self._watched.items() if each is not None},
+            objects={name: each for name, each in self._saved_objects.items() if each is not None},
             variables=experiment.random_state,
             fingerprint=experiment.data.spec.fingerprint,
             every_seconds=config.training.checkpoint_seconds,
@@ -216,7 +217,7 @@ class Training:
                 scores, probabilities = self._score(experiment.batches("test"), collect=True)
         with self._evaluating():
             validation, _ = self._score(self.batches[1])
-        summary = _summary(experiment, validation, scores, timer) | self._times.summary()
+        summary = _summary(experiment, validation, scores, timer, self._times)
         cluster = experiment.devices.cluster
         if cluster is not None and not cluster.chief:
             return FitResult(summary, experiment.model, None, cluster.index)
@@ -224,12 +225,12 @@ class Training:
         summary |= {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
-            "train_images": self.batches[0].images,  # fewer than there are, with limit_batches
+            "train_images": self.batches[0].images,  # limit_batches can reduce it
             "host_operations": None if host is None else [asdict(each) for each in host.host],
         }
         if probabilities is not None:
             summary["test_images"] = len(probabilities)
-            run.write_json("summary.json", summary)  # the run is finished, even without a report
+            run.write_json("summary.json", summary)  # finished, even if the report fails
             split, graph = experiment.scored("test"), experiment.loop.step_graph
             with timer.phase("report"):
                 report.write_results(run, experiment.config, summary, split, probabilities, graph)
@@ -240,7 +241,7 @@ class Training:
             "total": timer.total() + sum(earlier.values()),
         }
         run.write_json("summary.json", summary)
-        # The terminal has the scores on stdout.
+        # Only for log.txt: the command line prints the scores on stdout.
         _log.debug("test     %s", format_metrics(scores))
         return FitResult(summary, experiment.model, run)
 
@@ -260,7 +261,7 @@ class Training:
 def score(
     loop: Loop, batches: Batches, *, collect: bool = False, signals: Signals | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
-    """Evaluates, and refuses a loss that is not finite."""
+    """Evaluates batches. Raises CheckError if the loss is not finite."""
     scores, probabilities = loop.evaluate(
         batches, collect=collect, between=signals.stop_if_received if signals else None
     )
@@ -282,8 +283,9 @@ def _summary(
     validation: dict[str, Any],
     scores: dict[str, Any],
     timer: PhaseTimer,
+    times: StepTimes,
 ) -> dict[str, Any]:
-    """Returns the content of summary.json that every training has."""
+    """Returns the part of summary.json that every worker has."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": experiment.data.spec.model_dump(mode="json"),
@@ -298,6 +300,6 @@ def _summary(
         "steps": int(keras.ops.convert_to_numpy(experiment.model.optimizer.iterations)),
         "validation": to_json(validation),
         "test": to_json(scores),
-        **StepTimes().summary(),
+        **times.summary(),
         "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
     }

@@ -1,4 +1,4 @@
-"""Fit, resume, evaluate, predict: the sequence of steps from a configuration to a result."""
+"""The functions `fit`, `resume`, `evaluate` and `predict`: from a configuration to a result."""
 
 import logging
 import re
@@ -51,15 +51,15 @@ def fit(
 ) -> FitResult:
     """Trains a network, scores it once on the test images, and writes a run directory.
 
-    If the environment describes a cluster (TF_CONFIG, a SLURM job step), its processes train
-    together, and the first of them, the chief, writes the run directory.
+    If the environment describes a cluster (TF_CONFIG or a SLURM job step), its processes train
+    together. The first process is the chief. It writes the run directory.
 
     Args:
         config: The experiment.
-        callbacks: Keras callbacks that follow those of the configuration.
+        callbacks: Keras callbacks, called after the callbacks of the configuration.
         dry_run: Run one batch of train, validation and test, and write nothing.
         console: Shows the progress bar; None: no bar.
-        import_seconds: The seconds that importing took, for the summary.
+        import_seconds: Seconds that the imports took, for the summary.
         run: The run directory to create; None: one whose name begins with the time.
         score_test: False: the test images are not used and no report is written, for trainings
             that are compared by their validation scores.
@@ -138,6 +138,7 @@ def resume(
             progress = saved and asdict(saved.progress)
             experiment.devices.require_same({"the newest checkpoint": progress})
         with _output(experiment, kept=chief) as experiment:
+            # Workers other than the chief write to a folder that `_output` removes.
             own = run if chief else next(new_runs(experiment.config.logging.directory, run.name))
             made = make_callbacks(experiment.config, experiment.model, own.path, callbacks)
             batches = _training_batches(experiment, timer)
@@ -146,7 +147,7 @@ def resume(
             )
             if chief:
                 run.checkpoints.mkdir(exist_ok=True)
-                run.reopen(experiment.config)  # from here on something is changed
+                run.reopen(experiment.config)  # files of the run are changed from here on
                 roll_back(run, saved)
             else:
                 own.create(experiment.config)
@@ -304,7 +305,7 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
     """
     saved = newest_checkpoint(run)
     if saved is None:
-        # The first epoch has a line in the metrics just before its checkpoint is written.
+        # One line is possible: that of epoch 1 is written just before the first checkpoint.
         if run.finished or run.trained_epochs > 1:
             raise InputError(f"{run.checkpoints} has no checkpoint any more: it cannot be resumed")
         if (run.path / "environment.json").exists():

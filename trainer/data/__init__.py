@@ -43,7 +43,7 @@ NPY_ERRORS = (
     *(SyntaxError, tokenize.TokenError),
 )
 
-# Characters that cannot be printed, but that words and emoji need: zero-width (non-)joiner.
+# Zero-width joiner and non-joiner. They are not printable, but words and emoji contain them.
 _JOINERS = "\u200c\u200d"
 
 
@@ -122,7 +122,7 @@ class Split:
             InputError: The file of the images has become shorter.
         """
         rows, images = self.rows[positions], self.images
-        # Only a read-only map of a whole array is certain to match its file at `offset`.
+        # Not for a slice of a map or a writable map: the file at `offset` may differ from it.
         if (
             isinstance(images, np.memmap)
             and isinstance(images.base, mmap.mmap)
@@ -172,7 +172,7 @@ class Dataset:
 class Source:
     """The examples that a module of this folder returns, before anything is held out.
 
-    A split without examples, or with negative labels only, is held out of train.
+    If validation or test is None, or has only negative labels, it is held out of train.
     """
 
     name: str
@@ -342,7 +342,7 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
 
 
 def _joined(one: Split, other: Split) -> Split:
-    """Returns the images of both splits, copied into memory if they are of different arrays."""
+    """Returns the images of both splits. Images of different arrays are copied into memory."""
     if one.images is other.images:
         return Split(one.images, one.labels, np.sort(np.concatenate([one.rows, other.rows])))
     (images, labels), (more_images, more_labels) = one.read(), other.read()

@@ -1,11 +1,11 @@
-"""Batches of a split. Two placements of the images yield the same batches for the same seed.
+"""Batches of a split. Both placements of the images yield the same batches for the same seed.
 
 Resident: each device stores all images as uint8. An epoch is one permutation, and each batch is
 gathered inside the graph. Streamed: only a few batches are in memory. tf.data reads the rows of the
 same permutation from the prepared file and copies them to the device while the device computes.
 
 `start_epoch` runs on the host once per epoch, `global_batch` inside the graph once per step, and
-`local_batch` inside each replica. The rows of a batch are split among the replicas only here.
+`local_batch` inside each replica. No other module splits the rows of a batch among the replicas.
 """
 
 import math
@@ -72,7 +72,7 @@ class Batches(ABC):
 
     @abstractmethod
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
-        """Returns the state from which the batches of an epoch are read, starting at a step."""
+        """Returns the state to read the batches of an epoch from, starting at a step."""
 
     @abstractmethod
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
@@ -94,10 +94,10 @@ class Batches(ABC):
         return LocalBatch(images, labels, first, last - first, size, fraction)
 
     def join(self, local: LocalBatch, outputs: tf.Tensor) -> tf.Tensor:
-        """Returns the outputs of a replica, [rows, n], at their rows of a batch of zeros.
+        """Places the outputs of a replica, [rows, n], at their rows in a batch of zeros.
 
-        The sum over the replicas has the outputs of the global batch in its first `size` rows.
-        Smaller batches have as many rows as the others, because the shape must not change.
+        The sum over the replicas is the output of the global batch. A smaller last batch is padded
+        to `batch_size` rows, because the shape must not change.
         """
         if local.fraction is None:
             return outputs
@@ -149,7 +149,7 @@ def steps_per_epoch(images: int, batch_size: int, limit_batches: int | None) -> 
 
 
 def epoch_order(images: int, seed: int | None, epoch: int) -> tf.Tensor:
-    """Returns the order of the images of an epoch, int64 [images], from seed and epoch alone."""
+    """Returns the order of the images, int64 [images]; it depends only on seed and epoch."""
     with tf.device("CPU:0"):  # the shuffle has no GPU kernel
         order = tf.range(images)
         if seed is not None:
@@ -195,13 +195,13 @@ class ResidentBatches(Batches):
 
         self._data = devices.on_each(store)
 
-    def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - needs no start
+    def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - any step can be read
         """Returns the order of the epoch on each device, int64 [n]."""
         order = epoch_order(len(self._split), self._seed, epoch)
         return self._devices.on_each(lambda _: tf.identity(order))
 
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns images, labels and order of each device, and which part of the order to use."""
+        """Returns images, labels and order of each device, and position and size of the batch."""
         return *self._data, state, step * self.batch_size, self.size(step)
 
     def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -219,11 +219,11 @@ class StreamedBatches(Batches):
         return self._devices.on_each(lambda replica: iter(self._pipeline(order, step, replica)))
 
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns the iterators, which count the steps themselves, and the rows of the batch."""
+        """Returns the iterators, which count the steps, and the number of rows of the batch."""
         return state, self.size(step)
 
     def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:  # noqa: ARG002
-        images, labels = source[0].get_next()  # the iterator has read only these rows
+        images, labels = source[0].get_next()  # it yields only the rows of this replica
         return images, labels
 
     def _pipeline(self, order: Any, step: int, replica: int) -> tf.data.Dataset:

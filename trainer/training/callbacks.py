@@ -105,7 +105,7 @@ class MetricsFile(Callback):
     """Appends a line of JSON for each epoch."""
 
     def __init__(self, path: Path) -> None:
-        """Names the file."""
+        """Stores the path."""
         super().__init__()
         self._path = path
         self._step, self._learning_rate = 0, 0.0
@@ -129,8 +129,8 @@ class MetricsFile(Callback):
 class TensorBoardCurves(Callback):
     """Writes curves per step and per epoch, step times, and histograms if requested.
 
-    Training and validation are two TensorBoard runs with the same tags, which it draws in one
-    chart. The x axis is the number of steps; for `epoch/...` the number of epochs.
+    Training and validation are two TensorBoard runs with the same tags, so TensorBoard draws both
+    in one chart. The x axis is the number of steps, and for `epoch/...` the number of epochs.
     """
 
     def __init__(self, folder: Path, *, histograms: bool) -> None:
@@ -202,7 +202,7 @@ class Profiler(Callback):
     """Traces the second call for TensorBoard's profiler page."""
 
     def __init__(self, folder: Path) -> None:
-        """Names the folder of the trace."""
+        """Stores the folder of the trace."""
         super().__init__()
         self._folder = folder
         self._calls = 0
@@ -226,7 +226,7 @@ def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
 
     def write(values: tf.Tensor, first: tf.Tensor) -> None:
         def one_step(i: tf.Tensor) -> tuple[tf.Tensor]:
-            with tf.name_scope("step/"):  # the slash leaves out "while/", the scope of the loop
+            with tf.name_scope("step/"):  # the slash removes "while/", the scope of the loop
                 for column, name in enumerate(names):
                     tf.summary.scalar(name, values[i, column], step=first + i)
             return (i + 1,)

@@ -54,10 +54,11 @@ class Checkpoint:
         fingerprint: Fingerprint of the data.
         best_loss: The lowest validation loss so far; None before the first validation.
         variables: Values of the variables, in the order of model, optimizer, metrics and
-            augmentation. Not by name: Keras numbers names within a process.
+            augmentation. Not by name, because the names that Keras makes contain numbers that
+            differ between processes.
         states: Attributes of callbacks by name; a list in checkpoints of version 0.1.0.
         log_sizes: Bytes of each log, by path.
-        trainable: Whether each layer is trainable, in the order of `nested_layers`; None in early
+        trainable: Whether each layer is trainable, in the order of `nested_layers`; None in older
             checkpoints.
     """
 
@@ -107,7 +108,7 @@ class Checkpoints(Callback):
         self,
         run: Run,
         *,
-        watched: Mapping[str, Any],
+        objects: Mapping[str, Any],
         variables: Sequence[Any],
         fingerprint: str,
         every_seconds: float,
@@ -117,7 +118,7 @@ class Checkpoints(Callback):
 
         Args:
             run: Receives the checkpoints.
-            watched: Callbacks and other objects by name, whose plain attributes are saved.
+            objects: Callbacks and other objects by name, whose plain attributes are saved.
             variables: Variables that do not belong to the model: those of augmentation.
             fingerprint: Fingerprint of the data.
             every_seconds: Maximum time between checkpoints, rounded up to the end of a call.
@@ -125,7 +126,7 @@ class Checkpoints(Callback):
         """
         super().__init__()
         self._run = run
-        self._watched = watched
+        self._objects = objects
         self._variables = variables
         self._fingerprint = fingerprint
         self._every_seconds = every_seconds
@@ -146,7 +147,7 @@ class Checkpoints(Callback):
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Restores the checkpoint, after the other callbacks have reset themselves."""
-        self._initial = {name: pack_state(each, {}) for name, each in self._watched.items()}
+        self._initial = {name: pack_state(each, {}) for name, each in self._objects.items()}
         self._training = True
         self._last_time = time.monotonic()
         for callback in self._watched.values():
@@ -163,7 +164,7 @@ class Checkpoints(Callback):
             return  # the training cannot continue from here
         step = record.first_step + record.steps - record.epoch * self.params["steps"]
         self._progress = Progress(record.epoch, step, record.logs)
-        # All workers of a cluster save at the same step: they take part in what is saved.
+        # All workers of a cluster must save at the same step, because saving is collective.
         due = time.monotonic() - self._last_time >= self._every_seconds
         if self._signals.agree(due=due) or self._signals.agreed:
             self._save()
@@ -177,7 +178,7 @@ class Checkpoints(Callback):
         self._signals.stop_if_agreed()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        """Saves after an epoch, and the weights if no epoch was better."""
+        """Saves the state, and the best weights if the validation loss is the lowest so far."""
         loss = (logs or {}).get("val_loss")
         if loss is not None and (self._best_loss is None or loss < self._best_loss):
             self._best_loss = float(loss)
@@ -191,18 +192,18 @@ class Checkpoints(Callback):
         self._training = False
 
     def _save(self) -> None:
-        for each in self._watched.values():
+        for each in self._objects.values():
             if isinstance(each, Callback):
                 each.flush()
         arrays: dict[str, NDArray[Any]] = {}
         states = {
-            # Only what changed: on_train_begin sets the rest again.
+            # Only changed attributes: on_train_begin sets the others again.
             name: {
                 key: value
                 for key, value in pack_state(each, arrays).items()
                 if key not in self._initial[name] or self._initial[name][key] != value
             }
-            for name, each in self._watched.items()
+            for name, each in self._objects.items()
         }
         progress = pack_state(self._progress, arrays)
         values = map(_value, all_variables(self.model, self._variables))
@@ -212,7 +213,7 @@ class Checkpoints(Callback):
             "fingerprint": self._fingerprint,
             "best_loss": self._best_loss,
             "states": states,
-            "log_sizes": _log_sizes(self._run, self._watched.values()),
+            "log_sizes": _log_sizes(self._run, self._objects.values()),
             "trainable": [layer.trainable for layer in nested_layers(self.model.layers)],
         }
         arrays |= {f"v {i}": value for i, value in enumerate(values)}
@@ -222,13 +223,13 @@ class Checkpoints(Callback):
     def _restore(self, saved: Checkpoint) -> None:
         if saved.trainable is not None:
             for layer, flag in zip(nested_layers(self.model.layers), saved.trainable, strict=True):
-                layer.trainable = flag  # outer layers come first: they set their inner ones
+                layer.trainable = flag  # outer layers come first: they set their inner layers
         variables = all_variables(self.model, self._variables)
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
         for name, state in saved.states.items():
             if name in self._watched:  # TensorBoard may be switched off now
-                vars(self._watched[name]).update(state)
+                vars(self._objects[name]).update(state)
         self._best_loss = saved.best_loss
         self.model.stop_training = saved.stopped
 
@@ -244,7 +245,7 @@ def newest_checkpoint(run: Run) -> Checkpoint | None:
         try:
             return _read(path)
         except (*_READ_ERRORS, zipfile.BadZipFile, zlib.error) as error:
-            _log.warning("%s is damaged (%s): trying the one before.", path, error)
+            _log.warning("%s is damaged (%s): trying the previous checkpoint.", path, error)
     if paths:
         raise InputError(f"every checkpoint of {run.path} is damaged: it cannot be resumed")
     return None
@@ -343,7 +344,7 @@ def _logs(run: Run) -> list[Path]:
     return [path for path in (run.metrics, *events) if path.exists()]
 
 
-def _log_sizes(run: Run, watched: Any) -> dict[str, int]:
-    loggers = [each for each in watched if isinstance(each, keras.callbacks.CSVLogger)]
+def _log_sizes(run: Run, objects: Any) -> dict[str, int]:
+    loggers = [each for each in objects if isinstance(each, keras.callbacks.CSVLogger)]
     paths = [*_logs(run), *(Path(logger.filename) for logger in loggers)]
     return {os.path.relpath(path, run.path): path.stat().st_size for path in paths}

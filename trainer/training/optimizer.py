@@ -12,10 +12,11 @@ from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
 from trainer.errors import InputError
 
-# Runs and models of earlier versions name a subclass of Adam that had the same options and state.
+# Runs and models of earlier versions use FusedAdam, a subclass of Adam with the same state.
 keras.saving.get_custom_objects()["trainer>FusedAdam"] = keras.optimizers.Adam
 
-# For batches that grow with the devices: "linear" is Goyal et al. 2017, "sqrt" Krizhevsky 2014.
+# Factor of the learning rate by number of devices, for a batch size that grows with that number.
+# "linear": Goyal et al. 2017. "sqrt": Krizhevsky 2014.
 _SCALE: dict[str, Callable[[int], float]] = {
     "none": lambda _: 1.0,
     "linear": float,
@@ -36,7 +37,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
         InputError: A name is unknown, or an option is refused.
     """
     if "learning_rate" in config.options:
-        raise InputError("optimizer.options.learning_rate: expected as optimizer.learning_rate")
+        raise InputError("optimizer.options.learning_rate: use optimizer.learning_rate instead")
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     rate: Any = _SCALE[config.learning_rate_scaling](replicas) * config.learning_rate
     if config.schedule is not None:
@@ -75,7 +76,7 @@ def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_
                 f"optimizer.warmup_fraction and the schedule's {', '.join(given)}: "
                 "expected one of them"
             )
-        # A tenth, because the gradients of the first steps are the largest.
+        # Starts at a tenth of the rate, because the gradients of the first steps are the largest.
         defaults |= {"initial_learning_rate": rate / 10, "warmup_target": rate}
         defaults |= {"warmup_steps": warmup_steps}
     accepted = inspect.signature(factory).parameters

@@ -12,7 +12,7 @@ from trainer.training.step import compute_loss, overrides
 
 
 def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
-    """Refuses methods and options that fail on several devices, or that change the result.
+    """Checks for methods and options that do not work, or work differently, on several devices.
 
     Raises:
         InputError: The model has one of them.

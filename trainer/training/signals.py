@@ -43,12 +43,12 @@ class Signals:
         return bool(rows[:, 1].any())
 
     def stop_if_agreed(self) -> None:
-        """Raises StoppedError if a signal was agreed."""
+        """Raises StoppedError if `agreed` is a signal."""
         if self.agreed is not None:
             raise StoppedError(self.agreed, self._advice)
 
     def stop_if_received(self) -> None:
-        """Asks all workers, and raises StoppedError if one has received a signal."""
+        """Calls `agree`, and raises StoppedError if any worker has received a signal."""
         self.agree()
         self.stop_if_agreed()
 

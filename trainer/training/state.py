@@ -22,7 +22,7 @@ def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     """Returns the plain attributes of an object as JSON, by name.
 
     Args:
-        thing: For example a callback.
+        thing: The object, for example a callback.
         arrays: Receives the arrays among the attributes, each under the SHA-256 of its content.
             States are therefore equal if their JSON is equal.
     """

@@ -1,9 +1,9 @@
-"""One training step and one test step on one replica: the only GradientTape that trains.
+"""One training step and one test step on one replica. No other code trains the model.
 
 Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that the losses,
-metrics and optimizer of a compiled model behave as in Keras. There is one difference: if the
-replicas have different numbers of rows of a batch, each is weighted by its rows. Keras weights all
-replicas alike.
+metrics and optimizer of a compiled model behave as in Keras. There is one difference: a batch may
+be split unevenly. Then each replica is weighted by its number of rows. Keras gives all replicas the
+same weight.
 
 `training.step` names a function that replaces `train_step`: `step(model, images, labels)` updates
 the weights and returns logs as `keras.Model.train_step` does, a dictionary with "loss". If the logs
@@ -93,7 +93,7 @@ def test_step(
     batch_fraction: tf.Tensor | None = None,
     collect: bool = True,
 ) -> dict[str, Any]:
-    """Updates the metrics of a compiled model, by its own `test_step` if it has one.
+    """Updates the metrics of a compiled model. Calls the model's own `test_step` if it has one.
 
     Returns:
         With one replica the logs. If `collect` is set, "outputs": the probabilities, float32
@@ -237,7 +237,7 @@ def _sum_and_clip(
     present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
     if replicas > 1:
         # The optimizer adds the gradients of the replicas, so each gets an equal part of the sum.
-        # With equal gradients all replicas decide alike whether float16 has overflowed.
+        # Equal gradients also let all replicas agree whether float16 has overflowed.
         context = tf.distribute.get_replica_context()
         present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
     scale = optimizer.scale_loss(tf.constant(1.0))

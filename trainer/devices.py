@@ -260,7 +260,7 @@ def memory_error(error: BaseException) -> MissingError | None:
         f"{found[1]} has no memory left ({memory_state(found[1])})" if found else "no memory left"
     )
     return MissingError(
-        f"{device}: end the processes that use it (`nvidia-smi` lists them), or lower "
+        f"{device}: end other processes that use it (`nvidia-smi` lists them), or lower "
         "training.batch_size"
     )
 

@@ -225,18 +225,18 @@ def _resolve(
     config: Config, spec: DataSpec, model: keras.Model, selected: Devices, precision: str
 ) -> Config:
     """Returns the configuration without "auto" and fallbacks."""
-    compiled = config.training.jit_compile
-    if compiled == "auto":
-        # Keras's own rule on one GPU: model.compile has checked whether every layer can be
-        # compiled. Elsewhere off (docs/performance.md).
-        compiled = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
-    if not compiled:
+    jit_compile = config.training.jit_compile
+    if jit_compile == "auto":
+        # On one GPU as in Keras: model.compile has set it to True if every layer can be compiled.
+        # On other devices off (docs/performance.md).
+        jit_compile = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
+    if not jit_compile:
         model.jit_compile = False  # also for Keras's own fit() and evaluate()
     resolved: dict[str, Any] = {
         "data": datasets.resolve(config.data).model_dump(),
         "model": models.resolve(config.model).model_dump(),
         "training.precision": precision,
-        "training.jit_compile": compiled,
+        "training.jit_compile": jit_compile,
     }
     if spec.name == "mnist_sample":
         resolved["data.name"] = spec.name  # `evaluate` must load the same data later

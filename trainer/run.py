@@ -144,8 +144,8 @@ class Run:
             )
         if changed.training.epochs < trained:
             raise InputError(
-                f"--resume: {self.name} has trained {trained} epochs: expected as many or more, "
-                f"received {changed.training.epochs}"
+                f"--resume: {self.name} has trained {trained} epochs: expected training.epochs of "
+                f"{trained} or more, received {changed.training.epochs}"
             )
         before, after = own.flat(), changed.flat()
         differing = [

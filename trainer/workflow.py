@@ -320,6 +320,7 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
             f"{run.name} is in epoch {begun}: expected as many epochs or more, received {epochs}"
         )
     if epochs > run.config().training.epochs:
+        # A callback may have stopped the run. It must not stop the longer training at once.
         saved = replace(saved, stopped=False)
         if experiment.config.optimizer.schedule is not None:
             _log.warning(

@@ -80,7 +80,7 @@ def test_documented_options_are_accepted(
         ("TensorBoard", {"histogram_freq": "1"}, "histogram_freq: expected int"),
         ("ModelCheckpoint", {"filepath": "a.keras", "save_best_only": "yes"}, "expected bool"),
         ("BackupAndRestore", {"backup_dir": "b"}, "deletes its folder"),
-        ("SwapEMAWeights", {}, "averaged weights are scored and saved without it"),
+        ("SwapEMAWeights", {}, "scores and saves the averaged weights itself"),
     ],
 )
 def test_options_that_keras_ignores_or_rejects_late_are_refused(

@@ -141,7 +141,7 @@ class Checkpoints(Callback):
     def continue_from(self, saved: Checkpoint) -> None:
         """Sets the checkpoint that is restored when training begins."""
         self._saved = saved
-        for callback in self._watched.values():
+        for callback in self._objects.values():
             if isinstance(callback, keras.callbacks.CSVLogger):
                 callback.append = True  # otherwise it would overwrite its file
 
@@ -150,7 +150,7 @@ class Checkpoints(Callback):
         self._initial = {name: pack_state(each, {}) for name, each in self._objects.items()}
         self._training = True
         self._last_time = time.monotonic()
-        for callback in self._watched.values():
+        for callback in self._objects.values():
             module, lost = type(callback).__module__.partition(".")[0], lost_attributes(callback)
             if lost and module not in ("keras", "trainer"):
                 name = type(callback).__name__
@@ -228,7 +228,7 @@ class Checkpoints(Callback):
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
         for name, state in saved.states.items():
-            if name in self._watched:  # TensorBoard may be switched off now
+            if name in self._objects:  # TensorBoard may be switched off now
                 vars(self._objects[name]).update(state)
         self._best_loss = saved.best_loss
         self.model.stop_training = saved.stopped

@@ -296,8 +296,9 @@ class Loop:
         """Trains all epochs from a position; returns the logs of the last one."""
         model, logs = self.model, dict[str, Any]()
         # A training that a callback has stopped does not begin another epoch when it is resumed.
-        stopped = model.stop_training and start != Progress() and start.step == 0
-        for epoch in range(start.epoch, start.epoch if stopped else self._epochs):
+        if model.stop_training and start != Progress() and start.step == 0:
+            return logs
+        for epoch in range(start.epoch, self._epochs):
             progress = start if epoch == start.epoch else Progress(epoch)
             if progress.step == 0:
                 model.reset_metrics()

@@ -266,8 +266,11 @@ def _update_metrics(
         logs: dict[str, Any] = model.compute_metrics(*data)
         return logs
 
+    def update_only() -> None:
+        update()
+
     if batch_fraction is None:
         return update()
     # With fraction 0, the only row belongs to another replica.
-    tf.cond(batch_fraction > 0, lambda: (update(), None)[1], lambda: None)
+    tf.cond(batch_fraction > 0, update_only, lambda: None)
     return {}

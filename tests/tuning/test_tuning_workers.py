@@ -186,13 +186,13 @@ def test_a_signal_saves_the_trial_and_the_message_has_the_next_step(
     assert search.table(TuningConfig).max_trials == 4
     thread = threading.Thread(target=stop)
     thread.start()
-    code, _, err = command("tune", "s.toml")
+    code, _, err = command("tune", "s.toml", "--trials", "2")
     thread.join()
     assert code == 143
     assert "stopped by SIGTERM; continue with the same `trainer tune` command (runs/tune-s)" in err
-    code, _, err = command("tune", "s.toml")
+    code, _, err = command("tune", "s.toml", "--trials", "2")
     assert code == 0, err
-    _require_whole()
+    _require_whole(2)
     assert "resumed  epoch" in _logs()
 
 

@@ -49,7 +49,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
 from trainer.saving.formats import FORMATS, ExportSource
-from trainer.saving.operations import SAVER_OPERATIONS
+from trainer.saving.safety import SAVER_OPERATIONS
 from trainer.tensorflow_internals import operation_definition
 
 # ---------------------------------------------------------------- what is harmless, by review

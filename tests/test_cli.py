@@ -258,7 +258,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
         (
             ["fit", "configs/debug.toml", "--set", "optimizer.options.learning_rate=0.1"],
             2,
-            "expected as optimizer.learning_rate",
+            "use optimizer.learning_rate instead",
         ),
         *(
             (

@@ -452,7 +452,7 @@ def test_the_message_names_the_source_of_the_error(load: Callable[..., Config]) 
 
 
 def test_a_missing_file_lists_the_available_files(in_tmp_path: Path) -> None:
-    said = "received a.toml: there is no *.toml in . (`trainer` looks from the current folder)"
+    said = "received a.toml: there is no *.toml in . (relative to the current folder)"
     assert refused(load_config, "a.toml").endswith(said)
     for name in ("mnist.toml", "other.toml", "notes.txt"):
         (in_tmp_path / name).touch()

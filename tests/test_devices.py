@@ -338,8 +338,8 @@ def test_an_exhausted_gpu_is_one_line(
     code, _, err = command("fit", "own.toml")
     assert code == 3
     assert err.splitlines()[-1] == (
-        "trainer: GPU:1 has no memory left (13 MB are free): end the processes that hold it "
-        "(`nvidia-smi` lists those of a GPU), or lower training.batch_size"
+        "trainer: GPU:1 has no memory left (13 MB are free): end other processes that use it "
+        "(`nvidia-smi` lists them), or lower training.batch_size"
     )
 
 

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -251,11 +252,12 @@ def test_auto_compiles_on_one_gpu_what_keras_can(
     model.layers[0].supports_jit = supported
     model.compile(loss="mse", jit_compile="auto")
     chosen = devices.Devices(names, tf.distribute.get_strategy())
-    assert experiment._resolve_jit_compile(Config(), model, chosen) is expected
+    rest: Any = SimpleNamespace(name="mnist"), model, chosen, "float32"
+    assert experiment._resolve(Config(), *rest).training.jit_compile is expected
     assert model.jit_compile is expected
     for asked in (True, False):
         config = Config().with_changes({"training.jit_compile": asked})
-        assert experiment._resolve_jit_compile(config, model, chosen) is asked
+        assert experiment._resolve(config, *rest).training.jit_compile is asked
 
 
 @pytest.mark.parametrize("value", ['"atuo"', "1", "0", "[]", '"True"'])

@@ -1,22 +1,24 @@
-"""The README is true: its commands run, its examples work, its links lead somewhere."""
+"""The documents are correct: commands run, examples work, links and tables are complete."""
 
 import functools
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
+import typer
 from PIL import Image
 
 import trainer
-from trainer import cli, data, models
+from trainer import cli, data, models, tools
 from trainer.data import mnist_sample
 from trainer.data._prepared import write_prepared
 
@@ -30,33 +32,59 @@ def sample() -> data.Source:
 _load_sample = mnist_sample.load
 ROOT = Path(trainer.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The README's table of tools: the folder of each, and its verbs.
+TOOLS = {
+    name: re.findall(r"`(\w+)`", verbs)
+    for name, verbs in re.findall(r"^\| \[\w+\]\(trainer/(\w+)\) \| (.+?) \|", README, re.MULTILINE)
+}
+# Tools whose folder was deleted. Their verbs, their pages and links to them are skipped.
+REMOVED = {name for name in TOOLS if not (ROOT / "trainer" / name / "cli.py").exists()}
+REMOVED_VERBS = {verb for name in REMOVED for verb in TOOLS[name]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))
+    if path.stem not in REMOVED
+}
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def _blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def _commands() -> list[str]:
-    lines = [line for block in _blocks("sh") for line in block.splitlines()]
-    return [" ".join(shlex.split(line, comments=True)) for line in lines]
+def _commands(text: str) -> list[list[str]]:
+    """Returns the commands of a page, without those of removed tools."""
+    lines = [line for block in _blocks("sh", text) for line in block.splitlines()]
+    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words for words in commands if words[0] != "trainer" or words[1] not in REMOVED_VERBS]
+
+
+def _belongs_to_removed_tool(path: Path) -> bool:
+    parts = path.relative_to(ROOT).parts
+    return len(parts) > 1 and Path(parts[1]).stem in REMOVED
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Writes `count` random pictures of each of two classes."""
+    random = np.random.RandomState(0)
+    for label in ("cats", "dogs"):
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.randint(0, 255, (30, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
 
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the README's reader has: configs, examples, pictures, and some data."""
+    """The folder of a reader: configurations, the modules of the examples, pictures, some data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed network, on every machine
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no network, on every machine
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     random = np.random.RandomState(0)
-    for label in ("cats", "dogs"):
-        (tmp_path / "pictures" / label).mkdir(parents=True)
-        for i in range(100):
-            pixels = random.randint(0, 255, (30, 40, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / label / f"{i}.png")
+    write_pictures(tmp_path / "pictures", 100)
     Image.fromarray(random.randint(0, 255, (28, 28), np.uint8)).save("digit.png")
-    # Clothes cannot be had without a network: a few made-up ones stand where they would be.
+    # Fashion-MNIST would be downloaded: random images replace it.
     images, labels = random.randint(0, 255, (150, 28, 28, 1), np.uint8), np.arange(150) % 10
     split = (150, (28, 28, 1), [(images, labels)])
     write_prepared(
@@ -67,11 +95,13 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         origin="a test",
         splits={"train": split, "test": split},
     )
-    for block in _blocks("python"):
-        if path := re.match(r"# trainer/(data|models)/(\w+)\.py\n", block):
-            folder = tmp_path / "own" / path[1]
-            folder.mkdir(parents=True)
-            (folder / f"{path[2]}.py").write_text(block)
+    (tmp_path / "own.toml").write_text((ROOT / "configs" / "debug.toml").read_text())
+    for text in PAGES.values():
+        for block in _blocks("python", text):
+            if path := re.match(r"# (?:trainer/)?((?:data/|models/)?\w+\.py)\n", block):
+                file = tmp_path / ("own" if "/" in path[1] else ".") / path[1]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(block)
     monkeypatch.setattr(mnist_sample, "load", lambda config: sample())  # noqa: ARG005
     monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path / "own" / "data")])
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "own" / "models")])
@@ -85,51 +115,84 @@ def test_every_command_runs(
     capfd: pytest.CaptureFixture[str],
     tensorboard: Callable[[Path], str],
 ) -> None:
-    """In the README's order, in one folder; MNIST is the sample, as without a network."""
-    # TensorBoard wants a run to show, and `latest` one to name: `make fit` comes first there too.
-    commands = ["trainer fit --epochs 1", *_commands()]
-    ran = 0
+    """In the order of the pages, in one folder; MNIST is the sample, as without a network."""
+    # `make fit` comes first in the README: TensorBoard needs a run, and `latest` refers to one.
+    commands = [["trainer", "fit", "--epochs", "1"]]
+    for name, text in PAGES.items():
+        if name != "docs/benchmark.md":  # takes minutes; .ci/run measures, tests/benchmark tests
+            commands += [words for words in _commands(text) if words[0] == "trainer"]
+    assert len(commands) > 12
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: None)  # noqa: ARG005
     for command in commands:
-        program, *arguments = command.split()
-        if program != "trainer":
-            assert program in ("make", ".")  # what `make` does, CI does before it runs this test
-            continue
-        ran += 1
+        _, *arguments = command
         if arguments == ["tensorboard"]:
             assert tensorboard(clone).startswith("http://localhost:")
             continue
-        if arguments[0] == "serve":  # up to where it would wait for requests
-            monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as end:
             cli.main()
-        said = capfd.readouterr()
-        expected = 3 if "gpu" in arguments else 0  # conftest leaves GPUs out
-        assert (end.value.code or 0) == expected, f"{command}: {said.err}"
-    assert ran == sum("trainer" in line.split()[0] for line in commands if line)
-    assert ran > 12
+        printed = capfd.readouterr()
+        expected = 3 if "gpu" in arguments else 0  # conftest hides GPUs
+        assert (end.value.code or 0) == expected, f"{command}: {printed.err}"
 
 
-def test_every_target_of_make_is_there() -> None:
-    for command in _commands():
-        if command.startswith("make "):
-            subprocess.run(
-                ["make", "--dry-run", *command.split()[1:]],
-                cwd=ROOT,
-                check=True,
-                capture_output=True,
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_exists(page: str) -> None:
+    """Also those that would take too long: verbs, options, targets of make, and scripts."""
+    for program, *arguments in _commands(PAGES[page]):
+        if program == "make":
+            done = subprocess.run(
+                ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True
             )
+            assert done.returncode == 0, done.stderr
+        elif program == "python":
+            assert (ROOT / arguments[0]).is_file(), arguments
+        elif program == "trainer":
+            command: Any = typer.main.get_command(cli.app)
+            while hasattr(command, "commands"):
+                verb, *arguments = arguments
+                assert verb in command.commands, f"unknown verb {verb!r}"
+                command = command.commands[verb]
+            command.make_context(verb, arguments)  # raises for an unknown option
+        else:
+            assert program in (".", "pip"), program
+
+
+def test_an_unknown_verb_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAGES, "page", "```sh\ntrainer fly\n```\n")
+    with pytest.raises(AssertionError, match="unknown verb 'fly'"):
+        test_every_command_exists("page")
+
+
+def test_the_table_of_tools_is_complete() -> None:
+    assert set(tools.names()) == TOOLS.keys() - REMOVED
+    core = {"fit", "evaluate", "predict", "tensorboard", "data", "config"}
+    command: Any = typer.main.get_command(cli.app)
+    verbs = {verb for name in TOOLS.keys() - REMOVED for verb in TOOLS[name]}
+    assert command.commands.keys() == core | verbs
+
+
+def test_the_table_of_modules_is_complete() -> None:
+    linked = set(re.findall(r"\(trainer/([\w.]+)\)", README))
+    found = {path.name for path in (ROOT / "trainer").glob("*.py") if path.stem[0] != "_"}
+    found |= {path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py")}
+    assert found == linked - REMOVED
+    structure = set(re.findall(r"[\w.]+", _blocks("text", PAGES["CONTRIBUTING.md"])[0]))
+    assert found <= structure, found - structure
 
 
 def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
-    """The TOML examples of the README, and every file of configs/ on data that is here."""
-    for i, block in enumerate(_blocks("toml")):
+    """The TOML examples of the pages, and every file of configs/ with data that is available."""
+    blocks = [block for text in PAGES.values() for block in _blocks("toml", text)]
+    for i, block in enumerate(blocks):
         (clone / f"example-{i}.toml").write_text(block)
     shipped = sorted((clone / "configs").glob("*.toml"))
     known = {"mnist.toml", "mnist_mlp.toml", "fashion_mnist.toml", "debug.toml"}
     known |= {"mnist_best.toml", "mnist_tiny.toml", "mnist_tune.toml"}
     assert known <= {path.name for path in shipped}
     for path in [*sorted(clone.glob("example-*.toml")), *shipped]:
+        if tomllib.loads(path.read_text()).keys() & REMOVED:
+            continue  # it configures a removed tool
         config = trainer.load_config(path)
         if config.data.name == "mnist":
             config = config.with_changes({"data.name": "mnist_sample"})
@@ -189,11 +252,31 @@ def copy_repository(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
 
 
+# From each contract test to the reason why it is skipped; None: it passes.
+CONTRACT_RESULTS = {
+    "fulfils_the_contract[rows]": None,
+    "refuses_an_option_it_does_not_know[my_pictures]": None,
+    "raw_images_in_probabilities_out[my_network-28x28x1-10-float32]": None,
+    "raw_images_in_probabilities_out[large-8x9x3-4-float32]": None,
+    "equal_seeds_make_equal_networks[large]": None,
+    "fulfils_the_contract[my_pictures]": "No such file or directory: 'pictures'",
+    "fulfils_the_contract[required]": "SAMPLE_OPTIONS is missing",
+    "refuses_an_option_it_does_not_know[scanner]": "needs a scanner",
+    "equal_seeds_make_equal_networks[required]": "SAMPLE_OPTIONS is missing",
+    "equal_seeds_make_equal_networks[large_only]": "SAMPLE_IMAGE_SHAPE is missing",
+}
+GRADIENT_RESULTS = {
+    "gradients_of_every_network_are_right[my_network]": None,
+    "gradients_of_every_network_are_right[large]": None,
+    "gradients_of_every_network_are_right[scanner]": "needs a scanner",
+}
+
+
 @pytest.mark.slow
 def test_modules_of_a_reader_pass_the_contract_tests(tmp_path: Path) -> None:
     """The README's modules, and others, in a copy of the repository."""
     copy_repository(tmp_path)
-    for block in _blocks("python"):
+    for block in _blocks("python", README):
         if path := re.match(r"# (trainer/\w+/\w+\.py)\n", block):
             (tmp_path / path[1]).write_text(block)
     for name, text in OWN_MODULES.items():
@@ -203,64 +286,60 @@ def test_modules_of_a_reader_pass_the_contract_tests(tmp_path: Path) -> None:
         end = subprocess.run(
             [sys.executable, "-m", "pytest", "-n0", "-v", *arguments],
             cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
         )
         assert end.returncode == 0, end.stdout
         return end.stdout
 
-    output = run("tests/test_data.py", "tests/test_models.py", "tests/test_gradient.py")
-    for passed in (
-        "keeps_the_contract[rows]",
-        "refuses_an_option_it_does_not_know[my_pictures]",
-        "raw_images_in_probabilities_out[my_network-28x28x1-10-float32]",
-        "raw_images_in_probabilities_out[large-8x9x3-4-float32]",
-        "equal_seeds_make_equal_networks[large]",
-        "gradients_of_every_network_are_right[my_network]",
-        "gradients_of_every_network_are_right[large]",
-    ):
-        assert re.search(rf"{re.escape(passed)} PASSED", output), passed
-    for skipped, reason in (
-        ("keeps_the_contract[my_pictures]", "No such file or directory: 'pictures'"),
-        ("keeps_the_contract[required]", "SAMPLE_OPTIONS is missing"),
-        ("refuses_an_option_it_does_not_know[scanner]", "needs a scanner"),
-        ("equal_seeds_make_equal_networks[required]", "SAMPLE_OPTIONS is missing"),
-        ("equal_seeds_make_equal_networks[large_only]", "SAMPLE_IMAGE_SHAPE is missing"),
-        ("gradients_of_every_network_are_right[scanner]", "needs a scanner"),
-    ):
-        assert re.search(rf"{re.escape(skipped)} SKIPPED", output), skipped
-        assert reason in " ".join(output.split())
+    files, expected = ["tests/data/test_data.py", "tests/models/test_models.py"], CONTRACT_RESULTS
+    if "gradient" not in REMOVED:
+        files.append("tests/gradient/test_gradient_network.py")
+        expected = expected | GRADIENT_RESULTS
+    output = run(*files)
+    for test, reason in expected.items():
+        status = "SKIPPED" if reason else "PASSED"
+        assert re.search(rf"{re.escape(test)} {status}", output), test
+        assert (reason or "") in " ".join(output.split())
 
-    random = np.random.RandomState(0)
-    for label in ("cats", "dogs"):
-        folder = tmp_path / "pictures" / label
-        folder.mkdir(parents=True)
-        for i in range(20):
-            pixels = random.randint(0, 255, (30, 40, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    assert "keeps_the_contract[my_pictures] PASSED" in run("tests/test_data.py", "-k=my_pictures")
+    write_pictures(tmp_path / "pictures", 20)
+    assert "fulfils_the_contract[my_pictures] PASSED" in run(files[0], "-k=my_pictures")
 
 
 @pytest.mark.usefixtures("clone")
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = next(block for block in _blocks("python") if "trainer.fit" in block)
+    example = next(block for block in _blocks("python", README) if "trainer.fit" in block)
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["probabilities"].shape == (3, 10)
     assert "runs/" in capsys.readouterr().out
 
 
-def test_every_link_leads_to_a_file() -> None:
-    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_path_leads_to_a_file(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    folder = (ROOT / page).parent
+    targets = []
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        target = (folder / link).resolve() if link else ROOT / page
+        targets.append(target)
+        if anchor and target.exists():
+            headings = re.findall(r"^#+ (.+)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
+            assert anchor in slugs, f"{link}#{anchor}"
+    if page != "CHANGELOG.md":  # it also names files of earlier versions
+        paths = r"`(?:python )?((?:configs|docs|scripts|tests|trainer)/[\w./-]+)[` ]"
+        targets += [ROOT / path for path in re.findall(paths, text)]
+    for target in targets:
+        assert target.exists() or _belongs_to_removed_tool(target), target
 
 
 def test_contributing_counts_the_lines_of_the_examples() -> None:
     counted = re.findall(
         r"\((\d+) lines in the README's example\)", (ROOT / "CONTRIBUTING.md").read_text()
     )
-    examples = [block for block in _blocks("python") if block.startswith("# trainer/")]
+    examples = [block for block in _blocks("python", README) if block.startswith("# trainer/")]
     lines = [
         len(
             [

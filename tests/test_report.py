@@ -262,7 +262,7 @@ def test_the_model_card_describes_the_run() -> None:
         "1,000 images, scored once",
         "Training: 5,400 images, epochs: 3; 6,000 more for validation",
         "CPU:0, CPU:1; precision: mixed_bfloat16; seed: 7",
-        "12.3 s, 2.50 ms per step (median of 11 windows)",
+        "12.3 s, 2.50 ms per step (median of 11 calls)",
         "\n| cat | 0.4000 | 0.6667 | 0.5000 | 3 |\n",
         "\n| fox | 0.0000 | 0.0000 | 0.0000 | 0 |\n",
     ):

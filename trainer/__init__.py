@@ -7,6 +7,7 @@ TensorFlow takes seconds.
 
 import importlib
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from trainer import tools
@@ -34,9 +35,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Python also asks for names such as __path__: they must not import the tools.
-    modules = _MODULES if name in _MODULES or name.startswith("_") else tools.functions()
+    # Python also asks for __path__ and for submodules: they must not import the tools.
+    other = name.startswith("_") or find_spec(f"trainer.{name}") is not None
+    modules = _MODULES if name in _MODULES or other else tools.functions()
     if name not in modules:
+        if other:
+            raise AttributeError(name)
         available = ", ".join(sorted(_MODULES | tools.functions()))
         raise AttributeError(f"module 'trainer' has no attribute {name!r}; available: {available}")
     return getattr(importlib.import_module(modules[name]), name)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 _START = time.perf_counter()
-# The printed times of `fit`, and the times in summary.json that each one adds up.
+# The times that `fit` prints. Each one is the sum of these times of summary.json.
 _SHOWN_SECONDS = {
     "import": ("import",),
     "data": ("devices", "data", "to_device"),
@@ -84,12 +84,12 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Use one batch of train, validation and test; write no run"),
+        typer.Option("--dry-run", help="Use one batch of each split; write nothing"),
     ] = False,
     deterministic: Annotated[
         bool,
         typer.Option(
-            "--deterministic", help="Refuse operations whose result can differ between runs"
+            "--deterministic", help="Use deterministic operations; one that has none is an error"
         ),
     ] = False,
     profile: Annotated[
@@ -224,7 +224,7 @@ def data_prepare(
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
-        import_module("tensorflow")  # here without its messages
+        import_module("tensorflow")  # now, because this hides its import messages
         spec = import_module("trainer.data").prepare(loaded.data, overwrite=overwrite)
     print_table(spec, as_json=json_)
 
@@ -233,7 +233,7 @@ def data_prepare(
 def data_info(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
-    """Describe a data set, after a check of all its files."""
+    """Describe a data set and verify the checksums of its files."""
     loaded = load_config(config, set_)
     start_logging()
     with stdout_to_stderr():
@@ -269,7 +269,7 @@ for tool_app in tools.apps():
 
 
 def main() -> NoReturn:
-    """Runs a command. An error of the user is printed as one line, with its exit code."""
+    """Runs a command. An error that the user can fix is printed as one line."""
 
     def stop(*_: object) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)  # an exception, so that files are closed
@@ -333,15 +333,15 @@ def _load_resumed(
 
     for option, value in given.items():
         if value:
-            raise InputError(f"--resume takes everything from the run: expected no {option}")
+            raise InputError(f"--resume uses the configuration of the run: remove {option}")
     changed = dict(map(parse_override, changes or ())) | {k: v for k, v in flags.items() if v}
     directory = changed.get("logging.directory", "runs")
     run = open_run(reference, runs_directory=str(directory), unfinished=True)
     if "training.device" in changed and "training.jit_compile" not in changed:
         flags = flags | {"training.jit_compile": "auto"}  # resolved for another device
-    return str(run.path), run.continued(
-        load_config(run.path / "config.toml", changes, flags, stored=True)
-    )
+    config = load_config(run.path / "config.toml", changes, flags, stored=True)
+    run.check_changes(config)
+    return str(run.path), config
 
 
 def _loader(reference: str, runs: str) -> Any:

@@ -1,4 +1,4 @@
-"""The machines that train one network together: who they are, and collectives between them.
+"""The machines that train one network together: their addresses, and collectives between them.
 
 A process of a cluster is a worker. The first one is the chief; only the chief writes the run
 directory. TensorFlow is imported inside the functions, so that a wrong TF_CONFIG fails at once.
@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 
 _PROBE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1
-_BACKLOG = 4096  # connections that the kernel accepts for a worker that only waits
+_BACKLOG = 4096  # connections that the kernel accepts although this process reads none
 _SLURM_VARIABLES = (
-    *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    *("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE",
 )
-_SLURM_PORT = 8888  # of the first task of a node: the default of TensorFlow's resolver
+_SLURM_PORT = 8888  # port of the first task of a node; the default of TensorFlow's resolver
 
-# Hosts of IPv6 are in square brackets.
+# IPv6 addresses are in square brackets.
 _Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):[0-9]{1,5}$")]
 
-# Takes values of this worker; returns those of every worker: float64 [workers, values].
+# Takes the values of this worker and returns those of all workers, float64 [workers, values].
 AllGather = Callable[[Sequence[float]], "NDArray[np.float64]"]
 
 
@@ -92,7 +94,7 @@ class Cluster:
         return [i for i in range(len(self.addresses)) if i != self.index]
 
     def resolver(self, gpus: int) -> Any:
-        """Returns the description of the cluster for TensorFlow.
+        """Returns the cluster as a TensorFlow cluster resolver.
 
         Args:
             gpus: The number of GPUs that this worker uses; 0: it uses its CPU.
@@ -108,19 +110,20 @@ class Cluster:
         )
 
     def wait_for_workers(self, seconds: float) -> None:
-        """Returns when every other worker accepts connections at its address.
+        """Waits until every other worker accepts connections at its address.
 
-        TensorFlow itself waits without end for a missing worker.
+        TensorFlow itself waits forever for a missing worker.
 
         Args:
-            seconds: The longest time to wait.
+            seconds: Maximum time to wait.
 
         Raises:
             InputError: The port of this worker is in use, or a worker is missing.
         """
         end = time.monotonic() + seconds
         missing = dict.fromkeys(self._others, "")
-        with self._listen():  # until TensorFlow's server uses the port
+        with self._listen():  # closed before TensorFlow's server opens the port
+            # Probes each worker until it has answered once.
             while missing := {i: reason for i in missing if (reason := self._probe(i))}:
                 if time.monotonic() >= end:
                     names = ", ".join(f"{self.named(i)} ({missing[i]})" for i in missing)
@@ -131,7 +134,7 @@ class Cluster:
                 time.sleep(_PAUSE_SECONDS)
 
     def _listen(self) -> socket.socket:
-        """Opens the port of this worker, which shows the others that it has started."""
+        """Opens the port of this worker, so that the others see that it has started."""
         address = self.addresses[self.index]
         host, port = _split(address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -185,12 +188,12 @@ class Cluster:
             return [i for i in silent if i in named] or silent
         if "CoordinationService" in message and self.index:
             return [0]  # the chief runs it; a process that hangs still accepts connections
-        # The service of the chief reports the errors of other workers, and is named beside them.
+        # The chief also appears in messages about other workers, because its service sends them.
         return [i for i in named if i] or named
 
 
 def read_cluster() -> Cluster | None:
-    """Reads from the environment which machines train together; None: only this one.
+    """Reads the cluster from the environment; None: this machine trains alone.
 
     The environment has TF_CONFIG, as TensorFlow and Kubeflow write it, or the variables of a SLURM
     job step (`srun`) with several tasks.
@@ -227,8 +230,8 @@ def _from_slurm() -> Cluster:
     from tensorflow import distribute
 
     try:
-        # It expands the list of hosts. It fails if a node has no GPU, so it is told that each task
-        # has one; SLURM itself assigns the GPUs (`--gpus-per-task`).
+        # The resolver expands the list of hosts. It fails for nodes without GPUs, so each task
+        # claims one here; SLURM itself assigns the GPUs (`--gpus-per-task`).
         resolver = distribute.cluster_resolver.SlurmClusterResolver(
             port_base=_SLURM_PORT,
             gpus_per_node=int(os.environ["SLURM_STEP_NUM_TASKS"]),
@@ -256,7 +259,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def single_worker(values: Sequence[float]) -> "NDArray[np.float64]":
-    """Replaces `all_gather` for a process that trains alone."""
+    """Does what `Collectives.all_gather` does, for a process that trains alone."""
     import numpy as np
 
     return np.asarray([values], np.float64)
@@ -276,7 +279,7 @@ class Collectives:
     strategy: Any
 
     def on_each(self, make: Callable[[int], Any]) -> Any:
-        """Calls a function once for each device of this process; takes the replica's index."""
+        """Calls `make(replica)` once for each device of this process."""
         raise NotImplementedError
 
     @property
@@ -293,7 +296,7 @@ class Collectives:
         """Returns the values of every worker.
 
         Args:
-            values: Of this worker; every worker has the same number of values.
+            values: Values of this worker, the same number on every worker.
 
         Returns:
             float64 [workers, values].
@@ -306,7 +309,7 @@ class Collectives:
         rows = np.zeros((self.workers, len(values)))
         rows[self.cluster.index] = values
         devices = self.strategy.num_replicas_in_sync // self.workers  # of each worker
-        # One device of each worker has its row, the others have zeros: the sum is exact.
+        # The first device of each worker adds the row of the worker. The others add zeros.
         parts = self.on_each(lambda i: tf.constant(rows if i % devices == 0 else 0 * rows))
         total: NDArray[np.float64] = self._sum(parts).numpy()
         return total
@@ -319,7 +322,7 @@ class Collectives:
 
         content = text.encode()
         size = int(self.all_gather([len(content)])[0, 0])
-        numbers = list(content[:size].ljust(size))  # every worker has as many values as the chief
+        numbers = list(content[:size].ljust(size))  # as many values as the chief
         received: bytes = self.all_gather(numbers)[0].astype(np.uint8).tobytes()
         return received.decode()
 

@@ -1,7 +1,7 @@
-"""The configuration of an experiment: the only schema and the only place of defaults.
+"""The configuration of an experiment: the tables of the core, their types and defaults.
 
 A configuration is read from a TOML file, changed by `--set section.key=value`, checked and frozen.
-A key that the file leaves out has the default written here.
+Keys that are missing in the file have the defaults of this module.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic_core import to_json, to_jsonable_python
-from typing_extensions import TypedDict  # of typing: not before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from trainer import tools
 from trainer.errors import InputError, did_you_mean
@@ -32,10 +33,10 @@ from trainer.errors import InputError, did_you_mean
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:[0-9]{1,3})?|all)$"
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
-_Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
+_Side = Annotated[int, Field(ge=1, le=4096)]  # height or width of an image in pixels
 # TOML has no tuples: an array is accepted, its items are checked strictly.
 ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
-# A path must not be empty or contain the byte that ends a path.
+# A path must not be empty or contain a null byte.
 _Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
@@ -80,7 +81,7 @@ class KerasObject(Section):
 
 
 class ModuleSection(Section):
-    """A section that names a module of a folder and the options of its function."""
+    """A section with the name of a module (of `data` or `models`) and options of its function."""
 
     name: str
     options: dict[str, Any] = {}
@@ -95,7 +96,7 @@ class ModuleSection(Section):
     def resolved(self, function: Callable[..., Any]) -> Self:
         """Returns a copy whose options include the defaults of the function.
 
-        A default is left out if it would not be the same after it was read from a TOML file.
+        A default that TOML cannot represent exactly is left out.
 
         Args:
             function: Called with one positional argument and the options.
@@ -123,7 +124,7 @@ class _OptionSchema:
 
         Args:
             function: Takes the options as keyword arguments.
-            positional: How many of its first parameters are not options.
+            positional: Number of leading parameters that are not options.
         """
         parameters = [*inspect.signature(function, eval_str=True).parameters.values()][positional:]
         self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -144,13 +145,13 @@ class _OptionSchema:
         schema = make("Options", self._hints)
         extra = "allow" if self._open else "forbid"
         schema.__pydantic_config__ = _STRICT | {"arbitrary_types_allowed": True, "extra": extra}
-        # As JSON, because an array of TOML then also is a tuple, and text a path.
+        # As JSON: strict mode then accepts an array for a tuple, and a string for a path.
         checked: dict[str, Any] = TypeAdapter(schema).validate_json(to_json(options))
         return checked
 
 
 class DataConfig(ModuleSection):
-    """The data set: its source, its splits, and its place in memory."""
+    """The data set: its source, its splits, and where its images are stored."""
 
     name: str = "mnist"
     """A module of trainer/data, or any image classification data set of tensorflow-datasets."""
@@ -169,12 +170,12 @@ class DataConfig(ModuleSection):
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of train that is held out if the data set has no test split."""
     split_seed: int = Field(default=0, ge=0, lt=2**32)
-    """Random seed for the images that are held out."""
+    """Random seed that selects the held-out images."""
     train_on_validation: bool = False
     """Also train on the validation images, after all settings are chosen."""
     placement: Literal["auto", "device", "stream"] = "auto"
-    """device: store the images on the device; stream: copy each batch to it; auto: device for sets
-    up to device_limit_mb."""
+    """device: store all images on the device; stream: copy each batch to it; auto: device up to
+    device_limit_mb, else stream."""
     device_limit_mb: int = Field(default=1024, ge=0)
     """Size limit in MB (10^6 bytes) for placement = auto."""
     augmentation: list[KerasObject] = []
@@ -198,15 +199,15 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-3, gt=0)
     """Constant learning rate, or the peak of a schedule."""
     learning_rate_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """Multiply learning_rate by the number of devices (linear) or by its square root (sqrt), for a
-    batch_size that grew with the number of devices."""
+    """linear: multiply learning_rate by the number of devices; sqrt: by its square root. For a
+    batch_size that was increased with the number of devices."""
     options: dict[str, Any] = {}
     """Keyword arguments of the optimizer."""
     schedule: KerasObject | None = None
-    """A Keras learning rate schedule. Default of its option initial_learning_rate: learning_rate;
-    of decay_steps: the number of steps of the run."""
+    """A Keras learning rate schedule. Its option initial_learning_rate defaults to learning_rate,
+    and decay_steps to the number of steps of the run, without the warm-up."""
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of all steps in which CosineDecay increases to learning_rate."""
+    """Fraction of all steps in which CosineDecay warms up from a tenth of learning_rate."""
 
     @model_validator(mode="after")
     def _warmup_needs_cosine(self) -> Self:
@@ -227,13 +228,13 @@ class TrainingConfig(Section):
     batch_size: _Count = 128
     """Images per step, over all devices."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Random seed for weights, order and dropout."""
+    """Random seed for initial weights, order of the images, dropout and augmentation."""
     device: str = Field(default="auto", pattern=DEVICE_PATTERN)
     """auto | cpu | gpu | gpu:N | all"""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
     """auto: the narrowest type that the device multiplies faster than float32."""
     deterministic: bool = False
-    """Refuse operations whose result can differ between runs."""
+    """Use deterministic operations; an operation that has none is an error."""
     loss: KerasObject = KerasObject(name="SparseCategoricalCrossentropy")
     """A Keras loss."""
     metrics: list[KerasObject] = [
@@ -243,21 +244,28 @@ class TrainingConfig(Section):
     callbacks: list[KerasObject] = []
     """Keras callbacks, in order."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Upper limit of the global norm of the gradients."""
+    """Maximum global norm of the gradients; not set: no clipping."""
     steps_per_execution: _Count = 50
     """Steps per call of the compiled loop."""
-    jit_compile: Literal["auto", True, False] = "auto"
+    jit_compile: bool | Literal["auto"] = "auto"
     """Compile the step with XLA; auto: on one GPU, if Keras can compile every layer; not on a CPU,
     where XLA is slower."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Longest time between checkpoints; each epoch also ends with one."""
+    """Maximum seconds between checkpoints. One is also saved after each epoch."""
     cluster_timeout_seconds: float = Field(default=120.0, gt=0)
-    """Longest time to wait for the other workers of a cluster."""
+    """Maximum seconds to wait for the other workers of a cluster."""
     limit_batches: _Count | None = None
     """Use only this many batches of each split. Validation and test then use a fixed sample of all
     classes."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
     """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
+
+    @field_validator("jit_compile", mode="before")
+    @classmethod
+    def _auto_or_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value == "auto":
+            return value
+        raise ValueError(f"expected 'auto', true or false, received {value!r}")
 
 
 class LoggingConfig(Section):
@@ -279,7 +287,7 @@ class LoggingConfig(Section):
     """Trace a few steps for TensorBoard's profiler page."""
 
     @model_validator(mode="after")
-    def _pictures_need_tensorboard(self) -> Self:
+    def _require_tensorboard(self) -> Self:
         if not self.tensorboard and (self.histograms or self.profile):
             raise ValueError("histograms and profile are shown in TensorBoard: set tensorboard")
         return self
@@ -316,7 +324,7 @@ class Config(Section):
         return self
 
     def table(self, kind: type[SectionT]) -> SectionT:
-        """Returns the table of a tool; all of its defaults if the file has no such table.
+        """Returns the table of a tool, with its defaults if the file has no such table.
 
         Args:
             kind: `TABLE` of the tool's module `config`.
@@ -330,7 +338,7 @@ class Config(Section):
         return {f"{t}.{key}": value for t, table in tables.items() for key, value in table.items()}
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
-        """Returns a copy with some keys changed, checked again.
+        """Returns a validated copy with some keys changed.
 
         Args:
             changes: Values by dotted key, for example `{"training.epochs": 1}`.
@@ -357,11 +365,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
     Args:
         path: A TOML file.
-        overrides: Changes as `"section.key=value"`, the value written in TOML. A word that is no
-            TOML value is taken for a string, so `data.name=fashion_mnist` needs no quotes. A
-            change of `model.name`, `data.name` or `optimizer.name` drops the file's options of
-            what was named before: they are those of another function.
-        stored: As `parse_config` takes it.
+        overrides: Changes as `"section.key=value"`, the value written in TOML. A word that is not
+            a TOML value is read as a string, so `data.name=fashion_mnist` needs no quotes.
+            Changing `model.name`, `data.name` or `optimizer.name` drops the file's options for
+            the old name.
+        stored: As in `parse_config`.
 
     Returns:
         The configuration, complete and frozen.
@@ -379,7 +387,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a configuration: {error}") from None
-    except (ValueError, RecursionError) as error:  # tomllib lets some ValueErrors through
+    except (ValueError, RecursionError) as error:  # some errors of tomllib are only ValueErrors
         raise InputError(f"{path} is not TOML: {error}") from None
     changed = copy.deepcopy(tree)
     try:
@@ -399,7 +407,7 @@ def _available_files(path: Path) -> str:
         str(p) for folder in {path.parent, Path("configs")} for p in folder.glob("*.toml")
     )
     if not found:
-        return f"there is no *.toml in {path.parent} (`trainer` looks from the current folder)"
+        return f"there is no *.toml in {path.parent} (relative to the current folder)"
     same = [name for name in found if Path(name).stem == path.name]
     return did_you_mean(same[0] if same else str(path), found)
 
@@ -444,7 +452,7 @@ def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) 
 
 
 def _rename(table: Any, section: str, names: Mapping[str, str], *, stored: bool) -> None:
-    """Replaces old names of keys in a table if it was stored, and refuses them otherwise."""
+    """Replaces old names of keys in a stored table; refuses them in any other table."""
     for old, new in names.items():
         if isinstance(table, dict) and old in table:
             if not stored:
@@ -458,7 +466,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         InputError: There is no `=`, or the value is neither TOML nor a word.
     """
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that are not UTF-8
         raise InputError(f"--set expected UTF-8, received {text!r}")
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
@@ -524,8 +532,8 @@ def _explain(error: Exception, prefix: str) -> str:
     """Returns the key of an error, what was expected and what was received.
 
     Args:
-        error: Of pydantic, or with a message of this module.
-        prefix: The table that was checked, with a dot; empty for the whole file.
+        error: A pydantic ValidationError, or an error with a message of this module.
+        prefix: Name of the table that was checked, with a dot; "" for the whole file.
     """
     if not isinstance(error, ValidationError):
         return f"{prefix.removesuffix('.')}: {error}".removeprefix(": ")

@@ -56,7 +56,7 @@ RunArgument = Annotated[
 RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Allow the model to run any code: use for trusted authors"),
+    typer.Option("--trust", help="Allow the model to run any code; only for authors you trust"),
 ]
 
 
@@ -83,7 +83,7 @@ def load_config(
 
 
 def require(device: str, run: str | None = None, runs: str = "runs") -> None:
-    """Checks that a device and a run exist before TensorFlow is imported, which takes seconds.
+    """Checks that a device and a run exist, before the slow import of TensorFlow.
 
     Args:
         device: "auto", "cpu", "gpu", "gpu:N" or "all".
@@ -141,7 +141,7 @@ def stdout_to_stderr() -> AbstractContextManager[Any]:
 
 
 def start_logging() -> Console:
-    """Prints the log of the package on stderr, warnings in a frame.
+    """Prints the log of the package to stderr, with a frame around warnings.
 
     Returns:
         The console of stderr, for a progress bar.
@@ -149,7 +149,7 @@ def start_logging() -> Console:
 
     class Terminal(Console):
         def on_broken_pipe(self) -> None:
-            """Raises; rich would end the process. A training continues without a reader."""
+            """Raises an error. rich would end the process, but a training continues."""
             raise BrokenPipeError
 
     console = Terminal(stderr=True)
@@ -174,7 +174,7 @@ def start_logging() -> Console:
 
 
 def escape_unencodable() -> None:
-    r"""Prints characters that the encoding of stdout or stderr lacks as `\u2026`."""
+    r"""Makes stdout and stderr escape characters that their encoding lacks, as in `\u2026`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -209,7 +209,7 @@ def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] 
 
     Args:
         rows: The cells. Strings are printed without rich's markup.
-        titles: Titles of the columns; none: a table without a head.
+        titles: Titles of the columns; empty: a table without a header.
     """
     style: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 1)}
     if titles:

@@ -1,7 +1,7 @@
 """Selects the devices of a run, the strategy that uses them, and the precision that suits them.
 
-TensorFlow is imported inside the functions: its import takes seconds, and a machine without a GPU
-driver is recognized before.
+TensorFlow is imported inside the functions: its import takes seconds, and a missing GPU driver is
+reported before it.
 """
 
 import faulthandler
@@ -143,9 +143,9 @@ def select(
     Args:
         device: "auto" (the first GPU, else the CPU), "cpu", "gpu" (the first), "gpu:N",
             or "all" (every GPU; without one, every logical CPU device).
-        cluster: The workers to train with; each uses such devices of its machine. TensorFlow must
-            not have been used before.
-        cluster_timeout_seconds: The longest time to wait for them.
+        cluster: The workers to train with; `device` applies to each of their machines. TensorFlow
+            must not have been used before.
+        cluster_timeout_seconds: Maximum time to wait for them.
 
     Raises:
         InputError: There is no GPU with the number N, or a worker is missing.
@@ -158,8 +158,8 @@ def select(
     return single(names[0]) if len(names) == 1 else _mirrored(names)
 
 
-# Cached: a second strategy in a process would number its collective operations from the beginning,
-# and TensorFlow would take them for those of the first.
+# Cached: a second strategy in a process would number its collective operations from 0 again, and
+# TensorFlow would confuse them with those of the first.
 @functools.cache
 def _mirrored(names: tuple[str, ...]) -> Devices:
     import tensorflow as tf
@@ -169,7 +169,7 @@ def _mirrored(names: tuple[str, ...]) -> Devices:
 
 @functools.cache
 def _join(device: str, cluster: Cluster, seconds: float) -> Devices:
-    """Connects this worker to its cluster; this fails after logical devices were listed."""
+    """Connects this worker to its cluster, which must precede any listing of logical devices."""
     import tensorflow as tf
 
     cluster.wait_for_workers(seconds)
@@ -177,8 +177,8 @@ def _join(device: str, cluster: Cluster, seconds: float) -> Devices:
     names = _choose(device, [f"GPU:{i}" for i in range(len(gpus))], ["CPU:0"])
     visible = [gpu for i, gpu in enumerate(gpus) if f"GPU:{i}" in names]
     tf.config.set_visible_devices(visible, "GPU")
-    # The constructor waits without end, and ignores signals, if the workers were started with
-    # different addresses. This ends the process with the traceback of the waiting line.
+    # If the workers were started with different addresses, the constructor waits forever, and it
+    # ignores signals. The timer then ends the process and prints the traceback of the waiting line.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver(len(visible)))
@@ -189,7 +189,7 @@ def _join(device: str, cluster: Cluster, seconds: float) -> Devices:
 
 
 def single(name: str) -> Devices:
-    """Returns one device; the name is TensorFlow's, for example "CPU:1"."""
+    """Returns one device by TensorFlow's name, for example "CPU:1"."""
     import tensorflow as tf
 
     return Devices((name,), tf.distribute.get_strategy())
@@ -209,8 +209,9 @@ def _choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
     if device == "all":
         return tuple(gpus or cpus)
     if not gpus:
-        driver = ", ".join(gpu_driver_files()) or "not on Linux"
-        raise _no_gpu(device, f"TensorFlow lists no GPU although a driver is loaded ({driver})")
+        driver = ", ".join(gpu_driver_files())  # "" on macOS
+        although = f" although a driver is loaded ({driver})" if driver else ""
+        raise _no_gpu(device, f"TensorFlow lists no GPU{although}")
     index = int(device.partition(":")[2] or 0)
     if index >= len(gpus):
         raise InputError(
@@ -241,7 +242,7 @@ def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
 
 
 def memory_error(error: BaseException) -> MissingError | None:
-    """Returns an error of one line for TensorFlow's errors about exhausted device memory.
+    """Returns a one-line error if TensorFlow has run out of device memory.
 
     Args:
         error: Any exception.
@@ -249,15 +250,17 @@ def memory_error(error: BaseException) -> MissingError | None:
     Returns:
         None if the exception has another reason.
     """
-    # Compares names: errors of other libraries must not import TensorFlow.
+    # Compares the names of classes, because the classes would need an import of TensorFlow.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     internal = kinds & {"InternalError", "UnknownError"} and _OUT_OF_MEMORY.search(str(error))
     if "ResourceExhaustedError" not in kinds and not internal:
         return None
     found = re.search(r"\b([CG]PU:\d+)", str(error))
-    where = f"{found[1]} has no memory left ({memory_state(found[1])})" if found else "no memory"
+    device = (
+        f"{found[1]} has no memory left ({memory_state(found[1])})" if found else "no memory left"
+    )
     return MissingError(
-        f"{where}: end the processes that hold it (`nvidia-smi` lists those of a GPU), or lower "
+        f"{device}: end the processes that use it (`nvidia-smi` lists them), or lower "
         "training.batch_size"
     )
 
@@ -272,8 +275,8 @@ def free_bytes(name: str) -> int | None:
     """Returns the free memory of a device in bytes; None if it is not known.
 
     Args:
-        name: TensorFlow's name of the device. nvidia-smi reports the memory of GPUs; its numbers
-            are those of CUDA if CUDA_VISIBLE_DEVICES is a list of indices or not set.
+        name: TensorFlow's name of the device. For "GPU:N", nvidia-smi reports the memory of
+            entry N of CUDA_VISIBLE_DEVICES, or of GPU N if that is not set.
     """
     kind, _, index = name.partition(":")
     if kind == "CPU":

@@ -13,7 +13,7 @@ _PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets
 
 
 def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dict[str, Any]:
-    """Returns everything besides the configuration that the results of a run depend on.
+    """Returns what the results of a run depend on, besides the configuration.
 
     Args:
         device_names: The devices of the run.
@@ -67,7 +67,7 @@ def usable_cpus() -> int:
 
 
 def gpu_models() -> list[str]:
-    """Returns name and compute capability of each GPU that TensorFlow can use."""
+    """Returns the name and compute capability of each GPU that TensorFlow can use."""
     import tensorflow as tf
 
     lines = []
@@ -84,7 +84,7 @@ def _cpuinfo() -> list[str]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Returns the revision of this code and whether it was changed; None without git."""
+    """Returns the git revision and whether files are changed; None without git."""
     checkout = str(Path(__file__).resolve().parent.parent)
 
     def git(*arguments: str) -> str:

@@ -1,7 +1,7 @@
-"""Errors that the user can fix, each with the exit code of the command.
+"""Errors that the user can fix, with their exit codes.
 
-An error in the user's own code is one of them. Every other exception is a defect of this package:
-it keeps its traceback, and the exit code is 1.
+Errors in the user's own code are among them. Every other exception is a defect of this package: the
+command prints its traceback, and the exit code is 1.
 """
 
 import difflib
@@ -17,13 +17,14 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
-# Users add their own modules to these folders of the package. These modules are not theirs.
+# Modules of this project in the folders to which users add their own modules.
 _OUR_MODULES = {
     "data": ("__init__", "_prepared", "mnist_sample", "synthetic", "tfds"),
     "models": ("__init__", "cnn", "layers", "mlp"),
 }
 # A line of a traceback, as TensorFlow writes it into the messages of its errors.
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
+# The part of such a message that lists the definitions of the operation that failed.
 _DEFINITIONS = re.compile(
     r'Graph execution error:\s+(Detected at node [^\n]+\s+(File "[^\n]+\s+)*)+', re.DOTALL
 )
@@ -39,7 +40,7 @@ class TrainerError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        """Joins the lines of the message and removes colors, which libraries write."""
+        """Joins the lines of the message and removes ANSI color codes, which libraries write."""
         lines = re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()
         super().__init__(" ".join(line.strip() for line in lines if line.strip()))
 
@@ -81,8 +82,8 @@ def expect(fits: object, where: str, expected: object, received: object) -> None
 def explain_user_code(error: BaseException) -> str | None:
     """Returns one line about an error that was raised in the user's code.
 
-    The user's code is every file outside of this package, the standard library and installed
-    packages, and the modules that users add to `trainer/data` and `trainer/models`.
+    The user's code is the modules that users add to `trainer/data` and `trainer/models`, and every
+    file outside this package, the standard library and the installed packages.
 
     Args:
         error: Raised by a function that this package called.
@@ -90,7 +91,7 @@ def explain_user_code(error: BaseException) -> str | None:
     Returns:
         Its type and message, and the innermost line of the user's code; None if there is none.
     """
-    frames = [frame for frame in _frames(error) if _is_users(frame[0])]
+    frames = [frame for frame in _frames(error) if _is_user_file(frame[0])]
     if not frames:
         return None
     file, line, function = frames[-1]
@@ -117,11 +118,11 @@ def _frames(error: BaseException) -> list[_Frame]:
 
 
 def _below_package(frames: list[_Frame]) -> list[_Frame]:
-    """Removes the calls before the first one of this package: those of a script that calls it."""
+    """Removes the calls before the first call of this package, such as calls of a user's script."""
     return [*itertools.dropwhile(lambda f: _PACKAGE not in Path(f[0]).resolve().parents, frames)]
 
 
-def _is_users(file: str) -> bool:
+def _is_user_file(file: str) -> bool:
     path = Path(file).resolve()
     if path.is_relative_to(_PACKAGE):
         folder = path.parent.relative_to(_PACKAGE).as_posix()
@@ -163,14 +164,14 @@ def require_packages(feature: str, packages: Iterable[str], *, extra: str) -> No
 
 
 def install_command(extra: str = "", *, options: str = "") -> str:
-    """Returns the command that installs this package in the way in which it is installed now.
+    """Returns the command that installs this package as it is installed now.
 
     Args:
         extra: Optional dependencies to install with it.
         options: Options of `pip install`.
 
     Returns:
-        For example `pip install -e '.[gpu]'` in a checkout, where the user runs the command, and
+        For example `pip install -e '.[gpu]'`, to be run in the checkout, or
         `pip install 'trainer[gpu]'` for an installed wheel.
     """
     checkout = (_PACKAGE.parent / "pyproject.toml").is_file()
@@ -199,7 +200,7 @@ def did_you_mean(name: str, known: Iterable[str], *, shown: int = 12) -> str:
     Args:
         name: The unknown name.
         known: All known names.
-        shown: The largest number of names to list.
+        shown: Maximum number of names to list.
 
     Returns:
         For example `"did you mean 'epochs'? available: batch_size, epochs"`.

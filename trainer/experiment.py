@@ -1,6 +1,6 @@
-"""From a configuration to an experiment: devices, data, model and loop, built and checked.
+"""Builds and checks an experiment from a configuration: devices, data, model and loop.
 
-What does not fit together is refused here, before anything is trained or written.
+Parts that do not fit together are refused before anything is trained or written.
 """
 
 import logging
@@ -32,20 +32,24 @@ from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
 from trainer.training.weights import load_weights
 
-# Names that a metric cannot have: they would replace another number.
+# Names that a metric must not have, because logs and results already contain them.
 _RESERVED = {
-    *("loss", "learning_rate", "epoch", "step", "step_ms", "step_ms_quartiles", "windows"),
-    *(
-        "outputs",
-        "gradient_norms",
-        "images_per_second",
-        "run",
-        "data",
-        "split",
-        "images",
-        "devices",
-        "precision",
-    ),
+    "data",
+    "devices",
+    "epoch",
+    "gradient_norms",
+    "images",
+    "images_per_second",
+    "learning_rate",
+    "loss",
+    "outputs",
+    "precision",
+    "run",
+    "split",
+    "step",
+    "step_ms",
+    "step_ms_quartiles",
+    "windows",
 }
 
 
@@ -53,17 +57,17 @@ class PhaseTimer:
     """Seconds of each phase of a command."""
 
     def __init__(self, import_seconds: float | None = None) -> None:
-        """Starts.
+        """Starts the timer.
 
         Args:
-            import_seconds: What importing took before.
+            import_seconds: Seconds that imports took before the start.
         """
         self.seconds: dict[str, float] = {}
         self.import_seconds = import_seconds
         self._start = time.perf_counter()
 
     def total(self) -> float:
-        """Returns the seconds since the start, importing included."""
+        """Returns the seconds since the start, including imports."""
         return time.perf_counter() - self._start + (self.import_seconds or 0.0)
 
     @contextmanager
@@ -81,7 +85,7 @@ class Experiment:
     """Everything that a training or an evaluation needs.
 
     Attributes:
-        config: The configuration; "auto" and fallbacks are resolved.
+        config: The configuration, with "auto" and the sample of mnist resolved.
         data: The splits and their description.
         devices: The selected devices.
         placed: The devices that the outputs were found on.
@@ -104,7 +108,7 @@ class Experiment:
         return [] if self.augmentation is None else self.augmentation.variables
 
     def scored(self, split: str) -> Split:
-        """Returns the images of a split that are scored: with `limit_batches`, a fixed sample."""
+        """Returns the images of a split to score; with `limit_batches`, a fixed sample of them."""
         training, images = self.config.training, self.data.split(split)
         if training.limit_batches is None:
             return images
@@ -116,8 +120,8 @@ class Experiment:
 
         Args:
             split: "train", "validation" or "test".
-            shuffled: In another order in each epoch, of which `limit_batches` takes the first
-                batches; otherwise those of `scored`, in their order.
+            shuffled: Shuffle all images in each epoch; `limit_batches` takes the first batches.
+                False: the images of `scored`, in their order.
         """
         training = self.config.training
         return make_batches(
@@ -158,22 +162,15 @@ def build_experiment(
             training.device, cluster, cluster_timeout_seconds=training.cluster_timeout_seconds
         )
         precision = devices.choose_precision(training.precision, selected)
-    # Before the data, which may have to be downloaded first.
+    # Checked before the data is loaded, which can include a download.
     models.find(config.model)
     try_optimizer(config.optimizer)
-    step = find_step(config.training.step) if restored is None else train_step
+    step = find_step(training.step) if restored is None else train_step
     with timer.phase("data"):
         data = datasets.load(config.data)
     if restored is not None:
         require_data(restored, spec_of(restored).fingerprint, data.spec)
     selected.require_same(config.flat() | {"the data itself": data.spec.fingerprint})
-    resolved: dict[str, Any] = {
-        "data": datasets.resolve(config.data).model_dump(),
-        "model": models.resolve(config.model).model_dump(),
-        "training.precision": precision,
-    }
-    if data.spec.name == "mnist_sample":
-        resolved["data.name"] = data.spec.name  # `evaluate` must load the same data later
     with timer.phase("model"):
         keras.utils.set_random_seed(training.seed)
         if training.deterministic:
@@ -185,8 +182,7 @@ def build_experiment(
             else:
                 model, augmentation = restore(restored, selected, compiled=True), None
         placed = _check_forward(model, data, selected)
-        resolved["training.jit_compile"] = _resolve_jit_compile(config, model, selected)
-        config = config.with_changes(resolved)
+        config = _resolve(config, data.spec, model, selected, precision)
         loop = Loop(
             model,
             selected,
@@ -209,7 +205,7 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     training = config.training
     model = models.build(config.model, spec)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-        # Several devices then normalize as one device does.
+        # Statistics of the whole batch, not of the part of each device, as on one device.
         for layer in keras_objects.nested_layers(model.layers):
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
@@ -225,15 +221,26 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
     return model
 
 
-def _resolve_jit_compile(config: Config, model: keras.Model, selected: Devices) -> bool:
-    """Resolves "auto": Keras's rule on one GPU, off elsewhere (docs/performance.md)."""
-    wanted = config.training.jit_compile
-    if wanted == "auto":
-        # model.compile has replaced its own "auto" by whether every layer can be compiled.
-        wanted = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
-    if not wanted:
+def _resolve(
+    config: Config, spec: DataSpec, model: keras.Model, selected: Devices, precision: str
+) -> Config:
+    """Returns the configuration without "auto" and fallbacks."""
+    compiled = config.training.jit_compile
+    if compiled == "auto":
+        # Keras's own rule on one GPU: model.compile has checked whether every layer can be
+        # compiled. Elsewhere off (docs/performance.md).
+        compiled = selected.type == "GPU" and selected.replicas == 1 and bool(model.jit_compile)
+    if not compiled:
         model.jit_compile = False  # also for Keras's own fit() and evaluate()
-    return wanted
+    resolved: dict[str, Any] = {
+        "data": datasets.resolve(config.data).model_dump(),
+        "model": models.resolve(config.model).model_dump(),
+        "training.precision": precision,
+        "training.jit_compile": compiled,
+    }
+    if spec.name == "mnist_sample":
+        resolved["data.name"] = spec.name  # `evaluate` must load the same data later
+    return config.with_changes(resolved)
 
 
 def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list[str]:
@@ -246,18 +253,18 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
         InputError: The data, the loss or a metric does not fit the model.
         CheckError: The outputs are not on the requested devices.
     """
-    # Not the number of classes, so that no loss fits by accident of broadcasting.
+    # Not as many images as classes, so that no loss fits only by broadcasting.
     few = 4 if data.spec.class_count == 3 else 3
     images, labels = data.train.read(slice(few))
     strategy = selected.strategy
-    refusing = _refusing("the model cannot be run on images of the data")
-    with refusing, _without_warnings(), selected.scope():
+    input_error = _keras_errors_as_input_error("the model cannot be run on images of the data")
+    with input_error, _without_warnings(), selected.scope():
         outputs = strategy.experimental_local_results(
             strategy.run(lambda images: model(images, training=False), args=(images,))
         )
     placed = devices.check_placement(outputs, selected)
     with (
-        _refusing(
+        _keras_errors_as_input_error(
             "training.loss or training.metrics does not fit: expected one that accepts labels (int "
             f"[n]) and probabilities (float [n, {data.spec.class_count}])"
         ),
@@ -272,7 +279,7 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
             raise InputError(f"training.metrics: expected numbers, received text in {name!r}")
     _refuse_reserved(logs.keys() - {"loss"})
     for metric in keras_objects.compiled_metrics(model):
-        if isinstance(result := metric.result(), dict):  # its keys become names of logs
+        if isinstance(result := metric.result(), dict):  # a key "loss" would replace the loss
             _refuse_reserved(metric_tensors(result))
     sums = outputs[0].numpy().sum(axis=1)
     if not np.allclose(sums, 1, atol=0.01):
@@ -289,8 +296,8 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Raises InputError for errors of Keras objects."""
+def _keras_errors_as_input_error(what: str) -> Iterator[None]:
+    """Replaces an error of Keras by an InputError that starts with `what`."""
     try:
         yield
     except keras_objects.KERAS_ERRORS as error:
@@ -299,7 +306,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Hides TensorFlow's advice to use a graph when several devices run something once."""
+    """Hides the warning that `strategy.run` is slow outside a graph: here it runs only once."""
     logger = logging.getLogger("tensorflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -318,8 +325,8 @@ def restore(
 ) -> keras.Model:
     """Builds the model of a finished run with its weights.
 
-    Unless it is compiled, only its module of `trainer/models` is called: other objects that the
-    training used may be gone.
+    If it is not compiled, only its module of `trainer/models` is needed: the user's losses, metrics
+    and optimizers may be missing.
 
     Args:
         run: A finished run.
@@ -363,10 +370,10 @@ def spec_of(run: Run) -> DataSpec:
 
 
 def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
-    """Refuses data that a run was not trained on.
+    """Checks that the data is the data that a run was trained on.
 
     Args:
-        run: For the message.
+        run: The run, for its name in the message.
         expected: Fingerprint of the data that the run was trained on.
         found: The data.
 
@@ -381,7 +388,7 @@ def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
 
 
 def _refuse_reserved(names: Iterable[str]) -> None:
-    """Refuses names of metrics that would replace another number."""
+    """Raises InputError if the name of a metric is reserved."""
     taken = sorted(_RESERVED.intersection(names))
     if taken:
         raise InputError(f"training.metrics: {', '.join(taken)} is reserved: choose another name")

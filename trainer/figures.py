@@ -3,6 +3,7 @@
 matplotlib would add 0.4 s to every training, most of it for its import; only its font is used here.
 """
 
+import math
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ TICK_CHARACTERS, TITLE_CHARACTERS = 24, 14
 # Sizes in a grid, in pixels: width of a cell, longer side of an image, two lines of title, font.
 _CELL_WIDTH, _IMAGE_SIZE, _TITLE_HEIGHT, _FONT_SIZE = 180, 150, 40, 12
 
-# Colours of the confusion matrix: no mistakes, most mistakes.
+# Colors of the confusion matrix: no mistakes, most mistakes.
 _WHITE, _RED = np.array([255, 245, 240]), np.array([180, 10, 20])
 
 
@@ -41,13 +42,14 @@ def confusion_image(matrix: NDArray[Any], names: list[str]) -> NDArray[np.uint8]
         to 100.
     """
     classes, font = len(matrix), ImageFont.truetype(_font_path(), _FONT_SIZE)
+    # Pixels of a cell: less for more classes.
     size = 44 if classes <= 30 else 18 if classes <= 100 else 1200 // classes + 1
-    # Only mistakes are coloured: the diagonal is hundreds of times larger and would hide them.
+    # Only mistakes are colored: the diagonal is hundreds of times larger and would hide them.
     mistakes = matrix * (1 - np.eye(classes, dtype=matrix.dtype))
     strength = mistakes / max(1, mistakes.max())
     colors = _WHITE + strength[..., np.newaxis] * (_RED - _WHITE)
     cells = Image.fromarray(colors.astype(np.uint8))
-    # Columns have only their labels, because names are too long; rows have both.
+    # Columns show only the label, because names are too long; rows show name and label.
     named = enumerate(names if classes <= 100 else [])
     rows = [name if name == str(label) else f"{name}  {label}" for label, name in named]
     left, top = 20 + max((round(font.getlength(row)) for row in rows), default=0), 70
@@ -98,8 +100,8 @@ def image_grid(images: Images, titles: list[str]) -> NDArray[np.uint8]:
     """Draws images in rows, each below its title.
 
     Args:
-        images: uint8 [n, height, width, channels], n >= 1. Of 2 or more than 4 channels, only the
-            first is drawn.
+        images: uint8 [n, height, width, channels], n >= 1. With 2 or more than 4 channels, only
+            the first is drawn.
         titles: The n titles.
 
     Returns:
@@ -111,7 +113,7 @@ def image_grid(images: Images, titles: list[str]) -> NDArray[np.uint8]:
     # Enlarged pixels keep their edges; smaller copies are averaged.
     resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
     columns = min(len(images), max(5, round(len(images) ** 0.5)))
-    rows, cell_height = -(-len(images) // columns), size[1] + _TITLE_HEIGHT
+    rows, cell_height = math.ceil(len(images) / columns), size[1] + _TITLE_HEIGHT
     grid = Image.new("RGB", (columns * _CELL_WIDTH, rows * cell_height), "white")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.truetype(_font_path(), _FONT_SIZE)

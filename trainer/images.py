@@ -36,7 +36,7 @@ class Picture:
 def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[Picture]:
     """Reads a PNG, JPEG or .npy file and converts it to the shape of a data set.
 
-    Images are converted to grey or colour and resized. Arrays must have the right shape and type.
+    Images are converted to gray or color and resized. Arrays must have the right shape and type.
 
     Args:
         path: The file.

@@ -1,8 +1,8 @@
-"""All uses of names that Keras does not document.
+"""All uses of undocumented names of Keras.
 
-An upgrade of Keras can change such a name. Each is used in this module only, with the reason, and
-tests/test_keras_internals.py names the use that no longer works. This module imports nothing: the
-command line needs `DEFERRED_MODULES` before it imports Keras.
+An upgrade of Keras can change such a name. Each name is used only in this module, with the reason.
+After an upgrade, tests/test_keras_internals.py fails for each use that is broken. This module
+imports nothing: the command line needs `DEFERRED_MODULES` before it imports Keras.
 """
 
 # trainer/startup.py imports these on first use: Keras offers no option to leave them out. They

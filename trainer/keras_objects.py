@@ -1,4 +1,4 @@
-"""Finds and makes the Keras objects that a configuration names: layers, optimizers and others."""
+"""Creates Keras objects by name: layers, losses, metrics, optimizers, schedules, callbacks."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ import tensorflow as tf
 from trainer.config import KerasObject
 from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code
 
-# Errors of Keras and TensorFlow for options that do not work.
+# Errors that Keras and TensorFlow raise for wrong options.
 KERAS_ERRORS = (
     *(TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError, OSError),
     tf.errors.OpError,
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def find(kind: str, name: str) -> Any:
-    """Returns the class with a name of a configuration.
+    """Returns the class that a configuration names.
 
     Args:
         kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
@@ -48,6 +48,7 @@ def find(kind: str, name: str) -> Any:
     if ":" in name:
         found = import_object(kind, name)
     else:
+        # The package of our own classes can be omitted.
         ours = {k.removeprefix("trainer>"): c for k, c in keras.saving.get_custom_objects().items()}
         classes = {n: c for n, c in (vars(module) | ours).items() if fits(c) and ">" not in n}
         lower = {n.lower(): c for n, c in classes.items()}
@@ -63,7 +64,7 @@ def find(kind: str, name: str) -> Any:
 
 
 def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
-    """Makes the object that a configuration describes.
+    """Creates the object that a configuration describes.
 
     Args:
         kind: As in `find`.
@@ -74,7 +75,7 @@ def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
 
 
 def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
-    """Calls `factory(**options)`; an error about the options becomes one line about `what`."""
+    """Calls `factory(**options)`. Raises its errors again as one line that starts with `what`."""
     try:
         return factory(**options)
     except ImportError as error:  # an optional package of Keras
@@ -104,7 +105,7 @@ def import_object(what: str, name: str) -> Any:
 
 
 def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """Returns the metrics of a model; Keras holds those of `compile` in one metric."""
+    """Returns the metrics of a model, with those of `compile`, which Keras stores in one."""
     return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
 
 
@@ -124,7 +125,7 @@ def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Lay
 
 
 def explain(error: Exception) -> str:
-    """Returns the reason of an error, short and without internal names.
+    """Returns the message of an error, shortened and without internal names.
 
     For an error in the user's code, the reason contains its type, file and line.
     """

@@ -211,7 +211,7 @@ def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], con
         scores=", ".join(f"{key} {value:.4f}" for key, value in _numbers(summary["test"]).items()),
         held_out=held_out,
         device_names=", ".join(summary["devices"]),
-        step=f", {step:.2f} ms per step (median of {summary['windows']} windows)" if step else "",
+        step=f", {step:.2f} ms per step (median of {summary['windows']} calls)" if step else "",
         rows="\n".join(rows),
         evaluate=shell_command("evaluate", path),
         predict=shell_command("predict", path, "image.png"),
@@ -225,7 +225,7 @@ def markdown_text(text: str) -> str:
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    """Returns the scores that are one number. A metric may have several or none."""
+    """Returns the scores that are single numbers. A metric may have several, or null."""
     return {name: value for name, value in scores.items() if isinstance(value, int | float)}
 
 

@@ -26,13 +26,19 @@ from trainer import files
 from trainer.config import Config, parse_config
 from trainer.errors import InputError, TrainerError, did_you_mean, shell_command
 
-# What may change on resume, besides [logging]: how long to train, and where. The rest defines what
-# is trained. The options of a data module can name a folder; the fingerprint of the data decides
-# whether the data is the same. XLA computes the same step in another way.
+# Keys besides [logging] that may change on resume: they do not define what is trained. Options of
+# the data are among them, because they can name a folder: the fingerprint of the data is compared.
 _CHANGEABLE = {
-    *("training.epochs", "training.device", "training.jit_compile"),
-    *("training.checkpoint_seconds", "training.cluster_timeout_seconds"),
-    *("data.directory", "data.archives", "data.options", "data.placement", "data.device_limit_mb"),
+    "data.archives",
+    "data.device_limit_mb",
+    "data.directory",
+    "data.options",
+    "data.placement",
+    "training.checkpoint_seconds",
+    "training.cluster_timeout_seconds",
+    "training.device",
+    "training.epochs",
+    "training.jit_compile",
 }
 _FILES = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
 
@@ -50,7 +56,7 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        """Names a directory; `new_runs` returns new ones and `open_run` finds one."""
+        """Stores paths, without a check; see `new_runs` and `open_run`."""
         self.path = path
         self.name = path.name
         self.tensorboard = path / "tensorboard"
@@ -101,7 +107,7 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Prevents that another process trains this run; the lock ends with the process.
+        """Prevents other processes from training this run. The lock ends with this process.
 
         Raises:
             InputError: Another process is training it.
@@ -118,22 +124,30 @@ class Run:
         finally:
             lock.release()
 
-    def continued(self, changed: Config) -> Config:
-        """Returns the configuration to resume the run with.
+    def check_changes(self, changed: Config) -> None:
+        """Checks that the run can be resumed with a changed configuration.
 
         Args:
             changed: The configuration of the run, with the requested changes.
 
         Raises:
-            InputError: A change concerns what is trained, or asks for fewer epochs than were
-                trained.
+            InputError: The run is finished and gets no more epochs, a change concerns what is
+                trained, or fewer epochs are requested than were trained.
         """
-        if changed.training.epochs < self.trained_epochs:
+        own = self.config()
+        trained, asked = self.trained_epochs, own.training.epochs
+        if self.finished and changed.training.epochs <= asked:
+            why = f" of {asked} epochs (a callback stopped it)" if trained < asked else " epochs"
             raise InputError(
-                f"--resume: {self.name} has trained {self.trained_epochs} epochs: expected as many "
-                f"or more, received {changed.training.epochs}"
+                f"run {self.name} is finished, after {trained}{why}: train it for longer with "
+                f"--epochs {asked + 1} or more"
             )
-        before, after = self.config().flat(), changed.flat()
+        if changed.training.epochs < trained:
+            raise InputError(
+                f"--resume: {self.name} has trained {trained} epochs: expected as many or more, "
+                f"received {changed.training.epochs}"
+            )
+        before, after = own.flat(), changed.flat()
         differing = [
             f"{key} = {before[key]!r} (received {after.get(key)!r})"
             for key in before
@@ -143,10 +157,9 @@ class Run:
         ]
         if differing:
             raise InputError(
-                f"--resume: {self.name} continues with its own {', '.join(differing)}; "
+                f"--resume: {self.name} cannot change {', '.join(differing)}; "
                 f"may change: logging.*, {', '.join(sorted(_CHANGEABLE))}"
             )
-        return changed
 
     def reopen(self, config: Config) -> None:
         """Writes the configuration of a resumed run, and renames the summary of a finished one."""
@@ -157,7 +170,7 @@ class Run:
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
-        """Also writes the log of the package to log.txt, and any exception."""
+        """Writes the log of the package, and the traceback of an exception, to log.txt."""
         handler = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("trainer")
@@ -167,7 +180,7 @@ class Run:
         try:
             yield
         except TrainerError as error:
-            # Its cause has the traceback of an error in the user's code.
+            # The cause of the error, if it has one, was raised in the user's code.
             logger.debug("ended: %s", error, exc_info=error.__cause__ is not None)
             raise
         except BaseException:
@@ -190,7 +203,7 @@ class Run:
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
         missing = Config.model_fields.keys() - tree.keys()
-        if missing:  # a run's configuration is complete: today's defaults may be others
+        if missing:  # a run's configuration is complete; defaults may have changed since
             raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         return parse_config(tree, origin=str(path), stored=True)
 
@@ -224,7 +237,7 @@ def new_runs(directory: str, name: str) -> Iterator[Run]:
 
     Args:
         directory: Folder that holds the run directories.
-        name: Follows the time in the name of the directory.
+        name: The part of the new name after the time.
     """
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = Path(directory) / f"{time}-{name}"
@@ -233,7 +246,7 @@ def new_runs(directory: str, name: str) -> Iterator[Run]:
 
 
 def make_directory(directory: str, name: str) -> Path:
-    """Makes a directory whose name begins with the time, for the result of a tool.
+    """Creates a directory for the result of a tool. Its name begins with the time.
 
     Args:
         directory: Folder that holds the run directories; it is created if necessary.
@@ -270,7 +283,7 @@ def open_run(reference: str, *, runs_directory: str = "runs", unfinished: bool =
     named = [name for name in runs if reference in ("latest", name.partition("-")[2])]
     if named:
         # An unfinished run that is newer than the newest finished one does not hide it.
-        run = runs[max(named, key=lambda name: (unfinished or runs[name].finished, _age(name)))]
+        run = runs[max(named, key=lambda name: (unfinished or runs[name].finished, _order(name)))]
     elif _is_run(reference):
         run = Run(Path(reference))
     elif reference in runs:
@@ -288,8 +301,8 @@ def open_run(reference: str, *, runs_directory: str = "runs", unfinished: bool =
     return run
 
 
-def _age(name: str) -> tuple[bool, str]:
-    """Sorts runs by the time in their names; renamed folders without a time come first."""
+def _order(name: str) -> tuple[bool, str]:
+    """Returns a sort key: the time in the name. Renamed folders without a time come first."""
     return re.match(r"\d{8}T\d{6}Z-", name) is not None, name
 
 

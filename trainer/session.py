@@ -1,4 +1,4 @@
-"""One training: from the start or a checkpoint to scores, files and report."""
+"""The training of one process: the loop with its callbacks, the scores and the report."""
 
 import logging
 from collections.abc import Iterator
@@ -17,10 +17,7 @@ from trainer import report
 from trainer.cluster import Cluster
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
-from trainer.experiment import (
-    Experiment,
-    PhaseTimer,
-)
+from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
 from trainer.run import Run
 from trainer.tensorflow_internals import KernelReport
@@ -36,10 +33,7 @@ from trainer.training.callbacks import (
     format_metrics,
     to_json,
 )
-from trainer.training.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-)
+from trainer.training.checkpoint import Checkpoint, Checkpoints
 from trainer.training.loop import CallRecord, Loop
 from trainer.training.signals import Signals
 from trainer.training.weights import save_weights
@@ -54,7 +48,7 @@ class FitResult:
     Attributes:
         summary: The content of the run's summary.json.
         model: The trained model: uint8 images in, probabilities out.
-        run: The run directory; None for a dry run, and for all workers of a cluster but the chief.
+        run: The run directory; None for a dry run and for workers other than the chief.
         worker: Index of this process in a cluster; 0 for the chief, and without a cluster.
     """
 
@@ -65,7 +59,7 @@ class FitResult:
 
 
 class _KernelCheck(Callback):
-    """Reports once which operations of the step run on the CPU although a GPU trains."""
+    """Logs once which operations of the training step run on the CPU instead of the GPU."""
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
@@ -85,10 +79,10 @@ class Training:
     Attributes:
         experiment: The experiment.
         run: Receives what this process writes.
-        resumable: The run that can be resumed after an interruption: the chief's.
+        resumable: Path of the run to resume after an interruption: the run of the chief.
         batches: Batches of train and validation.
         callbacks: Callbacks of the user.
-        timer: Has the seconds of the phases before.
+        timer: Contains the seconds of earlier phases.
         console: Shows the progress bar; None: no bar.
         saved: Checkpoint to continue from.
         score_test: As in `fit`.
@@ -105,7 +99,7 @@ class Training:
     score_test: bool = True
 
     def __post_init__(self) -> None:
-        """Names the objects whose state is saved.
+        """Creates the callbacks, and collects the objects whose state is saved.
 
         Raises:
             InputError: The checkpoint has the states of other callbacks.
@@ -117,19 +111,20 @@ class Training:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
         self._averaging, self._history = AveragedWeights(), keras.callbacks.History()
-        self._watched: dict[str, Any] = {"history": self._history}
+        self._saved_objects: dict[str, Any] = {"history": self._history}
         if averages_weights(experiment.model.optimizer):  # else it has no state
-            self._watched["averaged_weights"] = self._averaging
+            self._saved_objects["averaged_weights"] = self._averaging
         for callback in self.callbacks:
+            # The second callback of a class gets the suffix "-2".
             name = f"callbacks.{type(callback).__name__}"
-            same = sum(each.partition("-")[0] == name for each in self._watched)
-            self._watched[f"{name}-{same + 1}" if same else name] = callback
-        self._watched["step_times"] = self._times
-        self._watched["metrics"] = MetricsFile(self.run.metrics)
-        self._watched["tensorboard"] = None  # opened when training begins
-        self._watched["seconds"] = experiment.loop.seconds
+            same = sum(each.partition("-")[0] == name for each in self._saved_objects)
+            self._saved_objects[f"{name}-{same + 1}" if same else name] = callback
+        self._saved_objects["step_times"] = self._times
+        self._saved_objects["metrics"] = MetricsFile(self.run.metrics)
+        self._saved_objects["tensorboard"] = None  # opened when training begins
+        self._saved_objects["seconds"] = experiment.loop.seconds
         if self.saved is not None:
-            states = self.saved.named_states(list(self._watched))
+            states = self.saved.named_states(list(self._saved_objects))
             self.saved = replace(self.saved, states=states)
 
     def run_to_end(self) -> FitResult:
@@ -139,11 +134,11 @@ class Training:
             self._begin()
             self._fit()
             result = self._finish()
-            self.experiment.devices.all_gather([0])  # no worker leaves before the others
+            self.experiment.devices.all_gather([0])  # waits for all workers
             return result
 
     def _begin(self) -> None:
-        """Logs and writes what is known before training."""
+        """Logs the settings of the run, and writes the files that need no training."""
         experiment, run, spec = self.experiment, self.run, self.experiment.data.spec
         config, cluster = experiment.config, experiment.devices.cluster
         if cluster is not None:
@@ -151,12 +146,9 @@ class Training:
             _log.info("worker   %s, of %d", worker, experiment.devices.workers)
             if not cluster.chief:
                 return
-        sizes = spec.train, spec.validation, spec.test
         _log.info("run      %s", run.path)
-        _log.info(
-            "data     %s: %d train, %d validation, %d test images (%s)",
-            *(spec.name, *sizes, spec.origin),
-        )
+        sizes = f"{spec.train} train, {spec.validation} validation, {spec.test} test images"
+        _log.info("data     %s: %s (%s)", spec.name, sizes, spec.origin)
         parameters = f"{experiment.model.count_params():,}"
         _log.info("network  %s, %s parameters", config.model.name, parameters)
         _log.info("device   %s, %s", ", ".join(experiment.placed), config.training.precision)
@@ -175,11 +167,11 @@ class Training:
     def _fit(self) -> None:
         """Runs the loop with all callbacks, and closes their files in any case."""
         experiment, config, run = self.experiment, self.experiment.config, self.run
-        own: list[Callback] = [self._times, self._watched["metrics"], self._kernels]
+        own: list[Callback] = [self._times, self._saved_objects["metrics"], self._kernels]
         if config.logging.tensorboard:
             histograms = config.logging.histograms
             curves = TensorBoardCurves(run.tensorboard, histograms=histograms)
-            self._watched["tensorboard"] = curves
+            self._saved_objects["tensorboard"] = curves
             own.append(curves)
         if config.logging.profile:
             own.append(Profiler(run.tensorboard / "train"))
@@ -188,23 +180,24 @@ class Training:
             own.append(ProgressBar(self.console, steps=steps, epochs=epochs))
         checkpoints = Checkpoints(
             run,
-            watched={name: each for name, each in self._watched.items() if each is not None},
+            objects={name: each for name, each in self._saved_objects.items() if each is not None},
             variables=experiment.random_state,
             fingerprint=experiment.data.spec.fingerprint,
             every_seconds=config.training.checkpoint_seconds,
             signals=self._signals,
-            saved=self.saved,
         )
+        if self.saved is not None:
+            checkpoints.continue_from(self.saved)
         try:
             experiment.loop.fit(
                 *self.batches,
                 epochs=config.training.epochs,
-                # The history follows the user's callbacks, and so has the logs that they add.
+                # After the user's callbacks, the history also records the logs that they add.
                 callbacks=[self._averaging, *self.callbacks, self._history, *own, checkpoints],
                 warmup_calls=2 if config.logging.profile else 1,
                 start=None if self.saved is None else self.saved.progress,
             )
-        except SystemExit as end:  # not from a signal: those are noted
+        except SystemExit as end:  # not from a signal: signals are recorded
             reason = explain_user_code(end) or repr(end)
             raise InputError(f"a callback ended the program: {reason}") from end
         finally:
@@ -216,7 +209,7 @@ class Training:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 
     def _finish(self) -> FitResult:
-        """Scores the saved weights, which need not be those of the last epoch, and reports."""
+        """Scores the final weights, which can be those of an earlier epoch, and reports."""
         experiment, run, timer = self.experiment, self.run, self.timer
         scores, probabilities = {}, None
         if self.score_test:
@@ -224,7 +217,7 @@ class Training:
                 scores, probabilities = self._score(experiment.batches("test"), collect=True)
         with self._evaluating():
             validation, _ = self._score(self.batches[1])
-        summary = _summary(experiment, validation, scores, timer) | self._times.summary()
+        summary = _summary(experiment, validation, scores, timer, self._times)
         cluster = experiment.devices.cluster
         if cluster is not None and not cluster.chief:
             return FitResult(summary, experiment.model, None, cluster.index)
@@ -232,12 +225,12 @@ class Training:
         summary |= {
             "run": str(run.path),
             "weights_sha256": sha256(run.weights),
-            "train_images": self.batches[0].images,  # fewer than there are, with limit_batches
+            "train_images": self.batches[0].images,  # limit_batches can reduce it
             "host_operations": None if host is None else [asdict(each) for each in host.host],
         }
         if probabilities is not None:
             summary["test_images"] = len(probabilities)
-            run.write_json("summary.json", summary)  # the run is finished, even without a report
+            run.write_json("summary.json", summary)  # finished, even if the report fails
             split, graph = experiment.scored("test"), experiment.loop.step_graph
             with timer.phase("report"):
                 report.write_results(run, experiment.config, summary, split, probabilities, graph)
@@ -248,7 +241,7 @@ class Training:
             "total": timer.total() + sum(earlier.values()),
         }
         run.write_json("summary.json", summary)
-        # The terminal has the scores on stdout.
+        # Only for log.txt: the command line prints the scores on stdout.
         _log.debug("test     %s", format_metrics(scores))
         return FitResult(summary, experiment.model, run)
 
@@ -257,7 +250,7 @@ class Training:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Times the final scoring, without the tracing in it, which the loop counts."""
+        """Measures the final scoring without its tracing, which the loop measures."""
         seconds = self.experiment.loop.seconds
         traced = seconds.tracing
         with self.timer.phase("evaluation"):
@@ -268,7 +261,7 @@ class Training:
 def score(
     loop: Loop, batches: Batches, *, collect: bool = False, signals: Signals | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
-    """Evaluates, and refuses a loss that is not finite."""
+    """Evaluates batches. Raises CheckError if the loss is not finite."""
     scores, probabilities = loop.evaluate(
         batches, collect=collect, between=signals.stop_if_received if signals else None
     )
@@ -278,7 +271,7 @@ def score(
 
 
 def watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
-    """Raises InputError if a worker of a cluster is lost, with the command that continues."""
+    """Raises MissingError if a worker is lost, with the command to continue; see `Cluster`."""
     if cluster is None:
         return nullcontext()
     how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
@@ -290,8 +283,9 @@ def _summary(
     validation: dict[str, Any],
     scores: dict[str, Any],
     timer: PhaseTimer,
+    times: StepTimes,
 ) -> dict[str, Any]:
-    """Returns the content of summary.json that every training has."""
+    """Returns the part of summary.json that every worker has."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": experiment.data.spec.model_dump(mode="json"),
@@ -306,6 +300,6 @@ def _summary(
         "steps": int(keras.ops.convert_to_numpy(experiment.model.optimizer.iterations)),
         "validation": to_json(validation),
         "test": to_json(scores),
-        **StepTimes().summary(),
+        **times.summary(),
         "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
     }

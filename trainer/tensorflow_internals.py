@@ -1,7 +1,7 @@
-"""All uses of names that TensorFlow does not document, and the kernel check that is built on them.
+"""All uses of undocumented names of TensorFlow, and the kernel check that needs them.
 
-An upgrade of TensorFlow can change such a name. Each is used in this module only, with the reason,
-and tests/test_tensorflow_internals.py names the use that no longer works.
+An upgrade of TensorFlow can change such a name. Each name is used only in this module, with the
+reason. After an upgrade, tests/test_tensorflow_internals.py fails for each use that is broken.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def check_kernels(
         graph: The graph of a traced function.
         device_type: "GPU", or another type that has registered kernels.
         layers: Names of the layers that operations may belong to.
-        traced_on: The devices of a graph that was traced for several; another CPU is the host.
+        traced_on: The devices of a graph for several devices; any other CPU counts as the host.
     """
     nodes = list(_nodes(graph.as_graph_def()))
     missing = Counter(
@@ -111,7 +111,7 @@ def xla_refusal(error: Exception, layers: Collection[str]) -> str | None:
 
 
 def profiler_step(step: int) -> Any:
-    """Returns a context that marks a step in a profiler trace: `_r` makes the page count it."""
+    """Returns a context that marks a step in a profiler trace; only `_r=1` steps are counted."""
     return tf.profiler.experimental.Trace("train", step_num=step, _r=1)
 
 
@@ -124,7 +124,8 @@ def operation_definition(name: str) -> Any:
 def released_gradients() -> Iterator[None]:
     """Releases the functions that tf.custom_gradient registers in this context.
 
-    TensorFlow never does. Each holds a graph and what it captured: all images, for each trial.
+    TensorFlow never releases them. Each function holds a graph and the captured tensors. In tuning,
+    these include all images, once per trial.
     """
     registered = ops.gradient_registry._registry
     before = set(registered)
@@ -186,7 +187,7 @@ def _types(node: Any) -> str:
 
 
 def _part(name: str, layers: Collection[str]) -> str:
-    """Returns the innermost layer, else the outermost scope of the step, of an operation."""
+    """Returns the innermost layer of an operation; without one, the outermost scope of the step."""
     # Keras makes a scope unique by a number: "dense" may become "dense_1".
     scopes = [(scope, re.sub(r"_\d+$", "", scope)) for scope in name.split("/")[:-1]]
     for candidates in reversed(scopes):

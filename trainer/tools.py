@@ -1,7 +1,7 @@
 """Finds the tools: the folders of this package that have a cli.py.
 
-The core imports no tool. It asks here for their verbs, their functions and their tables of the
-configuration, so that deleting the folder of a tool removes all of them.
+The core imports no tool. This module finds the verbs, the functions and the configuration tables of
+the tools. So deleting the folder of a tool removes all of them.
 
 A tool's folder has:
     __init__.py    PUBLIC: the functions that `trainer.NAME` offers, with the module of each

@@ -1,4 +1,4 @@
-"""Fit, resume, evaluate, predict: the sequence of steps from a configuration to a result."""
+"""The functions `fit`, `resume`, `evaluate` and `predict`: from a configuration to a result."""
 
 import logging
 import re
@@ -30,15 +30,8 @@ from trainer.files import require_writable
 from trainer.run import ExistsError, Run, new_runs, open_run
 from trainer.session import FitResult, Training, score, watched
 from trainer.training.batches import Batches
-from trainer.training.callbacks import (
-    to_json,
-)
-from trainer.training.checkpoint import (
-    Checkpoint,
-    all_variables,
-    newest_checkpoint,
-    roll_back,
-)
+from trainer.training.callbacks import to_json
+from trainer.training.checkpoint import Checkpoint, all_variables, newest_checkpoint, roll_back
 from trainer.training.user_callbacks import make_callbacks
 
 _log = logging.getLogger(__name__)
@@ -58,18 +51,18 @@ def fit(
 ) -> FitResult:
     """Trains a network, scores it once on the test images, and writes a run directory.
 
-    If the environment describes a cluster (TF_CONFIG, a SLURM job step), its processes train
-    together, and the first of them, the chief, writes the run directory.
+    If the environment describes a cluster (TF_CONFIG or a SLURM job step), its processes train
+    together. The first process is the chief. It writes the run directory.
 
     Args:
         config: The experiment.
-        callbacks: Keras callbacks that follow those of the configuration.
+        callbacks: Keras callbacks, called after the callbacks of the configuration.
         dry_run: Run one batch of train, validation and test, and write nothing.
         console: Shows the progress bar; None: no bar.
-        import_seconds: The seconds that importing took, for the summary.
+        import_seconds: Seconds that the imports took, for the summary.
         run: The run directory to create; None: one whose name begins with the time.
-        score_test: False: the test images are not used, for trainings among which the validation
-            images decide. No pictures are drawn then.
+        score_test: False: the test images are not used and no report is written, for trainings
+            that are compared by their validation scores.
 
     Returns:
         Scores, times, the trained model, and the run directory.
@@ -91,7 +84,7 @@ def fit(
         experiment = build_experiment(config, timer, cluster=cluster)
     with _output(experiment, kept=chief and not dry_run) as experiment:
         batches = _training_batches(experiment, timer)
-        # From here on something is written: everything that can fail before has been checked.
+        # Everything that can be checked before the first file is written has been checked.
         run, made = _create_run(experiment, run, callbacks)
         with watched(cluster):
             resumable = experiment.devices.broadcast(str(run.path))
@@ -118,7 +111,7 @@ def resume(
     Args:
         reference: A run directory, its name, or "latest".
         changed: The run's configuration with more epochs or on other devices, as
-            `Run.continued` allows; None: unchanged.
+            `Run.check_changes` allows; None: unchanged.
         callbacks: The same as for `fit`.
         console: As in `fit`.
         import_seconds: As in `fit`.
@@ -135,16 +128,8 @@ def resume(
     """
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
-    before = run.config()
-    config = before if changed is None else run.continued(changed)
-    longer = config.training.epochs > before.training.epochs
-    if run.finished and not longer:
-        trained, asked = run.trained_epochs, before.training.epochs
-        stopped = f" of {asked} epochs (a callback stopped it)" if trained < asked else " epochs"
-        raise InputError(
-            f"run {run.name} is finished, after {trained}{stopped}: train it for longer with "
-            f"--epochs {asked + 1} or more"
-        )
+    config = changed or run.config()
+    run.check_changes(config)
     chief = cluster is None or cluster.chief  # the other workers only read the run
     with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
         with watched(cluster, str(run.path)):
@@ -152,15 +137,8 @@ def resume(
             saved = _checkpoint_that_fits(run, experiment)
             progress = saved and asdict(saved.progress)
             experiment.devices.require_same({"the newest checkpoint": progress})
-        if saved is not None and longer:
-            saved = replace(saved, stopped=False)
-            if config.optimizer.schedule is not None:
-                _log.warning(
-                    "The learning-rate schedule now covers %d epochs: the result differs from a "
-                    "training that had this length from the start.",
-                    config.training.epochs,
-                )
         with _output(experiment, kept=chief) as experiment:
+            # Workers other than the chief write to a folder that `_output` removes.
             own = run if chief else next(new_runs(experiment.config.logging.directory, run.name))
             made = make_callbacks(experiment.config, experiment.model, own.path, callbacks)
             batches = _training_batches(experiment, timer)
@@ -169,7 +147,7 @@ def resume(
             )
             if chief:
                 run.checkpoints.mkdir(exist_ok=True)
-                run.reopen(experiment.config)  # from here on something is changed
+                run.reopen(experiment.config)  # files of the run are changed from here on
                 roll_back(run, saved)
             else:
                 own.create(experiment.config)
@@ -279,7 +257,7 @@ def _training_batches(experiment: Experiment, timer: PhaseTimer) -> tuple[Batche
 def _create_run(
     experiment: Experiment, given: Run | None, callbacks: Sequence[keras.callbacks.Callback]
 ) -> tuple[Run, list[keras.callbacks.Callback]]:
-    """Makes the callbacks, whose options can name the run directory, and then the directory.
+    """Creates the callbacks, whose options can name the run directory, and then the directory.
 
     Args:
         experiment: The experiment.
@@ -307,9 +285,9 @@ def _create_run(
 
 @contextmanager
 def _output(experiment: Experiment, *, kept: bool) -> Iterator[Experiment]:
-    """Lets a dry run, and the workers other than the chief, write to a folder that is removed.
+    """Yields the experiment; if it is not `kept`, its runs are written to a temporary folder.
 
-    They run the same code as the others, so that no worker waits for another.
+    So a dry run and the workers other than the chief run the same code as the chief.
     """
     if kept:
         yield experiment
@@ -320,14 +298,14 @@ def _output(experiment: Experiment, *, kept: bool) -> Iterator[Experiment]:
 
 
 def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None:
-    """Reads the newest checkpoint of a run; None: it has none yet.
+    """Reads the newest checkpoint of a run and checks it; None: it has none yet.
 
     Raises:
         InputError: The checkpoint does not fit the experiment.
     """
     saved = newest_checkpoint(run)
     if saved is None:
-        # The first epoch has a line in the metrics just before its checkpoint is written.
+        # One line is possible: that of epoch 1 is written just before the first checkpoint.
         if run.finished or run.trained_epochs > 1:
             raise InputError(f"{run.checkpoints} has no checkpoint any more: it cannot be resumed")
         if (run.path / "environment.json").exists():
@@ -339,9 +317,16 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
     epochs = experiment.config.training.epochs
     if begun > epochs:
         raise InputError(
-            f"{run.name} is in its epoch {begun}: expected as many epochs or more, "
-            f"received {epochs}"
+            f"{run.name} is in epoch {begun}: expected as many epochs or more, received {epochs}"
         )
+    if epochs > run.config().training.epochs:
+        saved = replace(saved, stopped=False)
+        if experiment.config.optimizer.schedule is not None:
+            _log.warning(
+                "The learning-rate schedule now covers %d epochs: the result differs from a "
+                "training that had this length from the start.",
+                epochs,
+            )
     variables = all_variables(experiment.model, experiment.random_state)
     if [tuple(v.shape) for v in variables] != [value.shape for value in saved.variables]:
         raise InputError(

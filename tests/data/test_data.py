@@ -200,8 +200,7 @@ def test_a_split_without_labels_is_not_used(
     assert dataset.test.images is dataset.train.images
     assert set(dataset.test.read()[1]) == {0, 1}
     assert caplog.messages == [
-        "The test split of own has no labels and cannot be scored: test images are held out of "
-        "train."
+        "The test split of own has no labels: test images are held out of train instead."
     ]
 
 

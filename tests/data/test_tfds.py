@@ -213,8 +213,8 @@ def test_a_test_split_without_labels_is_not_used(
         if r.levelname == "WARNING" and r.name.startswith("trainer")
     }
     assert warnings == {
-        "The test split of tiny_competition has no labels and cannot be scored: test images are "
-        "held out of train."
+        "The test split of tiny_competition has no labels: test images are held out of train "
+        "instead."
     }
 
 

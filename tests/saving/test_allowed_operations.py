@@ -15,8 +15,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer.errors import InputError
-from trainer.saving.operations import allowed_operations, find_forbidden
-from trainer.saving.safety import check_saved_model
+from trainer.saving.safety import allowed_operations, check_saved_model, find_forbidden
 
 ROOT = Path(__file__).parents[2]
 IMAGES = tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")

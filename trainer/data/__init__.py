@@ -43,7 +43,7 @@ NPY_ERRORS = (
     *(SyntaxError, tokenize.TokenError),
 )
 
-# Characters that cannot be printed, but that words and emoji need: zero-width (non-)joiner.
+# Zero-width joiner and non-joiner. They are not printable, but words and emoji contain them.
 _JOINERS = "\u200c\u200d"
 
 
@@ -86,14 +86,14 @@ class Split:
         return len(self) * int(np.prod(self.images.shape[1:]))
 
     def class_counts(self, classes: int) -> list[int]:
-        """Returns the number of images of each of `classes` classes."""
+        """Returns the number of images of each class."""
         return [int(count) for count in np.bincount(self.labels[self.rows], minlength=classes)]
 
     def sample(self, count: int, seed: int) -> "Split":
         """Draws images at random, in proportion to their classes and at least one per class.
 
         Args:
-            count: Number of images. If it is below the number of classes, classes are missing.
+            count: Number of images. With fewer images than classes, some classes have none.
             seed: The same seed draws the same images.
 
         Returns:
@@ -122,7 +122,7 @@ class Split:
             InputError: The file of the images has become shorter.
         """
         rows, images = self.rows[positions], self.images
-        # Only a read-only map of a whole array is certain to match its file at `offset`.
+        # Not for a slice of a map or a writable map: the file at `offset` may differ from it.
         if (
             isinstance(images, np.memmap)
             and isinstance(images.base, mmap.mmap)
@@ -134,16 +134,16 @@ class Split:
 
 
 def _read_rows(images: "np.memmap[Any, Any]", rows: NDArray[np.int64]) -> Images:
-    """Reads rows from the file of a memory map, but not through the map.
+    """Reads rows of a memory map directly from its file.
 
-    Reading through the map would add the pages, and the pages around them, to the memory of this
-    process (docs/performance.md, Growth).
+    Reading them through the map would add the pages around them to the memory of this process
+    (docs/performance.md, Growth).
     """
     found = np.empty((len(rows), *images.shape[1:]), np.uint8)
-    places = images.offset + rows * int(np.prod(images.shape[1:]))
+    offsets = images.offset + rows * int(np.prod(images.shape[1:]))
     with Path(str(images.filename)).open("rb", buffering=0) as file:
         # map() runs no Python code between the reads: that would take as long as the reads.
-        count = sum(map(os.preadv, repeat(file.fileno()), zip(found), places.tolist()))
+        count = sum(map(os.preadv, repeat(file.fileno()), zip(found), offsets.tolist()))
     if count != found.nbytes:
         raise InputError(
             f"{images.filename}: expected {found.nbytes} bytes of {len(rows)} images, read {count}"
@@ -172,7 +172,7 @@ class Dataset:
 class Source:
     """The examples that a module of this folder returns, before anything is held out.
 
-    A split without examples, or with negative labels only, is held out of train.
+    If validation or test is None, or has only negative labels, it is held out of train.
     """
 
     name: str
@@ -216,7 +216,7 @@ def load(config: DataConfig) -> Dataset:
     check_class_names(source.name, source.class_names)
     usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
     dataset = _make_splits(replace(source, **usable), config)
-    _warn_of_untrained_classes(dataset)
+    _warn_about_untrained_classes(dataset)
     return dataset
 
 
@@ -245,7 +245,7 @@ def describe(config: DataConfig) -> dict[str, Any]:
     Returns:
         The `DataSpec` as a dictionary, with the number of images of each class in each split.
     """
-    # `load` verifies the checksums of all files up to this limit.
+    # `load` verifies checksums only of data sets up to this size.
     data = load(config.model_copy(update={"device_limit_mb": sys.maxsize}))
     classes = data.spec.class_names
     counts = {
@@ -295,20 +295,18 @@ def _find(config: DataConfig) -> Callable[..., Any]:
     return cast("Callable[..., Any]", function)
 
 
-def _warn_of_untrained_classes(dataset: Dataset) -> None:
+def _warn_about_untrained_classes(dataset: Dataset) -> None:
     class_names = dataset.spec.class_names
     counts = dataset.train.class_counts(len(class_names))
     missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if missing:
         shown = textwrap.shorten(", ".join(map(repr, missing)), 300, placeholder=" …")
-        _log.warning(
-            "%d of %d classes of %s have no training images and cannot be learned: %s",
-            *(len(missing), len(class_names), dataset.spec.name, shown),
-        )
+        classes = f"{len(missing)} of {len(class_names)} classes of {dataset.spec.name}"
+        _log.warning("%s have no training images and cannot be learned: %s", classes, shown)
 
 
 def _make_splits(source: Source, config: DataConfig) -> Dataset:
-    """Holds out the splits that the source does not have, by a permutation from the seed."""
+    """Holds out the splits that the source does not have, by a seeded permutation of train."""
     # RandomState draws the same permutation in every version of numpy; default_rng may not.
     order = np.random.RandomState(config.split_seed).permutation(len(source.train[0]))
     splits: dict[str, Split] = {}
@@ -344,7 +342,7 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
 
 
 def _joined(one: Split, other: Split) -> Split:
-    """Returns the images of both splits, copied into memory if they are of different arrays."""
+    """Returns the images of both splits. Images of different arrays are copied into memory."""
     if one.images is other.images:
         return Split(one.images, one.labels, np.sort(np.concatenate([one.rows, other.rows])))
     (images, labels), (more_images, more_labels) = one.read(), other.read()
@@ -383,11 +381,8 @@ def _usable_examples(source: Source, split: str) -> Examples | None:
     expect(np.issubdtype(labels.dtype, np.integer), where, "integer labels", labels.dtype)
     lowest, highest, most = labels.min(), labels.max(), len(source.class_names) - 1
     if highest < 0 and split != "train":
-        _log.warning(
-            "The %s split of %s has no labels and cannot be scored: %s images are held out of "
-            "train.",
-            *(split, source.name, split),
-        )
+        message = "The %s split of %s has no labels: %s images are held out of train instead."
+        _log.warning(message, split, source.name, split)
         return None
     fit = 0 <= lowest <= highest <= most
     expect(fit, where, f"labels from 0 to {most}", f"{lowest} to {highest}")

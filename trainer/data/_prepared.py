@@ -60,7 +60,7 @@ def write_prepared(
     The folder appears complete or not at all: a temporary folder is filled and renamed.
 
     Args:
-        folder: Destination; prepared data that is there is replaced.
+        folder: Destination; prepared data in it is replaced.
         splits: By name ("train", optionally "validation" and "test"): number of images, shape of
             one image, and batches of images and labels with that number of images in total.
         facts: name, version, class_names and origin, as in `Source`.
@@ -93,7 +93,7 @@ def not_writable(folder: Path, error: OSError) -> InputError:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuses a path with anything but prepared data, which would be lost."""
+    """Raises InputError if a folder contains other files than prepared data, to protect them."""
     is_folder = not folder.is_symlink() and (folder.is_dir() or not folder.exists())
     expect(is_folder, str(folder), "a folder of prepared data", "a file or link")
     own = re.compile(rf"{re.escape(_DESCRIPTION)}|({'|'.join(SPLITS)})_(images|labels)\.npy")

@@ -43,8 +43,8 @@ DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 # The value of white in the image types that can be converted to uint8.
 _WHITE = {np.dtype(kind): np.iinfo(kind).max for kind in (np.uint8, np.uint16)}
 
-# The network probe ends within ten seconds: the first limit is for an answer, the second includes
-# a slow look-up of the host name, which no time-out of urllib covers.
+# Time limits of the network probe: for an answer, and in total. The total includes a slow look-up
+# of the host name, because the time-out of urllib does not.
 _ANSWER_SECONDS, _PROBE_SECONDS = 4.0, 8.0
 
 
@@ -69,9 +69,9 @@ def load(config: DataConfig) -> Source:
             if config.name != "mnist" or not config.allow_sample or other:
                 raise
             _log.warning(
-                "Training on a SAMPLE, 5,000 of MNIST's 70,000 images (mnist_sample): %s. For all "
-                "of MNIST: a network, or TRAINER_DATA_FILES=<folder with the four original "
-                "archives>. Accuracies on the sample are not accuracies on MNIST.",
+                "Training on a SAMPLE, 5,000 of MNIST's 70,000 images (mnist_sample): %s. To train "
+                "on all of MNIST, connect to the network, or set TRAINER_DATA_FILES=<folder with "
+                "the four original archives>. Accuracies on the sample are not MNIST results.",
                 error,
             )
             return mnist_sample.load(config)
@@ -89,7 +89,7 @@ def prepared_folder(config: DataConfig) -> Path:
 
 
 def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
-    """Decodes the data set into its folder, unless that is done already and not `overwrite`."""
+    """Decodes the data set into its folder. An existing folder is kept, unless `overwrite`."""
     import tensorflow_datasets as tfds
 
     folder = prepared_folder(config)
@@ -151,7 +151,7 @@ def network_answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process at a time write to the data folder, and removes unfinished preparations."""
+    """Locks the data folder for one process at a time, and removes unfinished preparations."""
     lock = filelock.FileLock(directory / ".lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _builder(config: DataConfig) -> Any:
-    """Returns the builder of a data set: of prepared files if they exist, else one that can write.
+    """Returns the builder of a data set; one with prepared files is preferred.
 
     Files are searched in our directory, then in the default folder of tensorflow-datasets
     (TFDS_DATA_DIR or in the home folder). Prepared files need no builder class in the installed
@@ -247,7 +247,7 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
         if folder.is_dir() and not missing and (wanted or config.archives):
             return folder.absolute()
         reason = f"{folder} ({setting}) lacks {', '.join(missing) or 'archives'}"
-        if missing != wanted:
+        if missing != wanted:  # some archives are here: report this folder
             break
     url = next(iter(builder.url_infos), DOWNLOADS)
     if not network_answers(url):
@@ -262,7 +262,7 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
 
 
 def _download(config: DataConfig, builder: Any, archives: Path | None) -> None:
-    """Lets tensorflow-datasets write its files from the archives or the network."""
+    """Makes tensorflow-datasets write its files from the archives or the network."""
     import tensorflow_datasets as tfds
 
     try:

@@ -67,9 +67,9 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
         raise InputError(f"{where} cannot be built: {keras_objects.explain(error)}") from error
     built = isinstance(model, keras.Model) and model.built
     expect(built, where, "build() to return a built keras.Model", type(model).__name__)
-    for name in [layer.name for layer in model.layers]:
-        rule = "layer names that TensorFlow accepts (letters, digits, _ . - /, no blanks)"
-        expect(_SCOPE.fullmatch(name), where, rule, repr(name))
+    rule = "layer names that TensorFlow accepts (letters, digits, _ . - /, no spaces)"
+    for layer in model.layers:
+        expect(_SCOPE.fullmatch(layer.name), where, rule, repr(layer.name))
     shape = getattr(model, "input_shape", None)
     wanted = (None, *spec.image_shape)
     expect(shape == wanted, where, f"one input of shape {list(wanted)}", shape)

@@ -43,13 +43,13 @@ def build(
         size = kernel_size if i == 1 else 3
         x = layers.Conv2D(channels, size, padding=padding, name=f"convolution_{i}")(x)
         x = layers.MaxPooling2D(2, padding="same", name=f"pooling_{i}")(x)  # halves H and W
-        # A ReLU gives the same result before the pooling, but with four times the work.
+        # A ReLU before the pooling would have the same result, but four times the work.
         x = layers.ReLU(name=f"relu_{i}")(x)
     x = layers.Flatten(name="flatten")(x)  # (B, H * W * channels)
     x = layers.Dense(dense, use_bias=not batch_normalization, name="hidden")(x)  # (B, dense)
     if batch_normalization:
-        # The layer after the ReLU makes a scale unnecessary. The momentum is low, because the
-        # averages must follow within the few hundred steps of an epoch.
+        # No scale: the weights of the next dense layer can learn it. The momentum is low, because
+        # an epoch has only a few hundred steps to learn the averages.
         x = layers.BatchNormalization(scale=False, momentum=0.8, name="normalization")(x)
     x = layers.ReLU(name="relu")(x)
     x = layers.Dropout(dropout, name="dropout")(x)

@@ -7,7 +7,7 @@
         { name = "GlobalAveragePooling2D" },
     ]
 
-The scaling is added before the list, and the dense layer to the classes with its softmax after it.
+`build` adds the scaling of the pixels before this list, and a dense layer and a softmax after it.
 """
 
 from typing import Annotated
@@ -21,7 +21,7 @@ from trainer.data import DataSpec
 from trainer.errors import InputError
 from trainer.models import class_probabilities, image_input
 
-# With a default, the module builds a network without options, like every other one.
+# The default lets `build` work without options, as in every other module.
 _FLATTEN = (KerasObject(name="Flatten"),)
 
 

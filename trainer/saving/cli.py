@@ -1,7 +1,7 @@
 """The verbs of the saving tool: save, load, export, verify."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,13 @@ from trainer.console import (
 app = typer.Typer()
 
 
+def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
+    """Calls a function of this package that imports TensorFlow. Its prints go to stderr."""
+    start_logging()
+    with stdout_to_stderr():
+        return getattr(import_module(f"trainer.saving.{module}"), function)(*arguments, **options)
+
+
 @app.command()
 def save(
     run: RunArgument,
@@ -33,10 +40,7 @@ def save(
 ) -> None:
     """Write the model of a run into one Keras file."""
     require("cpu", run, runs)
-    start_logging()
-    with stdout_to_stderr():
-        write = import_module("trainer.saving.files").save
-        result = write(run, path, overwrite=overwrite, runs_directory=runs)
+    result = _call("files", "save", run, path, overwrite=overwrite, runs_directory=runs)
     print_table(result, as_json=json_)
 
 
@@ -53,9 +57,8 @@ def load(
     json_: JsonOption = False,
 ) -> None:
     """Print format, input, output, size and origin of a model in any format."""
-    start_logging()
+    loaded = _call("loading", "load", path, trust=trust)
     with stdout_to_stderr():
-        loaded = import_module("trainer.saving.loading").load(path, trust=trust)
         result = loaded.describe() | (loaded.evaluate() if evaluate else {})
     print_table(result, as_json=json_)
 
@@ -79,10 +82,8 @@ def export(
 ) -> None:
     """Write a new version of a model for deployment, verified in another process."""
     require("cpu", run, runs)
-    start_logging()
-    with stdout_to_stderr():
-        write = import_module("trainer.saving.export").export
-        folder, record = write(run, format_, name=name, directory=directory, runs_directory=runs)
+    options = {"name": name, "directory": directory, "runs_directory": runs}
+    folder, record = _call("export", "export", run, format_, **options)
     facts = {"path": str(folder), "format": record.format, **record.verified.model_dump()}
     print_table(facts, as_json=json_)
 
@@ -95,10 +96,7 @@ def verify(
     json_: JsonOption = False,
 ) -> None:
     """Check an exported model: its checksums, and its predictions in another process."""
-    start_logging()
-    with stdout_to_stderr():
-        compare = import_module("trainer.saving.versions").verify
-        folder, verified = compare(path, trust=trust)
+    folder, verified = _call("versions", "verify", path, trust=trust)
     result = "unchanged, and the same predictions for the stored images"
     facts = {"path": str(folder), "result": result, **verified.model_dump()}
     print_table(facts, as_json=json_)

@@ -7,15 +7,15 @@ import re
 import shlex
 import tempfile
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-import keras
 import numpy as np
 
 from trainer import data as datasets
 from trainer import keras_objects
+from trainer.data import Dataset
 from trainer.errors import InputError, shell_command
 from trainer.experiment import require_data, restore
 from trainer.files import require_writable
@@ -37,10 +37,6 @@ from trainer.saving.versions import (
 _MAX_VERIFIED_IMAGES = 10_000
 _MAX_STORED_IMAGES = 256  # for `verify`
 _CALIBRATION_IMAGES = 500
-# The image is piped, because a photo is longer than a command line argument may be.
-_SEND_FILE = r"""(printf '{{"signature_name": "serving_files", "instances": [{{"b64": "'
- base64 < image.png | tr -d '\n'
- printf '"}}]}}') | curl {url}:predict -d @-"""
 
 
 def export(
@@ -78,12 +74,11 @@ def export(
     require_writable(directory, "--directory")
     data = datasets.load(origin.config.data)
     require_data(run, origin.spec.fingerprint, data.spec)
-    model = restore(run, precision="float32")
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-            record = _write(run, data, model, export_format, Path(partial))
+            record = _write(run, origin, data, export_format, Path(partial))
             return _publish(Path(partial), folder, record), record
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from None
@@ -93,27 +88,16 @@ def export(
 
 
 def _write(
-    run: Run,
-    data: datasets.Dataset,
-    model: keras.Model,
-    export_format: ExportFormat,
-    folder: Path,
+    run: Run, origin: Origin, data: Dataset, export_format: ExportFormat, folder: Path
 ) -> ExportRecord:
-    """Writes and verifies an exported model in a folder that is not published yet.
-
-    Args:
-        run: The run.
-        data: Its data.
-        model: Its model in float32.
-        export_format: The format.
-        folder: An empty folder.
-    """
-    origin = Origin.of(run)
+    """Writes and verifies an exported model in an empty folder that is not published yet."""
+    model = restore(run, precision="float32")
     precision, seed = origin.config.training.precision, origin.config.data.split_seed
     # Sampled at random, because the data may be sorted by class.
     images, labels = data.test.sample(_MAX_VERIFIED_IMAGES, seed).read()
     calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
     expected, difference = predict_in_batches(of_keras(model), images), 0.0
+    check = {"images": images, "labels": labels, "probabilities": expected}
     if precision != "float32":
         trained = predict_in_batches(of_keras(restore(run)), images)
         difference = float(abs(trained - expected).max())
@@ -134,12 +118,11 @@ def _write(
         parameters=model.count_params(),
         precision=precision,
         precision_difference=difference,
-        verified=compare(export_format, folder, images, labels, expected),
+        verified=compare(export_format, folder, check),
         sha256=compute_checksums(folder),
     )
     step = slice(None, None, math.ceil(len(images) / _MAX_STORED_IMAGES))
-    arrays = {"images": images, "labels": labels, "probabilities": expected}
-    np.savez(folder / CHECK, **{key: array[step] for key, array in arrays.items()})
+    np.savez(folder / CHECK, **{key: array[step] for key, array in check.items()})
     (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return record
 
@@ -160,11 +143,22 @@ def _publish(partial: Path, folder: Path, record: ExportRecord) -> Path:
 
 def model_card(record: ExportRecord, version: Path) -> str:
     """Returns the README of an exported model: its facts, and the commands to use it."""
-    spec = record.spec
+    spec, model = record.spec, version.parent
     outside = "Run these commands in the folder where `trainer export` ran.\n\n"
     classes = ", ".join(map(markdown_text, spec.class_names[:20]))
-    serving = _serving_commands(version.parent, spec.image_shape[-1] in FILE_CHANNELS)
-    return _template("model_card.txt").format(
+    url = f"http://localhost:8501/v1/models/{quote(model.name)}"
+    takes_files = spec.image_shape[-1] in FILE_CHANNELS
+    serving = _fill(
+        "model_card_serving.txt",
+        variable=shlex.quote(f"MODEL_NAME={model.name}"),
+        here="" if model.is_absolute() else '"$PWD"/',  # Docker accepts absolute paths only
+        mount=shlex.quote(f"{model}:/models/{model.name}"),
+        serve=shell_command("serve", model.name, "--directory", model.parent),
+        # The image is piped: a photo is longer than a command line argument may be.
+        request=_fill("model_card_request.txt", url=url) if takes_files else f"curl {url}/metadata",
+    )
+    return _fill(
+        "model_card.txt",
         record=record,
         version=version,
         shape=", ".join(map(str, spec.image_shape)),
@@ -176,17 +170,6 @@ def model_card(record: ExportRecord, version: Path) -> str:
     )
 
 
-def _serving_commands(model: Path, takes_files: bool) -> str:
-    """Returns the commands that serve a SavedModel and send a request to the server."""
-    url = f"http://localhost:8501/v1/models/{quote(model.name)}"
-    return _template("model_card_serving.txt").format(
-        variable=shlex.quote(f"MODEL_NAME={model.name}"),
-        here="" if model.is_absolute() else '"$PWD"/',  # Docker accepts absolute paths only
-        mount=shlex.quote(f"{model}:/models/{model.name}"),
-        serve=shell_command("serve", model.name, "--directory", model.parent),
-        request=_SEND_FILE.format(url=url) if takes_files else f"curl {url}/metadata",
-    )
-
-
-def _template(name: str) -> str:
-    return resources.files("trainer.saving").joinpath(name).read_text(encoding="utf-8")
+def _fill(template: str, **values: Any) -> str:
+    """Returns a text file of this package with values in the place of its fields."""
+    return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)

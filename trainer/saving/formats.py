@@ -3,8 +3,9 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +104,18 @@ def _write_saved_model(source: ExportSource, path: Path) -> None:
 def _write_litert(source: ExportSource, path: Path, **options: Any) -> None:
     # LiteRT lacks TensorFlow's own operations, which Keras would allow in the file.
     builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    _export(source, path, "litert", target_spec=builtins, **options)
+    _export("litert", source, path, target_spec=builtins, **options)
 
 
 def _write_litert_int8(source: ExportSource, path: Path) -> None:
-    def calibrate() -> Iterator[dict[str, Images]]:
-        for image in source.calibration:
-            yield {"images": image[np.newaxis]}
-
-    dataset = tf.lite.RepresentativeDataset(calibrate)
+    dataset = tf.lite.RepresentativeDataset(
+        lambda: ({"images": image[np.newaxis]} for image in source.calibration)
+    )
     optimizations = [tf.lite.Optimize.DEFAULT]
     _write_litert(source, path, optimizations=optimizations, representative_dataset=dataset)
 
 
-def _write_onnx(source: ExportSource, path: Path) -> None:
-    _export(source, path, "onnx", opset_version=17)
-
-
-def _export(source: ExportSource, path: Path, kind: str, **options: Any) -> None:
+def _export(kind: str, source: ExportSource, path: Path, **options: Any) -> None:
     """Exports with Keras, with an input `images` and an output `probabilities`."""
     images = keras.Input(source.spec.image_shape, dtype="uint8", name="images")
     model = keras.Model(images, {"probabilities": source.model(images, training=False)})
@@ -130,6 +125,7 @@ def _export(source: ExportSource, path: Path, kind: str, **options: Any) -> None
         model.export(path, format=kind, input_signature=signature, verbose=False, **options)
 
 
+_write_onnx = partial(_export, "onnx", opset_version=17)
 _LITERT = (("ai_edge_litert",), "litert")
 _ONNX = (("tf2onnx", "onnxruntime"), "onnx")
 # Another order of float32 sums changes a result by a few 1e-7 per layer. int8 has only 256 values

@@ -11,23 +11,17 @@ from numpy.typing import NDArray
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
 from trainer.data import Images
-from trainer.errors import InputError, shell_command
+from trainer.errors import InputError
 from trainer.experiment import restore
 from trainer.run import Run, open_run
 from trainer.saving import safety
 from trainer.saving.files import Origin, read_origin
 from trainer.saving.formats import find_format
 from trainer.saving.runtimes import Predict, of_keras, predict_in_batches
-from trainer.saving.versions import RECORD, artefact_files, find_version, read_record
+from trainer.saving.versions import artefact_files, find_version, read_record
 from trainer.training.weights import load_weights
 
-# Files are identified by their content: position, bytes, kind, and the expected suffix.
-_MAGIC = (
-    (0, b"PK", "keras", ".keras"),
-    (0, b"\x89HDF", "weights", ".weights.h5"),
-    (4, b"TFL3", "litert", ".tflite"),
-    (0, b"", "onnx", ".onnx"),  # a protocol buffer, without bytes that identify it
-)
+_KINDS = {".keras": "keras", ".weights.h5": "weights", ".tflite": "litert", ".onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +58,7 @@ class LoadedModel:
         }
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
-        """Scores a split of the data that the model was trained on.
-
-        Args:
-            split: "train", "validation" or "test".
+        """Scores a split ("train", "validation" or "test") of the data that it was trained on.
 
         Returns:
             Split, number of images, mean cross-entropy (for any training loss) and accuracy.
@@ -114,50 +105,34 @@ def load(path: str | Path, *, trust: bool = False) -> LoadedModel:
         kind = _identify(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if kind == "run":
-        run = Run(path)
-        if not run.finished:
-            resume = shell_command("fit", "--resume", path)
-            raise InputError(f"run {run.name} is not finished: continue it with `{resume}`")
-        return _loaded(path, kind, restore(run), Origin.of(run), run.weights)
-    if kind == "keras":
-        return _load_keras(path, trust=trust)
-    if kind == "weights":
-        return _load_weights(path, trust=trust)
-    return _load_exported(path, kind, trust=trust)
-
-
-def _loaded(
-    path: Path, kind: str, model: keras.Model, origin: Origin | None, file: Path
-) -> LoadedModel:
-    size = file.stat().st_size
+    if kind not in _KERAS_LOADERS:
+        return _load_exported(path, kind, trust=trust)
+    model, origin = _KERAS_LOADERS[kind](path, trust)
+    size = (Run(path).weights if kind == "run" else path).stat().st_size
     return LoadedModel(path, kind, model.count_params(), size, origin, of_keras(model))
 
 
 def _identify(path: Path) -> str:
-    """Returns the kind of a path by its content. A file name with another suffix is refused."""
+    """Returns "run", "saved_model" for other folders, or the kind of a file by its suffix."""
     if path.is_dir():
-        if (path / "config.toml").is_file():
-            return "run"
-        return "saved_model" if (path / "saved_model.pb").is_file() else "exported"
+        return "run" if (path / "config.toml").is_file() else "saved_model"
     if not path.is_file():
         raise InputError(f"expected a model, received {path}: there is no such file or folder")
-    with path.open("rb") as file:
-        head = file.read(8)
-    if head[:1] == b"\x80" or head[:2] == b"c_":
-        raise InputError(f"{path} looks like a pickle, which can run code: it is never loaded")
-    kind, suffix = next(m[2:] for m in _MAGIC if head[m[0] :].startswith(m[1]))
-    if not path.name.endswith(suffix):
-        content = "an unknown format" if kind == "onnx" else f"the content of a {suffix} file"
-        legacy = "; legacy .h5 models are not loaded, because they can contain code"
-        raise InputError(
-            f"{path} has {content}: expected a run, .keras, .weights.h5, SavedModel, .tflite or "
-            f".onnx with that suffix{legacy if kind == 'weights' else ''}"
-        )
-    return kind
+    for suffix, kind in _KINDS.items():
+        if path.name.endswith(suffix):
+            return kind
+    raise InputError(
+        f"{path} has an unknown format: expected a run, a SavedModel, or a file that ends in "
+        f"{', '.join(_KINDS)}; legacy .h5 models and pickles can contain code and are never loaded"
+    )
 
 
-def _load_keras(path: Path, *, trust: bool) -> LoadedModel:
+def _load_run(path: Path, trust: bool) -> tuple[keras.Model, Origin]:  # noqa: ARG001
+    run = open_run(str(path.absolute()))  # refuses a run that is not finished
+    return restore(run), Origin.of(run)
+
+
+def _load_keras(path: Path, trust: bool) -> tuple[keras.Model, Origin | None]:
     classes = safety.check_keras(path, trust=trust)
     try:
         model = keras.saving.load_model(
@@ -166,10 +141,10 @@ def _load_keras(path: Path, *, trust: bool) -> LoadedModel:
     except Exception as error:  # a damaged file raises many types
         reason = keras_objects.explain(error)
         raise InputError(f"{path} cannot be loaded by Keras: {reason}") from error
-    return _loaded(path, "keras", model, read_origin(path), path)
+    return model, read_origin(path)
 
 
-def _load_weights(path: Path, *, trust: bool) -> LoadedModel:
+def _load_weights(path: Path, trust: bool) -> tuple[keras.Model, Origin]:
     try:
         origin = read_origin(path)
     except (OSError, RuntimeError, KeyError) as error:
@@ -187,21 +162,23 @@ def _load_weights(path: Path, *, trust: bool) -> LoadedModel:
     with devices.dtype_policy(origin.config.training.precision):
         model = models.build(origin.config.model, origin.spec)
     load_weights(path, model)
-    return _loaded(path, "weights", model, origin, path)
+    return model, origin
+
+
+_KERAS_LOADERS = {"run": _load_run, "keras": _load_keras, "weights": _load_weights}
 
 
 def _load_exported(path: Path, kind: str, *, trust: bool) -> LoadedModel:
     """Loads an exported model from its version folder, or a file or SavedModel without record."""
-    if kind == "exported":
+    if kind == "saved_model" and not (path / "saved_model.pb").is_file():
         path = find_version(path)
-        kind = read_record(path).format
+    record = read_record(path if path.is_dir() else path.parent)
+    if path.is_dir() and record is not None:
+        kind = record.format
         path = path / find_format(kind).file
-    folder = path if path.is_dir() else path.parent
-    record = read_record(folder) if (folder / RECORD).is_file() else None
     if path.is_dir():
         safety.check_saved_model(path, trust=trust)
     predict = find_format(kind).open(path)
     size = sum(file.stat().st_size for file in artefact_files(path))
-    if record is None:
-        return LoadedModel(path, kind, None, size, None, predict)
-    return LoadedModel(path, record.format, record.parameters, size, record, predict)
+    kind, parameters = (record.format, record.parameters) if record else (kind, None)
+    return LoadedModel(path, kind, parameters, size, record, predict)

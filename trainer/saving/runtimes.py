@@ -3,7 +3,7 @@
 This module imports nothing from this package. Run as a program, it blocks the import of the
 package. This proves that an exported model does not need it:
 
-    python -P runtimes.py FORMAT PATH IMAGES.npy PROBABILITIES.npz
+    python -P runtimes.py FORMAT PATH IMAGES.npy PROBABILITIES.npy
 
 -P keeps the folder of this module out of the import path. PYTHONPATH and the packages of the user
 are still found.
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+SMALL_BATCHES = 64  # images that are also scored in batches of 1 and of 7
 # Maps images, uint8 [n, height, width, channels], to probabilities, float32 [n, classes].
 Predict = Callable[[Any], Any]
 
@@ -74,15 +75,11 @@ def predict_in_batches(predict: Predict, images: Any, batch_size: int = 256) -> 
 
 
 def main(kind: str, path: str, images_file: str, result_file: str) -> None:
-    """Scores all images in batches of 256, and 64 of them in batches of 1 and of 7."""
+    """Scores a few images in batches of 1, then of 7, and then all images in batches of 256."""
     predict = RUNTIMES[kind][1](Path(path))
     images = np.load(images_file)
-    np.savez(
-        result_file,
-        one=predict_in_batches(predict, images[:64], 1),
-        seven=predict_in_batches(predict, images[:64], 7),
-        all=predict_in_batches(predict, images),
-    )
+    small = [predict_in_batches(predict, images[:SMALL_BATCHES], size) for size in (1, 7)]
+    np.save(result_file, np.concatenate([*small, predict_in_batches(predict, images)]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,15 @@ Refused without trust: code (Lambda layers, functions, modules outside Keras), a
 Keras networks do not need. Always refused: paths outside an archive and archives that unpack to too
 many bytes. Keras itself refuses weights in other files, and weights that declare more than 4 GiB
 without storing them. ONNX Runtime refuses weights outside the folder of the model.
+
+allowed_operations.txt lists the operations of Keras layers, of `keras.ops` and of this project's
+exports. scripts/allowed_operations.py writes it and explains the rule. All other operations are
+refused, because TensorFlow does not record which of its 1,900 operations access files, the network
+or Python, and because each version adds some.
+
+All functions of a graph are checked, called or not. So a call is harmless if it calls a function of
+the same graph. The functions with which TensorFlow saves and restores variables use four more
+operations. `tf.saved_model.load` never calls these functions: it reads the variables itself.
 """
 
 import importlib
@@ -11,11 +20,11 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.saving.operations import find_forbidden
 
 _MAX_ARCHIVE_BYTES = 8 * 10**9  # unpacked size of a .keras archive
 _KERAS_FILES = re.compile(r"metadata\.json|config\.json|model\.weights\.h5|assets/.+")
@@ -27,15 +36,15 @@ _CODE = {
     *("Lambda", "__lambda__", "function"),
     *("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
 }
+_SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
+SAVER_OPERATIONS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
+# Operations that make variables and tables. TensorFlow writes their names.
+_NAMED = {"VarHandleOp", "HashTableV2", "MutableHashTableV2"}
 _TRUST = "If you trust its author, load it with --trust"
 
 
 def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
-    """Checks a .keras archive without loading it.
-
-    Args:
-        path: The archive.
-        trust: Accept code, and import the classes that the archive names.
+    """Checks a .keras archive without loading it, and imports the classes that trust accepts.
 
     Returns:
         The imported classes by name, for `custom_objects` of Keras.
@@ -45,11 +54,20 @@ def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_members(path, archive.infolist())
+            for name in archive.namelist():
+                if not _KERAS_FILES.fullmatch(name) or ".." in PurePosixPath(name).parts:
+                    raise InputError(f"{path} contains {name!r}: not a file of .keras archives")
+            size = sum(member.file_size for member in archive.infolist())
+            if size > _MAX_ARCHIVE_BYTES:
+                raise InputError(f"{path} unpacks to {size} bytes (at most {_MAX_ARCHIVE_BYTES})")
             config = json.loads(archive.read("config.json"))
             # Keras does not read this with compile=False. It can name a user's own loss function.
             config.pop("compile_config", None)
-            objects = list(_objects(config))
+            objects = [
+                (str(value.get("module") or "keras"), str(value["class_name"]))
+                for value in _values(config)
+                if isinstance(value, dict) and "class_name" in value
+            ]
     except InputError:
         raise
     except Exception as error:  # a damaged archive raises many types
@@ -67,14 +85,7 @@ def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
 
 
 def check_saved_model(path: Path, *, trust: bool = False) -> Any:
-    """Checks the operations of a SavedModel without loading it.
-
-    Args:
-        path: Its folder.
-        trust: Accept any operation.
-
-    Returns:
-        The parsed saved_model.pb.
+    """Checks the operations of a SavedModel without loading it. Returns its saved_model.pb.
 
     Raises:
         InputError: It is damaged, or has an operation that Keras networks do not need.
@@ -104,31 +115,79 @@ def check_network(path: Path, options: Any) -> None:
     Raises:
         InputError: An option names a class outside Keras, or one that runs code.
     """
-    if isinstance(options, dict):
-        options = list(options.values())
-    if isinstance(options, list):
-        for option in options:
-            check_network(path, option)
-    elif isinstance(options, str) and (":" in options or options in _CODE):
-        raise InputError(f"{path} contains code: {options}. Loading runs it. {_TRUST}")
+    for option in _values(options):
+        if isinstance(option, str) and (":" in option or option in _CODE):
+            raise InputError(f"{path} contains code: {option}. Loading runs it. {_TRUST}")
 
 
-def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    for name in (member.filename for member in members):
-        if not _KERAS_FILES.fullmatch(name) or ".." in PurePosixPath(name).parts:
-            raise InputError(f"{path} contains {name!r}: not a file of .keras archives")
-    size = sum(member.file_size for member in members)
-    if size > _MAX_ARCHIVE_BYTES:
-        raise InputError(f"{path} unpacks to {size} bytes (at most {_MAX_ARCHIVE_BYTES})")
-
-
-def _objects(tree: Any) -> Iterator[tuple[str, str]]:
-    """Yields module and class of every object that a Keras configuration names."""
-    if isinstance(tree, dict):
-        if "class_name" in tree:
-            yield str(tree.get("module") or "keras"), str(tree["class_name"])
-        children: Any = tree.values()
-    else:
-        children = tree if isinstance(tree, list) else ()
+def _values(tree: Any) -> Iterator[Any]:
+    """Yields a JSON value and all values in it."""
+    yield tree
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     for child in children:
-        yield from _objects(child)
+        yield from _values(child)
+
+
+@cache
+def allowed_operations() -> frozenset[str]:
+    """Returns the names of the operations that need no trust."""
+    text = Path(__file__).with_name("allowed_operations.txt").read_text(encoding="utf-8")
+    return frozenset(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def find_forbidden(saved: Any) -> str | None:
+    """Returns a description of the first thing in a parsed SavedModel that needs trust, or None."""
+    graph = saved.meta_graphs[0]
+    # TensorFlow loads all other SavedModels as version 1 did: it runs the operations of the saver.
+    if len(saved.meta_graphs) > 1 or not graph.HasField("object_graph_def"):
+        return "a graph of TensorFlow 1"
+    return next(_forbidden(graph), None)
+
+
+def _forbidden(graph: Any) -> Iterator[str]:
+    """Yields a description of each thing in a graph that needs trust."""
+    functions = {function.signature.name for function in graph.graph_def.library.function}
+    savers = set(filter(_SAVER.fullmatch, functions))
+    # The object graph lists the functions that can be called after loading, or that loading calls.
+    objects = graph.object_graph_def.SerializeToString()
+    for name in sorted(name for name in savers if name.encode() in objects):
+        yield f"the function {name}, which only TensorFlow's own saver may call"
+    saver_nodes = {graph.saver_def.save_tensor_name.split(":")[0], graph.saver_def.restore_op_name}
+    saver_nodes -= _used_nodes(graph)
+    for node in graph.graph_def.node:
+        called = functions if node.name in saver_nodes else functions - savers
+        yield from _forbidden_in_node(node, "the graph", called, allowed_operations())
+    for function in graph.graph_def.library.function:
+        name = function.signature.name
+        allowed = allowed_operations() | (SAVER_OPERATIONS if name in savers else set())
+        for node in function.node_def:
+            yield from _forbidden_in_node(node, name, functions - savers, allowed)
+
+
+def _forbidden_in_node(
+    node: Any, where: str, functions: set[str], allowed: frozenset[str]
+) -> Iterator[str]:
+    operation = f"the operation {node.op} (in {where})"
+    if node.op not in allowed | functions:
+        yield operation
+    for name, value in sorted(node.attr.items()):
+        # Control flow runs an operation if an attribute names it in the place of a function.
+        for called in (value.func, *value.list.func):
+            if called.name and called.name not in functions:
+                yield f"{operation} with {name} = {called.name!r}, which it may not call"
+        if value.HasField("placeholder"):
+            yield f"{operation} with {name} = ${value.placeholder}, which its caller chooses"
+        # These names would find the resources of other models in the process.
+        shares = name == "container" or (name == "shared_name" and node.op not in _NAMED)
+        if shares and value.s:
+            yield f"{operation} with {name} = {value.s.decode(errors='replace')!r}"
+
+
+def _used_nodes(graph: Any) -> set[str]:
+    """Returns the nodes whose results another node, a signature or a collection uses."""
+    names = [name for node in graph.graph_def.node for name in node.input]
+    for signature in graph.signature_def.values():
+        names += [tensor.name for tensor in signature.outputs.values()]
+    for collection in graph.collection_def.values():
+        names += collection.node_list.value
+    return {name.lstrip("^").split(":")[0] for name in names}

@@ -15,12 +15,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from trainer.data import Images, Labels
+from trainer.data import Images
 from trainer.errors import CheckError, InputError
 from trainer.files import sha256
 from trainer.saving import runtimes
@@ -29,6 +30,9 @@ from trainer.saving.formats import ExportFormat, find_format
 from trainer.saving.safety import check_saved_model
 
 RECORD, CHECK, CARD = "export.json", "check.npz", "README.md"
+# The arrays of check.npz: images, their labels, and their probabilities from the float32 model,
+# float32 [n, classes].
+Check = dict[str, NDArray[Any]]
 
 
 class Verification(BaseModel):
@@ -55,28 +59,25 @@ class ExportRecord(Origin):
     sha256: dict[str, str]  # of each file of the exported model
 
 
-def read_record(folder: Path) -> ExportRecord:
-    """Reads the export.json of a version.
+def read_record(folder: Path) -> ExportRecord | None:
+    """Reads the export.json of a version. None: there is none.
 
     Raises:
-        InputError: The file is missing or damaged.
+        InputError: The file is damaged.
     """
     try:
         return ExportRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, InputError) as error:
         raise InputError(f"{folder / RECORD} cannot be read: {error}") from None
 
 
 def artefact_files(artefact: Path) -> list[Path]:
-    """Returns the files of an exported model, without export.json, check.npz and README.md.
-
-    Args:
-        artefact: The version folder for a SavedModel, else the file in it.
-    """
-    if artefact.is_file():
-        return [artefact]
+    """Returns the files of an exported model (a file or a version folder), without our own."""
     ours = [artefact / name for name in (RECORD, CHECK, CARD)]
-    return [path for path in sorted(artefact.rglob("*")) if path.is_file() and path not in ours]
+    paths = [artefact, *sorted(artefact.rglob("*"))]
+    return [path for path in paths if path.is_file() and path not in ours]
 
 
 def compute_checksums(folder: Path) -> dict[str, str]:
@@ -90,13 +91,12 @@ def verify_checksums(folder: Path, record: ExportRecord) -> None:
     Raises:
         CheckError: A file was changed, is missing, or was added.
     """
-    found = compute_checksums(folder)
-    for name in sorted(record.sha256.keys() | found.keys()):
-        if record.sha256.get(name) != found.get(name):
-            raise CheckError(
-                f"{folder / name}: expected sha256 {record.sha256.get(name, 'of no such file')}, "
-                f"found {found.get(name, 'no such file')}"
-            )
+    changed = record.sha256.items() ^ compute_checksums(folder).items()
+    if changed:
+        name = min(changed)[0]
+        expected = record.sha256.get(name, "no such file")
+        found = dict(changed - record.sha256.items()).get(name, "no such file")
+        raise CheckError(f"{folder / name}: expected sha256 {expected}, found {found}")
 
 
 def is_version(path: Path) -> bool:
@@ -108,10 +108,12 @@ def list_versions(folder: Path) -> dict[int, Path]:
     """Returns the version folders of a model by number, or nothing if the folder is unreadable.
 
     As in TensorFlow Serving, a version is any name that is a 64-bit number. Leading zeros do not
-    count. If several names are the same number, the one with the fewest zeros is used.
+    count. If several names are the same number, the one with the fewest zeros is used. For a
+    version folder, the result is the folder itself.
     """
     with contextlib.suppress(OSError):
-        return {int(path.name): path for path in sorted(filter(_is_number, folder.iterdir()))}
+        paths = [folder] if is_version(folder) else sorted(filter(_is_number, folder.iterdir()))
+        return {int(path.name): path for path in paths}
     return {}
 
 
@@ -146,46 +148,36 @@ def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verification
     """
     folder = find_version(Path(path))
     record = read_record(folder)
+    if record is None:
+        raise InputError(f"{folder / RECORD} cannot be read: there is no such file")
     export_format = find_format(record.format)
     verify_checksums(folder, record)
     if record.format == "saved_model":
         check_saved_model(folder, trust=trust)
     try:
         with np.load(folder / CHECK, allow_pickle=False) as stored:
-            images, labels, expected = (stored[k] for k in ("images", "labels", "probabilities"))
-        if expected.shape != (len(images), record.spec.class_count) or not len(images):
-            raise ValueError(f"probabilities of shape {list(expected.shape)}")
+            check = {key: stored[key] for key in ("images", "labels", "probabilities")}
+        found, count = check["probabilities"].shape, len(check["images"])
+        if found != (count, record.spec.class_count) or not count:
+            raise ValueError(f"probabilities of shape {list(found)}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CheckError(f"{folder / CHECK} was changed or is damaged: {error}") from None
-    return folder, compare(export_format, folder, images, labels, expected)
+    return folder, compare(export_format, folder, check)
 
 
-def compare(
-    export_format: ExportFormat,
-    folder: Path,
-    images: Images,
-    labels: Labels,
-    expected: NDArray[np.float32],
-) -> Verification:
-    """Scores images with an exported model in another process and compares the probabilities.
-
-    Args:
-        export_format: The format.
-        folder: The version folder.
-        images: Held-out images.
-        labels: Their labels.
-        expected: Their probabilities from the float32 model, float32 [n, classes].
+def compare(export_format: ExportFormat, folder: Path, check: Check) -> Verification:
+    """Scores held-out images with an exported model in another process and compares the results.
 
     Raises:
         CheckError: The process fails, or the difference exceeds the limits of the format.
     """
+    images, labels, expected = check["images"], check["labels"], check["probabilities"]
     found = _predict_in_process(export_format, folder, images)
-    few = expected[: len(found["one"])]
-    differences = [found["one"] - few, found["seven"] - few, found["all"] - expected]
-    classes, model_classes = found["all"].argmax(axis=1), expected.argmax(axis=1)
+    few = expected[: runtimes.SMALL_BATCHES]
+    classes, model_classes = found[-len(images) :].argmax(axis=1), expected.argmax(axis=1)
     result = Verification(
         images=len(images),
-        largest_difference=max(float(abs(d).max()) for d in differences),
+        largest_difference=float(abs(found - np.concatenate([few, few, expected])).max()),
         agreement=float((classes == model_classes).mean()),
         accuracy=float((classes == labels).mean()),
         model_accuracy=float((model_classes == labels).mean()),
@@ -206,19 +198,18 @@ def compare(
 
 def _predict_in_process(
     export_format: ExportFormat, folder: Path, images: Images
-) -> dict[str, NDArray[np.float32]]:
-    """Runs runtimes.py as a program and returns its results."""
+) -> NDArray[np.float32]:
+    """Runs runtimes.py as a program and returns its result."""
     artefact = (folder / export_format.file).absolute()
     # An empty entry would mean the current folder, and the process runs in another one.
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     python_path = os.pathsep.join(str(Path(entry).absolute()) for entry in entries if entry)
     settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     with tempfile.TemporaryDirectory() as scratch:
-        given, result = Path(scratch) / "images.npy", Path(scratch) / "probabilities.npz"
-        np.save(given, images)
-        program = [sys.executable, "-P", runtimes.__file__]
+        np.save(f"{scratch}/images.npy", images)
+        program = [sys.executable, "-P", runtimes.__file__, export_format.name, str(artefact)]
         done = subprocess.run(
-            [*program, export_format.name, str(artefact), str(given), str(result)],
+            [*program, "images.npy", "probabilities.npy"],
             cwd=scratch,
             env=os.environ | settings | {"PYTHONPATH": python_path},
             capture_output=True,
@@ -228,8 +219,8 @@ def _predict_in_process(
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             raise CheckError(f"{export_format.name}: its runtime fails: {last[0]}")
-        with np.load(result, allow_pickle=False) as file:
-            return dict(file)
+        probabilities: NDArray[np.float32] = np.load(f"{scratch}/probabilities.npy")
+        return probabilities
 
 
 def _is_number(path: Path) -> bool:

@@ -6,9 +6,9 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from http import HTTPStatus
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.convertors import IntegerConvertor, StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from trainer import keras_objects
@@ -74,13 +74,10 @@ def make_server(servables: Servables, *, max_body_bytes: int) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-class _Json(Response):
-    """A response in ASCII JSON, with NaN and Infinity as in TensorFlow Serving."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode("ascii")
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns a response in ASCII JSON, with NaN and Infinity as in TensorFlow Serving."""
+    text = json.dumps(content, separators=(",", ":"))
+    return Response(text, status, headers, "application/json")
 
 
 class _Handlers:
@@ -94,7 +91,13 @@ class _Handlers:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Loads new versions while the server runs."""
-        task = asyncio.create_task(self._watch_versions())
+
+        async def watch_versions() -> None:
+            while True:
+                await asyncio.sleep(_VERSION_CHECK_SECONDS)
+                await run_in_threadpool(self._servables.refresh)
+
+        task = asyncio.create_task(watch_versions())
         yield
         task.cancel()
 
@@ -109,48 +112,37 @@ class _Handlers:
             outputs = await self._batcher.predict(servable, call.signature, call.tensors)
         except tf.errors.InvalidArgumentError as error:
             raise HTTPException(400, keras_objects.explain(error)) from error
-        return _Json(render_response(outputs, by_row=call.by_row))
+        return _json(render_response(outputs, by_row=call.by_row))
 
     async def metadata(self, request: Request) -> Response:
         servable = await self._find(request)
-        return _Json(servable.metadata(self._servables.name))
+        return _json(servable.metadata(self._servables.name))
 
     async def status(self, request: Request) -> Response:
-        name, version = request.path_params["name"], request.path_params.get("version")
-        found = await run_in_threadpool(self._servables.status, version)
-        if name != self._servables.name or not found:
-            raise _not_found(name, version)
-        return _Json({"model_version_status": found})
+        found = await self._look_up(request, self._servables.status)
+        return _json({"model_version_status": found})
 
     async def health(self, _: Request) -> Response:
         name, version = self._servables.name, str(self._servables.newest.version)
-        return _Json({"status": "ok", "model": name, "version": version})
+        return _json({"status": "ok", "model": name, "version": version})
 
     async def page(self, _: Request) -> Response:
-        page = resources.files("trainer.serving").joinpath("page.html")
-        return HTMLResponse(page.read_text(encoding="utf-8"))
+        return FileResponse(Path(__file__).with_name("page.html"))
 
     async def _find(self, request: Request) -> Servable:
+        if request.path_params == {"name": self._servables.name}:
+            return self._servables.newest  # without the detour through a thread
+        servable: Servable = await self._look_up(request, self._servables.find)
+        return servable
+
+    async def _look_up(self, request: Request, find: Callable[[int | None], Any]) -> Any:
+        """Calls `find` in a thread, because it may load an older version."""
         name, version = request.path_params["name"], request.path_params.get("version")
-        found = None
-        if name == self._servables.name:
-            if version is None:
-                return self._servables.newest
-            # An older version is loaded by its first request.
-            found = await run_in_threadpool(self._servables.find, version)
-        if found is None:
-            raise _not_found(name, version)
+        found = name == self._servables.name and await run_in_threadpool(find, version)
+        if not found:
+            which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+            raise HTTPException(404, f"Servable not found for request: {which}")
         return found
-
-    async def _watch_versions(self) -> None:
-        while True:
-            await asyncio.sleep(_VERSION_CHECK_SECONDS)
-            await run_in_threadpool(self._servables.refresh)
-
-
-def _not_found(name: str, version: int | None) -> HTTPException:
-    which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-    return HTTPException(404, f"Servable not found for request: {which}")
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
@@ -197,8 +189,8 @@ async def _render_http_error(request: Request, error: Any) -> Response:
     message = error.detail
     if message == HTTPStatus(error.status_code).phrase:  # raised by the router
         message = f"Malformed request: {request.method} {request.url.path}: {message}"
-    return _Json({"error": message}, error.status_code, headers=error.headers)
+    return _json({"error": message}, error.status_code, error.headers)
 
 
 async def _render_defect(_: Request, error: Exception) -> Response:
-    return _Json({"error": f"Internal: {type(error).__name__}: {error}"}, 500)
+    return _json({"error": f"Internal: {type(error).__name__}: {error}"}, 500)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -49,29 +49,23 @@ def parse_request(body: bytes, signatures: Mapping[str, Inputs]) -> PredictReque
     """
     try:
         document = json.loads(body)
-    except RecursionError:
-        raise HTTPException(400, "JSON Parse error: nested too deeply") from None
-    except ValueError as error:  # also raised for text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also raised for text that is not UTF-8
         raise HTTPException(400, f"JSON Parse error: {error}") from None
     _require(isinstance(document, dict), "expected a JSON object with 'instances' or 'inputs'")
     signature = document.get("signature_name", "")
     _require(isinstance(signature, str), "signature_name: expected a string")
-    inputs = signatures.get(signature or DEFAULT_SIGNATURE)
-    if inputs is None:
-        available = ", ".join(sorted(signatures))
-        message = f"Serving signature name: {signature!r} not found; available: {available}"
-        raise HTTPException(400, message)
-    by_row = "instances" in document
-    received = "both" if by_row else "neither"
-    expected = f"expected one of 'instances' and 'inputs', received {received}"
-    _require(by_row != ("inputs" in document), expected)
-    if by_row:
-        values = _parse_instances(document["instances"], inputs)
-    else:
-        values = _parse_inputs(document["inputs"], inputs)
+    signature = signature or DEFAULT_SIGNATURE
+    found = f"not found; available: {', '.join(sorted(signatures))}"
+    _require(signature in signatures, f"Serving signature name: {signature!r} {found}")
+    inputs = signatures[signature]
+    forms = document.keys() & {"instances", "inputs"}
+    received = " and ".join(sorted(forms)) or "neither"
+    _require(len(forms) == 1, f"expected one of 'instances' and 'inputs', received {received}")
+    (form,) = forms
+    values = _columns(form, document[form], inputs)
     tensors = {name: _to_array(name, values[name], spec) for name, spec in inputs.items()}
     _check_images(tensors.get(IMAGE_FILES, np.empty(0)))
-    return PredictRequest(signature or DEFAULT_SIGNATURE, tensors, by_row)
+    return PredictRequest(signature, tensors, by_row=form == "instances")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -79,33 +73,26 @@ def _require(condition: bool, message: str) -> None:
         raise HTTPException(400, message)
 
 
-def _is_base64(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str)
+def _is_plain(value: Any) -> bool:
+    """Returns whether a value stands for the only input of a function, without its name."""
+    return not isinstance(value, dict) or value.keys() == {"b64"}
 
 
-def _parse_instances(rows: Any, inputs: Inputs) -> dict[str, Any]:
-    """Returns the values of each input. A row is an object, or a plain value for one input."""
-    expected = ", ".join(inputs)
+def _columns(form: str, value: Any, inputs: Inputs) -> Any:
+    """Returns the values of each input from "instances", a list of rows, or from "inputs"."""
+    by_row = form == "instances"
+    rows = value if by_row else [value]
     _require(isinstance(rows, list) and len(rows) > 0, "instances: expected a list of at least one")
-    if not isinstance(rows[0], dict) or _is_base64(rows[0]):
-        _require(len(inputs) == 1, f"instances: expected objects with {expected}")
-        return {expected: rows}
+    if len(inputs) == 1 and _is_plain(rows[0]):
+        return dict.fromkeys(inputs, value)
     for index, row in enumerate(rows):
-        received = ", ".join(row) if isinstance(row, dict) else "a plain value"
-        fits = isinstance(row, dict) and row.keys() == inputs.keys()
-        _require(fits, f"instances[{index}]: expected {expected}, received {received}")
-    return {name: [row[name] for row in rows] for name in inputs}
-
-
-def _parse_inputs(values: Any, inputs: Inputs) -> dict[str, Any]:
-    """Returns the values of each input. Unknown keys are ignored here, as in TensorFlow Serving."""
-    expected = ", ".join(inputs)
-    if not isinstance(values, dict) or _is_base64(values):
-        _require(len(inputs) == 1, f"inputs: expected an object with {expected}")
-        return {expected: values}
-    received = ", ".join(values) or "none"
-    _require(values.keys() >= inputs.keys(), f"inputs: expected {expected}, received {received}")
-    return values
+        names = set() if _is_plain(row) else row.keys()
+        # As in TensorFlow Serving, unknown names are ignored in "inputs" only.
+        fits = names == inputs.keys() if by_row else names >= inputs.keys()
+        received = "a plain value" if _is_plain(row) else ", ".join(row) or "none"
+        where = f"instances[{index}]" if by_row else "inputs"
+        _require(fits, f"{where}: expected {', '.join(inputs)}, received {received}")
+    return {name: [row[name] for row in rows] for name in inputs} if by_row else value
 
 
 def _to_array(name: str, value: Any, spec: tf.TensorSpec) -> NDArray[Any]:
@@ -137,11 +124,12 @@ def _to_bytes(name: str, value: Any) -> bytes:
     """
     if isinstance(value, str):
         return value.encode("utf-8", "surrogatepass")
-    _require(_is_base64(value), f'{name}: expected a string or {{"b64": "..."}}')
-    encoded = "".join(value["b64"].split())
-    content = encoded.rstrip("=")
+    is_base64 = isinstance(value, dict) and isinstance(value.get("b64"), str)
+    _require(is_base64, f'{name}: expected a string or {{"b64": "..."}}')
+    text = "".join(value["b64"].split())
+    content = text.rstrip("=")
     padded = content + "=" * (-len(content) % 4)
-    _require(encoded in (content, padded), f"{name}: not base64: its padding has the wrong length")
+    _require(text in (content, padded), f"{name}: not base64: its padding has the wrong length")
     try:
         return base64.b64decode(padded, validate=True)
     except ValueError as error:
@@ -150,22 +138,14 @@ def _to_bytes(name: str, value: Any) -> bytes:
 
 def _check_images(files: NDArray[Any]) -> None:
     """Refuses files that are not images, or whose headers declare too many pixels together."""
-    pixels = 0
-    for file in files.flat:
-        try:
-            with (
-                warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-                Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as image,
-            ):
-                pixels += image.width * image.height
-        except Image.DecompressionBombError:
-            pixels = _MAX_PIXELS + 1
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-            message = f"{IMAGE_FILES}: expected PNG or JPEG files{reason}"
-            raise HTTPException(400, message) from None
-    message = f"{IMAGE_FILES}: more than {_MAX_PIXELS} pixels in the images of one request"
-    _require(pixels <= _MAX_PIXELS, message)
+    expected = f"{IMAGE_FILES}: expected PNG or JPEG files with at most {_MAX_PIXELS} pixels in all"
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            images = [Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) for file in files.flat]
+    except Exception as error:  # damaged headers raise many types
+        raise HTTPException(400, f"{expected}: {type(error).__name__}") from None
+    pixels = sum(image.width * image.height for image in images)
+    _require(pixels <= _MAX_PIXELS, f"{expected}, received {pixels}")
 
 
 def render_response(outputs: Tensors, *, by_row: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Loads the versions of an exported model when they are published."""
 
+import contextlib
 import logging
 import threading
 from pathlib import Path
@@ -12,13 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from trainer import keras_objects
 from trainer.errors import InputError, TrainerError
 from trainer.saving.safety import check_saved_model
-from trainer.saving.versions import (
-    RECORD,
-    is_version,
-    list_versions,
-    read_record,
-    verify_checksums,
-)
+from trainer.saving.versions import list_versions, read_record, verify_checksums
 from trainer.serving.messages import Inputs, Tensors
 
 _logger = logging.getLogger(__name__)
@@ -35,20 +30,14 @@ class Servable:
     def __init__(self, folder: Path, *, trust: bool) -> None:
         """Checks and loads a version, and calls each function once, because first calls are slow.
 
-        Args:
-            folder: The version folder.
-            trust: Accept any operation.
-
         Raises:
             InputError: It is damaged, not a SavedModel, or needs trust.
             CheckError: A file differs from its checksum.
         """
         self.version = int(folder.name)
-        self._class_names: tuple[str, ...] = ()
-        if (folder / RECORD).is_file():
-            record = read_record(folder)
-            verify_checksums(folder, record)
-            self._class_names = record.spec.class_names
+        self._record = read_record(folder)
+        if self._record is not None:
+            verify_checksums(folder, self._record)
         self._graph = check_saved_model(folder, trust=trust).meta_graphs[0]
         try:
             self._model = tf.saved_model.load(str(folder))
@@ -64,12 +53,7 @@ class Servable:
             raise InputError(f"{folder} cannot be served: {reason}") from error
 
     def run(self, signature: str, tensors: Tensors) -> Tensors:
-        """Returns the outputs of a function by name.
-
-        Args:
-            signature: Name of the function.
-            tensors: Its inputs, as described in `signatures`.
-        """
+        """Returns the outputs of a function by name. `signatures` describes its inputs."""
         inputs = {name: tf.constant(array) for name, array in tensors.items()}
         outputs = self._model.signatures[signature](**inputs)
         return {name: outputs[name].numpy() for name in sorted(outputs)}
@@ -79,19 +63,16 @@ class Servable:
 
         The format is that of TensorFlow Serving, except for `class_names`, which the page needs.
         """
-        signatures = {
-            signature: MessageToDict(
-                definition,
-                preserving_proto_field_name=True,
-                always_print_fields_with_no_presence=True,
-            )
-            for signature, definition in self._graph.signature_def.items()
-        }
+        signatures = MessageToDict(
+            type(self._graph)(signature_def=self._graph.signature_def),
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+        )["signature_def"]
         return {
             "model_spec": {"name": name, "signature_name": "", "version": str(self.version)},
             "metadata": {
                 "signature_def": {"signature_def": signatures},
-                "class_names": self._class_names,
+                "class_names": self._record.spec.class_names if self._record else (),
             },
         }
 
@@ -109,16 +90,13 @@ class Servables:
 
         Args:
             name: Name of the model in the addresses.
-            folder: The folder of the model, with its versions; or one version folder, to serve
-                only that version.
+            folder: The folder of the model, or one version folder, to serve only that version.
             trust: Accept any operation.
 
         Raises:
             InputError: No version can be served.
         """
-        self.name = name
-        self._folder = folder
-        self._trust = trust
+        self.name, self._folder, self._trust = name, folder, trust
         # By number: the state of the files when they were last loaded, and the result or the error.
         self._loaded: dict[int, tuple[object, Servable | str]] = {}
         self._lock = threading.Lock()  # one thread loads at a time
@@ -128,23 +106,23 @@ class Servables:
             raise InputError("; ".join(errors) or f"there is no version in {folder}")
         self.newest = newest
 
-    def find(self, version: int) -> Servable | None:
-        """Returns a version, loading it if needed. None: there is none, or it cannot be served."""
-        if version == self.newest.version:
+    def find(self, version: int | None) -> Servable | None:
+        """Returns a version or the newest. None: there is none, or it cannot be served."""
+        if version is None or version == self.newest.version:
             return self.newest
         with self._lock:
-            folder = self._list_folders().get(version)
+            folder = list_versions(self._folder).get(version)
             return None if folder is None else self._load(version, folder)
 
     def refresh(self) -> None:
         """Switches to the newest version that can be served, and drops removed versions."""
         with self._lock:
-            newest = self._load_newest()
             # If all versions were removed, the last one keeps serving.
-            if newest is not None and newest is not self.newest:
+            newest = self._load_newest() or self.newest
+            if newest is not self.newest:
                 self.newest = newest
                 _logger.info("%s: version %d is now served", self.name, newest.version)
-            for version in self._loaded.keys() - self._list_folders().keys():
+            for version in self._loaded.keys() - list_versions(self._folder).keys():
                 del self._loaded[version]
 
     def status(self, version: int | None) -> list[dict[str, Any]]:
@@ -153,22 +131,16 @@ class Servables:
         "AVAILABLE" is loaded, "START" is loaded by its first request, "END" cannot be served.
         """
         with self._lock:
-            results = dict.fromkeys(self._list_folders())
-            results |= {number: result for number, (_, result) in self._loaded.items()}
-            results |= {self.newest.version: self.newest}
-        return [
-            _status(number, results[number])
-            for number in sorted(results, reverse=True)
-            if version in (None, number)
-        ]
-
-    def _list_folders(self) -> dict[int, Path]:
-        if is_version(self._folder):
-            return {int(self._folder.name): self._folder}
-        return list_versions(self._folder)
+            results = {
+                number: self._loaded.get(number, (None, None))[1]
+                for number in list_versions(self._folder)
+            }
+            results[self.newest.version] = self.newest
+        numbers = sorted(results, reverse=True) if version is None else results.keys() & {version}
+        return [_status(number, results[number]) for number in numbers]
 
     def _load_newest(self) -> Servable | None:
-        newest_first = sorted(self._list_folders().items(), reverse=True)
+        newest_first = sorted(list_versions(self._folder).items(), reverse=True)
         loaded = (self._load(version, folder) for version, folder in newest_first)
         return next(filter(None, loaded), None)
 
@@ -186,11 +158,10 @@ class Servables:
 
 
 def _status(version: int, result: Servable | str | None) -> dict[str, Any]:
-    status = {"error_code": "OK", "error_message": ""}
-    state = "START" if result is None else "AVAILABLE"
-    if isinstance(result, str):
-        state = "END"
-        status = {"error_code": "FAILED_PRECONDITION", "error_message": result}
+    failed = isinstance(result, str)
+    state = "END" if failed else "START" if result is None else "AVAILABLE"
+    code = "FAILED_PRECONDITION" if failed else "OK"
+    status = {"error_code": code, "error_message": result if failed else ""}
     return {"version": str(version), "state": state, "status": status}
 
 
@@ -200,8 +171,7 @@ def _zeros(spec: tf.TensorSpec) -> np.ndarray:
 
 def _file_state(folder: Path) -> object:
     """Returns a value that changes when a file in a folder changes."""
-    try:
-        found = [(str(path), path.stat()) for path in sorted(folder.rglob("*"))]
-    except OSError:  # removed meanwhile
-        return None
-    return [(name, stat.st_ino, stat.st_size, stat.st_ctime_ns) for name, stat in found]
+    with contextlib.suppress(OSError):  # removed meanwhile
+        files = {path: path.stat() for path in folder.rglob("*")}
+        return {path: (s.st_ino, s.st_size, s.st_ctime_ns) for path, s in files.items()}
+    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from trainer.errors import InputError, did_you_mean, require_packages
-from trainer.saving.versions import RECORD, is_version, list_versions, read_record
+from trainer.saving.versions import is_version, list_versions, read_record
 
 _logger = logging.getLogger(__name__)
 
@@ -60,29 +60,25 @@ def serve(
 
 
 def _find_model(name: str, directory: Path) -> Path:
-    """Returns the folder of a model, or of one version, that contains a SavedModel."""
+    """Returns the folder of a model, or of one version."""
     try:
         paths = [path for path in (directory / name, Path(name)) if name and path.is_dir()]
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
-    # Without "." and "..": the last part must be the name of the folder.
-    folders = [Path(os.path.normpath(path.absolute())) for path in paths]
-    folder = next((path for path in folders if list_versions(path) or is_version(path)), None)
-    if folder is None:
-        known = [path.name for path in directory.glob("*") if list_versions(path)]
-        available = (
-            did_you_mean(name, known) if known else "none exists: `trainer export` makes one"
-        )
-        raise InputError(f"there is no exported model {name!r} in {directory}: {available}")
-    found = list_versions(folder)
-    newest = folder if is_version(folder) else found[max(found)]
-    if not (newest / "saved_model.pb").is_file():
-        kind = read_record(newest).format if (newest / RECORD).is_file() else "no SavedModel"
-        raise InputError(
-            f"{newest} contains {kind}: `trainer serve` needs a SavedModel, made by "
-            "`trainer export RUN --format saved_model`"
-        )
-    return folder
+    for path in paths:
+        # Without "." and "..": the last part must be the name of the folder.
+        folder = Path(os.path.normpath(path.absolute()))
+        if versions := list_versions(folder):
+            record = read_record(versions[max(versions)])
+            if record is not None and record.format != "saved_model":
+                raise InputError(
+                    f"{folder} contains {record.format}: `trainer serve` needs a SavedModel, made "
+                    "by `trainer export RUN --format saved_model`"
+                )
+            return folder
+    known = [path.name for path in directory.glob("*") if list_versions(path)]
+    available = did_you_mean(name, known) if known else "none exists: `trainer export` makes one"
+    raise InputError(f"there is no exported model {name!r} in {directory}: {available}")
 
 
 def listen(host: str, port: int) -> socket.socket:

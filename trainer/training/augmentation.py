@@ -1,4 +1,4 @@
-"""Random changes of training images by Keras layers, in the step, on the device."""
+"""Augmentation of training images by Keras layers, as part of the step on the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.config import KerasObject
 from trainer.data import Dataset, Images
 from trainer.errors import InputError
 
-# Number of training images on which the layers are tried.
+# Number of training images that the layers are tested on.
 _TRIED_IMAGES = 8
 # Smallest fraction of the contrast, and of the pixels between black and white, that must remain.
 _MIN_CONTRAST = 0.05
@@ -32,7 +32,7 @@ class Augmentation:
     """
 
     def __init__(self, chain: keras.Sequential) -> None:
-        """Stores the chain, which is built."""
+        """Stores a built chain of layers."""
         self._chain = chain
         self.layers: list[keras.layers.Layer] = chain.layers
         self.variables: list[Any] = chain.variables
@@ -44,21 +44,21 @@ class Augmentation:
 
 
 def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentation | None:
-    """Makes the function that the loop applies to each batch of training images.
+    """Builds and tests the augmentation that the loop applies to each training batch.
 
     Random layers use generators seeded by `keras.utils.set_random_seed`, so that resident and
     streamed batches are changed alike.
 
     Args:
         layers: Keras layers by name, in order. They receive float32 images from 0 to 255.
-        data: The layers are tried on some of its training images, whose shape they must keep.
+        data: The layers are tested on some of its training images.
 
     Returns:
-        The function; None if there are no layers.
+        The augmentation; None if there are no layers.
 
     Raises:
         InputError: A layer is unknown, refuses its options, changes the shape, has weights that
-            are not trained, mixes images with different labels, or destroys the images.
+            would not be trained, mixes images with different labels, or destroys the images.
     """
     if not layers:
         return None
@@ -75,7 +75,7 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
         _refuse_weights(chain)
         if tuple(shape[1:]) != spec.image_shape:
             raise InputError(
-                f"data.augmentation: expected to keep images of {list(spec.image_shape)}, "
+                f"data.augmentation: expected images of shape {list(spec.image_shape)}, "
                 f"received {list(shape[1:])}"
             )
         _try_on_images(chain, images)
@@ -91,13 +91,13 @@ def _refuse_weights(chain: keras.Sequential) -> None:
         layer.trainable = True  # the weights of a frozen layer are random, too
         if layer.trainable_weights:
             raise InputError(
-                f"{where} has weights, which are not trained here: expected layers without "
-                "weights (others belong to the network)"
+                f"{where} has weights, but augmentation is not trained: expected layers without "
+                "weights; put this layer into the network"
             )
         if layer.weights and hasattr(layer, "adapt"):
             raise InputError(
-                f"{where} is not adapted to data and changes nothing: expected its statistics as "
-                "options, or the layer in the network"
+                f"{where} has no statistics, because adapt() is not called: expected its "
+                "statistics as options, or the layer in the network"
             )
 
 
@@ -127,14 +127,14 @@ def _try_on_images(chain: keras.Sequential, images: Images) -> None:
     _refuse_destruction(f"data.augmentation ({_names(chain.layers)})", images, changed)
     if not np.array_equal(augment(images), changed):
         return  # the layers draw different numbers in each call: results cannot be compared
-    # A batch with one image among black ones, and with its inverse. The random numbers are the
-    # same, so a pattern in the difference of a black image comes from that image. (A constant
-    # difference may come from the range of the batch.)
+    # Two batches of black images: one also contains an image, the other the inverse of this image.
+    # Both get the same random numbers. If the results of a black image differ by a pattern, the
+    # pattern comes from the other image. (A constant difference may come from the batch's range.)
     for place in (0, len(images) // 2):
         batches = [np.zeros_like(images), np.zeros_like(images)]
         batches[0][place], batches[1][place] = images[place], 255 - images[place]
         difference = np.delete(augment(batches[0]) - augment(batches[1]), place, axis=0)
-        if difference.size and difference.std(axis=(1, 2)).max() > 1:  # grey level, not rounding
+        if difference.size and difference.std(axis=(1, 2)).max() > 1:  # more than rounding
             raise _mixes(chain.layers)
 
 
@@ -154,7 +154,7 @@ def _refuse_destruction(where: str, images: Images, changed: NDArray[Any]) -> No
         )
     outside = ((changed < -0.5) | (changed > 255.5)).mean()
     tones, tones_left = (((x > 0) & (x < 255)).mean() for x in (images, rounded))
-    if tones_left < _MIN_TONES * tones < outside:
+    if tones_left < _MIN_TONES * tones and outside > _MIN_TONES * tones:
         raise InputError(
             f"{returns}, which become black or white ({tones_left:.0%} of the pixels lie in "
             f"between; {tones:.0%} before): {_RANGE}"

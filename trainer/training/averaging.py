@@ -1,4 +1,4 @@
-"""Averaged weights, which optimizers with `use_ema` store in addition to the trained ones."""
+"""The averaged weights of optimizers with `use_ema`, and their use in scoring."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 class AveragedWeights(keras.callbacks.Callback):
     """Puts the averaged weights into the model while it is scored and saved.
 
-    They are in the model from the validation of an epoch to the start of the next one, so that
-    every callback that copies weights (EarlyStopping, ModelCheckpoint, the checkpoints of a run)
-    copies the weights that were scored. Keras scores the trained weights, and its `SwapEMAWeights`
-    restores them before the epoch ends. This must be the first callback.
+    They are in the model from the validation of an epoch to the start of the next epoch. So every
+    callback that copies weights (EarlyStopping, ModelCheckpoint, the checkpoints of a run) copies
+    the weights that were scored. Keras itself scores the trained weights. Its `SwapEMAWeights`
+    restores the trained weights too early, before the epoch ends. This must be the first callback.
 
     Attributes:
         trained: The trained weights while the averaged ones are in the model, else None. Saved in
@@ -36,7 +36,7 @@ class AveragedWeights(keras.callbacks.Callback):
             self._variables = list(self.model.trainable_variables)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Restores the trained weights, except those to which a callback has assigned."""
+        """Restores the trained weights, except weights that a callback has changed."""
         pairs = zip(self._variables, self.trained or [], self.averaged or [], strict=False)
         for variable, trained, averaged in pairs:
             if np.array_equal(keras.ops.convert_to_numpy(variable), averaged):
@@ -52,7 +52,7 @@ class AveragedWeights(keras.callbacks.Callback):
             self.averaged = self._values()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Puts them into the model if the epoch had no validation."""
+        """Puts the averaged weights into the model if the epoch had no validation."""
         self.on_test_begin()
 
     def _values(self) -> list[NDArray[Any]]:

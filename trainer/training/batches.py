@@ -1,11 +1,11 @@
-"""Batches of a split. Two placements of the images yield the same batches for the same seed.
+"""Batches of a split. Both placements of the images yield the same batches for the same seed.
 
 Resident: each device stores all images as uint8. An epoch is one permutation, and each batch is
 gathered inside the graph. Streamed: only a few batches are in memory. tf.data reads the rows of the
 same permutation from the prepared file and copies them to the device while the device computes.
 
 `start_epoch` runs on the host once per epoch, `global_batch` inside the graph once per step, and
-`local_batch` inside each replica. The rows of a batch are split among the replicas only here.
+`local_batch` inside each replica. No other module splits the rows of a batch among the replicas.
 """
 
 import math
@@ -20,7 +20,7 @@ from trainer.data import Split
 from trainer.devices import Devices, free_bytes, memory_state
 from trainer.errors import InputError
 
-# Batches that wait on the device while it computes. Each needs device memory.
+# Batches that are copied ahead to the device. Each needs device memory.
 _BATCHES_ON_DEVICE = 2
 
 
@@ -46,7 +46,7 @@ class LocalBatch(NamedTuple):
 
 
 class Batches(ABC):
-    """Batches of one split, and the calculation of their rows.
+    """Batches of one split, and the rows of them that each replica computes.
 
     Attributes:
         images: Images per epoch.
@@ -72,7 +72,7 @@ class Batches(ABC):
 
     @abstractmethod
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
-        """Returns the state from which the batches of an epoch are read, starting at a step."""
+        """Returns the state to read the batches of an epoch from, starting at a step."""
 
     @abstractmethod
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
@@ -80,7 +80,7 @@ class Batches(ABC):
 
     @abstractmethod
     def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns images and labels of some rows of a global batch, without its size."""
+        """Returns images and labels of rows `first` to `last`; `source` is a batch without size."""
 
     def local_batch(self, batch: Any) -> LocalBatch:
         """Returns the rows of a global batch for the replica that calls this."""
@@ -94,10 +94,10 @@ class Batches(ABC):
         return LocalBatch(images, labels, first, last - first, size, fraction)
 
     def join(self, local: LocalBatch, outputs: tf.Tensor) -> tf.Tensor:
-        """Returns the outputs of a replica, [rows, n], at their rows of a batch of zeros.
+        """Places the outputs of a replica, [rows, n], at their rows in a batch of zeros.
 
-        The sum over the replicas has the outputs of the global batch in its first `size` rows.
-        Smaller batches have as many rows as the others, because the shape must not change.
+        The sum over the replicas is the output of the global batch. A smaller last batch is padded
+        to `batch_size` rows, because the shape must not change.
         """
         if local.fraction is None:
             return outputs
@@ -126,7 +126,7 @@ def make_batches(
         devices: Devices that receive the batches.
         batch_size: Images per step, over all replicas.
         seed: Shuffles each epoch differently; None keeps the order of the split.
-        limit_batches: Use only the first batches of an epoch, at most this many.
+        limit_batches: Maximum number of batches per epoch; None: all.
 
     Raises:
         InputError: A training batch is larger than the split, or the images do not fit in the
@@ -149,12 +149,12 @@ def steps_per_epoch(images: int, batch_size: int, limit_batches: int | None) -> 
 
 
 def epoch_order(images: int, seed: int | None, epoch: int) -> tf.Tensor:
-    """Returns the order of the images of an epoch, int64 [images], from seed and epoch alone."""
+    """Returns the order of the images, int64 [images]; it depends only on seed and epoch."""
     with tf.device("CPU:0"):  # the shuffle has no GPU kernel
         order = tf.range(images)
         if seed is not None:
             order = tf.random.experimental.stateless_shuffle(order, seed=(seed, epoch))
-        # TensorFlow stores int32 tensors of a GPU in host memory: each step would copy its part.
+        # Not int32, which TensorFlow stores in host memory: each step would copy its part.
         return tf.cast(order, tf.int64)
 
 
@@ -181,8 +181,8 @@ class ResidentBatches(Batches):
             raise _too_large(split, "CPU:0")
         images, labels = split.read()
 
-        # Gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy all images to the
-        # host in every step. Gathering from a variable has one for uint8 and int64, not for int32.
+        # Variables, because gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy
+        # all images to the host in every step. Variables have one for uint8 and int64, not int32.
         def store(replica: int) -> tuple[tf.Variable, tf.Variable]:
             try:
                 return (
@@ -195,13 +195,13 @@ class ResidentBatches(Batches):
 
         self._data = devices.on_each(store)
 
-    def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - needs no start
+    def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - any step can be read
         """Returns the order of the epoch on each device, int64 [n]."""
         order = epoch_order(len(self._split), self._seed, epoch)
         return self._devices.on_each(lambda _: tf.identity(order))
 
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns images, labels and order of each device, and which part of the order to use."""
+        """Returns images, labels and order of each device, and position and size of the batch."""
         return *self._data, state, step * self.batch_size, self.size(step)
 
     def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -211,7 +211,7 @@ class ResidentBatches(Batches):
 
 
 class StreamedBatches(Batches):
-    """A few batches in memory, the rest in the file."""
+    """A few batches in memory, read from the file and copied to the device."""
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
         """Returns an iterator for each device over its rows of the batches of an epoch."""
@@ -219,11 +219,11 @@ class StreamedBatches(Batches):
         return self._devices.on_each(lambda replica: iter(self._pipeline(order, step, replica)))
 
     def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns the iterators, which count the steps themselves, and the rows of the batch."""
+        """Returns the iterators, which count the steps, and the number of rows of the batch."""
         return state, self.size(step)
 
     def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:  # noqa: ARG002
-        images, labels = source[0].get_next()  # the iterator has read only these rows
+        images, labels = source[0].get_next()  # it yields only the rows of this replica
         return images, labels
 
     def _pipeline(self, order: Any, step: int, replica: int) -> tf.data.Dataset:

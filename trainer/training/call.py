@@ -1,7 +1,7 @@
 """A call: one execution of a compiled function that runs a step on many batches.
 
-Python costs nothing between these steps. The values of each step are one row of float32 numbers,
-and the host reads all rows at the end of the call.
+No Python runs between these steps. The values of each step are one row of float32 numbers, and the
+host reads all rows at the end of the call.
 """
 
 import math
@@ -17,16 +17,16 @@ from trainer.devices import Devices
 from trainer.training.batches import Batches, LocalBatch
 from trainer.training.step import metric_tensors
 
-# What Keras passes to callbacks: floats, and arrays for metrics with several values.
+# Logs as Keras passes them to callbacks: floats, and arrays for metrics with several values.
 Logs = dict[str, Any]
 Tensors = dict[str, tf.Tensor]
 
 
 class Call:
-    """A traced function of the state of an epoch, its first step and a number of steps.
+    """A traced function that runs a number of steps of an epoch from a given step.
 
     Attributes:
-        graph: Its graph.
+        graph: The graph of the function.
     """
 
     def __init__(
@@ -43,25 +43,26 @@ class Call:
 
         Args:
             model: Compiled.
-            devices: Run the step.
+            devices: Devices that run the step.
             batches: Batches of the steps.
-            step: Returns the logs for the rows of one replica; also "gradient_norms" and "outputs".
+            step: Returns the logs for the rows of one replica, and with them "gradient_norms" and
+                "outputs" if requested.
             trains: Record the values and the learning rate of each step.
             collect: Return the outputs of all steps.
         """
         self._model, self._devices, self._batches, self._step = model, devices, batches, step
         self._trains, self._collect = trains, collect
         self._metric_names = metric_results(model, devices).keys()
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of the values in a row
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of each value in a row
         # Logs that the step itself returns. As in Keras, the results of the metrics are used
-        # instead if the names are the same.
+        # if the names are the same.
         self._own_logs: list[str] = []
 
         def call(state: Any, first: tf.Tensor, count: tf.Tensor) -> Any:
             rows = tf.TensorArray(tf.float32, size=count)
             outputs = tf.TensorArray(tf.float32, size=count, infer_shape=False)
-            # Not a Python loop, because AutoGraph needs most of a second to convert it. Steps must
-            # not overlap: the communication of different steps would mix.
+            # Not a Python loop: AutoGraph needs most of a second to convert it. One iteration at a
+            # time: the communication of steps that overlap would mix.
             _, rows, outputs = tf.while_loop(
                 lambda i, *_: i < count,
                 lambda i, *arrays: (i + 1, *self._run_step(i, state, first + i, *arrays)),
@@ -72,7 +73,7 @@ class Call:
             return rows.stack(), metrics, outputs.concat() if collect else None
 
         with devices.scope():
-            # The concrete function, because calling a tf.function traces it again.
+            # The concrete function, because a call of the tf.function would trace it again.
             self._function = tf.function(call, autograph=False).get_concrete_function(
                 batches.start_epoch(0), tf.constant(0), tf.constant(1)
             )
@@ -99,7 +100,8 @@ class Call:
         return values, as_logs(own or metrics)
 
     def _run_step(self, i: tf.Tensor, state: Any, step: Any, rows: Any, outputs: Any) -> Any:
-        with tf.name_scope("record"):  # before the step changes it
+        """Runs one step on all replicas and writes its values to row `i`."""
+        with tf.name_scope("record"):  # the learning rate before the step changes it
             rate = {"learning_rate": _learning_rate(self._model.optimizer)} if self._trains else {}
         with tf.name_scope("batch"):
             batch = self._batches.global_batch(state, step)
@@ -130,7 +132,7 @@ class Call:
         return values
 
     def _combined(self, values: Tensors) -> Tensors:
-        """Combines the values of all replicas: sums, except for gradient norms, which are equal."""
+        """Returns each value summed over the replicas. Gradient norms are equal on all replicas."""
         if self._devices.replicas == 1:
             return dict(values)
         strategy = self._devices.strategy
@@ -140,13 +142,13 @@ class Call:
             else strategy.reduce("SUM", value, axis=None)
             for name, value in values.items()
         }
-        if self._trains and self._devices.workers == 1:  # several workers have to communicate
+        if self._trains and self._devices.workers == 1:  # several workers would communicate
             combined = metric_tensors(self._model.get_metrics_result()) | combined
         return combined
 
 
 def metric_results(model: keras.Model, devices: Devices) -> Tensors:
-    """Returns the present results of the metrics of a model."""
+    """Returns the current results of the metrics of a model."""
     with devices.scope():
         return metric_tensors(model.get_metrics_result())
 

@@ -1,4 +1,4 @@
-"""What a training shows and records: progress bar, metrics.jsonl, TensorBoard's curves, profile."""
+"""Callbacks that show and record a training: progress bar, metrics.jsonl, TensorBoard, profile."""
 
 import json
 import logging
@@ -13,13 +13,14 @@ import tensorflow as tf
 from rich import progress
 from rich.console import Console
 
-from trainer.training.loop import CallRecord, Logs
+from trainer.training.call import Logs
+from trainer.training.loop import CallRecord
 
 _log = logging.getLogger(__name__)
 
 
 class Callback(keras.callbacks.Callback):
-    """A Keras callback with one more method: the loop gives it the record of each call."""
+    """A Keras callback with more methods; the loop calls `on_call_end` with each record."""
 
     def on_call_end(self, record: CallRecord) -> None:
         """Called after each call of the loop, which runs many steps."""
@@ -32,10 +33,9 @@ class Callback(keras.callbacks.Callback):
 
 
 class StepTimes(Callback):
-    """Times of the steps: of each call, with the device idle at both ends.
+    """Records the time per step of each call. The device is idle at the start and end of a call.
 
-    The first call, which also sets up the device's kernels, and calls that the profiler traced are
-    left out.
+    Skips the first call, which also sets up kernels, and calls that the profiler traces.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class StepTimes(Callback):
             self.images_per_second.append(record.images / record.seconds)
 
     def summary(self) -> dict[str, Any]:
-        """Returns medians and quartiles; None if nothing was measured."""
+        """Returns medians and quartiles, None if nothing was measured, and the number of calls."""
         found: dict[str, Any] = dict.fromkeys(("step_ms", "step_ms_quartiles", "images_per_second"))
         if self.step_ms:
             low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
@@ -62,7 +62,7 @@ class StepTimes(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows loss, metrics, images per second and the time left; one line per epoch stays."""
+    """Shows loss, metrics, images per second and the time left, and logs one line per epoch."""
 
     def __init__(self, console: Console, *, steps: int, epochs: int) -> None:
         """Prepares a bar for `epochs` of `steps` each."""
@@ -105,14 +105,14 @@ class MetricsFile(Callback):
     """Appends a line of JSON for each epoch."""
 
     def __init__(self, path: Path) -> None:
-        """Names the file."""
+        """Stores the path."""
         super().__init__()
         self._path = path
         self._step, self._learning_rate = 0, 0.0
         self._times = StepTimes()
 
     def on_call_end(self, record: CallRecord) -> None:
-        """Remembers what the line of the epoch needs."""
+        """Stores the values for the line of the epoch."""
         self._step = record.first_step + record.steps
         self._learning_rate = float(record.learning_rate[-1])
         self._times.on_call_end(record)
@@ -127,10 +127,10 @@ class MetricsFile(Callback):
 
 
 class TensorBoardCurves(Callback):
-    """Writes curves per step and per epoch, step times, and histograms if asked for.
+    """Writes curves per step and per epoch, step times, and histograms if requested.
 
-    Training and validation are two TensorBoard runs with the same tags, which it draws in one
-    chart. The x axis is the number of steps; for `epoch/...` the number of epochs.
+    Training and validation are two TensorBoard runs with the same tags, so TensorBoard draws both
+    in one chart. The x axis is the number of steps, and for `epoch/...` the number of epochs.
     """
 
     def __init__(self, folder: Path, *, histograms: bool) -> None:
@@ -202,7 +202,7 @@ class Profiler(Callback):
     """Traces the second call for TensorBoard's profiler page."""
 
     def __init__(self, folder: Path) -> None:
-        """Names the folder of the trace."""
+        """Stores the folder of the trace."""
         super().__init__()
         self._folder = folder
         self._calls = 0
@@ -222,11 +222,11 @@ class Profiler(Callback):
 
 
 def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
-    """Returns a graph that writes a point for each step: no Python between the points."""
+    """Returns a graph function that writes a point for each step, without Python in between."""
 
     def write(values: tf.Tensor, first: tf.Tensor) -> None:
         def one_step(i: tf.Tensor) -> tuple[tf.Tensor]:
-            with tf.name_scope("step/"):  # the slash leaves out "while/", the scope of the loop
+            with tf.name_scope("step/"):  # the slash removes "while/", the scope of the loop
                 for column, name in enumerate(names):
                     tf.summary.scalar(name, values[i, column], step=first + i)
             return (i + 1,)

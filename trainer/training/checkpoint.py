@@ -1,4 +1,4 @@
-"""Checkpoints: all state of a training, so that it continues bit for bit after an interruption.
+"""Checkpoints: all state of a training, so that it continues as if it had not been interrupted.
 
 checkpoints/
     step-0000000450.npz   all state after 450 steps; the newest two are kept
@@ -29,8 +29,9 @@ from trainer.errors import InputError
 from trainer.files import write_atomic
 from trainer.keras_objects import nested_layers
 from trainer.run import Run
+from trainer.training.call import Logs
 from trainer.training.callbacks import Callback
-from trainer.training.loop import CallRecord, Logs, Progress
+from trainer.training.loop import CallRecord, Progress
 from trainer.training.signals import Signals
 from trainer.training.state import digest, lost_attributes, pack_state, unpack_state
 from trainer.training.weights import save_weights
@@ -53,10 +54,11 @@ class Checkpoint:
         fingerprint: Fingerprint of the data.
         best_loss: The lowest validation loss so far; None before the first validation.
         variables: Values of the variables, in the order of model, optimizer, metrics and
-            augmentation. Not by name: Keras numbers names within a process.
+            augmentation. Not by name, because the names that Keras makes contain numbers that
+            differ between processes.
         states: Attributes of callbacks by name; a list in checkpoints of version 0.1.0.
         log_sizes: Bytes of each log, by path.
-        trainable: Whether each layer is trainable, in the order of `nested_layers`; None in early
+        trainable: Whether each layer is trainable, in the order of `nested_layers`; None in older
             checkpoints.
     """
 
@@ -98,56 +100,54 @@ class Checkpoint:
 class Checkpoints(Callback):
     """Writes checkpoints after each epoch and at intervals, and restores one.
 
-    It must be the last callback: it saves what the others made of an epoch, and restores them after
-    they have begun.
+    It must be the last callback: it saves and restores the state of the other callbacks after their
+    own `on_epoch_end` and `on_train_begin`.
     """
 
     def __init__(
         self,
         run: Run,
         *,
-        watched: Mapping[str, Any],
+        objects: Mapping[str, Any],
         variables: Sequence[Any],
         fingerprint: str,
         every_seconds: float,
         signals: Signals,
-        saved: Checkpoint | None = None,
     ) -> None:
-        """Prepares; nothing is read or written before training begins.
+        """Stores the arguments; nothing is read or written before training begins.
 
         Args:
             run: Receives the checkpoints.
-            watched: Callbacks and other objects by name, whose plain attributes are saved.
+            objects: Callbacks and other objects by name, whose plain attributes are saved.
             variables: Variables that do not belong to the model: those of augmentation.
             fingerprint: Fingerprint of the data.
-            every_seconds: Longest time between checkpoints, rounded up to the end of a call.
-            signals: Signals to stop.
-            saved: Checkpoint to continue from.
-
-        Raises:
-            InputError: `saved` has the states of other callbacks.
+            every_seconds: Maximum time between checkpoints, rounded up to the end of a call.
+            signals: The received stop signals.
         """
         super().__init__()
         self._run = run
-        self._watched = watched
+        self._objects = objects
         self._variables = variables
         self._fingerprint = fingerprint
         self._every_seconds = every_seconds
         self._signals = signals
-        self._saved = saved
-        self._saved_states = {} if saved is None else saved.named_states(list(watched))
+        self._saved: Checkpoint | None = None
         self._progress = Progress()
         self._training = False
         self._last_time = 0.0
         self._initial: dict[str, dict[str, Any]] = {}
         self._best_loss: float | None = None
-        for callback in watched.values():
-            if saved is not None and isinstance(callback, keras.callbacks.CSVLogger):
-                callback.append = True  # it would otherwise start its file again
+
+    def continue_from(self, saved: Checkpoint) -> None:
+        """Sets the checkpoint that is restored when training begins."""
+        self._saved = saved
+        for callback in self._watched.values():
+            if isinstance(callback, keras.callbacks.CSVLogger):
+                callback.append = True  # otherwise it would overwrite its file
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Restores the checkpoint, after the other callbacks have reset themselves."""
-        self._initial = {name: pack_state(each, {}) for name, each in self._watched.items()}
+        self._initial = {name: pack_state(each, {}) for name, each in self._objects.items()}
         self._training = True
         self._last_time = time.monotonic()
         for callback in self._watched.values():
@@ -164,7 +164,7 @@ class Checkpoints(Callback):
             return  # the training cannot continue from here
         step = record.first_step + record.steps - record.epoch * self.params["steps"]
         self._progress = Progress(record.epoch, step, record.logs)
-        # All workers of a cluster save at the same step: they take part in what is saved.
+        # All workers of a cluster must save at the same step, because saving is collective.
         due = time.monotonic() - self._last_time >= self._every_seconds
         if self._signals.agree(due=due) or self._signals.agreed:
             self._save()
@@ -178,7 +178,7 @@ class Checkpoints(Callback):
         self._signals.stop_if_agreed()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        """Saves after an epoch, and the weights if no epoch was better."""
+        """Saves the state, and the best weights if the validation loss is the lowest so far."""
         loss = (logs or {}).get("val_loss")
         if loss is not None and (self._best_loss is None or loss < self._best_loss):
             self._best_loss = float(loss)
@@ -188,22 +188,22 @@ class Checkpoints(Callback):
         self._signals.stop_if_received()
 
     def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Saves no more: from here on the weights may be those of another epoch."""
+        """Stops saving: callbacks may now restore the weights of another epoch."""
         self._training = False
 
     def _save(self) -> None:
-        for each in self._watched.values():
+        for each in self._objects.values():
             if isinstance(each, Callback):
                 each.flush()
         arrays: dict[str, NDArray[Any]] = {}
         states = {
-            # Only what changed: on_train_begin sets the rest again.
+            # Only changed attributes: on_train_begin sets the others again.
             name: {
                 key: value
                 for key, value in pack_state(each, arrays).items()
                 if key not in self._initial[name] or self._initial[name][key] != value
             }
-            for name, each in self._watched.items()
+            for name, each in self._objects.items()
         }
         progress = pack_state(self._progress, arrays)
         values = map(_value, all_variables(self.model, self._variables))
@@ -213,7 +213,7 @@ class Checkpoints(Callback):
             "fingerprint": self._fingerprint,
             "best_loss": self._best_loss,
             "states": states,
-            "log_sizes": _log_sizes(self._run, self._watched.values()),
+            "log_sizes": _log_sizes(self._run, self._objects.values()),
             "trainable": [layer.trainable for layer in nested_layers(self.model.layers)],
         }
         arrays |= {f"v {i}": value for i, value in enumerate(values)}
@@ -223,13 +223,13 @@ class Checkpoints(Callback):
     def _restore(self, saved: Checkpoint) -> None:
         if saved.trainable is not None:
             for layer, flag in zip(nested_layers(self.model.layers), saved.trainable, strict=True):
-                layer.trainable = flag  # outer layers come first: they set their inner ones
+                layer.trainable = flag  # outer layers come first: they set their inner layers
         variables = all_variables(self.model, self._variables)
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
-        for name, state in self._saved_states.items():
-            if name in self._watched:
-                vars(self._watched[name]).update(state)
+        for name, state in saved.states.items():
+            if name in self._watched:  # TensorBoard may be switched off now
+                vars(self._objects[name]).update(state)
         self._best_loss = saved.best_loss
         self.model.stop_training = saved.stopped
 
@@ -245,7 +245,7 @@ def newest_checkpoint(run: Run) -> Checkpoint | None:
         try:
             return _read(path)
         except (*_READ_ERRORS, zipfile.BadZipFile, zlib.error) as error:
-            _log.warning("%s is damaged (%s): trying the one before.", path, error)
+            _log.warning("%s is damaged (%s): trying the previous checkpoint.", path, error)
     if paths:
         raise InputError(f"every checkpoint of {run.path} is damaged: it cannot be resumed")
     return None
@@ -266,8 +266,8 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
     """Truncates the logs of a run to their size at a checkpoint, or removes them.
 
     Args:
-        run: Its metrics.jsonl and TensorBoard files are meant; log.txt keeps everything.
-        saved: The checkpoint.
+        run: The run. Its log.txt is not truncated.
+        saved: The checkpoint; None: the training starts again.
     """
     sizes = {} if saved is None else saved.log_sizes
     for name in {os.path.relpath(path, run.path) for path in _logs(run)} | sizes.keys():
@@ -288,8 +288,8 @@ def _write(run: Run, facts: Any, arrays: dict[str, NDArray[Any]], *, steps: int)
     arrays["sha256"] = np.frombuffer(digest(arrays), np.uint8)
     path = run.checkpoints / f"step-{steps:010}.npz"
 
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
 
     try:
@@ -334,7 +334,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _value(variable: Any) -> NDArray[Any]:
     array: NDArray[Any] = np.asarray(keras.ops.convert_to_numpy(variable))
-    # NumPy has no bfloat16: its bytes are stored, and viewed as the variable's type when read.
+    # NumPy has no bfloat16: the bytes are stored, and `_restore` views them as the right type.
     return array if array.dtype.isbuiltin else array.view(f"V{array.itemsize}")
 
 
@@ -344,7 +344,7 @@ def _logs(run: Run) -> list[Path]:
     return [path for path in (run.metrics, *events) if path.exists()]
 
 
-def _log_sizes(run: Run, watched: Any) -> dict[str, int]:
-    loggers = [each for each in watched if isinstance(each, keras.callbacks.CSVLogger)]
+def _log_sizes(run: Run, objects: Any) -> dict[str, int]:
+    loggers = [each for each in objects if isinstance(each, keras.callbacks.CSVLogger)]
     paths = [*_logs(run), *(Path(logger.filename) for logger in loggers)]
     return {os.path.relpath(path, run.path): path.stat().st_size for path in paths}

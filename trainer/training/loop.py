@@ -1,6 +1,7 @@
-"""The loop: epochs, calls of many steps, validation, callbacks, and the time of each.
+"""The training loop: epochs, calls, validation, callbacks, and the time of each part.
 
-The host and the device synchronize once per call. Then the loop reads the logs and runs callbacks.
+A call runs many steps in one graph. The host and the device synchronize once per call. Then the
+loop reads the logs and runs callbacks.
 """
 
 import itertools
@@ -27,8 +28,7 @@ from trainer.tensorflow_internals import (
 )
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
-from trainer.training.call import Call, as_logs, metric_results
-from trainer.training.call import Logs as Logs
+from trainer.training.call import Call, Logs, as_logs, metric_results
 from trainer.training.replicas import require_addable, require_mean_loss
 from trainer.training.step import bind_step, test_step, train_step
 
@@ -39,7 +39,7 @@ class Progress:
 
     Attributes:
         epoch: Counted from 0.
-        step: Completed steps of the epoch. After the last step, its validation is next.
+        step: Completed steps of the epoch. If all are completed, the validation is next.
         logs: Loss and metrics since the start of the epoch.
     """
 
@@ -57,13 +57,14 @@ class CallRecord:
         first_step: First step of the call, counted from 0 over the whole run.
         steps: Steps in the call.
         images: Images in the call.
-        seconds: Duration, from an idle device until the device has finished.
+        seconds: Duration. The device is idle at the start and has finished at the end.
         worker_seconds: Duration on each worker of a cluster, float64 [workers].
         warm: False for the first calls, which also set up kernels or are traced by the profiler.
         loss: Loss of the batch of each step, float32 [steps].
         learning_rate: Learning rate of each step, float32 [steps].
-        metrics: Each metric after each step, since the start of the epoch, float32 [steps]. With
-            several workers only after the last step, [1], because reading it needs communication.
+        metrics: Value of each metric after each step, over the epoch so far, float32 [steps]. With
+            several workers: only after the last step, float32 [1], because reading a metric needs
+            communication.
         gradient_norms: float32 [steps, weights], or None.
         logs: Loss and metrics since the start of the epoch, as Keras passes them to callbacks.
     """
@@ -104,6 +105,7 @@ class Loop:
 
     Attributes:
         seconds: Time of each part.
+        step_graph: The graph of one training step; None until it is traced.
     """
 
     def __init__(
@@ -126,8 +128,8 @@ class Loop:
             step: Trains the model on one batch; see `trainer.training.step`.
             steps_per_execution: Largest number of steps in one call.
             clip_norm: Largest global norm of the gradients, or None.
-            jit_compile: Compile the step with XLA, but not the augmentation: three of Keras's
-                layers for it have no XLA kernel.
+            jit_compile: Compile the step with XLA. The augmentation is not compiled, because three
+                of Keras's augmentation layers have no XLA kernel.
             augment: Changes training images, uint8 [rows, H, W, C], same shape returned.
             gradient_norms: Record the norm of each weight's gradient, if the step returns it.
 
@@ -171,8 +173,8 @@ class Loop:
             callbacks: Keras callbacks. Their batch methods run once per call, as in Keras with
                 `steps_per_execution`. A method `on_call_end(record)` receives each `CallRecord`
                 after all `on_train_batch_end`.
-            warmup_calls: Number of calls at the start that are not `warm`.
-            start: Position of the checkpoint whose state a callback restores.
+            warmup_calls: Number of first calls whose records are not `warm`.
+            start: Position to continue from. A callback must restore the state of the training.
 
         Returns:
             The value of each metric after each epoch, by name.
@@ -197,8 +199,9 @@ class Loop:
             logs = self._train(train, validation, hooks, start or Progress())
         except CheckError as error:
             diverged = error
-        # Optimizers that average the weights now replace them by their average.
+        # Optimizers with `use_ema` replace the weights by the averaged weights here.
         model.optimizer.finalize_variable_values(self._optimized)
+        # Also after an infinite loss, so that callbacks can close their files.
         self._timed("callbacks", hooks.on_train_end, logs)
         if diverged is not None:
             raise diverged
@@ -206,9 +209,9 @@ class Loop:
         return history
 
     def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
-        """Yields the records of endless calls of `steps` steps (at most those of an epoch).
+        """Trains without validation and callbacks, for benchmarks; yields records without end.
 
-        There is no validation and no callback: this is what benchmarks measure.
+        Each call has `steps` steps, at most as many as an epoch.
         """
         for epoch in itertools.count():
             state = train.start_epoch(epoch)
@@ -228,8 +231,8 @@ class Loop:
         Args:
             batches: Batches to score.
             collect: Also return the probabilities, in the order of the batches.
-            callbacks: Receive the calls of Keras's test methods.
-            between: Called after each call of the device.
+            callbacks: Their `on_test_...` methods are called.
+            between: Called after each call.
 
         Returns:
             Loss and metrics, and float32 [images, classes] if `collect` is set.
@@ -259,7 +262,7 @@ class Loop:
         return logs, np.concatenate(outputs) if collect else None
 
     def trace(self, train: Batches) -> Call:
-        """Returns the traced training call; `fit` and `repeat` trace it themselves."""
+        """Traces the training call if necessary, and returns it. `fit` and `repeat` do this too."""
         call = self._training_call = self._call("train", train)
         return call
 
@@ -292,7 +295,7 @@ class Loop:
     ) -> Logs:
         """Trains all epochs from a position; returns the logs of the last one."""
         model, logs = self.model, dict[str, Any]()
-        # If a callback had stopped the training, resuming it does not begin another epoch.
+        # A training that a callback has stopped does not begin another epoch when it is resumed.
         stopped = model.stop_training and start != Progress() and start.step == 0
         for epoch in range(start.epoch, start.epoch if stopped else self._epochs):
             progress = start if epoch == start.epoch else Progress(epoch)
@@ -302,7 +305,7 @@ class Loop:
             logs = self._train_epoch(train, progress, hooks)
             if validation is not None:
                 scores, _ = self._timed("validation", self.evaluate, validation, callbacks=hooks)
-                # An infinite score comes from the last update of the epoch.
+                # If it is not finite, the last update of the epoch is the cause.
                 self._require_finite(scores["loss"], epoch, (epoch + 1) * train.steps)
                 logs |= {f"val_{name}": value for name, value in scores.items()}
             self._timed("callbacks", hooks.on_epoch_end, epoch, logs)
@@ -342,10 +345,10 @@ class Loop:
 
     def _changed_metrics(self, logs: Logs) -> Logs:
         """Returns the metrics after the callbacks of the last call, which may change them."""
-        if self.devices.workers > 1:  # they read their metrics only inside a call
+        if self.devices.workers > 1:  # several workers can read metrics only inside a call
             return {}
         results = metric_results(self.model, self.devices)
-        own = results.keys() != logs.keys()  # logs of the step itself
+        own = results.keys() != logs.keys()  # the step returns its own logs, not the metrics
         return {} if own else as_logs(results)
 
     def _run_call(
@@ -363,7 +366,7 @@ class Loop:
         self._calls_run += 1
         values, logs = call.read(rows, metrics)
         curves = {name: value for name, value in values.items() if value.ndim == 1}
-        if self.devices.workers > 1:
+        if self.devices.workers > 1:  # one value for the whole call, see CallRecord.metrics
             numbers = {name: value for name, value in logs.items() if np.ndim(value) == 0}
             curves = {n: np.array([value], np.float32) for n, value in numbers.items()} | curves
         return CallRecord(
@@ -399,9 +402,11 @@ class Loop:
             ) from error
 
     def _call(self, kind: str, batches: Batches) -> Call:
-        """Returns a traced call, traced again if something that it depends on has changed.
+        """Returns a traced call. It is traced again if an object that it depends on has changed.
 
-        The kinds are "train", "evaluate", and "collect" to also return the probabilities.
+        Args:
+            kind: "train", "evaluate", or "collect": evaluate and return the probabilities.
+            batches: Batches of the steps.
         """
         traced_for, call = self._calls.get((kind, batches), ([], None))
         if call is None or not _same(traced_for, self._depends_on(kind)):
@@ -414,7 +419,7 @@ class Loop:
         train, collect = kind == "train", kind == "collect"
 
         def update(images: tf.Tensor, labels: tf.Tensor, fraction: Any) -> Any:
-            self.step_graph = images.graph  # of the step alone, without the loop over steps
+            self.step_graph = images.graph  # the graph of one step, without the loop over steps
             return self._step(images, labels, fraction)
 
         if train and self._jit_compile:
@@ -439,29 +444,29 @@ class Loop:
         # Keras's `make_train_function(force=True)` requests a new graph.
         function = model.train_function if kind == "train" else model.test_function
         schedules = [_schedule(optimizer) for optimizer in simple_optimizers(model.optimizer)]
-        # For batch normalization without weights, only the flag shows whether it is frozen.
+        # Without scale and center, only this flag shows that a BatchNormalization is frozen.
         frozen = [layer.trainable for layer in nested_layers(model.layers)]
         objects = [model.optimizer, model.loss, function, *model.metrics]
         return [*objects, *schedules, *model.trainable_variables, *frozen]
 
     def _build(self) -> None:
-        """Creates the variables of optimizer and metrics, also of new ones after `compile`.
+        """Creates the variables of the optimizer and the metrics, again after each `compile`.
 
-        Keras creates them at their first use. That would be inside the graph of one replica, where
-        a strategy cannot create variables.
+        Keras would create them at their first use. This is inside the graph of one replica, where a
+        strategy cannot create variables.
         """
         model, trained = self.model, self.model.trainable_variables
         with self.devices.scope():
             if self._optimizer is not model.optimizer:
                 model.optimizer.build(trained)
                 self._optimizer, self._optimized = model.optimizer, list(trained)
-            compiled = not _same(model.metrics, self._metrics)
-            if compiled:
+            metrics_changed = not _same(model.metrics, self._metrics)
+            if metrics_changed:
                 shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
                 model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
                 model.reset_metrics()
                 self._metrics = model.metrics
-        if compiled and self.devices.replicas > 1:
+        if metrics_changed and self.devices.replicas > 1:
             require_mean_loss(model, self.devices)
         known = {id(variable) for variable in self._optimized}
         unknown = [variable.path for variable in trained if id(variable) not in known]
@@ -474,13 +479,13 @@ class Loop:
     def _timed(
         self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Any:
-        """Calls a function and adds its seconds to a part, without those of other parts in it."""
-        start, others = time.perf_counter(), sum(asdict(self.seconds).values())
+        """Calls a function and adds its seconds to a part, without seconds counted inside it."""
+        start, before = time.perf_counter(), sum(asdict(self.seconds).values())
         try:
             return function(*arguments, **options)
         finally:
-            others -= sum(asdict(self.seconds).values())
-            seconds = time.perf_counter() - start + others
+            counted_inside = sum(asdict(self.seconds).values()) - before
+            seconds = time.perf_counter() - start - counted_inside
             setattr(self.seconds, part, getattr(self.seconds, part) + seconds)
 
 
@@ -488,7 +493,7 @@ def _schedule(optimizer: keras.optimizers.Optimizer) -> Any:
     """Returns the configuration of a learning-rate schedule; None for a constant rate."""
     try:
         rate = optimizer.get_config().get("learning_rate")
-    except NotImplementedError:  # a user's schedule: changes of it are not noticed
+    except NotImplementedError:  # a user's schedule without get_config: changes are not detected
         return None
     return rate if isinstance(rate, dict) else None
 

@@ -11,8 +11,8 @@ class SmoothedCrossentropy(keras.losses.Loss):
 
     The target probability of the right class is `1 - label_smoothing`, and the rest is spread over
     all classes, so that the network does not become overconfident. Source: Szegedy et al. 2016,
-    Rethinking the Inception Architecture, section 7. The minimum is not 0 but the entropy of such
-    targets: 0.50 for 10 classes and 0.1.
+    Rethinking the Inception Architecture, section 7. The minimum is not 0 but the entropy of the
+    targets: 0.50 for 10 classes and label_smoothing = 0.1.
     """
 
     def __init__(

@@ -12,10 +12,11 @@ from trainer import keras_objects
 from trainer.config import KerasObject, OptimizerConfig
 from trainer.errors import InputError
 
-# Runs and models of earlier versions name a subclass of Adam that had the same options and state.
+# Runs and models of earlier versions use FusedAdam, a subclass of Adam with the same state.
 keras.saving.get_custom_objects()["trainer>FusedAdam"] = keras.optimizers.Adam
 
-# For batches that grow with the devices: "linear" is Goyal et al. 2017, "sqrt" Krizhevsky 2014.
+# Factor of the learning rate by number of devices, for a batch size that grows with that number.
+# "linear": Goyal et al. 2017. "sqrt": Krizhevsky 2014.
 _SCALE: dict[str, Callable[[int], float]] = {
     "none": lambda _: 1.0,
     "linear": float,
@@ -24,9 +25,9 @@ _SCALE: dict[str, Callable[[int], float]] = {
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
-    """Makes a Keras optimizer, with a schedule over the run if the configuration has one.
+    """Creates the optimizer, with its learning-rate schedule if the configuration has one.
 
-    It is made for the devices of the strategy in whose scope this is called.
+    The scope of the strategy must be active: the learning rate can depend on its replicas.
 
     Args:
         config: Names and options.
@@ -36,19 +37,18 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
         InputError: A name is unknown, or an option is refused.
     """
     if "learning_rate" in config.options:
-        raise InputError("optimizer.options.learning_rate: expected as optimizer.learning_rate")
+        raise InputError("optimizer.options.learning_rate: use optimizer.learning_rate instead")
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     rate: Any = _SCALE[config.learning_rate_scaling](replicas) * config.learning_rate
     if config.schedule is not None:
         warmup_steps = round(config.warmup_fraction * total_steps)
         rate = _make_schedule(config.schedule, rate, total_steps, warmup_steps)
-    options = {"learning_rate": rate} | config.options
-    factory = keras_objects.find("optimizer", config.name)
-    return keras_objects.call(factory, f"optimizer {config.name!r}", options)
+    described = KerasObject(name=config.name, options=config.options)
+    return keras_objects.make("optimizer", described, learning_rate=rate)
 
 
 def try_optimizer(config: OptimizerConfig) -> None:
-    """Makes the optimizer and takes one step with it, because Keras finds some faults only then.
+    """Creates the optimizer and takes one step: Keras finds some errors only then.
 
     Raises:
         InputError: An option has a value that the optimizer or the schedule cannot use.
@@ -63,7 +63,7 @@ def try_optimizer(config: OptimizerConfig) -> None:
 
 
 def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_steps: int) -> Any:
-    """Makes a schedule with the options of the configuration and those that follow from the run."""
+    """Creates a schedule with the configured options; the others default to values of the run."""
     factory = keras_objects.find("schedule", schedule.name)
     defaults = {
         "initial_learning_rate": rate,
@@ -76,7 +76,7 @@ def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_
                 f"optimizer.warmup_fraction and the schedule's {', '.join(given)}: "
                 "expected one of them"
             )
-        # A tenth, because the gradients of the first steps are the largest.
+        # Starts at a tenth of the rate, because the gradients of the first steps are the largest.
         defaults |= {"initial_learning_rate": rate / 10, "warmup_target": rate}
         defaults |= {"warmup_steps": warmup_steps}
     accepted = inspect.signature(factory).parameters

@@ -1,4 +1,4 @@
-"""Refuses models whose results on several devices cannot be added up to those of one device."""
+"""Refuses models whose results on several devices do not sum to the result on one device."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from trainer.training.step import compute_loss, overrides
 
 
 def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
-    """Refuses methods and options that fail on several devices, or that change the result.
+    """Checks for methods and options that do not work, or work differently, on several devices.
 
     Raises:
         InputError: The model has one of them.
@@ -33,9 +33,9 @@ def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
 def require_mean_loss(model: keras.Model, devices: Devices) -> None:
     """Refuses a loss that is not a mean over the images of a batch, or that Keras does not divide.
 
-    Keras divides a loss by the number of replicas if it is a mean of one value per image. The sum
-    over the replicas is the loss of the batch only if all of it is divided. The loss is computed
-    for some images, for the same images twice, and as one replica computes it.
+    Keras divides a loss by the number of replicas if it is a mean of one value per image. Only then
+    is the sum over the replicas the loss of the batch. This is tested by three losses: of some
+    images, of each of them twice, and as one replica computes it.
 
     Raises:
         InputError: The three results do not agree.

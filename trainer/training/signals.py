@@ -1,4 +1,4 @@
-"""Control-C and SIGTERM: noted during a call of the loop, and handled after it."""
+"""Control-C and SIGTERM: recorded during a call of the loop, and handled after it."""
 
 import contextlib
 import signal
@@ -11,10 +11,10 @@ from trainer.errors import StoppedError
 
 
 class Signals:
-    """The signal that stops the training.
+    """Stop signals, and the agreement of all workers to stop at the same step.
 
     Attributes:
-        agreed: The signal that any worker has received when `agree` was last called, or None.
+        agreed: The signal that some worker had received at the last `agree`, or None.
     """
 
     def __init__(self, advice: str, all_gather: AllGather = single_worker) -> None:
@@ -30,7 +30,7 @@ class Signals:
         self._all_gather = all_gather
 
     def agree(self, *, due: bool = False) -> bool:
-        """Sets `agreed`. All workers must call this together.
+        """Exchanges the received signals and sets `agreed`. All workers must call this together.
 
         Args:
             due: Whether this worker requests an action that all workers take together.
@@ -43,18 +43,18 @@ class Signals:
         return bool(rows[:, 1].any())
 
     def stop_if_agreed(self) -> None:
-        """Raises StoppedError if a signal was agreed."""
+        """Raises StoppedError if `agreed` is a signal."""
         if self.agreed is not None:
             raise StoppedError(self.agreed, self._advice)
 
     def stop_if_received(self) -> None:
-        """Asks all workers, and raises StoppedError if one has received a signal."""
+        """Calls `agree`, and raises StoppedError if any worker has received a signal."""
         self.agree()
         self.stop_if_agreed()
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes the first signal. A second one ends the process at once, as without this block."""
+        """Records the first signal inside the block. A second one ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread can receive signals
             return

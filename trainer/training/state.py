@@ -1,7 +1,7 @@
 """The state of callbacks in a checkpoint: their plain attributes, as JSON and arrays.
 
-Plain are None, numbers, strings, NumPy arrays and scalars, functions of keras.ops (by which Keras's
-callbacks compare their metric), and lists, tuples and dictionaries of these.
+Plain values are None, numbers, strings, NumPy arrays and scalars, functions of keras.ops (Keras's
+callbacks store one to compare metrics), and lists, tuples and dictionaries of these.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from trainer.keras_internals import CALLBACK_ATTRIBUTES
 
-_MAX_DEPTH = 20  # of lists and dictionaries inside each other
+_MAX_DEPTH = 20  # of nested lists and dictionaries
 
 
 def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     """Returns the plain attributes of an object as JSON, by name.
 
     Args:
-        thing: For example a callback.
+        thing: The object, for example a callback.
         arrays: Receives the arrays among the attributes, each under the SHA-256 of its content.
             States are therefore equal if their JSON is equal.
     """
@@ -37,7 +37,7 @@ def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
 
 
 def unpack_state(state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """Returns the attributes that `pack_state` was given."""
+    """Returns the attributes from the result of `pack_state`."""
     return {name: _unpack(value, arrays) for name, value in state.items()}
 
 

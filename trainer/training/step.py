@@ -1,15 +1,15 @@
-"""One training step and one test step on one replica: the only GradientTape that trains.
+"""One training step and one test step on one replica. No other code trains the model.
 
 Both do what `keras.Model.train_step` and `test_step` do, in the same order, so that the losses,
-metrics and optimizer of a compiled model behave as in Keras. There is one difference: if the
-replicas have different numbers of rows of a batch, each is weighted by its rows. Keras weights all
-replicas alike.
+metrics and optimizer of a compiled model behave as in Keras. There is one difference: a batch may
+be split unevenly. Then each replica is weighted by its number of rows. Keras gives all replicas the
+same weight.
 
 `training.step` names a function that replaces `train_step`: `step(model, images, labels)` updates
-the weights and returns logs as `keras.Model.train_step` does, a dictionary with "loss". If the
-names are those of the model's metrics, the results of the metrics are reported, else the values
-themselves. `batch_fraction`, `clip_norm` and `gradient_norms` are passed to a function that has
-parameters of these names.
+the weights and returns logs as `keras.Model.train_step` does, a dictionary with "loss". If the logs
+have the names of the model's metrics, the metrics are reported, else the logs themselves.
+`batch_fraction`, `clip_norm` and `gradient_norms` are passed to a function that has parameters of
+these names.
 """
 
 import inspect
@@ -54,8 +54,8 @@ def train_step(
         "loss": float32 scalar, this replica's part of the loss of the global batch. The sum of the
         parts is the loss. With one replica also the metrics, as `model.compute_metrics` returns
         them; a model that overrides this method also determines "loss".
-        "gradient_norms", on request: float32 [weights], of the unclipped gradient of the whole
-        batch; 0 for a weight that does not influence the loss.
+        "gradient_norms", if requested: float32 [weights], norms for the whole batch before
+        clipping; 0 for a weight that does not influence the loss.
     """
     optimizer, weights = model.optimizer, model.trainable_variables
     # TensorBoard draws a box for each name scope.
@@ -64,7 +64,7 @@ def train_step(
             outputs = model(images, training=True)
         with tf.name_scope("loss"):
             data = (images, labels, outputs, sample_weight)
-            mean_loss = _mean_loss(model, *data, batch_fraction, training=True)
+            mean_loss = _mean_loss(model, data, batch_fraction, training=True)
             part = mean_loss if batch_fraction is None else mean_loss * batch_fraction
             # mixed_float16 multiplies the loss so that small gradients do not become 0. The
             # optimizer divides the gradients by the same factor.
@@ -75,11 +75,11 @@ def train_step(
     norms = None
     if clip_norm is not None or gradient_norms or scales_loss:
         with tf.name_scope("clip"):
-            gradients, norms = _clip_whole_batch(gradients, optimizer, clip_norm)
+            gradients, norms = _sum_and_clip(gradients, optimizer, clip_norm)
     with tf.name_scope("update"):
         optimizer.apply(gradients, weights)
     with tf.name_scope("metrics"):
-        logs = _update_metrics(model, *data, mean_loss, batch_fraction)
+        logs = _update_metrics(model, data, mean_loss, batch_fraction)
     if not overrides(model, "compute_metrics"):
         logs = {**logs, "loss": part}
     return {**logs, "gradient_norms": norms} if gradient_norms else logs
@@ -93,7 +93,7 @@ def test_step(
     batch_fraction: tf.Tensor | None = None,
     collect: bool = True,
 ) -> dict[str, Any]:
-    """Updates the metrics of a compiled model, by its own `test_step` if it has one.
+    """Updates the metrics of a compiled model. Calls the model's own `test_step` if it has one.
 
     Returns:
         With one replica the logs. If `collect` is set, "outputs": the probabilities, float32
@@ -105,8 +105,8 @@ def test_step(
     else:
         outputs = model(images, training=False)
         data = (images, labels, outputs, None)
-        mean_loss = _mean_loss(model, *data, batch_fraction, training=False)
-        logs = _update_metrics(model, *data, mean_loss, batch_fraction)
+        mean_loss = _mean_loss(model, data, batch_fraction, training=False)
+        logs = _update_metrics(model, data, mean_loss, batch_fraction)
     collected = {"outputs": tf.cast(outputs, tf.float32)} if collect else {}
     return metric_tensors(logs) | collected
 
@@ -117,7 +117,7 @@ def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tens
     Args:
         model: Compiled.
         arguments: Images, labels, outputs and sample weights or None, as `compute_loss` takes them.
-        training: Whether the model is trained or evaluated. Keras 3.3 added this parameter.
+        training: Whether the model is trained or evaluated. Older models lack this parameter.
     """
     options = {"training": training} if _accepts(model.compute_loss, "training") else {}
     return model.compute_loss(*arguments, **options)
@@ -214,19 +214,20 @@ def _stacked(value: Any) -> Any:
     return value + 0 if isinstance(value, keras.Variable) else value
 
 
-def _mean_loss(model: keras.Model, *data: Any, training: bool) -> tf.Tensor:
-    """Returns the mean loss over the rows of this replica; the last argument is batch_fraction."""
-    *arguments, batch_fraction = data
-    loss = compute_loss(model, *arguments, training=training)
+def _mean_loss(
+    model: keras.Model, data: tuple[Any, ...], batch_fraction: tf.Tensor | None, *, training: bool
+) -> tf.Tensor:
+    """Returns the mean loss over the rows of this replica; `data` is as in `compute_loss`."""
+    loss = compute_loss(model, *data, training=training)
     # With several replicas, Keras divides the loss by their number.
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     return loss if batch_fraction is None else loss * replicas
 
 
-def _clip_whole_batch(
+def _sum_and_clip(
     gradients: list[Any], optimizer: keras.optimizers.Optimizer, clip_norm: float | None
 ) -> tuple[list[Any], tf.Tensor]:
-    """Clips by the norm of the gradient of the whole batch, not of each replica's part.
+    """Sums the gradients of all replicas, and clips the sum by its global norm.
 
     Returns:
         The gradients as `optimizer.apply` takes them, and the norm of each before clipping,
@@ -236,7 +237,7 @@ def _clip_whole_batch(
     present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
     if replicas > 1:
         # The optimizer adds the gradients of the replicas, so each gets an equal part of the sum.
-        # With equal gradients all replicas decide alike whether float16 has overflowed.
+        # Equal gradients also let all replicas agree whether float16 has overflowed.
         context = tf.distribute.get_replica_context()
         present = [g / replicas for g in context.all_reduce(tf.distribute.ReduceOp.SUM, present)]
     scale = optimizer.scale_loss(tf.constant(1.0))
@@ -250,18 +251,19 @@ def _clip_whole_batch(
     return gradients, norms
 
 
-def _update_metrics(model: keras.Model, *data: Any) -> dict[str, Any]:
-    """Updates the metrics of a model, and its mean loss weighted by rows.
-
-    `data` is images, labels, outputs, sample weights, mean loss and batch fraction.
-    """
-    *arguments, mean_loss, batch_fraction = data
+def _update_metrics(
+    model: keras.Model,
+    data: tuple[Any, ...],
+    mean_loss: tf.Tensor,
+    batch_fraction: tf.Tensor | None,
+) -> dict[str, Any]:
+    """Updates the metrics of a model, and its loss; returns their results with one replica."""
 
     def update() -> dict[str, Any]:
         # The property of the base class has the tracker of the loss even if a model overrides it.
         tracker = next(m for m in keras.Model.metrics.fget(model) if m.name == "loss")
-        tracker.update_state(mean_loss, sample_weight=tf.shape(arguments[1])[0])
-        logs: dict[str, Any] = model.compute_metrics(*arguments)
+        tracker.update_state(mean_loss, sample_weight=tf.shape(data[1])[0])  # by rows
+        logs: dict[str, Any] = model.compute_metrics(*data)
         return logs
 
     if batch_fraction is None:

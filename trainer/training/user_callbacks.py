@@ -1,4 +1,4 @@
-"""Makes the callbacks of a configuration, and checks them before a training begins."""
+"""Makes the callbacks of the user and checks them before the training begins."""
 
 import inspect
 import warnings
@@ -14,7 +14,7 @@ from trainer.errors import InputError, did_you_mean
 from trainer.run import Run
 from trainer.training.step import metric_tensors
 
-# They need functions, which a configuration cannot contain.
+# Callbacks that need functions, which a configuration cannot contain.
 _NEED_FUNCTIONS = (keras.callbacks.LearningRateScheduler, keras.callbacks.LambdaCallback)
 
 
@@ -53,7 +53,7 @@ def make_callbacks(
 
 
 def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
-    """Replaces "{run}" by the run directory, and refuses the files of the run itself."""
+    """Replaces "{run}" by the run directory. Refuses paths of files that the run itself writes."""
     options = {
         key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
         for key, value in callback.options.items()
@@ -65,18 +65,18 @@ def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
 
 
 def _check_kind(config: Config, kind: type) -> None:
-    """Refuses callbacks that would delete a user's work or act against a part of the workflow."""
+    """Refuses callbacks that would delete files of the user or conflict with the workflow."""
     callbacks, schedule = keras.callbacks, config.optimizer.schedule
     reasons = {
-        callbacks.BackupAndRestore: "deletes its folder at the end, with everything in it; "
-        "checkpoints are written without it, and `trainer fit --resume` continues from them",
-        callbacks.SwapEMAWeights: "is not needed: with use_ema, the averaged weights are scored "
-        "and saved without it",
+        callbacks.BackupAndRestore: "deletes its folder at the end, with everything in it. It is "
+        "not needed: `trainer fit` writes checkpoints, and `--resume` continues from them",
+        callbacks.SwapEMAWeights: "is not needed: with use_ema, `trainer fit` scores and saves "
+        "the averaged weights itself",
     }
     if schedule is not None:
         reason = (
-            f"sets the learning rate, as optimizer.schedule = {schedule.name!r} does: expected one "
-            "of them (a file without optimizer.schedule)"
+            f"sets the learning rate, but so does optimizer.schedule = {schedule.name!r}: expected "
+            "only one of them; remove the other"
         )
         reasons |= dict.fromkeys(
             (callbacks.ReduceLROnPlateau, callbacks.LearningRateScheduler), reason
@@ -87,9 +87,9 @@ def _check_kind(config: Config, kind: type) -> None:
 
 
 def _check_options(described: KerasObject, logs: Collection[Any]) -> None:
-    """Refuses options that Keras would ignore, or would reject only during the training.
+    """Refuses options that Keras ignores, or rejects only during the training.
 
-    Callbacks of the user are not checked, because they may do anything when they are made.
+    User-defined callbacks are not checked: creating one here could have side effects.
 
     Args:
         described: The callback.

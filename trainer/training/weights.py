@@ -1,4 +1,4 @@
-"""Weights in a file, as Keras writes them; nothing is lost if the disk is full."""
+"""Saves and loads weights in Keras's format. A full disk does not damage an older file."""
 
 import errno
 import math
@@ -15,9 +15,9 @@ import tensorflow as tf
 from trainer.errors import InputError
 from trainer.files import write_atomic
 
-# Keras ignores parameters in a file that the model has no place for: their number is compared.
+# Number of parameters. It is compared, because Keras ignores weights that the model lacks.
 _PARAMETERS = "trainer.parameters"
-_BYTES_PER_VARIABLE = 2048  # of an HDF5 file, besides the values
+_BYTES_PER_VARIABLE = 2048  # overhead of an HDF5 file
 
 
 def save_weights(
@@ -39,12 +39,12 @@ def save_weights(
         math.prod(v.shape) * tf.as_dtype(v.dtype).size + _BYTES_PER_VARIABLE for v in variables
     )
 
-    def write(beside: Path) -> None:
-        if shutil.disk_usage(beside.parent).free < size:
+    def write(partial: Path) -> None:
+        if shutil.disk_usage(partial.parent).free < size:
             # HDF5 reports a full disk, but then crashes when the process ends.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        model.save_weights(beside, overwrite=True)
-        with h5py.File(beside, "a") as file:
+        model.save_weights(partial, overwrite=True)
+        with h5py.File(partial, "a") as file:
             file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
 
     try:

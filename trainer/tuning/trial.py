@@ -16,7 +16,7 @@ from trainer.config import Config
 from trainer.errors import CheckError, InputError, StoppedError, TrainerError
 from trainer.run import Run
 from trainer.tensorflow_internals import released_gradients
-from trainer.training.loop import Logs
+from trainer.training.call import Logs
 from trainer.tuning import results
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
 from trainer.tuning.space import decode, trial_config

@@ -21,7 +21,16 @@ from trainer.tuning.oracles import make_oracle
 from trainer.tuning.search_directory import SearchDirectory
 from trainer.tuning.workers import Worker
 
-# Each trial has forty epochs, of some milliseconds each, and a checkpoint after each.
+# A trial takes at least six seconds: long enough for other processes to start.
+SLOW = """
+import time
+
+import keras
+
+class Slow(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        time.sleep(0.15)
+"""
 SEARCH = """
 [data]
 name = "synthetic"
@@ -31,6 +40,7 @@ name = "mlp"
 options = { units = [8] }
 [training]
 epochs = 40
+callbacks = ["slow:Slow"]
 batch_size = 16
 device = "cpu"
 precision = "float32"
@@ -53,6 +63,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """The search above, in s.toml."""
     monkeypatch.chdir(tmp_path)
     Path("s.toml").write_text(SEARCH)
+    Path("slow.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
     return load_config("s.toml")
 
 
@@ -174,13 +186,13 @@ def test_a_signal_saves_the_trial_and_the_message_has_the_next_step(
     assert search.table(TuningConfig).max_trials == 4
     thread = threading.Thread(target=stop)
     thread.start()
-    code, _, err = command("tune", "s.toml")
+    code, _, err = command("tune", "s.toml", "--trials", "2")
     thread.join()
     assert code == 143
     assert "stopped by SIGTERM; continue with the same `trainer tune` command (runs/tune-s)" in err
-    code, _, err = command("tune", "s.toml")
+    code, _, err = command("tune", "s.toml", "--trials", "2")
     assert code == 0, err
-    _require_whole()
+    _require_whole(2)
     assert "resumed  epoch" in _logs()
 
 

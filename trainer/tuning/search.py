@@ -54,8 +54,7 @@ def tune(
 
     Args:
         config: The configuration. Its table [tuning] describes the search.
-        name: Name of the search, which is kept in `<runs>/tune-<name>`; None: logging.name, or the
-            names of data set and model.
+        name: Name of the search in `<runs>/tune-<name>`; None: logging.name or a default.
         workers: Processes that train at the same time, this one included.
         refit: Train the best trial on train and validation together, and score the test images.
         console: Shows the progress bar of the refit.

@@ -161,7 +161,8 @@ def started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SAVING_SECONDS)
-            process.kill()
+            with process:  # closes the pipe
+                process.kill()
 
 
 def _report_loss(process: subprocess.Popen[bytes]) -> None:

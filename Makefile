@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help fit test slow check format tensorboard clean
 
-help:  ## Say what there is
+help:  ## List the targets
 	@sed -nE 's/^([a-z]+):.*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options on
@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, pr
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_private_names.py
 
-format: $(VENV)/.installed-dev  ## Mend what lint and formatting can mend by themselves
+format: $(VENV)/.installed-dev  ## Fix what lint and formatting can fix automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import keras
 import numpy as np
 
 from trainer import data as datasets
@@ -74,11 +75,12 @@ def export(
     require_writable(directory, "--directory")
     data = datasets.load(origin.config.data)
     require_data(run, origin.spec.fingerprint, data.spec)
+    model = restore(run, precision="float32")  # before a folder is created
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-            record = _write(run, origin, data, export_format, Path(partial))
+            record = _write(run, model, origin, data, export_format, Path(partial))
             return _publish(Path(partial), folder, record), record
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from None
@@ -88,10 +90,14 @@ def export(
 
 
 def _write(
-    run: Run, origin: Origin, data: Dataset, export_format: ExportFormat, folder: Path
+    run: Run,
+    model: keras.Model,
+    origin: Origin,
+    data: Dataset,
+    export_format: ExportFormat,
+    folder: Path,
 ) -> ExportRecord:
     """Writes and verifies an exported model in an empty folder that is not published yet."""
-    model = restore(run, precision="float32")
     precision, seed = origin.config.training.precision, origin.config.data.split_seed
     # Sampled at random, because the data may be sorted by class.
     images, labels = data.test.sample(_MAX_VERIFIED_IMAGES, seed).read()

@@ -136,6 +136,14 @@ def test_harmful_callbacks_are_refused_from_python(callback: Any, in_tmp_path: P
     assert not list(in_tmp_path.rglob("*.npz"))
 
 
+@pytest.mark.usefixtures("in_tmp_path")
+def test_a_callback_that_cannot_start_is_one_line() -> None:
+    logger = {"name": "CSVLogger", "options": {"filename": "missing/log.csv"}}
+    config = Config().with_changes(TINY | {"training.callbacks": [logger]})
+    with pytest.raises(InputError, match="a callback cannot start: "):
+        trainer.fit(config)
+
+
 def test_a_run_saves_the_averaged_weights_that_it_scored(in_tmp_path: Path) -> None:
     ema = {"use_ema": True, "ema_momentum": 0.5}
     stop = {"name": "EarlyStopping", "options": {"patience": 0, "restore_best_weights": True}}

@@ -39,6 +39,7 @@ def gradient(
         raise InputError("--model uses the network's loss: expected no EXPR, --at, --wrt, --order")
     console.start_logging()
     with console.stdout_to_stderr():
+        console.import_module("tensorflow")  # without its messages
         if model is None:
             derive = console.import_module("trainer.gradient.comparison").derive
             result: Any = derive(expression, at=at, wrt=wrt, order=order)

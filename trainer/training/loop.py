@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
-from trainer.keras_objects import nested_layers
+from trainer.keras_objects import explain, nested_layers
 from trainer.tensorflow_internals import (
     HostOperation,
     KernelReport,
@@ -180,7 +180,7 @@ class Loop:
             The value of each metric after each epoch, by name.
 
         Raises:
-            InputError: A callback cannot write its file.
+            InputError: A callback cannot start: its file or an option is wrong.
             CheckError: The loss is infinite or NaN; the message names the step.
         """
         model, options = self.model, {"add_history": True, "epochs": epochs, "verbose": 0}
@@ -191,8 +191,8 @@ class Loop:
         self._calls_run, self._warmup_calls, self._epochs = 0, warmup_calls, epochs
         try:
             self._timed("callbacks", hooks.on_train_begin)
-        except OSError as error:
-            raise InputError(f"a callback cannot write: {error}") from None
+        except (OSError, TypeError, ValueError) as error:  # of a file or an option
+            raise InputError(f"a callback cannot start: {explain(error)}") from error
         logs: Logs = {}
         diverged = None
         try:

@@ -15,6 +15,23 @@ from trainer.config import load_config
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.tensorflow_internals import check_kernels
 
+# A module of a user: operations without a GPU kernel, or without an XLA kernel.
+OWN_LAYERS = """
+import keras
+import tensorflow as tf
+
+@keras.saving.register_keras_serializable(package="own")
+class Shift(keras.layers.Layer):
+    def call(self, x):
+        return x + tf.cast(tf.random.shuffle(tf.range(3))[0], x.dtype)
+
+class Outside(keras.layers.Layer):
+    def call(self, x):
+        y = tf.numpy_function(lambda x: x, [x], x.dtype)
+        y.set_shape(x.shape)
+        return y
+"""
+
 
 @contextmanager
 def traced_graphs() -> Iterator[Callable[[], list[tf.Graph]]]:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import pytest
 import tensorflow as tf
-from graphs import host_operations, prepare_mnist, traced_graphs
+from graphs import OWN_LAYERS, host_operations, prepare_mnist, traced_graphs
 
 from trainer import devices
 from trainer.config import Config, load_config
@@ -93,23 +93,6 @@ def test_only_summaries_run_on_the_host_in_a_training(
     assert sorted(name for name, _ in found) == ["call", "call", "write"]
     for name, host in found:
         assert {each.operation for each in host} == (ON_THE_HOST if name == "write" else set())
-
-
-OWN_LAYERS = """
-import keras
-import tensorflow as tf
-
-@keras.saving.register_keras_serializable(package="own")
-class Shift(keras.layers.Layer):
-    def call(self, x):
-        return x + tf.cast(tf.random.shuffle(tf.range(3))[0], x.dtype)
-
-class Outside(keras.layers.Layer):
-    def call(self, x):
-        y = tf.numpy_function(lambda x: x, [x], x.dtype)
-        y.set_shape(x.shape)
-        return y
-"""
 
 
 def own_config(*names: str, **changes: Any) -> Config:

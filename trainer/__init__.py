@@ -35,12 +35,13 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Python also asks for __path__ and for submodules: they must not import the tools.
-    other = name.startswith("_") or find_spec(f"trainer.{name}") is not None
-    modules = _MODULES if name in _MODULES or other else tools.functions()
+    modules = _MODULES
     if name not in modules:
-        if other:
+        # Python also asks for __path__ and for submodules: they must not import the tools.
+        if name.startswith("_") or find_spec(f"trainer.{name}") is not None:
             raise AttributeError(name)
+        modules = tools.functions()
+    if name not in modules:
         available = ", ".join(sorted(_MODULES | tools.functions()))
         raise AttributeError(f"module 'trainer' has no attribute {name!r}; available: {available}")
     return getattr(importlib.import_module(modules[name]), name)

@@ -154,7 +154,7 @@ def select(
     require_driver(device)
     if cluster is not None:
         return _join(device, cluster, cluster_timeout_seconds)
-    names = _choose(device, _logical_devices("GPU"), _logical_devices("CPU"))
+    names = _choose(device, logical_devices("GPU"), logical_devices("CPU"))
     return single(names[0]) if len(names) == 1 else _mirrored(names)
 
 
@@ -195,7 +195,8 @@ def single(name: str) -> Devices:
     return Devices((name,), tf.distribute.get_strategy())
 
 
-def _logical_devices(kind: str) -> list[str]:
+def logical_devices(kind: str | None = None) -> list[str]:
+    """Returns TensorFlow's names of the devices of a kind ("CPU", "GPU"; None: all): ["GPU:0"]."""
     import tensorflow as tf
 
     return [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices(kind)]

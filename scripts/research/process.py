@@ -41,7 +41,7 @@ def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> E
         )
         with cast("IO[str]", process.stdout) as stdout:
             out = stdout.read()
-        _, status, used = os.wait4(process.pid, 0)  # unlike wait(), it tells the peak of the memory
+        _, status, used = os.wait4(process.pid, 0)  # unlike wait(), it returns the peak memory
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -58,7 +58,7 @@ def fit(
     Args:
         config: A TOML file.
         changes: Each as `--set` takes it.
-        variables: Of the environment.
+        variables: Environment variables to add.
 
     Returns:
         The run's summary, and the process.
@@ -70,7 +70,7 @@ def fit(
 
 
 def say_if_busy() -> float:
-    """Returns the load of the last minute; says so where other programs would be measured, too."""
+    """Returns the load of the last minute, and prints a warning if it would disturb timings."""
     load = os.getloadavg()[0]
     if load > _BUSY:
         print(

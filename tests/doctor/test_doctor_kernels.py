@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tensorflow as tf
+from graphs import OWN_LAYERS
 
 from trainer.config import Config, load_config
 from trainer.doctor import checks
@@ -16,21 +17,7 @@ from trainer.errors import MissingError
 if not tf.sysconfig.get_build_info()["is_cuda_build"]:
     pytest.skip("this TensorFlow lists no GPU kernels", allow_module_level=True)
 
-OWN_OBJECTS = """
-import keras
-import tensorflow as tf
-
-@keras.saving.register_keras_serializable(package="own")
-class Shift(keras.layers.Layer):
-    def call(self, x):
-        return x + tf.cast(tf.random.shuffle(tf.range(3))[0], x.dtype)
-
-class Outside(keras.layers.Layer):
-    def call(self, x):
-        y = tf.numpy_function(lambda x: x, [x], x.dtype)
-        y.set_shape(x.shape)
-        return y
-
+OWN_OBJECTS = f"""{OWN_LAYERS}
 class Refuses(keras.layers.Layer):
     def __init__(self, **options):
         super().__init__(**options)

@@ -4,7 +4,7 @@ import re
 
 import tensorflow as tf
 
-from trainer.devices import select
+from trainer.devices import logical_devices, select
 from trainer.errors import InputError
 
 
@@ -36,8 +36,7 @@ def select_each(words: list[str]) -> list[str]:
     names: list[str] = []
     for word in words or ["all"]:
         if word == "all":
-            gpus = tf.config.list_logical_devices("GPU")
-            names += ["CPU:0", *(gpu.name.removeprefix("/device:") for gpu in gpus)]
+            names += ["CPU:0", *logical_devices("GPU")]
         elif word.startswith("cpu"):
             names.append(f"CPU:{word.partition(':')[2] or 0}")
         else:

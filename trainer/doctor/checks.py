@@ -173,7 +173,7 @@ def _tensorflow(fault: str) -> Result:
     import_module("trainer.experiment")  # TensorFlow and Keras, quickly and without messages
     import tensorflow as tf
 
-    names = [device.name.removeprefix("/device:") for device in tf.config.list_logical_devices()]
+    names = devices.logical_devices()
     precision = devices.choose_precision("auto", devices.select("auto"))
     return "ok", f"{tf.__version__}; {', '.join(names)}; the automatic precision is {precision}", ""
 

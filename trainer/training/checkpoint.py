@@ -150,11 +150,12 @@ class Checkpoints(Callback):
         self._initial = {name: pack_state(each, {}) for name, each in self._objects.items()}
         self._training = True
         self._last_time = time.monotonic()
-        for callback in self._objects.values():
-            module, lost = type(callback).__module__.partition(".")[0], lost_attributes(callback)
+        for name, callback in self._objects.items():
+            lost = lost_attributes(callback, self._initial[name])
+            module = type(callback).__module__.partition(".")[0]
             if lost and module not in ("keras", "trainer"):
-                name = type(callback).__name__
-                _log.info("callback %s: checkpoints do not save %s", name, ", ".join(lost))
+                kind = type(callback).__name__
+                _log.info("callback %s: checkpoints do not save %s", kind, ", ".join(lost))
         if self._saved is not None:
             self._restore(self._saved)
 

@@ -41,9 +41,9 @@ def unpack_state(state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -
     return {name: _unpack(value, arrays) for name, value in state.items()}
 
 
-def lost_attributes(thing: Any) -> list[str]:
-    """Returns the names of the attributes that a checkpoint cannot save, sorted."""
-    return sorted(vars(thing).keys() - pack_state(thing, {}).keys() - {*CALLBACK_ATTRIBUTES})
+def lost_attributes(thing: Any, state: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the attributes that are missing in the packed state, sorted."""
+    return sorted(vars(thing).keys() - state.keys() - {*CALLBACK_ATTRIBUTES})
 
 
 def digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:

@@ -21,7 +21,7 @@ from trainer.cluster import Cluster
 from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 from trainer.files import sha256
 from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
@@ -33,24 +33,10 @@ from trainer.training.step import compute_loss, find_step, metric_tensors, train
 from trainer.training.weights import load_weights
 
 # Names that a metric must not have, because logs and results already contain them.
-_RESERVED = {
-    "data",
-    "devices",
-    "epoch",
-    "gradient_norms",
-    "images",
-    "images_per_second",
-    "learning_rate",
-    "loss",
-    "outputs",
-    "precision",
-    "run",
-    "split",
-    "step",
-    "step_ms",
-    "step_ms_quartiles",
-    "windows",
-}
+_RESERVED = frozenset(
+    "data devices epoch gradient_norms images images_per_second learning_rate loss outputs "
+    "precision run split step step_ms step_ms_quartiles windows".split()
+)
 
 
 class PhaseTimer:
@@ -254,54 +240,41 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
         CheckError: The outputs are not on the requested devices.
     """
     # Not as many images as classes, so that no loss fits only by broadcasting.
-    few = 4 if data.spec.class_count == 3 else 3
-    images, labels = data.train.read(slice(few))
-    strategy = selected.strategy
-    input_error = _keras_errors_as_input_error("the model cannot be run on images of the data")
-    with input_error, _without_warnings(), selected.scope():
-        outputs = strategy.experimental_local_results(
-            strategy.run(lambda images: model(images, training=False), args=(images,))
-        )
+    images, labels = data.train.read(slice(4 if data.spec.class_count == 3 else 3))
+    what = "the model cannot be run on images of the data"
+    try:
+        with selected.scope():
+            with _without_warnings():
+                results = selected.strategy.run(lambda: model(images, training=False))
+            outputs = selected.strategy.experimental_local_results(results)
+            what = (
+                "training.loss or training.metrics does not fit: expected one that accepts labels "
+                f"(int [n]) and probabilities (float [n, {data.spec.class_count}])"
+            )
+            loss = compute_loss(model, images, labels, outputs[0], None, training=False)
+            model.compute_metrics(images, labels, outputs[0])
+            logs = metric_tensors(model.get_metrics_result())
+            model.reset_metrics()
+    except keras_objects.KERAS_ERRORS as error:
+        raise InputError(f"{what}: {keras_objects.explain(error)}") from error
     placed = devices.check_placement(outputs, selected)
-    with (
-        _keras_errors_as_input_error(
-            "training.loss or training.metrics does not fit: expected one that accepts labels (int "
-            f"[n]) and probabilities (float [n, {data.spec.class_count}])"
-        ),
-        selected.scope(),
-    ):
-        loss = compute_loss(model, images, labels, outputs[0], None, training=False)
-        model.compute_metrics(images, labels, outputs[0])
-        logs = metric_tensors(model.get_metrics_result())
-        model.reset_metrics()
-    for name, value in logs.items():
-        if not (value.dtype.is_floating or value.dtype.is_integer or value.dtype.is_bool):
-            raise InputError(f"training.metrics: expected numbers, received text in {name!r}")
     _refuse_reserved(logs.keys() - {"loss"})
     for metric in keras_objects.compiled_metrics(model):
         if isinstance(result := metric.result(), dict):  # a key "loss" would replace the loss
             _refuse_reserved(metric_tensors(result))
+    text = [name for name, value in logs.items() if value.dtype == tf.string]
+    expect(not text, "training.metrics", "numbers", f"text in {text}")
     sums = outputs[0].numpy().sum(axis=1)
-    if not np.allclose(sums, 1, atol=0.01):
-        raise InputError(
-            "expected a model that returns probabilities, each row with the sum 1; received "
-            f"sums of {sums.round(3).tolist()} (does it end in a softmax?)"
-        )
-    if loss.shape != ():
-        raise InputError(
-            "training.loss: expected one number for a batch, received shape "
-            f"{list(loss.shape)}: its reduction is 'none'"
-        )
+    expected = "probabilities, each row with the sum 1 (does it end in a softmax?)"
+    received = f"sums of {sums.round(3).tolist()}"
+    expect(np.allclose(sums, 1, atol=0.01), "the output of the model", expected, received)
+    expect(
+        loss.shape == (),
+        "training.loss",
+        "one number for a batch",
+        f"shape {list(loss.shape)}: its reduction is 'none'",
+    )
     return placed
-
-
-@contextmanager
-def _keras_errors_as_input_error(what: str) -> Iterator[None]:
-    """Replaces an error of Keras by an InputError that starts with `what`."""
-    try:
-        yield
-    except keras_objects.KERAS_ERRORS as error:
-        raise InputError(f"{what}: {keras_objects.explain(error)}") from error
 
 
 @contextmanager
@@ -380,11 +353,9 @@ def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
     Raises:
         InputError: The fingerprints differ.
     """
-    if found.fingerprint != expected:
-        raise InputError(
-            f"the data differs from the data that {run.name} was trained on: expected fingerprint "
-            f"{expected}, found {found.fingerprint} ({found.origin})"
-        )
+    what = f"the data differs from the data that {run.name} was trained on"
+    received = f"{found.fingerprint} ({found.origin})"
+    expect(found.fingerprint == expected, what, f"fingerprint {expected}", received)
 
 
 def _refuse_reserved(names: Iterable[str]) -> None:

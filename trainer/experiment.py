@@ -34,8 +34,24 @@ from trainer.training.weights import load_weights
 
 # Names that a metric must not have, because logs and results already contain them.
 _RESERVED = frozenset(
-    "data devices epoch gradient_norms images images_per_second learning_rate loss outputs "
-    "precision run split step step_ms step_ms_quartiles windows".split()
+    [
+        "data",
+        "devices",
+        "epoch",
+        "gradient_norms",
+        "images",
+        "images_per_second",
+        "learning_rate",
+        "loss",
+        "outputs",
+        "precision",
+        "run",
+        "split",
+        "step",
+        "step_ms",
+        "step_ms_quartiles",
+        "windows",
+    ]
 )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from trainer import report
 from trainer.cluster import Cluster
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
@@ -34,7 +33,7 @@ from trainer.training.callbacks import (
     to_json,
 )
 from trainer.training.checkpoint import Checkpoint, Checkpoints
-from trainer.training.loop import CallRecord, Loop
+from trainer.training.loop import Loop
 from trainer.training.signals import Signals
 from trainer.training.weights import save_weights
 
@@ -56,20 +55,6 @@ class FitResult:
     model: keras.Model
     run: Run | None
     worker: int = 0
-
-
-class _KernelCheck(Callback):
-    """Logs once which operations of the training step run on the CPU instead of the GPU."""
-
-    def __init__(self, loop: Loop) -> None:
-        super().__init__()
-        self.report: KernelReport | None = None
-        self._loop = loop
-
-    def on_call_end(self, record: CallRecord) -> None:  # noqa: ARG002
-        if self.report is None and self._loop.devices.type != "CPU":
-            self.report = self._loop.check_kernels()
-            _log.info("kernels  %s", self.report)
 
 
 @dataclass
@@ -105,7 +90,8 @@ class Training:
             InputError: The checkpoint has the states of other callbacks.
         """
         experiment = self.experiment
-        self._times, self._kernels = StepTimes(), _KernelCheck(experiment.loop)
+        self._times = StepTimes()
+        self._kernels: KernelReport | None = None
         advice = f"continue with `{shell_command('fit', '--resume', Path(self.resumable))}`"
         if experiment.devices.workers > 1:
             advice += " on every worker"
@@ -162,17 +148,21 @@ class Training:
         run.write_json("environment.json", facts)
         if config.logging.tensorboard:
             with self.timer.phase("report"):
+                from trainer import report
+
                 report.write_start(run, config, facts, experiment.data)
 
     def _fit(self) -> None:
         """Runs the loop with all callbacks, and closes their files in any case."""
         experiment, config, run = self.experiment, self.experiment.config, self.run
-        own: list[Callback] = [self._times, self._saved_objects["metrics"], self._kernels]
+        if experiment.devices.type != "CPU":
+            experiment.loop.trace(self.batches[0])
+            self._kernels = experiment.loop.check_kernels()
+            _log.info("kernels  %s", self._kernels)
+        own: list[Callback] = [self._times, self._saved_objects["metrics"]]
         if config.logging.tensorboard:
-            histograms = config.logging.histograms
-            curves = TensorBoardCurves(run.tensorboard, histograms=histograms)
-            self._saved_objects["tensorboard"] = curves
-            own.append(curves)
+            own.append(TensorBoardCurves(run.tensorboard, histograms=config.logging.histograms))
+            self._saved_objects["tensorboard"] = own[-1]
         if config.logging.profile:
             own.append(Profiler(run.tensorboard / "train"))
         if self.console is not None and experiment.devices.chief:
@@ -217,22 +207,18 @@ class Training:
                 scores, probabilities = self._score(experiment.batches("test"), collect=True)
         with self._evaluating():
             validation, _ = self._score(self.batches[1])
-        summary = _summary(experiment, validation, scores, timer, self._times)
+        summary = self._summary(validation, scores)
         cluster = experiment.devices.cluster
         if cluster is not None and not cluster.chief:
             return FitResult(summary, experiment.model, None, cluster.index)
-        host = self._kernels.report
-        summary |= {
-            "run": str(run.path),
-            "weights_sha256": sha256(run.weights),
-            "train_images": self.batches[0].images,  # limit_batches can reduce it
-            "host_operations": None if host is None else [asdict(each) for each in host.host],
-        }
+        summary |= {"run": str(run.path), "weights_sha256": sha256(run.weights)}
         if probabilities is not None:
             summary["test_images"] = len(probabilities)
             run.write_json("summary.json", summary)  # finished, even if the report fails
             split, graph = experiment.scored("test"), experiment.loop.step_graph
             with timer.phase("report"):
+                from trainer import report
+
                 report.write_results(run, experiment.config, summary, split, probabilities, graph)
             summary["seconds"]["report"] = timer.seconds["report"]
         earlier = {} if self.saved is None else self.saved.states["seconds"]
@@ -244,6 +230,30 @@ class Training:
         # Only for log.txt: the command line prints the scores on stdout.
         _log.debug("test     %s", format_metrics(scores))
         return FitResult(summary, experiment.model, run)
+
+    def _summary(self, validation: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+        """Returns the part of summary.json that every worker has."""
+        experiment, training = self.experiment, self.experiment.config.training
+        host = None if self._kernels is None else [asdict(each) for each in self._kernels.host]
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "data": experiment.data.spec.model_dump(mode="json"),
+            "model": experiment.config.model.name,
+            "parameters": experiment.model.count_params(),
+            "devices": experiment.placed,
+            "workers": experiment.devices.workers,
+            "precision": training.precision,
+            "jit_compile": training.jit_compile,
+            "seed": training.seed,
+            "epochs": len(experiment.model.history.epoch),
+            "steps": int(keras.ops.convert_to_numpy(experiment.model.optimizer.iterations)),
+            "validation": to_json(validation),
+            "test": to_json(scores),
+            **self._times.summary(),
+            "train_images": self.batches[0].images,  # limit_batches can reduce it
+            "host_operations": host,
+            "seconds": {**self.timer.seconds, **asdict(experiment.loop.seconds)},
+        }
 
     def _score(self, batches: Batches, *, collect: bool = False) -> Any:
         return score(self.experiment.loop, batches, collect=collect, signals=self._signals)
@@ -276,30 +286,3 @@ def watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextM
         return nullcontext()
     how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
     return cluster.watched(f"start every worker again{how}")
-
-
-def _summary(
-    experiment: Experiment,
-    validation: dict[str, Any],
-    scores: dict[str, Any],
-    timer: PhaseTimer,
-    times: StepTimes,
-) -> dict[str, Any]:
-    """Returns the part of summary.json that every worker has."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": experiment.data.spec.model_dump(mode="json"),
-        "model": experiment.config.model.name,
-        "parameters": experiment.model.count_params(),
-        "devices": experiment.placed,
-        "workers": experiment.devices.workers,
-        "precision": experiment.config.training.precision,
-        "jit_compile": experiment.config.training.jit_compile,
-        "seed": experiment.config.training.seed,
-        "epochs": len(experiment.model.history.epoch),
-        "steps": int(keras.ops.convert_to_numpy(experiment.model.optimizer.iterations)),
-        "validation": to_json(validation),
-        "test": to_json(scores),
-        **times.summary(),
-        "seconds": {**timer.seconds, **asdict(experiment.loop.seconds)},
-    }

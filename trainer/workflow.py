@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 
-from trainer import devices, images
+from trainer import devices
 from trainer.cluster import read_cluster
 from trainer.config import Config
 from trainer.errors import InputError
@@ -216,12 +216,14 @@ def predict(
         InputError: There is no such run, or, without `on_error`, a file is not a suitable image.
         MissingError: The device is missing.
     """
+    from trainer.images import Picture, read_pictures
+
     run = open_run(reference, runs_directory=runs_directory)
     spec = spec_of(run)
-    pictures: list[images.Picture] = []
+    pictures: list[Picture] = []
     for path in paths:
         try:
-            pictures += images.read_pictures(Path(path), spec, invert=invert)
+            pictures += read_pictures(Path(path), spec, invert=invert)
         except InputError as error:
             if on_error is None:
                 raise

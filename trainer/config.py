@@ -165,6 +165,13 @@ class DataConfig(ModuleSection):
     """If no other source of mnist is available, use a sample of 5,000 images."""
     image_size: ImageSize | None = None
     """[height, width] to resize to; required if the images differ in size."""
+    resize: Literal["stretch", "crop", "pad"] = "stretch"
+    """How images get the aspect ratio of image_size; crop: cut the longer sides; pad: add a
+    border."""
+    color: Literal["auto", "grayscale", "rgb"] = "auto"
+    """Convert images to this color; auto: the color of the data set."""
+    background: str = "white"
+    """Color behind transparent pixels and beside padded images: a name or "#rrggbb"."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of train that is held out for validation."""
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -180,6 +187,14 @@ class DataConfig(ModuleSection):
     """Size limit in MB (10^6 bytes) for placement = auto."""
     augmentation: list[KerasObject] = []
     """Keras layers that change training images (uint8 in, uint8 out), in order."""
+
+    @field_validator("background")
+    @classmethod
+    def _is_color(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(value)  # raises ValueError
+        return value
 
 
 class ModelConfig(ModuleSection):

@@ -1,21 +1,83 @@
-"""Image files for a trained network: read and converted to the shape of the training images."""
+"""Image files and arrays as inputs of the network: the only preprocessing of this project.
 
+Data sets, `predict`, the server and its page call `fit_image`. The exported signature
+`serving_files` does the same with TensorFlow operations as far as these exist.
+"""
+
+import io
 import os
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict
 
-from trainer.data import NPY_ERRORS, DataSpec, Images
+from trainer.config import DataConfig
 from trainer.errors import InputError, expect
+from trainer.files import NPY_ERRORS
 
+if TYPE_CHECKING:
+    from trainer.data import DataSpec
+
+Images = NDArray[np.uint8]
+Color = Literal["grayscale", "rgb", "rgba"]
+
+# File name extensions of the formats that are read, in lower case.
+EXTENSIONS = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_MODES = {"grayscale": "L", "rgb": "RGB", "rgba": "RGBA"}
+_COLORS: dict[int, Color] = {1: "grayscale", 3: "rgb", 4: "rgba"}
 # An image with more pixels is refused before it is decoded.
 _MAX_PIXELS = 50_000_000
 # Errors of Pillow for damaged files; struct.error for damaged EXIF.
 _DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# Mean brightness of the pixels at the border: below and above, it counts as dark and bright.
+_DARK, _BRIGHT = 64, 192
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes an input of the network.
+
+    EXIF orientation is always applied, and 16-bit values are scaled to 8 bits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[int, int]  # height, width
+    color: Color
+    resize: Literal["stretch", "crop", "pad"] = "stretch"
+    background: str = "white"  # behind transparent pixels and beside padded images
+
+    @classmethod
+    def of_data(cls, shape: Sequence[int | None], config: DataConfig) -> "Preprocessing | None":
+        """Returns the preprocessing of a data set.
+
+        Args:
+            shape: Height, width and channels of its images, before any conversion.
+            config: `image_size`, `color`, `resize` and `background` change them.
+
+        Returns:
+            None if images cannot be converted: no image file has this number of channels.
+
+        Raises:
+            InputError: The images differ in size, and no `image_size` is set.
+        """
+        color = _COLORS.get(shape[2] or 3) if config.color == "auto" else config.color
+        size = config.image_size or tuple(shape[:2])
+        expect(None not in size, "data.image_size", "[height, width]", "images that differ in size")
+        options: Any = {"size": size, "resize": config.resize, "background": config.background}
+        return None if color is None else cls(color=color, **options)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the result."""
+        return (*self.size, len(_MODES[self.color]))
 
 
 @dataclass(frozen=True)
@@ -33,14 +95,135 @@ class Picture:
     converted: str
 
 
-def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[Picture]:
-    """Reads a PNG, JPEG or .npy file and converts it to the shape of a data set.
+def fit_image(image: Image.Image, how: Preprocessing) -> tuple[Images, str]:
+    """Converts an image: upright, 8 bits, opaque, color, crop or pad, size.
 
-    Images are converted to gray or color and resized. Arrays must have the right shape and type.
+    Args:
+        image: Any image of Pillow; of an animation, the current frame is used.
+        how: The preprocessing of the data.
+
+    Returns:
+        uint8 [height, width, channels], and what was converted as text ("" if nothing was).
+
+    Raises:
+        InputError: The pixels are floating-point numbers, whose range is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
+    mode, given = _MODES[how.color], f"{image.height}x{image.width} {image.mode}"
+    expect(image.mode != "F", "image", "whole numbers as pixels", "floating-point numbers")
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip instead of scale
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data and mode != "RGBA":
+        given += " with transparency"
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, how.background), image)
+    image = _resized(image.convert(mode), how)
+    height, width = how.size
+    wanted = f"{height}x{width} {mode}"
+    pixels = np.asarray(image, np.uint8).reshape(how.shape)
+    done = {"crop": ", cropped", "pad": ", padded"}.get(how.resize, "")
+    return pixels, "" if given == wanted else f"{given} to {wanted}{done}"
+
+
+def fit_array(array: NDArray[Any], how: Preprocessing) -> Images:
+    """Converts an image in an array as `fit_image` does.
+
+    Args:
+        array: uint8 or uint16 [height, width, 1, 3 or 4].
+        how: The preprocessing of the data.
+    """
+    if array.dtype == np.uint16:
+        array = (array / 257).round().astype(np.uint8)
+    if array.shape == how.shape:
+        return array
+    return fit_image(Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), how)[0]
+
+
+def _resized(image: Image.Image, how: Preprocessing) -> Image.Image:
+    (width, height), (to_height, to_width) = image.size, how.size
+    if how.resize == "crop":
+        # The largest centered part with the new aspect ratio, as Keras's crop_to_aspect_ratio.
+        part_height = max(1, min(height, width * to_height // to_width))
+        part_width = max(1, min(width, height * to_width // to_height))
+        left, top = (width - part_width) // 2, (height - part_height) // 2
+        image = image.crop((left, top, left + part_width, top + part_height))
+    if how.resize != "pad":
+        return image.resize((to_width, to_height), Image.Resampling.BILINEAR)
+    # Resized before it is padded: a padded copy of a long narrow image could fill the memory.
+    part_height, part_width = padded_part(height, width, how.size)
+    part = image.resize((part_width, part_height), Image.Resampling.BILINEAR)
+    canvas = Image.new(image.mode, (to_width, to_height), how.background)
+    canvas.paste(part, ((to_width - part_width) // 2, (to_height - part_height) // 2))
+    return canvas
+
+
+def padded_part(height: Any, width: Any, size: tuple[int, int]) -> tuple[Any, Any]:
+    """Returns height and width of an image that keeps its aspect ratio and fits into a size."""
+    to_height, to_width = size
+    if height * to_width >= width * to_height:
+        return to_height, max(1, (width * to_height + height // 2) // height)
+    return max(1, (height * to_width + width // 2) // width), to_width
+
+
+def read_image(file: Path | bytes, how: Preprocessing, name: str = "") -> tuple[Images, str]:
+    """Reads an image file: JPEG (also MPO), PNG, WebP, BMP, or the first frame of GIF or TIFF.
+
+    Args:
+        file: The path of the file, or its content.
+        how: The preprocessing of the data.
+        name: Name of the content in messages.
+
+    Returns:
+        As `fit_image`.
+
+    Raises:
+        InputError: It is not an image, damaged, or larger than 50 million pixels.
+    """
+    name = name or str(file)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
+            Image.open(
+                io.BytesIO(file) if isinstance(file, bytes) else file, "r", _FORMATS
+            ) as image,
+        ):
+            fits, size = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
+            expect(fits, name, f"at most {_MAX_PIXELS} pixels", size)
+            image.load()
+            return fit_image(image, how)
+    except UnidentifiedImageError:
+        count = len(file) if isinstance(file, bytes) else file.stat().st_size
+        formats = ", ".join(_FORMATS)
+        raise InputError(
+            f"{name} is not an image: expected {formats} or .npy, received {count} bytes"
+        ) from None
+    except _DAMAGED_IMAGE as error:
+        raise InputError(f"{name} cannot be read as an image: {error}") from None
+
+
+def read_header(path: Path) -> tuple[int, int, bool]:
+    """Returns height and width of an upright image file, and whether it has color.
+
+    Raises:
+        InputError: The file is not an image or damaged.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, "r", _FORMATS) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation by 90 degrees
+            height, width = (image.width, image.height) if turned else (image.height, image.width)
+            return height, width, image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B")
+    except _DAMAGED_IMAGE as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
+
+
+def read_pictures(path: Path, spec: "DataSpec", *, invert: bool = False) -> list[Picture]:
+    """Reads an image file or a .npy file as inputs of a network.
+
+    Arrays must have the right shape and type.
 
     Args:
         path: The file.
-        spec: Contains height, width and channels.
+        spec: The data that the network was trained on.
         invert: Exchange dark and bright, for example for dark strokes on white paper if the
             training images have bright strokes on black.
 
@@ -55,62 +238,45 @@ def read_pictures(path: Path, spec: DataSpec, *, invert: bool = False) -> list[P
         reason = special if os.path.lexists(path) else "there is no such file"
         raise InputError(f"expected an image file, received {path}: {reason}")
     if path.suffix.lower() == ".npy":
-        arrays = _read_array(path, spec)
+        arrays = _read_array(path, spec.image_shape)
         named = [str(path) if len(arrays) == 1 else f"{path}[{i}]" for i in range(len(arrays))]
         pictures = [Picture(*each, "") for each in zip(named, arrays, strict=True)]
+    elif spec.preprocessing is None:
+        channels = spec.image_shape[2]
+        raise InputError(f"{path}: images with {channels} channels must be .npy arrays")
     else:
-        pictures = [_read_image(path, spec)]
+        pictures = [Picture(str(path), *read_image(path, spec.preprocessing))]
     if invert:
         pictures = [Picture(p.source, 255 - p.pixels, p.converted) for p in pictures]
     return pictures
 
 
-def _read_array(path: Path, spec: DataSpec) -> Images:
+def border_brightness(images: Images) -> float:
+    """Returns the mean value (0 to 255) of the pixels at the edges of images [n, H, W, C]."""
+    edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
+    return float(np.mean([edge.mean() for edge in edges]))
+
+
+def looks_inverted(images: Images, trained: float | None) -> bool:
+    """Returns whether the border of images is bright and that of the training images dark.
+
+    Also true in the opposite case. `trained` is the `border_brightness` of the training images.
+    """
+    if trained is None:
+        return False
+    low, high = sorted((border_brightness(images), trained))
+    return low < _DARK and high > _BRIGHT
+
+
+def _read_array(path: Path, shape: tuple[int, int, int]) -> Images:
     """Returns the images of a .npy file, uint8 [n, height, width, channels]."""
     try:
         found = np.lib.format.open_memmap(path, mode="r")
     except NPY_ERRORS as error:
         raise InputError(f"{path} is not a .npy array: {error}") from None
-    array = found[..., np.newaxis] if found.shape[-2:] == spec.image_shape[:2] else found
+    array = found[..., np.newaxis] if found.shape[-2:] == shape[:2] else found
     array = array[np.newaxis] if array.ndim == 3 else array
-    fits = array.dtype == np.uint8 and array.shape[1:] == spec.image_shape and len(array)
-    expected = f"one or more images, uint8 (0 to 255) of shape {list(spec.image_shape)}"
+    fits = array.dtype == np.uint8 and array.shape[1:] == shape and len(array)
+    expected = f"one or more images, uint8 (0 to 255) of shape {list(shape)}"
     expect(fits, str(path), expected, f"{found.dtype} {list(found.shape)}")
     return np.array(array)  # a copy, because the file may change
-
-
-def _read_image(path: Path, spec: DataSpec) -> Picture:
-    height, width, channels = spec.image_shape
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-    if mode is None:
-        raise InputError(f"{path}: images with {channels} channels must be .npy arrays")
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
-            Image.open(path, formats=("PNG", "JPEG")) as image,
-        ):
-            fits, pixels = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
-            expect(fits, str(path), f"at most {_MAX_PIXELS} pixels", pixels)
-            # A phone's JPEG (MPO) may contain more views or a preview: the first is the photograph.
-            one = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
-            expect(one, str(path), "one image", "an animation")
-            image.load()
-            image = ImageOps.exif_transpose(image)  # turns a photograph upright
-            given = f"{image.height}x{image.width} {image.mode}"
-            if image.mode.startswith("I"):  # 16 bits; Pillow would clip instead of scale
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.has_transparency_data and mode != "RGBA":
-                given += " with transparency"
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
-    except UnidentifiedImageError:
-        size = path.stat().st_size
-        raise InputError(
-            f"{path} is not an image: expected PNG, JPEG or .npy, received {size} bytes"
-        ) from None
-    except _DAMAGED_IMAGE as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
-    wanted = f"{height}x{width} {mode}"
-    array = np.asarray(image, dtype=np.uint8).reshape(spec.image_shape)
-    return Picture(str(path), array, "" if given == wanted else f"{given} to {wanted}")

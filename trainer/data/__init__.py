@@ -13,35 +13,30 @@ import os
 import pkgutil
 import sys
 import textwrap
-import tokenize
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.config import DataConfig, call_with_options
 from trainer.errors import InputError, expect, explain_user_code
+from trainer.images import Images as Images
+from trainer.images import Preprocessing, border_brightness, fit_array
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
-Images = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Examples = tuple[Images, NDArray[Any]]
 
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-
-# Errors of numpy for a file that is not an array: it parses the header as Python literals.
-NPY_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),
-)
+_BORDER_IMAGES = 256  # training images whose edges are measured
 
 # Zero-width joiner and non-joiner. They are not printable, but words and emoji contain them.
 _JOINERS = "\u200c\u200d"
@@ -61,6 +56,17 @@ class DataSpec(BaseModel):
     test: int
     fingerprint: str  # SHA-256 of all images and labels of the source, in order
     origin: str  # where the data came from, as text
+    preprocessing: Preprocessing | None = None  # None: image files cannot be converted
+    border: float | None = None  # mean brightness of the edges of training images, 0 to 255
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_specs_stretch(cls, value: Any) -> Any:
+        # Earlier versions stored no preprocessing: they always stretched images.
+        if isinstance(value, dict) and "preprocessing" not in value and "image_shape" in value:
+            how = Preprocessing.of_data(value["image_shape"], DataConfig())
+            return value | {"preprocessing": how}
+        return value
 
     @property
     def class_count(self) -> int:
@@ -75,6 +81,7 @@ class Split:
     images: Images  # uint8 [all, height, width, channels], in memory or mapped from a file
     labels: Labels  # int32 [all]
     rows: NDArray[np.int64]  # [n], the rows that belong to this split
+    files: Sequence[str] | None = None  # [all], the original image files; None: there are none
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -110,7 +117,7 @@ class Split:
             [np.arange(size) / size for size in np.bincount(labels) if size]
         )
         first = np.argsort(rank, kind="stable")[:count]
-        return Split(self.images, self.labels, self.rows[np.sort(order[first])])
+        return replace(self, rows=self.rows[np.sort(order[first])])
 
     def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> tuple[Images, Labels]:
         """Returns copies of the images and labels at some positions of the split.
@@ -183,6 +190,9 @@ class Source:
     validation: Examples | None = None
     origin: str = "a module of trainer/data"  # where the data came from, as text
     fingerprint: str | None = None  # as `fingerprint` returns it; None: it is computed
+    preprocessing: Preprocessing | None = None  # how its images were made; None: from the shape
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)  # the image files by split
+    skipped: Sequence[str] = ()  # files that could not be read
 
 
 def names() -> list[str]:
@@ -200,11 +210,6 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         InputError: The data set is unknown, damaged or not available.
     """
-    if config.name in names() and config.image_size is not None:
-        raise InputError(
-            f"data.image_size is for data sets of tensorflow-datasets, but {config.name!r} is a "
-            "module of trainer/data: its options set the image size"
-        )
     function = _find(config)
     try:
         source = call_with_options(function, config, options=config.arguments, where="data.options")
@@ -215,7 +220,7 @@ def load(config: DataConfig) -> Dataset:
     expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
     check_class_names(source.name, source.class_names)
     usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
-    dataset = _make_splits(replace(source, **usable), config)
+    dataset = _make_splits(_fitted(replace(source, **usable), config), config)
     _warn_about_untrained_classes(dataset)
     return dataset
 
@@ -317,15 +322,15 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
         if examples is None:
             count = max(1, round(fraction * len(source.train[0])))
             held_out, order = order[:count], order[count:]
-            splits[name] = _split(source.train, np.sort(held_out))
+            splits[name] = _split(source, "train", np.sort(held_out))
         else:
-            splits[name] = _split(examples, np.arange(len(examples[0])))
+            splits[name] = _split(source, name, np.arange(len(examples[0])))
     if not len(order):
         raise InputError(
             f"data set {source.name!r}: none of its {len(source.train[0])} training images is left "
             "after validation and test images are held out"
         )
-    splits["train"] = _split(source.train, np.sort(order))
+    splits["train"] = _split(source, "train", np.sort(order))
     if config.train_on_validation:
         splits["train"] = _joined(splits["train"], splits["validation"])
     given = [s for s in (source.train, source.validation, source.test) if s is not None]
@@ -337,6 +342,8 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
         **{name: len(split) for name, split in splits.items()},
         fingerprint=source.fingerprint or fingerprint(given),
         origin=source.origin,
+        preprocessing=source.preprocessing,
+        border=border_brightness(splits["train"].sample(_BORDER_IMAGES, 0).read()[0]),
     )
     return Dataset(spec=spec, **splits)
 
@@ -344,14 +351,32 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
 def _joined(one: Split, other: Split) -> Split:
     """Returns the images of both splits. Images of different arrays are copied into memory."""
     if one.images is other.images:
-        return Split(one.images, one.labels, np.sort(np.concatenate([one.rows, other.rows])))
+        return replace(one, rows=np.sort(np.concatenate([one.rows, other.rows])))
     (images, labels), (more_images, more_labels) = one.read(), other.read()
     labels = np.concatenate([labels, more_labels])
     return Split(np.concatenate([images, more_images]), labels, np.arange(len(labels)))
 
 
-def _split(examples: Examples, rows: NDArray[np.int64]) -> Split:
-    return Split(examples[0], np.asarray(examples[1], dtype=np.int32), rows)
+def _split(source: Source, name: str, rows: NDArray[np.int64]) -> Split:
+    images, labels = getattr(source, name)
+    return Split(images, np.asarray(labels, dtype=np.int32), rows, source.files.get(name))
+
+
+def _fitted(source: Source, config: DataConfig) -> Source:
+    """Returns a source with its preprocessing, and with images of its size and color."""
+    shape = source.train[0].shape[1:]
+    how = source.preprocessing or Preprocessing.of_data(shape, config)
+    if how is None:
+        changed = config.image_size is not None or config.color != "auto"
+        expect(not changed, f"data set {source.name!r}", "1, 3 or 4 channels to convert", shape[2])
+    elif how.shape != shape:
+        given = {name: getattr(source, name) for name in SPLITS if getattr(source, name)}
+        fitted: Any = {
+            name: (np.stack([fit_array(image, how) for image in images]), labels)
+            for name, (images, labels) in given.items()
+        }
+        return replace(source, preprocessing=how, fingerprint=None, **fitted)
+    return replace(source, preprocessing=how)
 
 
 def _usable_examples(source: Source, split: str) -> Examples | None:

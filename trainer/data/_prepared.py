@@ -5,21 +5,27 @@ each start. These files are memory-mapped: they open within milliseconds, and a 
 larger than memory can be streamed.
 """
 
+import contextlib
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from trainer.data import NPY_ERRORS, SPLITS, Examples, Source
+from trainer.data import SPLITS, Examples, Source
 from trainer.errors import InputError, expect
-from trainer.files import sha256
+from trainer.files import NPY_ERRORS, sha256
+from trainer.images import Preprocessing
+
+_log = logging.getLogger(__name__)
 
 _DESCRIPTION = "prepared.json"
 
@@ -42,6 +48,8 @@ class _Prepared(BaseModel):
     class_names: list[str]
     origin: str
     fingerprint: str
+    preprocessing: Preprocessing | None = None
+    skipped: list[str] = []  # files that could not be read
     files: dict[str, _File]
 
 
@@ -63,7 +71,7 @@ def write_prepared(
         folder: Destination; prepared data in it is replaced.
         splits: By name ("train", optionally "validation" and "test"): number of images, shape of
             one image, and batches of images and labels with that number of images in total.
-        facts: name, version, class_names and origin, as in `Source`.
+        facts: name, version, class_names, origin, preprocessing and skipped, as in `Source`.
     """
     refuse_foreign(folder)
     try:
@@ -106,6 +114,35 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
+def stored_version(folder: Path) -> str | None:
+    """Returns the version of prepared data; None: there is none, or it is damaged."""
+    try:
+        return _Prepared.model_validate_json((folder / _DESCRIPTION).read_bytes()).version
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Locks the data folder for one process at a time, and removes unfinished preparations."""
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _log.info("another process prepares data in %s: waiting for it", directory)
+            lock.acquire()
+    except OSError as error:
+        raise not_writable(directory, error) from None
+    try:
+        for partial in directory.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial)
+        yield
+    finally:
+        lock.release()
+
+
 def open_prepared(folder: Path, *, checked_bytes: int = 0) -> Source:
     """Opens prepared data; images stay on disk until they are read.
 
@@ -137,7 +174,8 @@ def open_prepared(folder: Path, *, checked_bytes: int = 0) -> Source:
             f"prepared data in {folder} is damaged ({reason}); prepare it again with "
             "`trainer data prepare --overwrite` and the same configuration"
         ) from None
-    facts = prepared.model_dump(exclude={"files"})
+    facts = dict(prepared)
+    del facts["files"]
     return Source(**facts | examples | {"origin": f"prepared in {folder} from {prepared.origin}"})
 
 

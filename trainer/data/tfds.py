@@ -11,37 +11,37 @@ import itertools
 import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from trainer.config import DataConfig
 from trainer.data import SPLITS, Source, check_class_names, mnist_sample, names
 from trainer.data._prepared import (
     PARTIAL,
-    not_writable,
+    locked,
     open_prepared,
     refuse_foreign,
     write_prepared,
 )
+from trainer.environment import usable_cpus
 from trainer.errors import InputError, did_you_mean, expect
+from trainer.images import Preprocessing, fit_array
 
 _log = logging.getLogger(__name__)
 
 # Most data sets of tensorflow-datasets, including MNIST, come from this host.
 DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 
-# The value of white in the image types that can be converted to uint8.
-_WHITE = {np.dtype(kind): np.iinfo(kind).max for kind in (np.uint8, np.uint16)}
+_BATCH = 256  # images that are decoded together
 
 # Time limits of the network probe: for an answer, and in total. The total includes a slow look-up
 # of the host name, because the time-out of urllib does not.
@@ -99,9 +99,9 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builder = _builder(config)
-    shape, class_names = _check_features(config, builder)
+    shape, how, class_names = _check_features(config, builder)
     archives = None if builder.is_prepared() else _archives(config, builder)
-    with _locked(Path(config.directory)):
+    with locked(Path(config.directory)):
         if folder.exists() and not overwrite:
             return  # another process prepared it while this one waited
         if builder.is_prepared():
@@ -121,8 +121,9 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
             version=str(builder.version),
             class_names=class_names,
             origin=origin,
+            preprocessing=how,
             splits={
-                split: (available[split].num_examples, shape, _decode(config, builder, split))
+                split: (available[split].num_examples, shape, _decode(config, builder, split, how))
                 for split in SPLITS
                 if split in available
             },
@@ -147,27 +148,6 @@ def network_answers(url: str) -> bool:
     thread.start()
     thread.join(_PROBE_SECONDS)
     return answered.is_set()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Locks the data folder for one process at a time, and removes unfinished preparations."""
-    lock = filelock.FileLock(directory / ".lock")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _log.info("another process prepares data in %s: waiting for it", directory)
-            lock.acquire()
-    except OSError as error:
-        raise not_writable(directory, error) from None
-    try:
-        for partial in directory.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial)
-        yield
-    finally:
-        lock.release()
 
 
 def _builder(config: DataConfig) -> Any:
@@ -200,8 +180,10 @@ def _builder(config: DataConfig) -> Any:
     raise InputError(f"unknown data set {config.name!r}: {did_you_mean(config.name, known)}")
 
 
-def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, int], list[str]]:
-    """Returns the shape of the decoded images and the class names.
+def _check_features(
+    config: DataConfig, builder: Any
+) -> tuple[tuple[int, int, int], Preprocessing | None, list[str]]:
+    """Returns the shape of the decoded images, their preprocessing and the class names.
 
     Raises:
         InputError: The data set is not an image classification that can be converted to uint8.
@@ -218,15 +200,13 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, i
     image, label = found
     # Other types have no fixed value for white. A module of trainer/data can scale such images.
     dtype = np.dtype(image.np_dtype)
-    expect(dtype in _WHITE, where, "images of type uint8 or uint16", dtype)
+    expect(dtype in (np.uint8, np.uint16), where, "images of type uint8 or uint16", dtype)
     expect(len(image.shape) == 3, where, "images [height, width, channels]", list(image.shape))
-    height, width = config.image_size or image.shape[:2]
-    if height is None or width is None:
-        raise InputError(
-            f"the images of {config.name!r} differ in size: set data.image_size = [height, width]"
-        )
+    how = Preprocessing.of_data(image.shape, config)
+    convertible = how is not None or (config.image_size is None and config.color == "auto")
+    expect(convertible, where, "1, 3 or 4 channels to convert", image.shape[2])
     check_class_names(config.name, label.names)
-    return (height, width, image.shape[2] or 3), list(label.names)
+    return how.shape if how else image.shape, how, list(label.names)
 
 
 def _archives(config: DataConfig, builder: Any) -> Path | None:
@@ -281,25 +261,26 @@ def _download(config: DataConfig, builder: Any, archives: Path | None) -> None:
         raise InputError(f"data set {config.name!r} could not be prepared: {reason}") from None
 
 
-def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:
+def _decode(
+    config: DataConfig, builder: Any, split: str, how: Preprocessing | None
+) -> Iterator[Any]:
     """Yields batches of decoded images and labels in the order of the files."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
     image_key = builder.info.supervised_keys[0]
-    scale = 255 / _WHITE[np.dtype(builder.info.features[image_key].np_dtype)]
-
-    def convert(image: Any, label: Any) -> tuple[Any, Any]:
-        pixels = tf.cast(image, tf.float32)  # float32 represents every uint16 exactly
-        if config.image_size is not None:
-            pixels = tf.image.resize(pixels, config.image_size, antialias=True)
-        return tf.cast(tf.clip_by_value(tf.round(pixels * scale), 0, 255), tf.uint8), label
-
+    dtype = np.dtype(builder.info.features[image_key].np_dtype)
     try:
         dataset = builder.as_dataset(split=split, as_supervised=True, shuffle_files=False)
-        if config.image_size is not None or scale != 1:
-            dataset = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
-        yield from tfds.as_numpy(dataset.batch(256).prefetch(tf.data.AUTOTUNE))
+        unchanged = config.image_size is None and config.color == "auto" and dtype == np.uint8
+        if how is None or unchanged:
+            yield from tfds.as_numpy(dataset.batch(_BATCH).prefetch(tf.data.AUTOTUNE))
+            return
+        images = iter(tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE)))
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            while batch := list(itertools.islice(images, _BATCH)):
+                pixels = pool.map(lambda example: fit_array(example[0], how), batch)
+                yield np.stack(list(pixels)), np.array([label for _, label in batch])
     except (tf.errors.OpError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

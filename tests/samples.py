@@ -7,11 +7,18 @@ A module may have these constants (CONTRIBUTING.md describes them):
 - `CONTRACT_TESTS_SKIPPED`: why the tests skip the module.
 """
 
+import atexit
+import functools
 import importlib
 import inspect
+import shutil
+import tempfile
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import numpy as np
+import pictures
 import pytest
 
 from trainer.config import DataConfig
@@ -39,13 +46,33 @@ def _options(module: ModuleType, function: str) -> dict[str, Any]:
 
 def data_options(name: str) -> dict[str, Any]:
     """Returns options with which a module of trainer/data can be loaded."""
+    if name in ("folder", "table", "arrays"):
+        return {"path": str(_generated(name))}
     return _options(_module("data", name), "load")
+
+
+@functools.cache
+def _generated(name: str) -> Path:
+    """Writes images of three shapes, and returns the path that the data set reads."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    if name == "table":
+        table = pictures.write_table(folder, 10)
+        table.write_text(table.read_text().replace("file,species,part", "path,label,part"))
+        return table
+    if name == "folder":
+        pictures.write_folder(folder / "shapes", 10)
+        return folder / "shapes"
+    images, labels = pictures.arrays(10)
+    np.savez(folder / "shapes.npz", images=images, labels=labels)
+    return folder / "shapes.npz"
 
 
 def load_sample(name: str) -> Dataset:
     """Loads a module of trainer/data; skips a module whose files are not here."""
     try:
-        return load(DataConfig(name=name, options=data_options(name)))
+        size = (16, 12) if name in ("folder", "table") else None
+        return load(DataConfig(name=name, options=data_options(name), image_size=size))
     except InputError as error:
         if not isinstance(error.__context__, OSError):
             raise

@@ -170,8 +170,8 @@ class DataConfig(ModuleSection):
     border."""
     color: Literal["auto", "grayscale", "rgb"] = "auto"
     """Convert images to this color; auto: the color of the data set."""
-    background: str = "white"
-    """Color behind transparent pixels and beside padded images: a name or "#rrggbb"."""
+    background: str = Field(default="white", pattern="^(white|gray|black|#[0-9a-f]{6})$")
+    """Color behind transparent pixels and beside padded images: white, gray, black or "#rrggbb"."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of train that is held out for validation."""
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -187,14 +187,6 @@ class DataConfig(ModuleSection):
     """Size limit in MB (10^6 bytes) for placement = auto."""
     augmentation: list[KerasObject] = []
     """Keras layers that change training images (uint8 in, uint8 out), in order."""
-
-    @field_validator("background")
-    @classmethod
-    def _is_color(cls, value: str) -> str:
-        from PIL import ImageColor
-
-        ImageColor.getrgb(value)  # raises ValueError
-        return value
 
 
 class ModelConfig(ModuleSection):

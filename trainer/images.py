@@ -70,7 +70,8 @@ class Preprocessing(BaseModel):
         """
         color = _COLORS.get(shape[2] or 3) if config.color == "auto" else config.color
         size = config.image_size or tuple(shape[:2])
-        expect(None not in size, "data.image_size", "[height, width]", "images that differ in size")
+        if None in size:
+            raise InputError("the images differ in size: set data.image_size = [height, width]")
         options: Any = {"size": size, "resize": config.resize, "background": config.background}
         return None if color is None else cls(color=color, **options)
 
@@ -106,11 +107,12 @@ def fit_image(image: Image.Image, how: Preprocessing) -> tuple[Images, str]:
         uint8 [height, width, channels], and what was converted as text ("" if nothing was).
 
     Raises:
-        InputError: The pixels are floating-point numbers, whose range is unknown.
+        ValueError: The pixels are floating-point numbers, whose range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     mode, given = _MODES[how.color], f"{image.height}x{image.width} {image.mode}"
-    expect(image.mode != "F", "image", "whole numbers as pixels", "floating-point numbers")
+    if image.mode == "F":
+        raise ValueError("expected whole numbers as pixels, received floating-point numbers")
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip instead of scale
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data and mode != "RGBA":
@@ -197,6 +199,8 @@ def read_image(file: Path | bytes, how: Preprocessing, name: str = "") -> tuple[
         raise InputError(
             f"{name} is not an image: expected {formats} or .npy, received {count} bytes"
         ) from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: expected at most {_MAX_PIXELS} pixels, received more") from None
     except _DAMAGED_IMAGE as error:
         raise InputError(f"{name} cannot be read as an image: {error}") from None
 

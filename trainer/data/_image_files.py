@@ -185,18 +185,14 @@ def _preprocessing(config: DataConfig, root: Path, files: Files) -> Preprocessin
     """Returns the preprocessing of a configuration, with size and color of the files if needed."""
     size, color = config.image_size, config.color
     if size is None or color == "auto":
-        headers = []
         with ThreadPoolExecutor(usable_cpus()) as pool:
-            for split in files.values():
-                headers += [h for h in pool.map(_header, split) if h is not None]
+            headers = [h for split in files.values() for h in pool.map(_header, split) if h]
         sizes = {(height, width) for height, width, _ in headers}
-        if size is None:
-            fits = len(sizes) == 1
-            received = f"images of {len(sizes)} sizes"
-            expect(
-                fits, f"{root}: data.image_size", "[height, width], for example [96, 96]", received
+        if size is None and len(sizes) != 1:
+            raise InputError(
+                f"the images of {root} differ in size: set data.image_size = [height, width]"
             )
-            (size,) = sizes
+        size = size or sizes.pop()
         if color == "auto":
             color = "rgb" if any(has_color for *_, has_color in headers) else "grayscale"
     return Preprocessing(size=size, color=color, resize=config.resize, background=config.background)

@@ -47,7 +47,10 @@ def load(
             reader = csv.DictReader(file, strict=True)
             columns = reader.fieldnames or []
             for name in filter(None, (image, label, split)):
-                expect(name in columns, f"{path}: column", did_you_mean(name, columns), repr(name))
+                if name not in columns:
+                    raise InputError(
+                        f"{path} has no column {name!r}: {did_you_mean(name, columns)}"
+                    )
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"data.options.path: {path} cannot be read as CSV: {error}") from None

@@ -1,7 +1,8 @@
 """`images.fit_image` in TensorFlow operations, for the exported signature `serving_files`.
 
-Known differences: EXIF orientation is ignored, TIFF is not supported, colors of 16-bit files and
-resized pixels may differ by one or two of 255 steps because the libraries round differently.
+Known differences: TIFF is not supported, only JPEG files are turned by their EXIF orientation,
+transparent pixels of an RGBA network are resized without their opacity, and pixels may differ by
+one or two of 255 steps because the libraries round differently.
 """
 
 import tensorflow as tf
@@ -11,6 +12,9 @@ from trainer.images import Preprocessing
 
 # Weights of red, green and blue in the brightness (ITU-R BT.601), as in Pillow and JPEG.
 _LUMA = (0.299, 0.587, 0.114)
+
+# The first bytes of a file, which are searched for the EXIF orientation.
+_EXIF_BYTES = 4096
 
 
 def decode_file(encoded: tf.Tensor, how: Preprocessing) -> tf.Tensor:
@@ -41,7 +45,7 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
     image = tf.cond(
         tf.io.is_jpeg(encoded),
         # The accurate method is that of Pillow.
-        lambda: tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE"),
+        lambda: _upright(tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE"), encoded),
         lambda: tf.io.decode_image(encoded, expand_animations=False),
     )
     height, width, channels = tf.unstack(tf.shape(image))
@@ -50,6 +54,32 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
     opaque = tf.fill((height, width, 1), tf.constant(255, tf.uint8))
     color = tf.tile(image[..., :colors], (1, 1, 3 // colors))
     return tf.concat([color, tf.concat([image, opaque], axis=2)[..., colors : colors + 1]], axis=2)
+
+
+def _upright(image: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
+    """Turns a JPEG image by its EXIF orientation (1 to 8; anything else: not at all)."""
+    head = tf.io.decode_raw(tf.strings.substr(encoded, 0, _EXIF_BYTES), tf.uint8)
+    # The entry of the orientation: tag, type and count, in both byte orders, then the value.
+    little, big = _after(head, b"\x12\x01\x03\0\1\0\0\0"), _after(head, b"\1\x12\0\3\0\0\0\1\0")
+    turned = tf.transpose(image, (1, 0, 2))
+    ways = [
+        *(image, image, image[:, ::-1], image[::-1, ::-1], image[::-1]),
+        *(turned, turned[:, ::-1], turned[::-1, ::-1], turned[::-1]),
+    ]
+    orientation = tf.where(_after(head, b"Exif\0\0") < 0, 0, tf.maximum(little, big))
+    return tf.switch_case(orientation, [lambda way=way: way for way in ways], default=lambda: image)
+
+
+def _after(content: tf.Tensor, pattern: bytes) -> tf.Tensor:
+    """Returns the byte after the first place of a pattern, int32; -1 if it does not occur."""
+    places = tf.size(content) - len(pattern)
+    same = [content[i : i + places] == byte for i, byte in enumerate(pattern)]
+    found = tf.where(tf.reduce_all(tf.stack(same), axis=0))[:, 0]
+    return tf.cond(
+        tf.size(found) > 0,
+        lambda: tf.cast(content[tf.cast(found[0], tf.int32) + len(pattern)], tf.int32),
+        lambda: -1,
+    )
 
 
 def _resized(image: tf.Tensor, how: Preprocessing, background: tf.Tensor) -> tf.Tensor:

@@ -238,7 +238,7 @@ def data_info(
     start_logging()
     with stdout_to_stderr():
         import_module("tensorflow")  # `load` can prepare the data; see `data_prepare`
-        spec = import_module("trainer.data").describe(loaded.data)
+        spec = import_module("trainer.data._description").describe(loaded.data)
     print_table(spec, as_json=json_)
 
 

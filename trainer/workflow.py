@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from rich.console import Console
 
 from trainer import devices
@@ -35,8 +36,6 @@ from trainer.training.checkpoint import Checkpoint, all_variables, newest_checkp
 from trainer.training.user_callbacks import make_callbacks
 
 _log = logging.getLogger(__name__)
-
-_PREDICT_BATCH = 256
 
 
 def fit(
@@ -201,7 +200,7 @@ def predict(
 
     Args:
         reference: A run directory, its name, or "latest".
-        paths: PNG, JPEG or .npy files.
+        paths: Image files, .npy files, folders of them, and patterns such as "photos/*.jpg".
         invert: Exchange dark and bright first.
         device: "auto", "cpu", "gpu", "gpu:N" or "all".
         runs_directory: Folder that holds the run directories.
@@ -216,39 +215,18 @@ def predict(
         InputError: There is no such run, or, without `on_error`, a file is not a suitable image.
         MissingError: The device is missing.
     """
-    from trainer.images import Picture, read_pictures
+    from trainer.prediction import predict_files
 
     run = open_run(reference, runs_directory=runs_directory)
-    spec = spec_of(run)
-    pictures: list[Picture] = []
-    for path in paths:
-        try:
-            pictures += read_pictures(Path(path), spec, invert=invert)
-        except InputError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-    if not pictures:
-        return []
     selected = devices.select(device)
     model = restore(run, selected)
-    pixels = np.stack([picture.pixels for picture in pictures])
-    with tf.device(selected.names[0]):
-        batches = [
-            model(pixels[i : i + _PREDICT_BATCH], training=False).numpy()
-            for i in range(0, len(pixels), _PREDICT_BATCH)
-        ]
-    return [
-        {
-            "image": picture.source,
-            "class": spec.class_names[row.argmax()],
-            "label": int(row.argmax()),
-            "probability": float(row.max()),
-            "probabilities": dict(zip(spec.class_names, map(float, row), strict=True)),
-            "converted": picture.converted,
-        }
-        for picture, row in zip(pictures, np.concatenate(batches), strict=True)
-    ]
+
+    def probabilities(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with tf.device(selected.names[0]):
+            found: NDArray[np.float32] = model(pixels, training=False).numpy()
+        return found
+
+    return predict_files(probabilities, spec_of(run), paths, invert=invert, on_error=on_error)
 
 
 def _training_batches(experiment: Experiment, timer: PhaseTimer) -> tuple[Batches, Batches]:

@@ -11,7 +11,6 @@ import logging
 import mmap
 import os
 import pkgutil
-import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -242,22 +241,6 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
     if config.name not in names():
         tfds.prepare(config, overwrite=overwrite)
     return load(config).spec.model_dump(mode="json")
-
-
-def describe(config: DataConfig) -> dict[str, Any]:
-    """Loads a data set and verifies the checksums of all its files.
-
-    Returns:
-        The `DataSpec` as a dictionary, with the number of images of each class in each split.
-    """
-    # `load` verifies checksums only of data sets up to this size.
-    data = load(config.model_copy(update={"device_limit_mb": sys.maxsize}))
-    classes = data.spec.class_names
-    counts = {
-        name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
-        for name in SPLITS
-    }
-    return data.spec.model_dump(mode="json") | {"class_counts": counts}
 
 
 def check_class_names(data_set: str, class_names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-# Everything a fresh machine needs is Python 3.11, 3.12 or 3.13: each target makes .venv and installs what it uses.
+# A fresh machine needs only Python 3.11, 3.12 or 3.13: each target creates .venv and installs its packages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,13 @@ ARGS ?=
 help:  ## List the targets
 	@sed -nE 's/^([a-z]+):.*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options on
+fit: $(VENV)/.installed  ## Train the default network; ARGS="--epochs 1" passes options
 	@$(BIN)/trainer fit $(ARGS)
 
 test: $(VENV)/.installed-dev  ## Run the tests (offline, about three minutes on two cores)
 	$(BIN)/python -m pytest $(ARGS)
 
-slow: $(VENV)/.installed-dev  ## Run the tests that take long: whole processes, killed and started again
+slow: $(VENV)/.installed-dev  ## Run the slow tests: whole processes, killed and resumed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, private names
@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, pr
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_private_names.py
 
-format: $(VENV)/.installed-dev  ## Fix what lint and formatting can fix automatically
+format: $(VENV)/.installed-dev  ## Fix lint and formatting where possible
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -41,13 +41,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "expected Python 3.11 to 3.13, received %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV)
 
-# The stamp is written last, so that an interrupted installation is taken up again.
+# The stamp is written last: an interrupted installation is continued.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	@echo "installing trainer and what it needs into $(VENV) (about 2.5 GB, once)"
+	@echo "installing trainer and its packages into $(VENV) (about 2.5 GB, once)"
 	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "installing what tests and checks need into $(VENV) (once)"
+	@echo "installing packages for tests and checks into $(VENV) (once)"
 	@$(PIP) --editable '.[dev]'
 	@touch $@

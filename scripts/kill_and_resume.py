@@ -1,14 +1,15 @@
-"""Kills a training with SIGKILL at random moments, resumes it each time, and compares the end.
+"""Kills a training with SIGKILL at random moments, resumes it, and compares the final results.
 
     python scripts/kill_and_resume.py --kills 50
     python scripts/kill_and_resume.py --kills 20 --workers 2
 
-The same training runs twice, with dropout, augmentation and callbacks that remember: once in
-peace, once killed again and again. In the end weights, scores, metrics.jsonl, the CSV file of a
-Keras callback and every point in TensorBoard must be equal, bit for bit; measured times are left
-out. Ends with 1 and says what differs if they are not. With several workers, a random one of a
-local cluster is killed; the others must end by themselves. There, the mean loss and metrics of an
-epoch that was interrupted may differ in their last digit: they are sums of each worker's part.
+The same training runs twice, with dropout, augmentation and callbacks that have a state: once
+without interruption, and once killed repeatedly. At the end, weights, scores, metrics.jsonl, the
+CSV file of a Keras callback and every point in TensorBoard must be equal, bit for bit, except
+measured times. If they are not, the script prints the differences and exits with 1. With several
+workers, a random worker of a local cluster is killed, and the others must exit by themselves. Then
+the mean loss and metrics of an interrupted epoch may differ in the last digit, because they are
+sums of the parts of all workers.
 """
 
 import json
@@ -26,7 +27,7 @@ import psutil
 import typer
 
 _CLUSTER = Path(__file__).with_name("local_cluster.py")
-_KILLED = (-9, 128 + 9)  # as Python and as a shell tell it
+_KILLED = (-9, 128 + 9)  # exit codes of Python and of a shell
 _LAYERS = (
     '[{name="Conv2D",options={filters=8,kernel_size=3,strides=2,activation="relu"}},'
     '{name="BatchNormalization"},{name="Flatten"},{name="Dropout",options={rate=0.5}}]'
@@ -53,22 +54,22 @@ _TIMES = ("step_ms", "step_ms_quartiles", "images_per_second", "windows")
 def main(
     *,
     kills: Annotated[int, typer.Option(min=1)] = 50,
-    epochs: Annotated[int | None, typer.Option(help="Default: enough for the kills")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Of a local cluster")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the moments")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Default: enough for all kills")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of a local cluster")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed of the moments")] = 0,
 ) -> None:
-    """Runs both, compares, and says what it saw."""
+    """Runs both trainings and compares them."""
     epochs = epochs or 4 + 4 * kills
     with tempfile.TemporaryDirectory() as folder:
-        peaceful, killed = Path(folder) / "peaceful", Path(folder) / "killed"
-        for each in (peaceful, killed):
+        undisturbed, killed = Path(folder) / "undisturbed", Path(folder) / "killed"
+        for each in (undisturbed, killed):
             each.mkdir()
             (each / "empty.toml").touch()
-        undisturbed = _start(peaceful, epochs, workers)
+        process = _start(undisturbed, epochs, workers)
         done = _kill_and_resume(killed, epochs, workers, kills, random.Random(seed))
-        if undisturbed.wait() != 0:
+        if process.wait() != 0:
             sys.exit("the undisturbed training failed")
-        runs = [next((each / "runs").iterdir()) for each in (peaceful, killed)]
+        runs = [next((each / "runs").iterdir()) for each in (undisturbed, killed)]
         differences = _compare(*runs, tolerance=0 if workers == 1 else 1e-6)
     for difference in differences:
         print(f"differs: {difference}")
@@ -82,7 +83,7 @@ def main(
 def _start(
     folder: Path, epochs: int, workers: int, run: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Starts a training in a folder, or goes on with a run."""
+    """Starts a training in a folder, or resumes a run."""
     cluster = [str(_CLUSTER), str(workers), "--"]
     command = [sys.executable, *(["-m", "trainer"] if workers == 1 else cluster), "fit"]
     if run is None:
@@ -99,7 +100,7 @@ def _start(
 def _kill_and_resume(
     folder: Path, epochs: int, workers: int, kills: int, moments: random.Random
 ) -> int:
-    """Kills so many times, then lets the training end; returns how often it was killed."""
+    """Kills the training a number of times, then lets it finish; returns the number of kills."""
     done = 0
     while True:
         run = next((path.parent for path in folder.glob("runs/*/config.toml")), None)
@@ -108,11 +109,11 @@ def _kill_and_resume(
             _wait_for_a_moment(process, folder, moments)
             if not _has_trained(folder, epochs):  # a finished run cannot be resumed
                 _kill(process, workers, moments)
-        _, said = process.communicate()
+        _, errors = process.communicate()
         if process.returncode == 0:
             return done
         if process.returncode not in _KILLED:
-            sys.exit(f"resuming failed after {done} kills:\n{said}")
+            sys.exit(f"resuming failed after {done} kills:\n{errors}")
         done += 1
         print(f"kill {done}: newest checkpoint {_newest(folder)}", flush=True)
 
@@ -120,7 +121,7 @@ def _kill_and_resume(
 def _wait_for_a_moment(
     process: subprocess.Popen[str], folder: Path, moments: random.Random
 ) -> None:
-    """Returns mostly while a process trains, sometimes while it starts."""
+    """Waits for a random moment: usually during training, sometimes during the start."""
     before = _newest(folder)
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0, 6))
@@ -131,7 +132,7 @@ def _wait_for_a_moment(
 
 
 def _has_trained(folder: Path, epochs: int) -> bool:
-    """Returns whether the last epoch is done: only scores and reports are left."""
+    """Returns whether the last epoch is finished and only scores and reports are left."""
     lines = (path.read_text().splitlines() for path in folder.glob("runs/*/metrics.jsonl"))
     return any(len(each) >= epochs for each in lines)
 
@@ -148,7 +149,7 @@ def _kill(process: subprocess.Popen[str], workers: int, moments: random.Random) 
 
 
 def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Returns the workers of a local cluster, in their order."""
+    """Returns the workers of a local cluster, in order."""
     children = psutil.Process(process.pid).children()
     return sorted((c for c in children if "trainer" in c.cmdline()), key=lambda c: c.create_time())
 
@@ -157,11 +158,11 @@ def _newest(folder: Path) -> str | None:
     return max((path.name for path in folder.glob("runs/*/checkpoints/step-*")), default=None)
 
 
-def _compare(peaceful: Path, killed: Path, *, tolerance: float) -> list[str]:
-    """Returns what differs between two finished runs; weights must be equal to the last bit."""
+def _compare(undisturbed: Path, killed: Path, *, tolerance: float) -> list[str]:
+    """Returns the differences of two finished runs; weights must be equal to the last bit."""
     differences = []
     for name in ("final.weights.h5", "best.weights.h5"):
-        files = [_datasets(run / "checkpoints" / name) for run in (peaceful, killed)]
+        files = [_datasets(run / "checkpoints" / name) for run in (undisturbed, killed)]
         same = files[0].keys() == files[1].keys() and all(
             np.array_equal(files[0][key], files[1][key]) for key in files[0]
         )
@@ -173,7 +174,7 @@ def _compare(peaceful: Path, killed: Path, *, tolerance: float) -> list[str]:
         ("summary.json", _scores),
         ("TensorBoard", _points),
     ):
-        one, other = read(peaceful), read(killed)
+        one, other = read(undisturbed), read(killed)
         if isinstance(one, dict):
             keys = [k for k in {**one, **other} if not _same(one.get(k), other.get(k), tolerance)]
             differences += [f"{name}, {key}: {one.get(key)}, {other.get(key)}" for key in keys]
@@ -183,7 +184,7 @@ def _compare(peaceful: Path, killed: Path, *, tolerance: float) -> list[str]:
 
 
 def _same(one: Any, other: Any, tolerance: float) -> bool:
-    """Compares what JSON can hold; numbers may differ by a share, words and lengths not."""
+    """Compares JSON values; numbers may differ by a relative tolerance, nothing else may."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = one.keys() == other.keys()
         return keys and all(_same(one[key], other[key], tolerance) for key in one)
@@ -217,7 +218,7 @@ def _scores(run: Path) -> dict[str, Any]:
 
 
 def _points(run: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Returns every point that TensorBoard would read, in the order of the files."""
+    """Returns every point of the TensorBoard files, in order."""
     import tensorflow as tf
 
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}

@@ -1,9 +1,9 @@
-"""Runs a command as several workers on this machine, over the loopback interface.
+"""Runs a command as a cluster of workers on this machine, over the loopback interface.
 
     python scripts/local_cluster.py 2 -- fit --epochs 1
 
-Each worker is `python -m trainer ...` with a TF_CONFIG of its own: what several machines would do,
-rehearsed on one. Lines on stderr begin with the worker's number; stdout is the chief's.
+Each worker is a process `python -m trainer ...` with its own TF_CONFIG, as on several machines.
+Lines on stderr begin with the index of the worker; stdout is that of the chief.
 """
 
 import json
@@ -18,32 +18,32 @@ from typing import IO, Annotated, Any
 
 import typer
 
-_GRACE_SECONDS = 60  # within which the others end by themselves when one is lost
+_GRACE_SECONDS = 60  # time for the other workers to exit if one is lost
 
 
 def main(
-    workers: Annotated[int, typer.Argument(min=1, max=64, help="How many")],
-    command: Annotated[list[str], typer.Argument(help="What follows `trainer`, after --")],
+    workers: Annotated[int, typer.Argument(min=1, max=64, help="Number of workers")],
+    command: Annotated[list[str], typer.Argument(help="Verb and options, after --")],
 ) -> None:
-    """Starts the workers, waits for all, and ends with the exit code of the first that failed."""
+    """Starts the workers, waits for them, and exits with the code of the first that failed."""
     ports = free_ports(workers)
     processes = [start(command, ports, index) for index in range(workers)]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: [p.send_signal(number) for p in processes])
-    tellers = [
-        threading.Thread(target=tell, args=(index, process.stderr))
+    threads = [
+        threading.Thread(target=print_lines, args=(index, process.stderr))
         for index, process in enumerate(processes)
     ]
-    for teller in tellers:
-        teller.start()
+    for thread in threads:
+        thread.start()
     code = wait(processes)
-    for teller in tellers:
-        teller.join()
+    for thread in threads:
+        thread.join()
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports of the loopback interface on which nobody listens."""
+    """Returns unused ports of the loopback interface."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -52,7 +52,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(command: list[str], ports: list[int], index: int) -> subprocess.Popen[Any]:
-    """Starts one worker, in a process group of its own: control-C reaches it through us."""
+    """Starts a worker in its own process group: this process passes control-C on to it."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     task = {"type": "worker", "index": index}
     return subprocess.Popen(
@@ -64,18 +64,18 @@ def start(command: list[str], ports: list[int], index: int) -> subprocess.Popen[
     )
 
 
-def tell(index: int, lines: IO[bytes] | None) -> None:
-    """Passes on what a worker says, line by line."""
+def print_lines(index: int, lines: IO[bytes] | None) -> None:
+    """Prints the stderr of a worker, line by line."""
     for line in lines or ():
         sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
         sys.stderr.flush()
 
 
 def wait(processes: list[subprocess.Popen[Any]]) -> int:
-    """Waits for every worker; ends those that do not end by themselves when one has failed.
+    """Waits for all workers. If one fails, kills the others after a while.
 
     Returns:
-        The exit code of the first that failed, or 0; negative: the signal that killed it.
+        The exit code of the first that failed, or 0; negative: the number of a signal.
     """
     first_failure, deadline = 0, float("inf")
     while None in (codes := [process.poll() for process in processes]):

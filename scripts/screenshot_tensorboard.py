@@ -1,4 +1,4 @@
-"""Takes pictures of TensorBoard's pages in headless Chromium, to look at what a person sees.
+"""Takes screenshots of TensorBoard's pages in headless Chromium.
 
 trainer tensorboard --port 6006 &
 python scripts/screenshot_tensorboard.py http://localhost:6006 pictures --browser /usr/bin/chromium
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from playwright.sync_api import sync_playwright
 
-# The charts are drawn by a worker: a picture taken at once shows axes without lines.
+# The charts are drawn by a web worker: an immediate screenshot shows axes without lines.
 _DRAWING_SECONDS = 6.0
 _PAGES = ("timeseries", "scalars", "custom_scalars", "images", "graphs", "text", "hparams")
 
@@ -20,7 +20,7 @@ def main(
     address: str,
     folder: Path,
     *,
-    browser: Annotated[str, typer.Option(help="The Chromium to start")] = "/usr/bin/chromium",
+    browser: Annotated[str, typer.Option(help="Path of Chromium")] = "/usr/bin/chromium",
 ) -> None:
     """Writes <folder>/<page>.png for each page."""
     folder.mkdir(parents=True, exist_ok=True)

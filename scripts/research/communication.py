@@ -1,16 +1,17 @@
-"""Measures what workers on this machine pay to add up gradients, fits a model, and predicts others.
+"""Measures the time of an all-reduce between workers on this machine, and fits a model to it.
 
     python scripts/research/communication.py
 
-Each worker is a process on the loopback interface that adds up as many float32 numbers as a network
-has gradients, by the collectives that `trainer fit` uses. The model is that of a ring all-reduce of
-S bytes by N workers (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms):
+Each worker is a process on the loopback interface. The workers sum as many float32 numbers as a
+network has gradients, with the collectives that `trainer fit` uses. The model describes a ring
+all-reduce of S bytes by N workers (Patarasu and Yuan 2009, Bandwidth optimal all-reduce
+algorithms):
 
     seconds = fixed + 2 (N - 1) * latency + 2 (N - 1) / N * S / bandwidth of a worker
 
-On one machine the workers share one memory, so the bandwidth of each is a share of it. The model is
-fitted to every second size and asked for the others. Its last two terms, with the latency and the
-bandwidth of a network, say what GPUs on other machines would do: those figures are calculated.
+On one machine, the workers share the bandwidth of the memory. The model is fitted to every second
+size and tested on the others. Its last two terms, with latency and bandwidth of a network, predict
+the time of GPUs on several machines. These figures are calculated, not measured.
 """
 
 import json
@@ -32,21 +33,21 @@ sys.path.append(str(Path(__file__).parents[1]))  # local_cluster.py is in the pa
 from local_cluster import free_ports
 
 _BYTES = [4**exponent for exponent in range(5, 14)]  # 1 kB to 67 MB
-_SECONDS = 0.5  # of a block, at least
+_SECONDS = 0.5  # minimum duration of a block
 _BLOCKS = 5
 
-# Parameters, GFLOP of a training image, images a step, batch normalizations. GFLOP: thrice those of
-# the forward pass, two for each multiply-add. ResNet-50 and ViT-L/16 by torchvision's table of
-# weights (docs.pytorch.org/vision/stable/models.html), ours as `trainer benchmark step` counts.
+# Parameters, GFLOP per training image, images per step, batch normalizations. GFLOP: three times
+# those of the forward pass, two for each multiply-add. ResNet-50 and ViT-L/16: torchvision's table
+# of weights (docs.pytorch.org/vision/stable/models.html); ours: `trainer benchmark step`.
 _NETWORKS = {
     "mnist.toml": (72_266, 0.0028, 256, 1),
     "ResNet-50": (25_557_032, 6 * 4.09, 256, 53),
     "ViT-L/16": (304_326_632, 6 * 61.55, 64, 0),
 }
-# Of each batch normalization in a step, one after the other: three forward and three backward, of
-# as many numbers as it has channels: some kB, whose time is that of the messages.
+# All-reduces of each batch normalization in a step, one after the other: three forward and three
+# backward. Each has one number per channel, so its latency determines its time.
 _NORMALIZATION_EXCHANGES, _NORMALIZATION_BYTES = 6, 2048
-_LEAST_STEP = 1e-3  # seconds; below that a GPU waits for its kernels to be started
+_LEAST_STEP = 1e-3  # seconds; starting the kernels of a GPU takes at least this long
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Model:
     """Seconds of an all-reduce.
 
     Attributes:
-        fixed: Seconds that every exchange costs.
-        latency: Seconds of a message.
-        bandwidth: Bytes a second, of all workers together.
+        fixed: Seconds of each all-reduce, independent of its size.
+        latency: Seconds of each message.
+        bandwidth: Bytes per second of all workers together.
     """
 
     fixed: float
@@ -83,10 +84,12 @@ class Point:
 def main(
     *,
     workers: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 2, 3, 4")] = None,
-    gbits: Annotated[float, typer.Option(help="Of the network that is calculated")] = 100,
-    latency_us: Annotated[float, typer.Option(help="Of a message on it")] = 10,
-    tflops: Annotated[float, typer.Option(help="That a GPU keeps up in training")] = 120,
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write them here")] = None,
+    gbits: Annotated[float, typer.Option(help="Bandwidth of the predicted network")] = 100,
+    latency_us: Annotated[float, typer.Option(help="Latency of a message in it")] = 10,
+    tflops: Annotated[float, typer.Option(help="Speed of a GPU in training")] = 120,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this file")
+    ] = None,
 ) -> None:
     """Measures, fits, compares and predicts."""
     points = [point for count in workers or [2, 3, 4] for point in measure(count)]
@@ -96,9 +99,9 @@ def main(
     errors = [abs(model.seconds(p.workers, p.size) / p.seconds - 1) for p in points]
     print(
         f"fixed {1e6 * model.fixed:.0f} us, latency {1e6 * model.latency:.0f} us, bandwidth "
-        f"{model.bandwidth / 1e9:.2f} GB/s shared; the {len(points[1::2])} points it was not "
-        f"fitted to: half within {statistics.median(errors[1::2]):.0%}, all within "
-        f"{max(errors[1::2]):.0%}; the {len(points[::2])} others within {max(errors[::2]):.0%}"
+        f"{model.bandwidth / 1e9:.2f} GB/s shared; error of the {len(points[1::2])} points that it "
+        f"was not fitted to: median {statistics.median(errors[1::2]):.0%}, maximum "
+        f"{max(errors[1::2]):.0%}; of the {len(points[::2])} others: {max(errors[::2]):.0%}"
     )
     console.print(predicted_table(gbits, latency_us, tflops))
     if json_ is not None:
@@ -107,7 +110,7 @@ def main(
 
 
 def measure(workers: int) -> list[Point]:
-    """Times all-reduces of every size by so many workers."""
+    """Times all-reduces of every size between a number of workers."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     processes = [
         subprocess.Popen(
@@ -134,7 +137,7 @@ def measure(workers: int) -> list[Point]:
 
 
 def as_worker() -> None:
-    """Is one of the workers; the first one prints the seconds of each size."""
+    """Runs one worker; the first worker prints the seconds of each size."""
     import tensorflow as tf
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -159,7 +162,7 @@ def as_worker() -> None:
             return time.perf_counter() - start
 
         seconds(1)
-        # As many times for every worker: they agree by the slowest, through an exchange.
+        # Every worker needs the same number of repetitions: they use their mean estimate.
         guess = float(all_gather(tf.constant([seconds(3) / 3]), tf.constant(1))[0])
         times = max(1, round(_SECONDS / guess))
         found.append((size, [seconds(times) / times for _ in range(_BLOCKS)]))
@@ -168,7 +171,7 @@ def as_worker() -> None:
 
 
 def fit(points: list[Point]) -> Model:
-    """Fits the model by least squares of the relative errors, no term below zero."""
+    """Fits the model by least squares of the relative errors, without negative terms."""
     from scipy.optimize import nnls
 
     rows = [[1, 2 * (p.workers - 1), 2 * (p.workers - 1) * p.size] for p in points]
@@ -178,7 +181,7 @@ def fit(points: list[Point]) -> Model:
 
 
 def measured_table(points: list[Point], model: Model) -> Table:
-    """Returns what was measured beside what the model says."""
+    """Returns measured times and those of the model."""
     table = Table("workers", "parameters", "ms", "range", "model, ms", "fitted to")
     for i, point in enumerate(points):
         predicted = 1e3 * model.seconds(point.workers, point.size)
@@ -194,10 +197,11 @@ def measured_table(points: list[Point], model: Model) -> Table:
 
 
 def network_seconds(gpus: int, size: int, *, gbits: float, latency_us: float) -> float:
-    """Returns the time of an all-reduce between machines of one GPU each, by ring or by tree.
+    """Returns the time of an all-reduce between machines with one GPU each, by ring or by tree.
 
-    NCCL chooses the better: a ring sends the least, trees wait for fewer messages (Sanders, Speck
-    and Traeff 2009, Two-tree algorithms for full bandwidth broadcast, reduction and scan).
+    NCCL chooses the faster one: a ring sends the fewest bytes, a tree the fewest messages in a row
+    (Sanders, Speck and Traeff 2009, Two-tree algorithms for full bandwidth broadcast, reduction and
+    scan).
     """
     latency, bandwidth = latency_us * 1e-6, gbits * 1e9 / 8
     ring = 2 * (gpus - 1) * latency + 2 * (gpus - 1) / gpus * size / bandwidth
@@ -206,11 +210,11 @@ def network_seconds(gpus: int, size: int, *, gbits: float, latency_us: float) ->
 
 
 def predicted_table(gbits: float, latency_us: float, tflops: float) -> Table:
-    """Returns what 8, 64 and 512 GPUs would do; calculated, not measured."""
+    """Returns the predicted times of 8, 64 and 512 GPUs."""
     table = Table(
         *("network", "images", "GPUs", "computing", "gradients", "normalizing", "step, ms"),
         "efficiency",
-        title=f"calculated: {gbits:g} Gb/s, {latency_us:g} us a message, {tflops:g} TFLOP/s a GPU",
+        title=f"calculated: {gbits:g} Gb/s, {latency_us:g} us latency, {tflops:g} TFLOP/s per GPU",
     )
 
     def all_gather(gpus: int, size: int) -> float:
@@ -219,7 +223,7 @@ def predicted_table(gbits: float, latency_us: float, tflops: float) -> Table:
     for name, (parameters, gflop, images, normalizations) in _NETWORKS.items():
         for gpus in (8, 64, 512):
             computing = max(_LEAST_STEP, images * gflop / tflops / 1e3)
-            # Gradients, in float32 under every precision, and the loss.
+            # Gradients, which are float32 with every precision, and the loss.
             gradients = all_gather(gpus, 4 * parameters) + all_gather(gpus, 4)
             each = _NORMALIZATION_EXCHANGES * all_gather(gpus, _NORMALIZATION_BYTES)
             normalized = normalizations * each

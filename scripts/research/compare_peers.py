@@ -1,12 +1,12 @@
-"""Times `trainer fit` beside what one would use instead, in one run, taking turns.
+"""Compares the time of `trainer fit` with alternatives in PyTorch and Keras, in one session.
 
     python scripts/research/compare_peers.py --seeds 3
 
-PyTorch (CPU) gets an environment of its own in `.peers/`; Keras is the one installed here. Every
-program is started as a person would start it and runs alone. The order is drawn anew for each seed.
-Needs all of MNIST (`TRAINER_DATA_FILES` or a network), and a network to install PyTorch. Writes
-`.peers/peers.json` and `.peers/peers.png`. The two official examples take minutes: they run once,
-and `--quick` leaves them out.
+PyTorch (CPU) is installed into its own environment in `.peers/`. The programs run one after the
+other, each as a user would start it, in a new random order for each seed. Needs all of MNIST
+(`TRAINER_DATA_FILES` or a network), and a network to install PyTorch. Writes `.peers/peers.json`
+and `.peers/peers.png`. The two official examples take minutes. They run once, and not with
+`--quick`.
 """
 
 import json
@@ -36,7 +36,7 @@ SLOW = ("PyTorch official example", "keras.io mnist_convnet")
 
 
 def programs(folder: Path, *, quick: bool) -> dict[str, list[str]]:
-    """Returns what to run, by name: what `trainer fit` is to change, or another's command."""
+    """Returns by name the changed settings of `trainer fit`, or the command of another program."""
     torch = [str(folder / "venv/bin/python"), str(ROOT / "scripts/research/peers/torch_mnist.py")]
     keras = [sys.executable, str(ROOT / "scripts/research/peers/keras_mnist.py")]
     images = str(folder / "mnist.npz")
@@ -52,7 +52,7 @@ def programs(folder: Path, *, quick: bool) -> dict[str, list[str]]:
         ],
         "PyTorch narrowed, channels last": narrowed,
         "PyTorch narrowed, channels last, bf16": [*narrowed, "--bf16"],
-        # The network and the images of `trainer fit`: what remains is the framework.
+        # The network and the images of `trainer fit`: only the framework differs.
         "PyTorch ours, channels last": ours,
         "PyTorch ours, channels last, bf16": [*ours, "--bf16"],
     }
@@ -63,7 +63,7 @@ def programs(folder: Path, *, quick: bool) -> dict[str, list[str]]:
 
 
 def prepare(folder: Path) -> None:
-    """Installs PyTorch into an environment of its own, and writes the images it reads."""
+    """Installs PyTorch into its own environment, and writes the images for it."""
     folder.mkdir(exist_ok=True)
     python = folder / "venv/bin/python"
     if not (folder / "venv/.installed").exists():
@@ -85,15 +85,15 @@ def prepare(folder: Path) -> None:
 
 
 def run(name: str, program: list[str], seed: int, folder: Path) -> dict[str, Any]:
-    """Runs a program to its end, and returns what it says and what the process took."""
+    """Runs a program, and returns its results with the time and the memory of the process."""
     if name.startswith(OURS):
         changes = [f"training.seed={seed}", f"logging.directory={folder / 'runs'}"]
         summary, ended = process.fit("configs/mnist.toml", [*program, *changes])
         parts = summary["seconds"]
         training = parts["training"] + parts["to_device"]
-        said = {
+        result = {
             "training_seconds": training,
-            # What PyTorch's eager step needs not: building the network and tracing its graph.
+            # PyTorch's eager step needs no tracing, and its network is built in training_seconds.
             "prepared_seconds": training + parts["model"] + parts["tracing"],
             "seconds_with_evaluation": training + parts["evaluation"],
             "epochs": summary["epochs"],
@@ -102,14 +102,14 @@ def run(name: str, program: list[str], seed: int, folder: Path) -> dict[str, Any
         }
     else:
         ended = process.run([*program, "--seed", str(seed)])
-        said = json.loads(ended.out)
-        said["prepared_seconds"] = said["training_seconds"]  # which holds all of it
-    said |= {"process_seconds": ended.seconds, "peak_mb": ended.peak_mb}
-    return {"program": name, "seed": seed, **said}
+        result = json.loads(ended.out)
+        result["prepared_seconds"] = result["training_seconds"]  # includes everything
+    result |= {"process_seconds": ended.seconds, "peak_mb": ended.peak_mb}
+    return {"program": name, "seed": seed, **result}
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns medians and ratios to `trainer fit`, program by program."""
+    """Returns the medians of each program, and its ratios to `trainer fit`."""
     names = list(dict.fromkeys(row["program"] for row in rows))
     found = []
     for name in names:
@@ -130,7 +130,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(summary: list[dict[str, Any]], path: Path) -> None:
-    """Draws training and whole process as points: on a logarithmic axis bars have no length."""
+    """Draws the seconds of training and process as points on a logarithmic axis."""
     figure = Figure(figsize=(9, 0.5 * len(summary) + 1.5), layout="constrained")
     axes = figure.subplots()
     names = [entry["program"] for entry in summary]
@@ -147,7 +147,7 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
                 va="center",
             )
     axes.invert_yaxis()
-    axes.margins(x=0.15)  # the figures beside the points
+    axes.margins(x=0.15)  # room for the numbers beside the points
     axes.set(xscale="log", xlabel="seconds, median of the seeds")
     axes.set_title("MNIST: training, and the whole process")
     axes.grid(axis="y", alpha=0.3)
@@ -157,17 +157,17 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
 
 def main(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="Without the official examples")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the official examples")] = False,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     directory: Path = ROOT / ".peers",
 ) -> None:
     """Runs everything and prints the table."""
     folder = directory.absolute()
     prepare(folder)
-    load = process.say_if_busy()
+    load = process.warn_if_busy()
     commands, rows = programs(folder, quick=quick), []
     for seed in range(seeds):
-        # Minutes each: once, whatever the number of seeds.
+        # The slow programs take minutes: they run only once.
         order = [name for name in commands if seed == 0 or name not in SLOW]
         random.Random(seed).shuffle(order)
         for name in order:

@@ -1,11 +1,11 @@
-"""Shows how `trainer fit` grows with the data and with the batch: seconds, images a second, memory.
+"""Measures time, speed and memory of `trainer fit` for growing data and batch sizes.
 
     python scripts/research/growth.py
 
-Trains the default configuration for an epoch, each time in a process of its own, on all of MNIST
-once, 4 and 16 times over (kept on the device, and streamed from the disk), then with batches of 32
-to 4096. Needs all of MNIST (`TRAINER_DATA_FILES` or a network), 1 GB of disk and some ten minutes.
-Writes `growth.json` into `--directory`; the data that it made there is removed at the end.
+Trains the default configuration for one epoch, each time in a new process: on MNIST repeated 1, 4
+and 16 times (stored on the device, and streamed from the disk), then with batches of 32 to 4096.
+Needs all of MNIST (`TRAINER_DATA_FILES` or a network), 1 GB of disk space and about ten minutes.
+Writes `growth.json` into `--directory`; the generated data is removed at the end.
 """
 
 import json
@@ -31,7 +31,7 @@ BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def repeat(config: Config, times: int, folder: Path) -> None:
-    """Prepares MNIST whose training images come several times over."""
+    """Prepares MNIST with repeated training images."""
     kept = data.load(config.data)
     if kept.spec.name != "mnist":
         sys.exit(f"expected all of MNIST, received {kept.spec.name}: set TRAINER_DATA_FILES")
@@ -45,7 +45,7 @@ def repeat(config: Config, times: int, folder: Path) -> None:
         name="mnist",
         version=kept.spec.version,
         class_names=list(kept.spec.class_names),
-        origin=f"MNIST, its training images {times} times over",
+        origin=f"MNIST, training images repeated {times} times",
         splits={"train": of((kept.train, kept.validation), times), "test": of((kept.test,), 1)},
     )
 
@@ -60,23 +60,23 @@ def measure(folder: Path, *, times: int, placement: str, batch: int) -> dict[str
         "training.batch_size": batch,
         "training.epochs": 1,
     }
-    said, ended = process.fit(CONFIG, [f"{key}={value}" for key, value in changes.items()])
+    summary, ended = process.fit(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     return {
         "times": times,
         "placement": placement,
         "batch": batch,
-        "images": said["train_images"],
-        "training_seconds": said["seconds"]["training"],
-        "to_device_seconds": said["seconds"]["to_device"],
-        "images_per_second": said["images_per_second"],
-        "step_ms": said["step_ms"],
+        "images": summary["train_images"],
+        "training_seconds": summary["seconds"]["training"],
+        "to_device_seconds": summary["seconds"]["to_device"],
+        "images_per_second": summary["images_per_second"],
+        "step_ms": summary["step_ms"],
         "peak_mb": ended.peak_mb,
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    table = Table("images", "kept", "batch", "epoch, s", "to device, s", "images/s", "peak, MB")
+    table = Table("images", "stored", "batch", "epoch, s", "to device, s", "images/s", "peak, MB")
     for row in rows:
         rate = row["images_per_second"]
         table.add_row(
@@ -93,16 +93,16 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main(
     *,
-    directory: Annotated[Path, typer.Option(help="Where data and runs are put")] = Path("growth"),
+    directory: Annotated[Path, typer.Option(help="Folder for data and runs")] = Path("growth"),
     rounds: Annotated[
-        int, typer.Option(min=1, help="Each is measured so often; the best is kept")
+        int, typer.Option(min=1, help="Measurements of each case; the fastest is shown")
     ] = 2,
 ) -> None:
     """Measures everything and prints the table."""
     folder = directory.absolute()
     if folder.exists():
-        sys.exit(f"{folder} is there already: choose another --directory")
-    load = process.say_if_busy()
+        sys.exit(f"{folder} exists already: choose another --directory")
+    load = process.warn_if_busy()
     config = load_config(CONFIG)
     cases: list[dict[str, Any]] = [
         {"times": t, "placement": p, "batch": 256} for t in (1, 4, 16) for p in ("device", "stream")

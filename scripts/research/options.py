@@ -1,11 +1,10 @@
-"""Shows what each option of the default gains: `trainer fit` with one of them changed, in turns.
+"""Measures the effect of each setting of the default: `trainer fit` with one setting changed.
 
     python scripts/research/options.py --rounds 5
 
-Every case is trained in a process of its own, once a round, in an order drawn anew; its times are
-compared with those of the default in the same round, so that a machine whose speed drifts drifts
-for both. Needs all of MNIST (`TRAINER_DATA_FILES` or a network). Writes
-`runs/options/options.json`.
+Each round trains every case once, in random order, each in a new process. The times of a case are
+compared with those of the default in the same round, because the speed of a machine can drift.
+Needs all of MNIST (`TRAINER_DATA_FILES` or a network). Writes `runs/options/options.json`.
 """
 
 import json
@@ -25,11 +24,11 @@ import process
 CONFIG = "configs/mnist.toml"
 DEFAULT = "the default"
 _FOLDER = Path("runs/options")
-# Each without what the default has, or with what it has not: changes as --set takes them.
+# The changed settings of each case, as values of --set.
 CASES: dict[str, list[str]] = {
     DEFAULT: [],
-    "one step a call (training.steps_per_execution = 1)": ["training.steps_per_execution=1"],
-    "ten steps a call": ["training.steps_per_execution=10"],
+    "one step per call (training.steps_per_execution = 1)": ["training.steps_per_execution=1"],
+    "ten steps per call": ["training.steps_per_execution=10"],
     "streamed, not on the device (data.placement)": ["data.placement=stream"],
     "float32 (training.precision)": ["training.precision=float32"],
     "no crop (model.options.crop = 0)": ["model.options.crop=0"],
@@ -39,7 +38,7 @@ CASES: dict[str, list[str]] = {
     "histograms (logging.histograms)": ["logging.histograms=true"],
     "no TensorBoard (logging.tensorboard)": ["logging.tensorboard=false"],
 }
-# What no key of the configuration says, but the environment does.
+# Cases that change environment variables, because there is no key for them.
 VARIABLES: dict[str, dict[str, str]] = {
     "oneDNN off": {"TF_ENABLE_ONEDNN_OPTS": "0"},
     "one thread within operations": {"TF_NUM_INTRAOP_THREADS": "1"},
@@ -65,7 +64,7 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns medians of each case, and of its ratios to the default within a round."""
+    """Returns the medians of each case, and of its ratios to the default in the same round."""
     default = {row["seed"]: row for row in rows if row["case"] == DEFAULT}
     found = []
     for name in [*CASES, *VARIABLES]:
@@ -84,16 +83,16 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(
     *,
-    rounds: Annotated[int, typer.Option(min=1, help="Each case is trained so often")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Trainings of each case")] = 5,
 ) -> None:
     """Measures everything and prints the table."""
-    load, rows = process.say_if_busy(), []
+    load, rows = process.warn_if_busy(), []
     for seed in range(rounds):
         order = [*CASES, *VARIABLES]
         random.Random(seed).shuffle(order)
         for name in order:
             rows.append(measure(name, seed))
-            print(f"round {seed}  {name}: {rows[-1]['step_ms']:.2f} ms a step", file=sys.stderr)
+            print(f"round {seed}  {name}: {rows[-1]['step_ms']:.2f} ms per step", file=sys.stderr)
     summary = summarize(rows)
     document = {"cpus": os.cpu_count(), "load_before": load, "summary": summary, "rows": rows}
     path = process.ROOT / _FOLDER / "options.json"
@@ -113,7 +112,7 @@ def main(
             f"{entry['peak_mb']:.0f}",
         )
     Console(width=140).print(table)
-    print(f"kept in {path.relative_to(process.ROOT)}")
+    print(f"saved in {path.relative_to(process.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs a program to its end and measures it: what the scripts beside this one compare."""
+"""Runs a program and measures its time and memory, for the other scripts of this folder."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 ROOT = Path(__file__).parents[2]
-# A load beyond which something else is running: what has just ended is still in the mean.
+# Above this load, another program is running. The mean includes programs that have just ended.
 _BUSY = 0.8
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that went well.
+    """A process that ended without an error.
 
     Attributes:
-        out: What it wrote on stdout.
-        seconds: From its start to its end.
-        peak_mb: The most memory it had in use, in MB (2^20 bytes).
+        out: Its stdout.
+        seconds: Duration from start to end.
+        peak_mb: Peak memory in MB (2^20 bytes).
     """
 
     out: str
@@ -32,12 +32,12 @@ class Ended:
 
 
 def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> Ended:
-    """Runs a command at the project's root; one that fails ends this program, with its words."""
+    """Runs a command in the root of the project. If it fails, prints its stderr and exits."""
     environment = {**os.environ, **(variables or {})}
-    with tempfile.TemporaryFile("w+") as words:
+    with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=words, text=True, cwd=ROOT, env=environment
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment
         )
         with cast("IO[str]", process.stdout) as stdout:
             out = stdout.read()
@@ -45,8 +45,8 @@ def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> E
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            words.seek(0)
-            sys.exit(f"{' '.join(command)} ended with {process.returncode}: {words.read()}")
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)} ended with {process.returncode}: {errors.read()}")
     return Ended(out, seconds, used.ru_maxrss / 1024)
 
 
@@ -57,11 +57,11 @@ def fit(
 
     Args:
         config: A TOML file.
-        changes: Each as `--set` takes it.
+        changes: Values of `--set`.
         variables: Environment variables to add.
 
     Returns:
-        The run's summary, and the process.
+        The summary of the run, and the process.
     """
     command = [sys.executable, "-m", "trainer", "fit", config, "--json"]
     command += [part for change in changes for part in ("--set", change)]
@@ -69,13 +69,13 @@ def fit(
     return json.loads(ended.out), ended
 
 
-def say_if_busy() -> float:
+def warn_if_busy() -> float:
     """Returns the load of the last minute, and prints a warning if it would disturb timings."""
     load = os.getloadavg()[0]
     if load > _BUSY:
         print(
-            f"this machine is busy (load {load:.1f} over the last minute): figures and ratios will "
-            "be those of what else runs, too",
+            f"this machine is busy (load {load:.1f} over the last minute): the results will also "
+            "show the effect of other programs",
             file=sys.stderr,
         )
     return load

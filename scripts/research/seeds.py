@@ -2,7 +2,7 @@
 
     python scripts/research/seeds.py configs/mnist.toml --seeds 5
 
-The figures of the README come from this program. The runs are kept in `runs/seeds/`.
+This program makes the accuracies in the README. Its runs are in `runs/seeds/`.
 """
 
 import statistics
@@ -18,20 +18,20 @@ import process
 def main(
     config: Annotated[str, typer.Argument(help="A TOML file")] = "configs/mnist.toml",
     *,
-    seeds: Annotated[int, typer.Option(min=2, help="0 to this, less one")] = 5,
+    seeds: Annotated[int, typer.Option(min=2, help="Number of seeds, counted from 0")] = 5,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="As `trainer fit` takes it; repeatable")
+        list[str] | None, typer.Option("--set", help="As for `trainer fit`; repeatable")
     ] = None,
 ) -> None:
-    """Runs `trainer fit` once for each seed, one after the other, each in a process of its own."""
-    table = Table("seed", "validation", "test", "training s", "ms a step", "device", "precision")
+    """Runs `trainer fit` once for each seed, one after the other, each in a new process."""
+    table = Table("seed", "validation", "test", "training s", "ms per step", "device", "precision")
     accuracies = []
     for seed in range(seeds):
         own = [f"training.seed={seed}", f"logging.name=seed-{seed}"]
         own += ["logging.directory=runs/seeds", "logging.tensorboard=false"]
         summary, _ = process.fit(config, [*own, *(set_ or ())])
         accuracies.append(100 * summary["test"]["accuracy"])
-        step = summary["step_ms"]  # none where there were too few calls to measure
+        step = summary["step_ms"]  # None: there were too few calls to measure
         table.add_row(
             str(seed),
             f"{100 * summary['validation']['accuracy']:.2f}",

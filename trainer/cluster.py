@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_PROBE_SECONDS = 1.0
-_BACKLOG = 4096  # connections that the kernel accepts although this process reads none
-_SLURM_PORT = 8888  # port of the first task of a node; the default of TensorFlow's resolver
-
 
 @dataclass(frozen=True)
 class Cluster:
@@ -57,18 +53,6 @@ class Cluster:
         """Returns the name of a worker for messages: its index and its address."""
         return f"task {index}{' (chief)' if index == 0 else ''} at {self.addresses[index]}"
 
-    def resolver(self, gpus: int) -> Any:
-        """Returns TensorFlow's description of the cluster; `gpus` is 0 if this worker uses none."""
-        import tensorflow as tf
-
-        return tf.distribute.cluster_resolver.SimpleClusterResolver(
-            tf.train.ClusterSpec({"worker": list(self.addresses)}),
-            task_type="worker",
-            task_id=self.index,
-            num_accelerators={"GPU": gpus},
-            rpc_layer="grpc",
-        )
-
     def wait_for_workers(self, seconds: float) -> None:
         """Waits until every other worker accepts connections, because TensorFlow waits forever.
 
@@ -92,8 +76,8 @@ class Cluster:
         """Opens the port of this worker, so that the others see that it has started."""
         host, port = _split(self.addresses[self.index])
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:  # on every interface, as TensorFlow's server
-            return socket.create_server(("", port), family=family, backlog=_BACKLOG)
+        try:  # on every interface, as TensorFlow's server; the kernel accepts the connections
+            return socket.create_server(("", port), family=family, backlog=4096)
         except OSError as error:
             own = f"{self.source}: port {port} of {self.named(self.index)}, this process"
             raise InputError(f"{own}: {error.strerror}") from None
@@ -101,20 +85,17 @@ class Cluster:
     def _probe(self, index: int) -> str:
         """Returns why a worker cannot be reached; "" if it accepts connections."""
         try:
-            with socket.create_connection(_split(self.addresses[index]), timeout=_PROBE_SECONDS):
+            with socket.create_connection(_split(self.addresses[index]), timeout=1.0):
                 return ""
         except (OSError, UnicodeError) as error:
             return str(getattr(error, "strerror", None) or error)
 
     @contextlib.contextmanager
     def watched(self, advice: str) -> Iterator[None]:
-        """Replaces TensorFlow's errors about lost workers by one line that names them.
+        """Replaces TensorFlow's errors about lost workers by a MissingError that names them.
 
         Args:
             advice: How to continue, for the message.
-
-        Raises:
-            MissingError: The connection to a worker was lost.
         """
         from tensorflow import errors
 
@@ -175,7 +156,7 @@ def _from_slurm() -> Cluster:
         # The resolver expands the list of hosts. It fails for nodes without GPUs, so each task
         # claims one here; SLURM itself assigns the GPUs (`--gpus-per-task`).
         resolver = distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=_SLURM_PORT,
+            port_base=8888,  # of the first task of a node; the default of the resolver
             gpus_per_node=int(os.environ["SLURM_STEP_NUM_TASKS"]),
             gpus_per_task=1,
             auto_set_gpu=False,
@@ -222,14 +203,9 @@ class ClusterDevices(Devices):
         return total
 
     def broadcast(self, text: str) -> str:
-        """Returns the text of the chief."""
-        import numpy as np
-
-        content = text.encode()
-        size = int(self.all_gather([len(content)])[0, 0])
-        numbers = list(content[:size].ljust(size))  # as many values as the chief
-        received: bytes = self.all_gather(numbers)[0].astype(np.uint8).tobytes()
-        return received.decode()
+        """Returns the text of the chief, at most as long as a path can be."""
+        numbers = self.all_gather(list(text.encode().ljust(4096)))[0]
+        return bytes(int(number) for number in numbers).decode().rstrip()
 
     def require_same(self, facts: Mapping[str, object]) -> None:
         """Raises InputError if a value, by name, differs from that of the chief."""
@@ -239,13 +215,10 @@ class ClusterDevices(Devices):
                 for value in facts.values()
             ]
         )
-        for i, worker in enumerate(digests):
-            names = [n for n, a, b in zip(facts, worker, digests[0], strict=True) if a != b]
-            if names:
-                raise InputError(
-                    f"expected the same on every worker; task {i} differs from the chief in "
-                    f"{', '.join(names)}"
-                )
+        columns = zip(facts, digests.T, strict=True)
+        different = [name for name, column in columns if len(set(column)) > 1]
+        received = f"different {', '.join(different)}"
+        expect(not different, "cluster", "the same settings and data on every worker", received)
 
     @functools.cached_property
     def _sum(self) -> Any:
@@ -266,11 +239,18 @@ def join(device: str, cluster: Cluster, seconds: float) -> ClusterDevices:
     names = choose(device, [f"GPU:{i}" for i in range(len(gpus))], ["CPU:0"])
     visible = [gpu for i, gpu in enumerate(gpus) if f"GPU:{i}" in names]
     tf.config.set_visible_devices(visible, "GPU")
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
+        task_type="worker",
+        task_id=cluster.index,
+        num_accelerators={"GPU": len(visible)},
+        rpc_layer="grpc",
+    )
     # If the workers were started with different addresses, the constructor waits forever, and it
     # ignores signals. The timer then ends the process and prints the traceback of the waiting line.
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
-        strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver(len(visible)))
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
     finally:
         faulthandler.cancel_dump_traceback_later()
     local = tuple(f"GPU:{i}" for i in range(len(visible))) or ("CPU:0",)

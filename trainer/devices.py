@@ -9,10 +9,10 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import DEVICE_PATTERN
 from trainer.environment import cpu_flags
@@ -30,8 +30,6 @@ _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 # Messages of CUDA and its libraries if this or another process uses all memory of the GPU.
 _OUT_OF_MEMORY = re.compile(r"\bout.of.memory\b|_ALLOC_FAILED\b|failed to allocate", re.IGNORECASE)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Devices:
         """Whether this process writes the run directory."""
         return self.cluster is None or self.cluster.chief
 
-    def scope(self) -> AbstractContextManager[Any]:
+    def scope(self) -> Any:
         """Returns the context in which models are built and graphs are traced and called.
 
         Variables that are created in it are stored on the devices.
@@ -81,11 +79,9 @@ class Devices:
 
         # Not OneDeviceStrategy: a model that is built without a strategy is a plain Keras model,
         # whose own fit() and evaluate() do not distribute their data.
-        if self.replicas == 1:
-            return cast("AbstractContextManager[Any]", tf.device(self.names[0]))
-        return cast("AbstractContextManager[Any]", self.strategy.scope())
+        return tf.device(self.names[0]) if self.replicas == 1 else self.strategy.scope()
 
-    def on_each(self, make: Callable[[int], T]) -> T:
+    def on_each(self, make: Callable[[int], Any]) -> Any:
         """Calls `make(replica)` once for each device of this process, in the scope of that device.
 
         The strategy's function opens no device scope: all values would be on the default device.
@@ -96,13 +92,12 @@ class Devices:
         """
         import tensorflow as tf
 
-        def make_for(context: Any) -> T:
+        def make_for(context: Any) -> Any:
             replica = context.replica_id_in_sync_group
             with tf.device(self.names[replica % len(self.names)]):
                 return make(replica)
 
-        values: T = self.strategy.experimental_distribute_values_from_function(make_for)
-        return values
+        return self.strategy.experimental_distribute_values_from_function(make_for)
 
     def all_gather(self, values: Sequence[float]) -> "NDArray[np.float64]":
         """Returns the values of every worker, each with the same number, as [workers, values]."""
@@ -128,7 +123,7 @@ def read_cluster() -> "Cluster | None":
 
 
 def gpu_driver_files() -> list[str]:
-    """Returns the files that show that a GPU driver is loaded; empty: no GPU can be used."""
+    """Returns the files that show that a GPU driver is loaded."""
     return [name for name in _DRIVER_FILES if Path(name).exists()]
 
 
@@ -178,6 +173,13 @@ def select(
     return single(names[0]) if len(names) == 1 else _mirrored(names)
 
 
+def single(name: str) -> Devices:
+    """Returns one device by TensorFlow's name, for example "CPU:1"."""
+    import tensorflow as tf
+
+    return Devices((name,), tf.distribute.get_strategy())
+
+
 # Cached: a second strategy in a process would number its collective operations from 0 again, and
 # TensorFlow would confuse them with those of the first.
 @functools.cache
@@ -185,13 +187,6 @@ def _mirrored(names: tuple[str, ...]) -> Devices:
     import tensorflow as tf
 
     return Devices(names, tf.distribute.MirroredStrategy(list(names)))
-
-
-def single(name: str) -> Devices:
-    """Returns one device by TensorFlow's name, for example "CPU:1"."""
-    import tensorflow as tf
-
-    return Devices((name,), tf.distribute.get_strategy())
 
 
 def logical_devices(kind: str | None = None) -> list[str]:
@@ -203,12 +198,9 @@ def logical_devices(kind: str | None = None) -> list[str]:
 
 def choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
     """Returns the names of the requested devices; the errors are those of `select`."""
-    if device == "cpu":
-        return (cpus[0],)
-    if device == "auto":
-        return ((gpus or cpus)[0],)
-    if device == "all":
-        return tuple(gpus or cpus)
+    chosen = {"cpu": cpus[:1], "auto": (gpus or cpus)[:1], "all": gpus or cpus}.get(device)
+    if chosen is not None:
+        return tuple(chosen)
     if not gpus:
         raise _no_gpu(device, "a driver is loaded, but TensorFlow lists no GPU")
     index = int(device.partition(":")[2] or 0)
@@ -219,17 +211,14 @@ def choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
 
 
 def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
-    """Returns the devices of the outputs of each replica.
+    """Returns the devices of the outputs of each replica, which must be the requested devices.
 
     TensorFlow runs an operation on the CPU without a message if the GPU has no kernel for it.
-
-    Raises:
-        CheckError: They are not the requested devices.
     """
     found = [t.device.rpartition("/device:")[2] for t in tensors]
     if sorted(found) != sorted(devices.names):
-        wanted, received = (", ".join(names) or "no device" for names in (devices.names, found))
-        raise CheckError(f"expected outputs on {wanted}, found them on {received}")
+        wanted = ", ".join(devices.names)
+        raise CheckError(f"expected outputs on {wanted}, found them on {', '.join(found)}")
     return found
 
 

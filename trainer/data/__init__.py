@@ -12,7 +12,6 @@ import mmap
 import os
 import pkgutil
 import sys
-import tokenize
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -34,12 +33,6 @@ Examples = tuple[Images, NDArray[Any]]
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-
-# Errors of numpy for a file that is not an array: it parses the header as Python literals.
-NPY_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),
-)
 
 # Zero-width joiner and non-joiner. They are not printable, but words and emoji contain them.
 _JOINERS = str.maketrans("", "", "\u200c\u200d")
@@ -85,7 +78,7 @@ class Split:
 
     def class_counts(self, classes: int) -> list[int]:
         """Returns the number of images of each class."""
-        return [int(count) for count in np.bincount(self.labels[self.rows], minlength=classes)]
+        return cast("list[int]", np.bincount(self.labels[self.rows], minlength=classes).tolist())
 
     def sample(self, count: int, seed: int) -> "Split":
         """Returns a random sample, in proportion to the classes and with at least one of each.
@@ -245,13 +238,16 @@ def fingerprint(examples: Sequence[Examples]) -> str:
     return digest.hexdigest()
 
 
+def module_function(package: str, name: str, function: str) -> Callable[..., Any]:
+    """Returns `load` or `build` of a module of trainer/data or trainer/models."""
+    module = importlib.import_module(f"{package}.{name}")
+    found = getattr(module, function, None)
+    expect(callable(found), str(module.__file__), f"a function {function}()", found)
+    return cast("Callable[..., Any]", found)
+
+
 def _find(config: DataConfig) -> Callable[..., Any]:
-    """Returns the function that loads the data set of a configuration."""
-    name = config.name if config.name in names() else "tfds"
-    module = importlib.import_module(f"{__name__}.{name}")
-    function = getattr(module, "load", None)
-    expect(callable(function), str(module.__file__), "load(config, **options)", function)
-    return cast("Callable[..., Any]", function)
+    return module_function(__name__, config.name if config.name in names() else "tfds", "load")
 
 
 def _make_splits(source: Source, config: DataConfig) -> Dataset:

@@ -9,7 +9,6 @@ import http.client
 import io
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -45,8 +44,6 @@ def load(config: DataConfig) -> Source:
     Raises:
         InputError: The data set is unknown, not an image classification, damaged or not available.
     """
-    if not re.fullmatch(r"\w+([/:]\w[\w.+-]*)*", config.name):
-        raise InputError(f"unknown data set {config.name!r}: {did_you_mean(config.name, names())}")
     folder = prepared_folder(config)
     if not folder.exists():
         try:

@@ -65,12 +65,12 @@ def test_tf_config_names_the_workers_and_the_chief_comes_first(
     assert read_cluster() is None
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1))
     cluster = read_cluster()
-    assert cluster == Cluster(tuple(TWO), 1, "TF_CONFIG")
+    assert cluster == Cluster(tuple(TWO), 1)
     assert not cluster.chief
     # As Kubeflow writes it.
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1, chief=["[::1]:2222"]))
     cluster = read_cluster()
-    assert cluster == Cluster(("[::1]:2222", *TWO), 2, "TF_CONFIG")
+    assert cluster == Cluster(("[::1]:2222", *TWO), 2)
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO[:1]))
     assert read_cluster() is None  # one worker trains alone
 
@@ -81,7 +81,7 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in step.items():
         monkeypatch.setenv(f"SLURM_STEP_{name}", value)
     monkeypatch.setenv("SLURM_PROCID", "2")
-    expected = Cluster(("n01:8888", "n01:8889", "n02:8888"), 2, "SLURM")
+    expected = Cluster(("n01:8888", "n01:8889", "n02:8888"), 2)
     assert read_cluster() == expected
     monkeypatch.setenv("SLURMD_NODENAME", "n02")
     assert read_cluster() == expected
@@ -144,7 +144,7 @@ def test_the_command_reports_a_wrong_tf_config_in_one_line(
 def test_workers_wait_for_each_other() -> None:
     """Even if one of them starts late."""
     addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
-    clusters = [Cluster(addresses, index, "TF_CONFIG") for index in range(3)]
+    clusters = [Cluster(addresses, index) for index in range(3)]
     everyone = threading.Barrier(3)
 
     def work(cluster: Cluster) -> None:
@@ -164,10 +164,10 @@ def test_a_missing_worker_is_named_after_the_time_limit() -> None:
     ours, nobodys = free_ports(2)
     addresses = (f"127.0.0.1:{ours}", f"127.0.0.1:{nobodys}", "there-is-no-such-host.invalid:1")
     with pytest.raises(InputError) as refused:
-        Cluster((*addresses, "a..b:1"), 0, "TF_CONFIG").wait_for_workers(0.3)
+        Cluster((*addresses, "a..b:1"), 0).wait_for_workers(0.3)
     said = str(refused.value)
     assert said.startswith(
-        "TF_CONFIG: expected every worker within 0.3 s (training.cluster_timeout_seconds), "
+        "cluster: expected every worker within 0.3 s (training.cluster_timeout_seconds), "
         f"missing: task 1 at 127.0.0.1:{nobodys} (Connection refused), "
         "task 2 at there-is-no-such-host.invalid:1 ("
     )
@@ -176,7 +176,7 @@ def test_a_missing_worker_is_named_after_the_time_limit() -> None:
 
 def test_workers_with_different_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     alone: Any = None
-    cluster = ClusterDevices(("CPU:0",), alone, Cluster(tuple(TWO), 1, "TF_CONFIG"))
+    cluster = ClusterDevices(("CPU:0",), alone, Cluster(tuple(TWO), 1))
     sent: list[Any] = []
 
     def gather(_: ClusterDevices, values: Any) -> Any:
@@ -193,7 +193,7 @@ def test_workers_with_different_settings_are_refused(monkeypatch: pytest.MonkeyP
 def test_port_in_use_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        cluster = Cluster((address, "127.0.0.1:1"), 0, "TF_CONFIG")
+        cluster = Cluster((address, "127.0.0.1:1"), 0)
         with pytest.raises(InputError, match=rf"port \d+ of task 0 .*{address}, .*in use"):
             cluster.wait_for_workers(60)
 
@@ -225,7 +225,7 @@ def test_errors_about_lost_workers_name_them() -> None:
     import tensorflow as tf
 
     nobodys, ours = free_ports(2)
-    cluster = Cluster((f"127.0.0.1:{nobodys}", f"127.0.0.1:{ours}"), 1, "TF_CONFIG")
+    cluster = Cluster((f"127.0.0.1:{nobodys}", f"127.0.0.1:{ours}"), 1)
     error = tf.errors.UnavailableError(None, None, "/job:worker/replica:0/task:0 is gone")
     expected = rf"lost task 0 \(chief\) at 127.0.0.1:{nobodys}: again"
     with pytest.raises(MissingError, match=expected), cluster.watched("again"):
@@ -247,7 +247,7 @@ def test_a_worker_that_hangs_is_named() -> None:
         (f"{task}2 unhealthy (from {task}0)", 1, f"task 0 .* or task 2 at {addresses[2]}"),
         ("CoordinationService does not answer", 2, f"task 0 .* at {addresses[0]}"),
     ]:
-        cluster = Cluster(addresses, index, "TF_CONFIG")
+        cluster = Cluster(addresses, index)
         error = tf.errors.UnavailableError(None, None, said)
         with pytest.raises(MissingError, match=f"lost {expected}: again"), cluster.watched("again"):
             raise error

@@ -28,17 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes that train together.
+    """The processes that train together."""
 
-    Attributes:
-        addresses: "host:port" of each worker, the chief's first.
-        index: The index of this process.
-        source: "TF_CONFIG" or "SLURM", for messages.
-    """
-
-    addresses: tuple[str, ...]
-    index: int
-    source: str
+    addresses: tuple[str, ...]  # "host:port" of each worker, the chief's first
+    index: int  # of this process
 
     @property
     def chief(self) -> bool:
@@ -67,7 +60,7 @@ class Cluster:
                 if time.monotonic() >= end:
                     names = ", ".join(f"{self.named(i)} ({missing[i]})" for i in missing)
                     raise InputError(
-                        f"{self.source}: expected every worker within {seconds:g} s "
+                        f"cluster: expected every worker within {seconds:g} s "
                         f"(training.cluster_timeout_seconds), missing: {names}"
                     )
                 time.sleep(0.1)
@@ -79,8 +72,8 @@ class Cluster:
         try:  # on every interface, as TensorFlow's server; the kernel accepts the connections
             return socket.create_server(("", port), family=family, backlog=4096)
         except OSError as error:
-            own = f"{self.source}: port {port} of {self.named(self.index)}, this process"
-            raise InputError(f"{own}: {error.strerror}") from None
+            own = f"port {port} of {self.named(self.index)}, this process"
+            raise InputError(f"cluster: {own}: {error.strerror}") from None
 
     def _probe(self, index: int) -> str:
         """Returns why a worker cannot be reached; "" if it accepts connections."""
@@ -92,11 +85,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def watched(self, advice: str) -> Iterator[None]:
-        """Replaces TensorFlow's errors about lost workers by a MissingError that names them.
-
-        Args:
-            advice: How to continue, for the message.
-        """
+        """Replaces TensorFlow's errors about lost workers by a MissingError with `advice`."""
         from tensorflow import errors
 
         network = (errors.UnavailableError, errors.DeadlineExceededError, errors.AbortedError)
@@ -145,7 +134,7 @@ def _from_tf_config(text: str) -> Cluster:
         "a task of the cluster, the jobs chief (at most one) and worker, and each address once"
     )
     expect(fits, "TF_CONFIG", expected, repr(text)[:400])
-    return Cluster(addresses, index, "TF_CONFIG")
+    return Cluster(addresses, index)
 
 
 def _from_slurm() -> Cluster:
@@ -172,7 +161,7 @@ def _from_slurm() -> Cluster:
     here = os.environ.get("SLURMD_NODENAME", host)
     where = f"SLURM: task {index} runs on {here}, TensorFlow's resolver"
     expect(here == host, where, "host names with numbers of equal length (n02, n10)", host)
-    return Cluster(addresses, index, "SLURM")
+    return Cluster(addresses, index)
 
 
 def _split(address: str) -> tuple[str, int]:

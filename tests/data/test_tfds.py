@@ -417,7 +417,7 @@ def test_without_a_network_mnist_is_a_sample_within_ten_seconds(
     ("options", "expected"),
     [
         ({"name": "fashion_mnist"}, "data set 'fashion_mnist' is not available"),
-        ({"name": "mnist", "allow_sample": False}, r"'mnist' .*\(data\.allow_sample = false\)"),
+        ({"name": "mnist", "allow_sample": False}, r"'mnist' .*\(data\.allow_sample = False\)"),
     ],
 )
 @pytest.mark.usefixtures("closed_network")

@@ -61,8 +61,8 @@ def load(config: DataConfig) -> Source:
             return mnist_sample.load(config)
     # The checksums of MNIST take 0.1 s. They prove that the fingerprint describes these images.
     source = open_prepared(folder, checked_bytes=config.device_limit_mb * 10**6)
-    matches = source.name == config.name
-    expect(matches, str(folder), f"prepared data of {config.name!r}", repr(source.name))
+    fits = source.name == config.name
+    expect(fits, str(folder), f"prepared data of {config.name!r}", repr(source.name))
     return source
 
 
@@ -130,9 +130,6 @@ def _builder(config: DataConfig) -> Any:
 
     Files are searched in our directory, then in the default folder of tensorflow-datasets
     (TFDS_DATA_DIR or in the home folder). Prepared files need no builder class in the catalog.
-
-    Raises:
-        InputError: The name, its variant or its version is unknown.
     """
     import tensorflow_datasets as tfds
 
@@ -155,11 +152,7 @@ def _builder(config: DataConfig) -> Any:
 
 
 def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, int], list[str]]:
-    """Returns the shape of the decoded images and the class names.
-
-    Raises:
-        InputError: The data set is not a classification of uint8 images.
-    """
+    """Returns the shape of the decoded images and the class names."""
     import tensorflow_datasets as tfds
 
     features, keys = builder.info.features, builder.info.supervised_keys
@@ -179,11 +172,7 @@ def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, i
 
 
 def _archives(config: DataConfig, builder: Any) -> Path | None:
-    """Returns the folder with all archives of the data set; None: they must be downloaded.
-
-    Raises:
-        InputError: The folder of the user does not exist, or the network does not answer.
-    """
+    """Returns the folder with all archives of the data set; None: they must be downloaded."""
     given = config.archives or os.environ.get("TRAINER_DATA_FILES")
     wanted = sorted(info.filename or Path(url).name for url, info in builder.url_infos.items())
     reason = "no archives were given (data.archives or TRAINER_DATA_FILES)"
@@ -200,8 +189,7 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
     if not network_answers(url):
         raise _UnavailableError(
             f"data set {config.name!r} is not available: it is not prepared in {config.directory}, "
-            f"{reason}, and {url} does not answer"
-            + ("" if config.allow_sample else " (data.allow_sample = false)")
+            f"{reason}, and {url} does not answer (data.allow_sample = {config.allow_sample})"
         )
     return None
 

@@ -21,15 +21,11 @@ from trainer.data import DataSpec
 from trainer.errors import InputError
 from trainer.models import class_probabilities, image_input
 
-# The default lets `build` work without options, as in every other module.
+_Layers = Annotated[tuple[KerasObject, ...], Field(strict=False, min_length=1)]
 _FLATTEN = (KerasObject(name="Flatten"),)
 
 
-def build(
-    spec: DataSpec,
-    *,
-    layers: Annotated[tuple[KerasObject, ...], Field(strict=False, min_length=1)] = _FLATTEN,
-) -> keras.Model:
+def build(spec: DataSpec, *, layers: _Layers = _FLATTEN) -> keras.Model:
     """Builds the network.
 
     Args:

@@ -96,8 +96,7 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
         ("STEP_NUM_TASKS", "x"),
     ]:
         monkeypatch.setenv(f"SLURM_{variable}", value)
-        expected = rf"expected a job step, received .*'SLURM_{variable}': '{re.escape(value)}'"
-        with pytest.raises(InputError, match=expected):
+        with pytest.raises(InputError, match="SLURM: expected the variables of a job step"):
             read_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert read_cluster() is None

@@ -154,9 +154,7 @@ def _from_slurm() -> Cluster:
         index = int(resolver.task_id)
         host = _split(addresses[index])[0]
     except (RuntimeError, ValueError, LookupError) as error:
-        names = ("SLURM_PROCID", "SLURM_STEP_")
-        received = {key: value for key, value in os.environ.items() if key.startswith(names)}
-        raise InputError(f"SLURM: expected a job step, received {received}: {error}") from None
+        raise InputError(f"SLURM: expected the variables of a job step: {error}") from None
     # The resolver sorts host names as text, SLURM by their numbers: n10, n2.
     here = os.environ.get("SLURMD_NODENAME", host)
     where = f"SLURM: task {index} runs on {here}, TensorFlow's resolver"

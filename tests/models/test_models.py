@@ -243,7 +243,7 @@ def test_wrong_option_is_refused_by_its_name(
         (
             "layers",
             {"layers": [{"name": "Flatten"}, CONVOLUTION]},
-            "model.options.layers.1: Conv2D does not fit its input [None, 216]",
+            "of layer 'conv2d' is incompatible with the layer: expected min_ndim=4, found ndim=2",
         ),
         (
             "layers",

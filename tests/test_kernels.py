@@ -17,7 +17,7 @@ from trainer import devices
 from trainer.config import Config, load_config
 from trainer.errors import InputError
 from trainer.experiment import Experiment
-from trainer.tensorflow_internals import check_kernels
+from trainer.kernel_internals import check_kernels
 from trainer.training.callbacks import Callback, TensorBoardCurves
 from trainer.training.loop import CallRecord
 

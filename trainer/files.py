@@ -3,20 +3,12 @@
 import contextlib
 import hashlib
 import os
-import tokenize
 import uuid
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
-
-# Errors of numpy for a file that is not an array: it parses the header as Python literals.
-NPY_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile),
-)
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.config import DataConfig
 from trainer.errors import InputError, expect
-from trainer.files import NPY_ERRORS
 
 if TYPE_CHECKING:
     from trainer.data import DataSpec
@@ -276,7 +275,7 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> Images:
     """Returns the images of a .npy file, uint8 [n, height, width, channels]."""
     try:
         found = np.lib.format.open_memmap(path, mode="r")
-    except NPY_ERRORS as error:
+    except Exception as error:  # numpy parses the header as Python literals
         raise InputError(f"{path} is not a .npy array: {error}") from None
     array = found[..., np.newaxis] if found.shape[-2:] == shape[:2] else found
     array = array[np.newaxis] if array.ndim == 3 else array

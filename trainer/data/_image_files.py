@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from trainer.config import DataConfig
 from trainer.data import Examples, Source
-from trainer.data._prepared import locked, open_prepared, stored_version, write_prepared
+from trainer.data._prepared import open_prepared, preparing, stored_version, write_prepared
 from trainer.environment import usable_cpus
 from trainer.errors import InputError, expect
 from trainer.images import EXTENSIONS, Images, Preprocessing, read_header, read_image
@@ -111,7 +111,7 @@ def load_files(
     folder = Path(config.directory) / f"{root.stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     version = _version(root, class_names, files)
     if stored_version(folder) != version:
-        with locked(Path(config.directory)):
+        with preparing(folder):
             if stored_version(folder) != version:  # else another process has prepared it
                 _prepare(config, folder, root, class_names, files, version, unreadable)
     source = open_prepared(folder, checked_bytes=config.device_limit_mb * 10**6)

@@ -3,6 +3,7 @@
 Heavy modules are imported inside the verbs.
 """
 
+import csv
 import errno
 import os
 import signal
@@ -21,7 +22,6 @@ from trainer.console import (
     ConfigArgument,
     DeviceOption,
     JsonOption,
-    RunArgument,
     RunsOption,
     SetOption,
     TrustOption,
@@ -138,11 +138,7 @@ def evaluate(
     json_: JsonOption = False,
 ) -> None:
     """Score a finished run with its own configuration, or a saved or exported model."""
-    load = _loader(run, runs)
-    if load is not None and device is not None:
-        raise InputError(
-            f"--device: {run} is not a run; a saved model is scored by its own runtime"
-        )
+    load = _loader(run, runs, device)
     device = "auto" if device is None else device
     require(device, run if load is None else None, runs)
     start_logging()
@@ -157,35 +153,48 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model'),
+    ],
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or .npy files")
+        list[str],
+        typer.Argument(metavar="IMAGE...", help="Image files, .npy files, folders or patterns"),
     ],
     *,
     invert: Annotated[
         bool, typer.Option("--invert", help="Invert the brightness of the images")
     ] = False,
     device: DeviceOption = None,
+    trust: TrustOption = False,
     runs: RunsOption = "runs",
+    csv_: Annotated[bool, typer.Option("--csv", help="Print a CSV table on stdout")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Print the class of image files. A file that cannot be read is reported and skipped."""
+    load = _loader(run, runs, device)
     device = "auto" if device is None else device
-    require(device, run, runs)
+    require(device, run if load is None else None, runs)
     start_logging()
     failures: list[InputError] = []
+    options: dict[str, Any] = {"invert": invert, "on_error": failures.append}
     with stdout_to_stderr():
-        options = {"invert": invert, "device": device, "runs_directory": runs}
-        workflow = import_module("trainer.workflow")
-        results = workflow.predict(run, images, **options, on_error=failures.append)
+        if load is None:
+            options |= {"device": device, "runs_directory": runs}
+            results = import_module("trainer.workflow").predict(run, images, **options)
+        else:
+            results = load(run, trust=trust).predict(images, **options)
+    titles = ("image", "class", "probability", "converted")
+    rows = [
+        (each["image"], each["class"], f"{each['probability']:.4f}", each["converted"])
+        for each in results
+    ]
     if json_:
         print_json(results)
-    elif results:
-        rows = [
-            (each["image"], each["class"], f"{each['probability']:.4f}", each["converted"])
-            for each in results
-        ]
-        print_rows(rows, titles=("image", "class", "probability", "converted"))
+    elif csv_:
+        csv.writer(sys.stdout).writerows([titles, *rows])
+    elif rows:
+        print_rows(rows, titles=titles)
     for failure in failures:
         print_line(f"trainer: {failure}", err=True)
     if failures:
@@ -344,16 +353,19 @@ def _load_resumed(
     return str(run.path), config
 
 
-def _loader(reference: str, runs: str) -> Any:
+def _loader(reference: str, runs: str, device: str | None) -> Any:
     """Returns the function that loads a saved or exported model; None for the name of a run.
 
     Raises:
-        InputError: The reference is a file or folder that is not a run, and no tool loads it.
+        InputError: The reference is a file or folder that is not a run, and no tool loads it, or a
+            device is requested.
     """
     with suppress(OSError):  # a name that is too long for the file system
         folders = (Path(reference), Path(runs, reference))
         is_run = any((folder / "config.toml").exists() for folder in folders)
         if reference and Path(reference).exists() and not is_run:
+            if device is not None:
+                raise InputError(f"--device: {reference} is not a run; it uses its own runtime")
             if "load" not in tools.functions():
                 raise InputError(f"{reference} is not a run, and no tool here loads other models")
             return import_module(tools.functions()["load"]).load

@@ -1,5 +1,6 @@
 """Loads a model of any format: a run, a Keras file, a SavedModel, LiteRT or ONNX."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer import devices, keras_objects, models
 from trainer.data import Images
 from trainer.errors import InputError
 from trainer.experiment import restore
+from trainer.prediction import predict_files
 from trainer.run import Run, open_run
 from trainer.saving import safety
 from trainer.saving.files import Origin, read_origin
@@ -41,6 +43,16 @@ class LoadedModel:
             raise InputError("expected at least one image, received none")
         probabilities: NDArray[np.float32] = predict_in_batches(self._predict, images)
         return probabilities
+
+    def predict(self, paths: Sequence[str | Path], **options: Any) -> list[dict[str, Any]]:
+        """Predicts the class of image files; see `prediction.predict_files`.
+
+        Raises:
+            InputError: The data that it was trained on is not recorded.
+        """
+        if self.origin is None:
+            raise InputError(f"{self.path} does not record the data that it was trained on")
+        return predict_files(self, self.origin.spec, paths, **options)
 
     def describe(self) -> dict[str, Any]:
         """Returns format, input, output, size and origin as plain values."""

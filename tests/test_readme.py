@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import typer
 from PIL import Image
@@ -84,6 +85,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.RandomState(0)
     write_pictures(tmp_path / "pictures", 100)
     Image.fromarray(random.randint(0, 255, (28, 28), np.uint8)).save("digit.png")
+    shutil.copy(pictures.write_table(tmp_path / "birds", 80), "birds/birds.csv")
+    shapes, labels = pictures.arrays(80)
+    np.savez("images.npz", images=shapes, labels=labels)
     # Fashion-MNIST would be downloaded: random images replace it.
     images, labels = random.randint(0, 255, (150, 28, 28, 1), np.uint8), np.arange(150) % 10
     split = (150, (28, 28, 1), [(images, labels)])

@@ -5,13 +5,11 @@ Data sets, `predict`, the server and its page call `fit_image`. The exported sig
 """
 
 import io
-import os
 import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +18,6 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.config import DataConfig
 from trainer.errors import InputError, expect
-
-if TYPE_CHECKING:
-    from trainer.data import DataSpec
 
 Images = NDArray[np.uint8]
 Color = Literal["grayscale", "rgb", "rgba"]
@@ -78,21 +73,6 @@ class Preprocessing(BaseModel):
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the result."""
         return (*self.size, len(_MODES[self.color]))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image as the network takes it.
-
-    Attributes:
-        source: The file, and the index if a .npy file contains several images.
-        pixels: uint8 [height, width, channels].
-        converted: What was converted, as text; "" if nothing was.
-    """
-
-    source: str
-    pixels: Images
-    converted: str
 
 
 def fit_image(image: Image.Image, how: Preprocessing) -> tuple[Images, str]:
@@ -219,41 +199,6 @@ def read_header(path: Path) -> tuple[int, int, bool]:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
 
 
-def read_pictures(path: Path, spec: "DataSpec", *, invert: bool = False) -> list[Picture]:
-    """Reads an image file or a .npy file as inputs of a network.
-
-    Arrays must have the right shape and type.
-
-    Args:
-        path: The file.
-        spec: The data that the network was trained on.
-        invert: Exchange dark and bright, for example for dark strokes on white paper if the
-            training images have bright strokes on black.
-
-    Returns:
-        One picture; several if a .npy file contains several images.
-
-    Raises:
-        InputError: The path is not a file, or the file is not an image that fits.
-    """
-    if not os.path.isfile(path):  # noqa: PTH113 - unlike Path.is_file, also for a too long name
-        special = "it is a folder" if os.path.isdir(path) else "it is not a regular file"  # noqa: PTH112
-        reason = special if os.path.lexists(path) else "there is no such file"
-        raise InputError(f"expected an image file, received {path}: {reason}")
-    if path.suffix.lower() == ".npy":
-        arrays = _read_array(path, spec.image_shape)
-        named = [str(path) if len(arrays) == 1 else f"{path}[{i}]" for i in range(len(arrays))]
-        pictures = [Picture(*each, "") for each in zip(named, arrays, strict=True)]
-    elif spec.preprocessing is None:
-        channels = spec.image_shape[2]
-        raise InputError(f"{path}: images with {channels} channels must be .npy arrays")
-    else:
-        pictures = [Picture(str(path), *read_image(path, spec.preprocessing))]
-    if invert:
-        pictures = [Picture(p.source, 255 - p.pixels, p.converted) for p in pictures]
-    return pictures
-
-
 def border_brightness(images: Images) -> float:
     """Returns the mean value (0 to 255) of the pixels at the edges of images [n, H, W, C]."""
     edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
@@ -269,17 +214,3 @@ def looks_inverted(images: Images, trained: float | None) -> bool:
         return False
     low, high = sorted((border_brightness(images), trained))
     return low < _DARK and high > _BRIGHT
-
-
-def _read_array(path: Path, shape: tuple[int, int, int]) -> Images:
-    """Returns the images of a .npy file, uint8 [n, height, width, channels]."""
-    try:
-        found = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy parses the header as Python literals
-        raise InputError(f"{path} is not a .npy array: {error}") from None
-    array = found[..., np.newaxis] if found.shape[-2:] == shape[:2] else found
-    array = array[np.newaxis] if array.ndim == 3 else array
-    fits = array.dtype == np.uint8 and array.shape[1:] == shape and len(array)
-    expected = f"one or more images, uint8 (0 to 255) of shape {list(shape)}"
-    expect(fits, str(path), expected, f"{found.dtype} {list(found.shape)}")
-    return np.array(array)  # a copy, because the file may change

@@ -14,7 +14,8 @@ from PIL import Image
 
 from trainer.data import DataSpec
 from trainer.errors import InputError
-from trainer.images import Picture, Preprocessing, fit_image, read_pictures
+from trainer.images import Preprocessing, fit_image
+from trainer.prediction import Picture, read_pictures
 
 Array = NDArray[Any]
 HEIGHT, WIDTH = 6, 5

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-_IMAGE_FILES = "image_bytes"  # the input of image files in the exports of this project
 # Checked before decoding, because a few bytes of PNG can unpack to gigabytes.
 _MAX_PIXELS = 4096 * 4096
 
@@ -51,7 +50,8 @@ def parse_request(body: bytes, signatures: Mapping[str, Inputs]) -> tuple[str, T
     inputs, by_row = signatures[signature], "instances" in forms
     values = _by_name(document[forms[0]], inputs, by_row=by_row)
     tensors = {name: _to_array(name, values[name], spec) for name, spec in inputs.items()}
-    _check_images(tensors.get(_IMAGE_FILES, np.empty(0)))
+    # The input of image files in the exports of this project.
+    _check_images(tensors.get("image_bytes", np.empty(0)))
     return signature, tensors, by_row
 
 
@@ -111,9 +111,7 @@ def _to_bytes(name: str, value: Any) -> bytes:
 
 def _check_images(files: NDArray[Any]) -> None:
     """Refuses files that are not images, or whose headers declare too many pixels together."""
-    expected = (
-        f"{_IMAGE_FILES}: expected PNG or JPEG files with at most {_MAX_PIXELS} pixels in all"
-    )
+    expected = f"image_bytes: expected PNG or JPEG files with at most {_MAX_PIXELS} pixels in all"
     try:
         images = [Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) for file in files.flat]
     except Exception as error:  # damaged headers raise many types

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import gzip
 import http.client
 import importlib.util
 import io
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,28 +25,22 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-import typer
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from starlette.exceptions import HTTPException
-from uvicorn.server import ServerState
 
 from trainer.errors import InputError
 from trainer.saving.export import model_card
 from trainer.saving.loading import load
 from trainer.saving.versions import find_version, list_versions, read_record
-from trainer.serving import app as serving_app
-from trainer.serving import cli, uvicorn_internals
 from trainer.serving.app import make_server
 from trainer.serving.batching import Batcher
 from trainer.serving.messages import parse_request, render_response
 from trainer.serving.servable import Servables
-from trainer.serving.server import listen
 
-MAX_BODY_BYTES = 100_000
 MODEL = "/v1/models/shapes"
 
 
@@ -60,15 +52,12 @@ class Server:
     folder: Path
     servables: Servables
 
-    def ask(
-        self, path: str, body: Any = None, method: str = "", encoding: str | None = None
-    ) -> tuple[int, Any]:
+    def ask(self, path: str, body: Any = None, method: str = "") -> tuple[int, Any]:
         """Returns status and JSON. A body that is not bytes is sent as JSON."""
-        headers = {} if encoding is None else {"Content-Encoding": encoding}
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        client.request(method or ("GET" if body is None else "POST"), path, body, headers)
+        client.request(method or ("GET" if body is None else "POST"), path, body)
         response = client.getresponse()
         assert response.headers["content-type"] == "application/json"
         answer = json.loads(response.read())
@@ -84,10 +73,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(folder: Path, max_body_bytes: int = MAX_BODY_BYTES) -> Iterator[Server]:
-    servables = Servables("shapes", folder)
-    listening = listen("127.0.0.1", 0)
-    server = make_server(servables, max_body_bytes=max_body_bytes)
+def served(folder: Path) -> Iterator[Server]:
+    servables = Servables(folder)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = make_server(servables, max_body_bytes=1_000_000)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -96,13 +85,6 @@ def served(folder: Path, max_body_bytes: int = MAX_BODY_BYTES) -> Iterator[Serve
         server.should_exit = True
         thread.join(timeout=30)
         assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _looking_often() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving_app, "_VERSION_CHECK_SECONDS", 0.05)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -188,76 +170,78 @@ CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "body"),
+    ("message", "body"),
     [
-        (400, "JSON Parse error", b""),
-        (400, "JSON Parse error", b"{'a': 1}"),
-        (400, "JSON Parse error", b"\xff\x00"),
-        (400, "JSON Parse error", b'{"instances": [' + b"9" * 5000 + b"]}"),
-        (400, "recursion depth exceeded", b"[" * 90_000),
-        (400, "expected a JSON object", [1]),
-        (400, "received neither", {}),
-        (400, "received inputs and instances", {"instances": [ROW], "inputs": [ROW]}),
-        (400, "expected a list of at least one", {"instances": []}),
-        (400, "expected a list of at least one", {"instances": ROW[0][0][0]}),
-        (400, "expected uint8 [n, 8, 8, 1], received []", {"inputs": 3}),
-        (400, "received [0]", {"inputs": []}),
-        (400, "received [1, 8, 8]", {"instances": [np.zeros((8, 8), int).tolist()]}),
-        (400, "differ in length", {"instances": [ROW, ROW[1:]]}),
-        (400, "differ in length", {"instances": [[*ROW[:7], 3]]}),
-        (400, "expected uint8, received float", {"instances": [[[[0.5]] * 8] * 8]}),
-        (400, "expected uint8, received bool", {"instances": [[[[True]] * 8] * 8]}),
-        (400, "expected uint8, received a string", {"instances": [[[["7"]] * 8] * 8]}),
-        (400, "expected uint8, received null", {"instances": [[[[None]] * 8] * 8]}),
-        (400, "out of the range of uint8", {"instances": [[[[256]] * 8] * 8]}),
-        (400, "out of the range of uint8", {"instances": [[[[-1]] * 8] * 8]}),
-        (400, "instances[0]: expected images, received image", {"instances": [{"image": ROW}]}),
-        (400, "instances[1]: expected images", {"instances": [{"images": ROW}, ROW]}),
-        (400, "inputs: expected images, received none", {"inputs": {}}),
-        (400, "signature_name: expected a string", {"signature_name": 3, "inputs": [ROW]}),
-        (400, "signature_name: expected a string", {"signature_name": [], "inputs": [ROW]}),
-        (400, "received \ud800", {"inputs": {"\ud800": ROW}}),
-        (400, "'no' not found; available: serving_d", {"signature_name": "no", "inputs": [ROW]}),
-        (400, "not base64", FILES | {"instances": [{"b64": "?"}]}),
-        (400, "expected PNG or JPEG files", FILES | {"instances": [{"b64": "AAAA"}]}),
-        (400, "expected PNG or JPEG files", FILES | {"instances": [""]}),
-        (400, "expected a string or", FILES | {"instances": [7]}),
-        (400, "Invalid PNG data", FILES | {"instances": [{"b64": CUT}]}),
+        ("JSON Parse error", b""),
+        ("JSON Parse error", b"{'a': 1}"),
+        ("JSON Parse error", b"\xff\x00"),
+        ("JSON Parse error", b'{"instances": [' + b"9" * 5000 + b"]}"),
+        ("recursion depth exceeded", b"[" * 90_000),
+        ("expected a JSON object", [1]),
+        ("received []", {}),
+        ("received ['instances', 'inputs']", {"instances": [ROW], "inputs": [ROW]}),
+        ("expected a list of at least one", {"instances": []}),
+        ("expected a list of at least one", {"instances": ROW[0][0][0]}),
+        ("expected (None, 8, 8, 1) of uint8, received () of int", {"inputs": 3}),
+        ("received (0,) of nothing", {"inputs": []}),
+        ("received (1, 8, 8) of int", {"instances": [np.zeros((8, 8), int).tolist()]}),
+        ("received (2,) of list", {"instances": [ROW, ROW[1:]]}),
+        ("received (1, 8) of int and list", {"instances": [[*ROW[:7], 3]]}),
+        ("received (1, 8, 8, 1) of float", {"instances": [[[[0.5]] * 8] * 8]}),
+        ("received (1, 8, 8, 1) of bool", {"instances": [[[[True]] * 8] * 8]}),
+        ("received (1, 8, 8, 1) of str", {"instances": [[[["7"]] * 8] * 8]}),
+        ("received (1, 8, 8, 1) of NoneType", {"instances": [[[[None]] * 8] * 8]}),
+        ("a number is out of range", {"instances": [[[[256]] * 8] * 8]}),
+        ("a number is out of range", {"instances": [[[[-1]] * 8] * 8]}),
+        ("for each of images, received image", {"instances": [{"image": ROW}]}),
+        ("for each of images, received no names", {"instances": [{"images": ROW}, ROW]}),
+        ("for each of images, received ", {"inputs": {}}),
+        ("signature_name: expected one of", {"signature_name": 3, "inputs": [ROW]}),
+        ("signature_name: expected one of", {"signature_name": [3], "inputs": [ROW]}),
+        ("received \ud800", {"inputs": {"\ud800": ROW}}),
+        ("'serving_files'], received 'no'", {"signature_name": "no", "inputs": [ROW]}),
+        ("Only base64 data is allowed", FILES | {"instances": [{"b64": "?"}]}),
+        ("expected PNG or JPEG files", FILES | {"instances": [{"b64": "AAAA"}]}),
+        ("expected PNG or JPEG files", FILES | {"instances": [""]}),
+        ("expected (None,) of string, received (1,) of int", FILES | {"instances": [7]}),
+        ("Invalid PNG data", FILES | {"instances": [{"b64": CUT}]}),
         (
-            400,
-            "at most 16777216 pixels in all, received 100000000",
+            "at most 16777216 pixels in all",
             FILES | {"instances": [{"b64": base64.b64encode(BOMB.getvalue()).decode()}]},
         ),
         (
-            400,
             "at most 16777216 pixels in all, received 18000000",
             FILES | {"instances": [LARGE, LARGE]},
         ),
-        (400, "Invalid JPEG data", FILES | {"instances": [CMYK]}),
-        (413, "expected at most 100000 bytes of body, received 100001", b" " * 100_001),
+        ("Invalid JPEG data", FILES | {"instances": [CMYK]}),
     ],
 )
-def test_an_invalid_request_gets_the_reason(
-    server: Server, status: int, message: str, body: Any
-) -> None:
-    found, answer = server.ask(f"{MODEL}:predict", body)
-    assert (found, list(answer)) == (status, ["error"])
+def test_an_invalid_request_gets_the_reason(server: Server, message: str, body: Any) -> None:
+    status, answer = server.ask(f"{MODEL}:predict", body)
+    assert (status, list(answer)) == (400, ["error"])
     assert message in answer["error"]
+
+
+def test_a_body_that_is_too_large_is_refused(server: Server) -> None:
+    """The client reads the response only after sending everything."""
+    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    for body in (b" " * 10_000_000, iter([b" " * 600_000] * 2)):
+        client.request("POST", f"{MODEL}:predict", body)
+        response = client.getresponse()
+        assert (response.status, b"Content Too Large" in response.read()) == (413, True)
+    client.close()
     assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
 
 
 @pytest.mark.parametrize(
     ("status", "message", "method", "path"),
     [
-        (404, "Servable not found for request: Latest(other)", "POST", "/v1/models/other:predict"),
-        (404, "Specific(shapes, 7)", "POST", f"{MODEL}/versions/7:predict"),
-        (404, "Specific(shapes, 7)", "GET", f"{MODEL}/versions/7"),
-        (404, "Latest(other)", "GET", "/v1/models/other/metadata"),
-        (404, "Malformed request: POST", "POST", f"{MODEL}/versions/x:predict"),
-        (404, "Malformed request: POST", "POST", f"{MODEL}/versions/{'9' * 5000}:predict"),
-        (404, "Malformed request: POST", "POST", f"{MODEL}:classify"),
-        (404, "Malformed request: GET", "GET", f"{MODEL}/"),
-        (404, "Malformed request: GET /", "GET", "/..%2f..%2fetc/passwd"),
+        (404, "Not Found", "POST", "/v1/models/other:predict"),
+        (404, "Not Found", "POST", f"{MODEL}/versions/7:predict"),
+        (404, "Not Found", "GET", f"{MODEL}/versions/7"),
+        (404, "Not Found", "POST", f"{MODEL}/versions/x:predict"),
+        (404, "Not Found", "POST", f"{MODEL}:classify"),
+        (404, "Not Found", "GET", "/..%2f..%2fetc/passwd"),
         (405, "Method Not Allowed", "GET", f"{MODEL}:predict"),
         (405, "Method Not Allowed", "DELETE", MODEL),
     ],
@@ -270,35 +254,14 @@ def test_an_unknown_address_gets_the_reason(
     assert message in answer["error"]
 
 
-def test_other_protocols_and_slow_clients_are_disconnected(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
-        raw.sendall(b"\x16\x03\x01\r\n\r\n")
-        assert raw.recv(1000).startswith(b"HTTP/1.1 400 ")
-    monkeypatch.setattr(serving_app, "_BODY_TIMEOUT_SECONDS", 0.1)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
-        head = f"POST {MODEL}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{"
-        raw.sendall(head.encode())
-        assert raw.recv(1000).startswith(b"HTTP/1.1 408 ")
-    # Connections that never begin a request are closed, and block no other client.
-    monkeypatch.setattr(uvicorn_internals, "SECONDS_TO_BEGIN", 0.3)
-    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(200)]
-    silent[0].sendall(b"GET /\r\n")
-    assert server.ask("/health")[0] == 200
-    assert {raw.recv(10) for raw in silent} == {b""}
-    for raw in silent:
-        raw.close()
-
-
-def test_uvicorn_has_the_undocumented_names() -> None:
-    """Fails with the names that an upgrade of uvicorn has removed."""
-    config = uvicorn.Config(lambda: None, log_config=None)
-    loop = asyncio.new_event_loop()
-    protocol = uvicorn_internals.Protocol(config, ServerState(), {}, loop)
-    assert [name for name in ("loop", "transport", "cycle") if not hasattr(protocol, name)] == []
-    assert protocol.cycle is None
-    loop.close()
+def test_other_protocols_are_refused_and_silent_clients_block_no_other(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            silent = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            stack.enter_context(silent)
+        assert server.ask("/health")[0] == 200
+        silent.sendall(b"\x16\x03\x01\r\n\r\n")
+        assert silent.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
 SPECS = {
@@ -321,12 +284,12 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(["instances", "inputs", "signature_name"]), JSON))
 def test_any_json_is_parsed_or_refused(document: Any) -> None:
     try:
-        call = parse_request(json.dumps(document).encode(), SPECS)
+        signature, tensors, _ = parse_request(json.dumps(document).encode(), SPECS)
     except HTTPException as error:
         assert error.status_code == 400
     else:
-        for name, array in call.tensors.items():
-            assert SPECS[call.signature][name].shape.is_compatible_with(array.shape)
+        for name, array in tensors.items():
+            assert SPECS[signature][name].shape.is_compatible_with(array.shape)
 
 
 @given(
@@ -344,26 +307,26 @@ def test_instances_and_inputs_are_equivalent(rows: Any) -> None:
     """A response with the parsed values equals the request."""
     instances = [{"a": a, "b": {"b64": base64.b64encode(b).decode()}, "c": c} for a, b, c in rows]
     inputs = {name: [row[name] for row in instances] for name in "abc"}
-    by_row = parse_request(json.dumps({"instances": instances}).encode(), SPECS)
-    by_name = parse_request(json.dumps({"inputs": inputs}).encode(), SPECS)
-    assert (by_row.by_row, by_name.by_row) == (True, False)
+    _, tensors, by_row = parse_request(json.dumps({"instances": instances}).encode(), SPECS)
+    _, by_name, not_by_row = parse_request(json.dumps({"inputs": inputs}).encode(), SPECS)
+    assert (by_row, not_by_row) == (True, False)
     for name in "abc":
-        np.testing.assert_array_equal(by_row.tensors[name], by_name.tensors[name])
-    outputs = {"b_bytes" if name == "b" else name: by_row.tensors[name] for name in "abc"}
-    renamed = [{"b_bytes" if k == "b" else k: v for k, v in row.items()} for row in instances]
+        np.testing.assert_array_equal(tensors[name], by_name[name])
+    texts = np.array([b.hex().encode() for _, b, _ in rows], object)
+    outputs = {"a": tensors["a"], "b": texts, "c": tensors["c"]}
     answer = json.loads(json.dumps(render_response(outputs, by_row=True)))["predictions"]
-    for row, expected in zip(answer, renamed, strict=True):
-        np.testing.assert_array_equal(np.float32(row.pop("a")), np.float32(expected.pop("a")))
-        assert row == expected
-    (only,) = render_response({"a": by_row.tensors["a"]}, by_row=False).items()
+    for found, (a, b, c) in zip(answer, rows, strict=True):
+        np.testing.assert_array_equal(np.float32(found.pop("a")), np.float32(a))
+        assert found == {"b": b.hex(), "c": c}
+    (only,) = render_response({"a": tensors["a"]}, by_row=False).items()
     np.testing.assert_array_equal(np.float32(only[1]), np.float32(inputs["a"]))
 
 
 def test_numbers_keep_their_value_or_are_refused() -> None:
     sizes = {"serving_default": {"a": tf.TensorSpec((None,), tf.float32)}}
-    assert parse_request(b'{"inputs": [1, 2.5, NaN]}', sizes).tensors["a"].dtype == np.float32
+    assert parse_request(b'{"inputs": [1, 2.5, NaN]}', sizes)[1]["a"].dtype == np.float32
     for body in (b'{"inputs": [1e300]}', b'{"inputs": [1' + b"0" * 400 + b"]}"):
-        with pytest.raises(HTTPException, match="out of the range of float32"):
+        with pytest.raises(HTTPException, match="of float32, and a number is out of range"):
             parse_request(body, sizes)
 
 
@@ -413,6 +376,7 @@ def test_doubles_and_integers_are_written_unchanged() -> None:
         ("QUJDREU", b"ABCDE"),
         ("QUJD\nREVG\n", b"ABCDEF"),
         (" QU\r\nJD\tRA\x0b=\x0c= ", b"ABCD"),
+        ("QUJD====", b"ABC"),
         ("", b""),
         ("+/+/", b"\xfb\xff\xbf"),
     ],
@@ -420,80 +384,22 @@ def test_doubles_and_integers_are_written_unchanged() -> None:
 def test_base64_may_have_white_space_and_no_padding(text: str, content: bytes) -> None:
     specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
     body = json.dumps({"instances": [{"b64": text}]}).encode()
-    assert parse_request(body, specs).tensors["s"].tolist() == [content]
+    assert parse_request(body, specs)[1]["s"].tolist() == [content]
 
 
-@pytest.mark.parametrize("text", ["QUJDRA=", "QUJDR", "QUJD====", "=", "QU=JD", "-_-_", "é", "?"])
+@pytest.mark.parametrize("text", ["QUJDR", "QU=JD", "-_-_", "é", "?"])
 def test_invalid_base64_is_refused(text: str) -> None:
     specs = {"serving_default": {"s": tf.TensorSpec((None,), tf.string)}}
-    with pytest.raises(HTTPException, match="s: not base64"):
+    with pytest.raises(HTTPException, match="text in base64"):
         parse_request(json.dumps({"instances": [{"b64": text}]}).encode(), specs)
 
 
-def test_other_keys_are_ignored_in_inputs_but_not_in_instances(server: Server) -> None:
-    """This is TensorFlow Serving's rule."""
+def test_other_keys_are_ignored(server: Server) -> None:
     plain = server.ask(f"{MODEL}:predict", {"inputs": {"images": [ROW]}})
     extra = {"inputs": {"images": [ROW], "id": 7}, "more": 1}
     assert server.ask(f"{MODEL}:predict", extra) == plain
-    assert plain[0] == 200
-    status, answer = server.ask(f"{MODEL}:predict", {"instances": [{"images": ROW, "id": 7}]})
-    assert (status, answer["error"]) == (
-        *(400, "instances[0]: expected images, received images, id"),
-    )
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip"])
-def test_a_body_may_be_compressed(server: Server, encoding: str) -> None:
-    body = json.dumps({"instances": pictures(2).tolist()}).encode()
-    padded = body + b" " * (MAX_BODY_BYTES - len(body))
-    members = gzip.compress(body[:20]) + gzip.compress(body[20:])
-    expected = server.ask(f"{MODEL}:predict", body, encoding="identity")
-    assert expected[0] == 200
-    for compressed in (gzip.compress(body), gzip.compress(padded), members):
-        assert server.ask(f"{MODEL}:predict", compressed, encoding=encoding) == expected
-
-
-# Without the time, because xdist needs the same test names in every process.
-WHOLE = gzip.compress(b'{"instances": []}', mtime=0)
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "encoding", "body"),
-    [
-        (400, "expected a list of at least one", "gzip", WHOLE),
-        (400, "not valid gzip: Not a gzipped file", "gzip", b'{"instances": []}'),
-        (400, "not valid gzip: Compressed file ended", "gzip", WHOLE[:-9]),
-        (400, "not valid gzip: CRC check failed", "gzip", WHOLE[:-8] + bytes(8)),
-        (400, "not valid gzip", "gzip", WHOLE[:12] + b"\xff" * 8),
-        (400, "JSON Parse error", "gzip", b""),
-        (
-            413,
-            "at most 100000 bytes of body, received more",
-            "gzip",
-            gzip.compress(b" " * 100_001, mtime=0),
-        ),
-        (413, "bytes of body, received more", "gzip", gzip.compress(bytes(10**8), mtime=0)),
-        (413, "at most 100000 bytes of body, received 100001", "gzip", b" " * 100_001),
-        (415, "Content-Encoding: expected gzip, received 'br'", "br", WHOLE),
-        (415, "expected gzip, received 'gzip, gzip'", "gzip, gzip", gzip.compress(WHOLE, mtime=0)),
-    ],
-)
-def test_an_invalid_compressed_body_gets_the_reason(
-    server: Server, status: int, message: str, encoding: str, body: bytes
-) -> None:
-    found, answer = server.ask(f"{MODEL}:predict", body, encoding=encoding)
-    assert (found, list(answer)) == (status, ["error"])
-    assert message in answer["error"]
-
-
-def test_a_gzip_bomb_uses_little_memory() -> None:
-    bomb = gzip.compress(bytes(10**8))
-    tracemalloc.start()
-    with pytest.raises(HTTPException, match="received more"):
-        serving_app._decompress(bomb, MAX_BODY_BYTES)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10 * MAX_BODY_BYTES
+    rows = {"instances": [{"images": ROW, "id": 7}]}
+    assert (plain[0], server.ask(f"{MODEL}:predict", rows)[0]) == (200, 200)
 
 
 # ---------------------------------------------------------------- batches
@@ -502,22 +408,21 @@ def test_a_gzip_bomb_uses_little_memory() -> None:
 class Doubling:
     """Doubles its input. A negative number makes the whole call fail."""
 
-    def __init__(self, *, fixed: bool = False) -> None:
-        self.signatures = {"f": {"x": tf.TensorSpec((2 if fixed else None, None), tf.int32)}}
+    def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def run(self, signature: str, tensors: Any) -> Any:
+    def __call__(self, tensors: Any) -> Any:
         time.sleep(0.02)  # other requests arrive meanwhile
         self.calls.append(len(tensors["x"]))
         if (tensors["x"] < 0).any():
-            raise ValueError(f"{signature}: negative")
+            raise ValueError("negative")
         return {"y": tensors["x"] * 2}
 
 
-def asked(servable: Any, arrays: list[Any], **options: Any) -> list[Any]:
+def asked(run: Any, arrays: list[Any], max_rows: int = 256) -> list[Any]:
     async def ask() -> list[Any]:
-        batcher = Batcher(**options)
-        waiting = [batcher.predict(servable, "f", {"x": np.array(x)}) for x in arrays]
+        batcher = Batcher(run, max_rows=max_rows)
+        waiting = [batcher.predict({"x": np.array(x)}) for x in arrays]
         return await asyncio.gather(*waiting, return_exceptions=True)
 
     return asyncio.run(ask())
@@ -540,7 +445,7 @@ def test_a_request_that_fails_affects_no_other() -> None:
     servable = Doubling()
     answers = asked(servable, [[[1]], [[-1]], [[2]]])
     assert [a["y"].item() for a in (answers[0], answers[2])] == [2, 4]
-    assert str(answers[1]) == "f: negative"
+    assert str(answers[1]) == "negative"
     assert servable.calls == [3, 1, 1, 1]
 
 
@@ -549,9 +454,23 @@ def test_requests_of_different_shapes_are_not_joined() -> None:
     answers = asked(servable, [[[1]], [[1, 2]], [[3]]])
     assert [a["y"].shape for a in answers] == [(1, 1), (1, 2), (1, 1)]
     assert servable.calls == [1, 1, 1]
-    servable = Doubling(fixed=True)
-    assert len(asked(servable, [[[1], [2]], [[3], [4]]])) == 2
-    assert servable.calls == [2, 2]
+
+
+def test_requests_for_a_fixed_number_of_rows_are_not_joined(tmp_path: Path) -> None:
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec((2,), tf.int32, name="x")])
+    def add_sum(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": x + tf.reduce_sum(x)}
+
+    tf.saved_model.save(module, str(tmp_path / "1"), signatures={"serving_default": add_sum})
+    batcher = Servables(tmp_path).newest.batchers["serving_default"]
+
+    async def ask() -> list[Any]:
+        waiting = [batcher.predict({"x": np.int32(x)}) for x in ([1, 2], [3, 4])]
+        return await asyncio.gather(*waiting)
+
+    assert [answer["y"].tolist() for answer in asyncio.run(ask())] == [[4, 5], [10, 11]]
 
 
 def test_many_clients_get_their_own_responses(server: Server) -> None:
@@ -587,20 +506,21 @@ def test_versions_are_published_and_removed_while_serving(
     exported: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "shapes"
-    publish(exported["saved_model"], folder, 2)
+    shutil.copytree(exported["saved_model"], folder / "00002")
     with served(folder) as server:
         assert server.ask("/health")[1]["version"] == "2"
+        for number in ("2", "00002"):
+            path = f"{MODEL}/versions/{number}:predict"
+            assert server.ask(path, {"instances": [ROW]})[0] == 200
         # A damaged version is not served. Its error is reported, and 2 keeps serving.
         name = Path("variables") / "variables.data-00000-of-00001"
         whole = (exported["saved_model"] / name).read_bytes()
         damaged = shutil.copytree(exported["saved_model"], tmp_path / "damaged")
         (damaged / name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
         variables = publish(damaged, folder, 10) / name
-        for _ in range(100):
-            status, answer = server.ask(f"{MODEL}/versions/10")
-            if status == 200 and answer["model_version_status"][0]["state"] == "END":
-                break
-            time.sleep(0.05)
+        server.servables.refresh()
+        answer = server.ask(f"{MODEL}/versions/10")[1]
+        assert answer["model_version_status"][0]["state"] == "END"
         message = answer["model_version_status"][0]["status"]["error_message"]
         assert "expected sha256" in message
         assert server.ask(f"{MODEL}/versions/10:predict", {"instances": [ROW]})[0] == 404
@@ -608,31 +528,32 @@ def test_versions_are_published_and_removed_while_serving(
         # Once repaired, it is served. The previous one keeps its address.
         variables.write_bytes(whole)
         server.wait_for(10)
+        states = server.ask(MODEL)[1]["model_version_status"]
+        assert [(s["version"], s["state"]) for s in states] == [
+            *(("10", "AVAILABLE"), ("2", "AVAILABLE")),
+        ]
         assert server.ask(f"{MODEL}/versions/2:predict", {"instances": [ROW]})[0] == 200
         # An older version that is added later is loaded by its first request.
         publish(exported["saved_model"], folder, 1)
         state = server.ask(f"{MODEL}/versions/1")[1]["model_version_status"][0]["state"]
-        assert state == "START"
+        assert state == "AVAILABLE"
         assert server.ask(f"{MODEL}/versions/1:predict", {"instances": [ROW]})[0] == 200
         # If the newest is removed, the previous one is served again.
         shutil.rmtree(folder / "10")
-        server.wait_for(2)
+        server.servables.refresh()
+        assert server.ask("/health")[1]["version"] == "2"
         assert server.ask(f"{MODEL}/versions/10")[0] == 404
         # A version that is replaced under the same number is loaded again.
         before = server.servables.newest
-        shutil.rmtree(folder / "2")
+        shutil.rmtree(folder / "00002")
         publish(exported["saved_model"], folder, 2)
-        for _ in range(200):  # version 1 may be served while 2 is missing
-            newest = server.servables.newest
-            if newest.version == 2 and newest is not before:
-                break
-            time.sleep(0.05)
-        assert newest is not before
+        server.servables.refresh()
+        assert server.servables.newest is not before
         assert server.ask("/health")[1]["version"] == "2"
         # If all versions are removed, the last one keeps serving.
         shutil.rmtree(folder / "2")
         shutil.rmtree(folder / "1")
-        time.sleep(0.3)
+        server.servables.refresh()
         assert server.ask(f"{MODEL}:predict", {"instances": [ROW]})[0] == 200
 
 
@@ -643,76 +564,51 @@ def test_the_server_starts_with_the_previous_version_if_the_newest_is_damaged(
     publish(exported["saved_model"], folder, 1)
     (folder / "2").mkdir()
     (folder / "3").write_text("no folder")
-    servables = Servables("shapes", folder)
+    servables = Servables(folder)
     assert servables.newest.version == 1
-    assert [state["state"] for state in servables.status(None)] == ["END", "END", "AVAILABLE"]
+    assert [state["state"] for state in servables.status()] == ["END", "END", "AVAILABLE"]
     shutil.rmtree(folder / "1")
     with pytest.raises(InputError, match="is not a SavedModel"):
-        Servables("shapes", folder)
+        Servables(folder)
 
 
-def test_the_name_of_a_version_may_have_leading_zeros(
-    exported: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_name_of_a_version_may_have_leading_zeros(tmp_path: Path) -> None:
     """As in TensorFlow Serving, 0 is a version, and a number has at most 64 bits."""
     folder = tmp_path / "shapes"
     for name in ("00002", "1", "0", "01", f"{2**63}", "1.5", "-3", "٣"):
         (folder / name).mkdir(parents=True)
     assert list_versions(folder) == {0: folder / "0", 1: folder / "1", 2: folder / "00002"}
-    shutil.rmtree(folder)
-    shutil.copytree(exported["saved_model"], folder / "00002")
-    with served(folder) as server:
-        assert server.ask("/health")[1]["version"] == "2"
-        for number in ("2", "00002"):
-            path = f"{MODEL}/versions/{number}:predict"
-            assert server.ask(path, {"instances": [ROW]})[0] == 200
-        publish(exported["saved_model"], folder, 10)
-        server.wait_for(10)
-        states = server.ask(MODEL)[1]["model_version_status"]
-        assert [(s["version"], s["state"]) for s in states] == [
-            *(("10", "AVAILABLE"), ("2", "AVAILABLE")),
-        ]
-    shutil.rmtree(folder / "10")
+    (folder / "00002" / "export.json").touch()
     assert find_version(folder) == folder / "00002"
 
 
-@pytest.mark.parametrize("where", ["path", "directory", "inside"])
 def test_a_version_folder_serves_only_that_version(
-    where: str,
     exported: dict[str, Path],
     tmp_path: Path,
     command: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "shapes"
-    for version in ("001", "2"):
-        shutil.copytree(exported["saved_model"], folder / version)
+    for name in ("001", "2"):
+        shutil.copytree(exported["saved_model"], folder / name)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # noqa: ARG005
     monkeypatch.chdir(folder / "001")
-    arguments: dict[str, tuple[object, ...]] = {
-        "path": (folder / "001",),
-        "directory": ("shapes/001", "--directory", tmp_path),
-        "inside": (".",),
-    }
-    code, _, err = command("serve", *arguments[where], "--port", 0)
-    assert (code, "shapes, version 1, is served" in err) == (0, True), err
-    code, _, err = command("serve", "..", "--port", 0)
-    assert (code, "shapes, version 2, is served" in err) == (0, True), err
-    servables = Servables("shapes", folder / "001")
+    for version, arguments in (
+        (1, [folder / "001"]),
+        (1, ["shapes/001", "--directory", tmp_path]),
+        (1, ["."]),
+        (2, [".."]),
+    ):
+        code, _, err = command("serve", *arguments, "--port", 0)
+        assert (code, f"shapes, version {version}, is served" in err) == (0, True), err
+    servables = Servables(folder / "001")
     servables.refresh()
     assert servables.newest.version == 1
     assert servables.find(2) is None
-    assert [state["version"] for state in servables.status(None)] == ["1"]
+    assert [state["version"] for state in servables.status()] == ["1"]
 
 
 # ---------------------------------------------------------------- the command
-
-
-def test_the_options_are_frozen() -> None:
-    """A change here breaks scripts of users: describe it in CHANGELOG.md."""
-    params = typer.main.get_command(cli.app).params
-    names = [p.opts[0] if p.opts[0].startswith("-") else p.name for p in params]
-    assert " ".join(names[:6]) == "name --directory --host --port --max-body-bytes --trust"
 
 
 def test_serve_refuses_an_operation_that_needs_trust(
@@ -737,9 +633,8 @@ def test_serve_refuses_an_operation_that_needs_trust(
     [
         (2, "there is no exported model 'synthetic-layer' in", ("synthetic-layer",)),
         (2, "did you mean 'synthetic-layers'?", ("synthetic-layer",)),
-        (2, "contains onnx: `trainer serve` needs a SavedModel", ("synthetic-layers-onnx",)),
         (2, "there is no exported model '' in", ("",)),
-        (2, "cannot be read: File name too long", ("x" * 300,)),
+        (2, "there is no exported model 'xxx", ("x" * 300,)),
         (
             2,
             "cannot listen on no.such.host.invalid",
@@ -774,13 +669,16 @@ def test_serve_fails_for_a_used_port_a_damaged_model_and_a_missing_package(
             *("serve", "synthetic-layers", "--directory", directory, "--port", port)
         )
     assert code == 2
-    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in err
+    assert f"cannot listen on 127.0.0.1, port {port}: [Errno 98] Address already in use" in err
     damaged = publish(exported["saved_model"], tmp_path / "shapes", 1)
     (damaged / "saved_model.pb").write_bytes(b"nothing")
     (damaged / "export.json").unlink()
     code, _, err = command("serve", tmp_path / "shapes", "--port", 0)
     assert code == 2
-    assert "is not a SavedModel, or is damaged" in err
+    assert "is not a SavedModel, or is damaged" in err.splitlines()[-1]
+    code, _, err = command("serve", "synthetic-layers-onnx", "--directory", directory, "--port", 0)
+    assert code == 2
+    assert "is not a SavedModel, or is damaged" in err.splitlines()[-1]
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name)
@@ -802,9 +700,7 @@ def card_of(kind: str, model: Path, exported: dict[str, Path]) -> str:
     return model_card(read_record(version), version)
 
 
-@pytest.mark.parametrize(
-    "directory", ["models", "my models/it's", "-v", "{here}/models", '{here}/a "b" $HOME `c`']
-)
+@pytest.mark.parametrize("directory", ["my models/it's", "-v", '{here}/a "b" $HOME `c`'])
 def test_the_commands_of_a_model_card_run(
     directory: str,
     exported: dict[str, Path],
@@ -841,7 +737,7 @@ def test_the_card_of_another_format_loads_it(exported: dict[str, Path], in_tmp_p
 
 
 def test_the_command_of_the_card_sends_a_photo(
-    exported: dict[str, Path], in_tmp_path: Path
+    exported: dict[str, Path], in_tmp_path: Path, server: Server
 ) -> None:
     """The photo is longer than a command line argument may be (128 KiB on Linux)."""
     if shutil.which("curl") is None:
@@ -857,16 +753,15 @@ def test_the_command_of_the_card_sends_a_photo(
     facts = read_record(model / "1")
     spec = facts.spec.model_copy(update={"image_shape": (8, 8, 2)})  # no image file has 2 channels
     other = model_card(facts.model_copy(update={"spec": spec}), model / "1")
-    with served(model, max_body_bytes=10**6) as server:
 
-        def answer(card: str) -> Any:
-            ask = blocks(card)[2].replace("localhost:8501", f"127.0.0.1:{server.port}")
-            done = subprocess.run(["sh", "-c", ask], check=True, capture_output=True)
-            return json.loads(done.stdout)
+    def answer(card: str) -> Any:
+        ask = blocks(card)[2].replace("localhost:8501", f"127.0.0.1:{server.port}")
+        done = subprocess.run(["sh", "-c", ask], check=True, capture_output=True)
+        return json.loads(done.stdout)
 
-        (prediction,) = answer(card)["predictions"]
-        np.testing.assert_allclose(prediction["probabilities"], expected[0], atol=1e-6)
-        assert answer(other)["model_spec"]["name"] == "shapes"
+    (prediction,) = answer(card)["predictions"]
+    np.testing.assert_allclose(prediction["probabilities"], expected[0], atol=1e-6)
+    assert answer(other)["model_spec"]["name"] == "shapes"
 
 
 def test_serve_stops_at_a_signal(exported: dict[str, Path]) -> None:
@@ -882,13 +777,13 @@ def test_serve_stops_at_a_signal(exported: dict[str, Path]) -> None:
         body = json.dumps({"instances": [ROW]}).encode()
         head = (
             "POST /v1/models/synthetic-layers:predict HTTP/1.1\r\nHost: x\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
+            f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
         )
-        raw.sendall(head.encode() + body[:-1])
-        time.sleep(0.3)  # the server has begun to read it
+        raw.sendall(head.encode())
+        assert raw.recv(10_000).startswith(b"HTTP/1.1 100 ")  # the server begins to read it
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        raw.sendall(body[-1:])
+        time.sleep(0.1)
+        raw.sendall(body)
         assert raw.recv(10_000).startswith(b"HTTP/1.1 200 OK")
     rest = process.communicate(timeout=30)[1]
     assert process.returncode == 143

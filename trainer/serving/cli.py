@@ -1,5 +1,6 @@
 """The verb of the serving tool: serve."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,5 +27,4 @@ def serve(
     """Serve an exported model over HTTP with TensorFlow Serving's REST API."""
     start_logging()
     run = import_module("trainer.serving.server").serve
-    limits = {"max_body_bytes": max_body_bytes, "trust": trust}
-    run(name, directory=directory, host=host, port=port, **limits)
+    run(name, Path(directory), (host, port), max_body_bytes=max_body_bytes, trust=trust)

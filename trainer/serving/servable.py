@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 from google.protobuf.json_format import MessageToDict
 
-from trainer import keras_objects
-from trainer.errors import InputError, TrainerError
+from trainer.errors import InputError
 from trainer.saving.safety import check_saved_model
 from trainer.saving.versions import list_versions, read_record, verify_checksums
+from trainer.serving.batching import Batcher
 from trainer.serving.messages import Inputs, Tensors
 
 _logger = logging.getLogger(__name__)
@@ -23,58 +24,52 @@ class Servable:
     """One loaded version.
 
     Attributes:
-        version: Its number.
+        name: Name of the model.
+        version: Number of the version.
         signatures: The inputs of each function.
+        batchers: They call the functions.
+        metadata: The response of `/metadata` in the format of TensorFlow Serving, and the names of
+            the classes, which the page needs.
     """
 
     def __init__(self, folder: Path, *, trust: bool) -> None:
-        """Checks and loads a version, and calls each function once, because first calls are slow.
-
-        Raises:
-            InputError: It is damaged, not a SavedModel, or needs trust.
-            CheckError: A file differs from its checksum.
-        """
-        self.version = int(folder.name)
-        self._record = read_record(folder)
-        if self._record is not None:
-            verify_checksums(folder, self._record)
-        self._graph = check_saved_model(folder, trust=trust).meta_graphs[0]
-        try:
-            self._model = tf.saved_model.load(str(folder))
-            self.signatures: dict[str, Inputs] = {
-                name: function.structured_input_signature[1]
-                for name, function in self._model.signatures.items()
-            }
-            for signature, inputs in self.signatures.items():
-                if all(spec.dtype != tf.string and spec.shape.rank for spec in inputs.values()):
-                    self.run(signature, {name: _zeros(spec) for name, spec in inputs.items()})
-        except Exception as error:  # a damaged SavedModel raises many types
-            reason = keras_objects.explain(error)
-            raise InputError(f"{folder} cannot be served: {reason}") from error
-
-    def run(self, signature: str, tensors: Tensors) -> Tensors:
-        """Returns the outputs of a function by name. `signatures` describes its inputs."""
-        inputs = {name: tf.constant(array) for name, array in tensors.items()}
-        outputs = self._model.signatures[signature](**inputs)
-        return {name: outputs[name].numpy() for name in sorted(outputs)}
-
-    def metadata(self, name: str) -> dict[str, Any]:
-        """Returns the response of `/metadata`.
-
-        The format is that of TensorFlow Serving, except for `class_names`, which the page needs.
-        """
-        signatures = MessageToDict(
-            type(self._graph)(signature_def=self._graph.signature_def),
+        """Checks and loads a version. A damaged SavedModel raises many types of errors."""
+        self.name, self.version = folder.parent.name, int(folder.name)
+        record = read_record(folder)
+        if record is not None:
+            verify_checksums(folder, record)
+        graph = check_saved_model(folder, trust=trust).meta_graphs[0]
+        self._model = tf.saved_model.load(str(folder))
+        self.signatures: dict[str, Inputs] = {}
+        self.batchers: dict[str, Batcher] = {}
+        for name, function in self._model.signatures.items():
+            self._add_function(name, function.structured_input_signature[1])
+        definitions = MessageToDict(
+            type(graph)(signature_def=graph.signature_def),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
         )["signature_def"]
-        return {
-            "model_spec": {"name": name, "signature_name": "", "version": str(self.version)},
-            "metadata": {
-                "signature_def": {"signature_def": signatures},
-                "class_names": self._record.spec.class_names if self._record else (),
-            },
-        }
+        class_names = record.spec.class_names if record else ()
+        metadata = {"signature_def": {"signature_def": definitions}, "class_names": class_names}
+        spec = {"name": self.name, "signature_name": "", "version": str(self.version)}
+        self.metadata = {"model_spec": spec, "metadata": metadata}
+
+    def _add_function(self, name: str, inputs: Inputs) -> None:
+        """Prepares a function, and calls it once, because its first call is slow."""
+        any_rows = all(spec.shape.rank and spec.shape[0] is None for spec in inputs.values())
+        self.signatures[name] = inputs
+        # Requests are joined only if the function accepts any number of rows.
+        self.batchers[name] = Batcher(partial(self._run, name), max_rows=256 if any_rows else 0)
+        if any_rows and all(spec.dtype != tf.string for spec in inputs.values()):
+            shapes = {key: [size or 1 for size in spec.shape] for key, spec in inputs.items()}
+            zeros = {key: np.zeros(shapes[key], inputs[key].dtype.as_numpy_dtype) for key in inputs}
+            self._run(name, zeros)
+
+    def _run(self, signature: str, tensors: Tensors) -> Tensors:
+        """Returns the outputs of a function by name."""
+        inputs = {name: tf.constant(array) for name, array in tensors.items()}
+        outputs = self._model.signatures[signature](**inputs)
+        return {name: outputs[name].numpy() for name in sorted(outputs)}
 
 
 class Servables:
@@ -85,34 +80,32 @@ class Servables:
     serving. A version is loaded again when its files change.
     """
 
-    def __init__(self, name: str, folder: Path, *, trust: bool = False) -> None:
+    def __init__(self, folder: Path, *, trust: bool = False) -> None:
         """Loads the newest version that can be served.
 
         Args:
-            name: Name of the model in the addresses.
             folder: The folder of the model, or one version folder, to serve only that version.
             trust: Accept any operation.
 
         Raises:
             InputError: No version can be served.
         """
-        self.name, self._folder, self._trust = name, folder, trust
-        # By number: the state of the files when they were last loaded, and the result or the error.
-        self._loaded: dict[int, tuple[object, Servable | str]] = {}
+        self._folder, self._trust = folder, trust
+        # By number: when each file was changed, and the version or why it cannot be served.
+        self._loaded: dict[int, tuple[dict[Path, int], Servable | str]] = {}
         self._lock = threading.Lock()  # one thread loads at a time
         newest = self._load_newest()
         if newest is None:
-            errors = sorted({str(result) for _, result in self._loaded.values()})
+            errors = [str(result) for _, result in self._loaded.values()]
             raise InputError("; ".join(errors) or f"there is no version in {folder}")
         self.newest = newest
 
-    def find(self, version: int | None) -> Servable | None:
-        """Returns a version or the newest. None: there is none, or it cannot be served."""
-        if version is None or version == self.newest.version:
+    def find(self, version: int) -> Servable | None:
+        """Returns a version. None: there is none, or it cannot be served."""
+        if version == self.newest.version:
             return self.newest
         with self._lock:
-            folder = list_versions(self._folder).get(version)
-            return None if folder is None else self._load(version, folder)
+            return self._load(version)
 
     def refresh(self) -> None:
         """Switches to the newest version that can be served, and drops removed versions."""
@@ -121,57 +114,42 @@ class Servables:
             newest = self._load_newest() or self.newest
             if newest is not self.newest:
                 self.newest = newest
-                _logger.info("%s: version %d is now served", self.name, newest.version)
+                _logger.info("%s: version %d is now served", newest.name, newest.version)
             for version in self._loaded.keys() - list_versions(self._folder).keys():
                 del self._loaded[version]
 
-    def status(self, version: int | None) -> list[dict[str, Any]]:
-        """Returns the state of one version, or of all, in the format of TensorFlow Serving.
+    def status(self) -> list[dict[str, Any]]:
+        """Returns the state of each version in the format of TensorFlow Serving.
 
-        "AVAILABLE" is loaded, "START" is loaded by its first request, "END" cannot be served.
+        "AVAILABLE" is served, if necessary after loading. "END" cannot be served.
         """
-        with self._lock:
-            results = {
-                number: self._loaded.get(number, (None, None))[1]
-                for number in list_versions(self._folder)
-            }
-            results[self.newest.version] = self.newest
-        numbers = sorted(results, reverse=True) if version is None else results.keys() & {version}
-        return [_status(number, results[number]) for number in numbers]
+        found = []
+        for version in sorted({self.newest.version, *list_versions(self._folder)}, reverse=True):
+            result = self._loaded.get(version, ({}, ""))[1]
+            error = result if isinstance(result, str) else ""
+            code, state = ("FAILED_PRECONDITION", "END") if error else ("OK", "AVAILABLE")
+            status = {"error_code": code, "error_message": error}
+            found.append({"version": str(version), "state": state, "status": status})
+        return found
 
     def _load_newest(self) -> Servable | None:
-        newest_first = sorted(list_versions(self._folder).items(), reverse=True)
-        loaded = (self._load(version, folder) for version, folder in newest_first)
-        return next(filter(None, loaded), None)
+        newest_first = sorted(list_versions(self._folder), reverse=True)
+        return next(filter(None, map(self._load, newest_first)), None)
 
-    def _load(self, version: int, folder: Path) -> Servable | None:
+    def _load(self, version: int) -> Servable | None:
         """Returns a version, loaded anew if its files have changed since the last time."""
-        files = _file_state(folder)
-        if version not in self._loaded or self._loaded[version][0] != files:
+        folder = list_versions(self._folder).get(version)
+        if folder is None:
+            return None
+        changed: dict[Path, int] = {}
+        with contextlib.suppress(OSError):  # removed meanwhile
+            changed = {path: path.stat().st_ctime_ns for path in folder.rglob("*")}
+        if version not in self._loaded or self._loaded[version][0] != changed:
             try:
-                self._loaded[version] = files, Servable(folder, trust=self._trust)
-            except (TrainerError, OSError) as error:
-                self._loaded[version] = files, str(error)
-                _logger.warning("version %d is not served: %s", version, error)
+                self._loaded[version] = changed, Servable(folder, trust=self._trust)
+            except Exception as error:
+                message = f"version {version} is not served: {error}"
+                self._loaded[version] = changed, message
+                _logger.warning(message)
         result = self._loaded[version][1]
         return result if isinstance(result, Servable) else None
-
-
-def _status(version: int, result: Servable | str | None) -> dict[str, Any]:
-    failed = isinstance(result, str)
-    state = "END" if failed else "START" if result is None else "AVAILABLE"
-    code = "FAILED_PRECONDITION" if failed else "OK"
-    status = {"error_code": code, "error_message": result if failed else ""}
-    return {"version": str(version), "state": state, "status": status}
-
-
-def _zeros(spec: tf.TensorSpec) -> np.ndarray:
-    return np.zeros([size or 1 for size in spec.shape], spec.dtype.as_numpy_dtype)
-
-
-def _file_state(folder: Path) -> object:
-    """Returns a value that changes when a file in a folder changes."""
-    with contextlib.suppress(OSError):  # removed meanwhile
-        files = {path: path.stat() for path in folder.rglob("*")}
-        return {path: (s.st_ino, s.st_size, s.st_ctime_ns) for path, s in files.items()}
-    return None

@@ -52,7 +52,6 @@ class Call:
         """
         self._model, self._devices, self._batches, self._step = model, devices, batches, step
         self._trains, self._collect = trains, collect
-        self._metric_names = metric_results(model, devices).keys()
         self._shapes: dict[str, tuple[int, ...]] = {}  # of each value in a row
         # Logs that the step itself returns. As in Keras, the results of the metrics are used
         # if the names are the same.
@@ -73,6 +72,7 @@ class Call:
             return rows.stack(), metrics, outputs.concat() if collect else None
 
         with devices.scope():
+            self._metric_names = metric_tensors(model.get_metrics_result()).keys()
             # The concrete function, because a call of the tf.function would trace it again.
             self._function = tf.function(call, autograph=False).get_concrete_function(
                 batches.start_epoch(0), tf.constant(0), tf.constant(1)
@@ -145,12 +145,6 @@ class Call:
         if self._trains and self._devices.workers == 1:  # several workers would communicate
             combined = metric_tensors(self._model.get_metrics_result()) | combined
         return combined
-
-
-def metric_results(model: keras.Model, devices: Devices) -> Tensors:
-    """Returns the current results of the metrics of a model."""
-    with devices.scope():
-        return metric_tensors(model.get_metrics_result())
 
 
 def as_logs(results: Tensors) -> Logs:

@@ -149,14 +149,15 @@ class TensorBoardCurves(Callback):
         """Writes the points of each step of a call, and its times."""
         self._learning_rate = float(record.learning_rate[-1])
         curves = {"loss": record.loss, "learning_rate": record.learning_rate}
-        curves |= {k: values for k, values in record.metrics.items() if len(values) == record.steps}
+        curves |= record.metrics
         with self._writers["train"].as_default(step=record.first_step + record.steps):
             if self._write_steps is None:
                 self._write_steps = _step_writer(list(curves))
             values = np.stack(list(curves.values()), axis=1)  # [steps, curves]
             self._write_steps(tf.constant(values), tf.constant(record.first_step + 1, tf.int64))
-            for name in record.metrics.keys() - curves.keys():
-                tf.summary.scalar(f"step/{name}", record.metrics[name][-1])
+            for name, value in scalars(record.logs).items():
+                if name not in curves:  # with several workers: one value for the whole call
+                    tf.summary.scalar(f"step/{name}", value)
             if record.warm:
                 tf.summary.scalar("step_ms", 1000 * record.seconds / record.steps)
                 tf.summary.scalar("images_per_second", record.images / record.seconds)

@@ -11,11 +11,7 @@ from trainer.errors import StoppedError
 
 
 class Signals:
-    """Stop signals, and the agreement of all workers to stop at the same step.
-
-    Attributes:
-        agreed: The signal that some worker had received at the last `agree`, or None.
-    """
+    """Stop signals, and the agreement of all workers to stop at the same step."""
 
     def __init__(self, advice: str, all_gather: AllGather = single_worker) -> None:
         """Starts without a signal.
@@ -24,31 +20,30 @@ class Signals:
             advice: How to continue, for the message.
             all_gather: Exchanges numbers with the other workers, so that all stop together.
         """
-        self.agreed: int | None = None
-        self._received: int | None = None
+        self._received = self._agreed = 0
         self._advice = advice
         self._all_gather = all_gather
 
     def agree(self, *, due: bool = False) -> bool:
-        """Exchanges the received signals and sets `agreed`. All workers must call this together.
+        """Exchanges the received signals. All workers must call this together.
 
         Args:
-            due: Whether this worker requests an action that all workers take together.
+            due: Whether this worker requests to save the state.
 
         Returns:
-            Whether any worker requests it.
+            Whether all workers must save: one of them requests it, or has received a signal.
         """
-        rows = self._all_gather([self._received or 0, due])
-        self.agreed = int(rows[:, 0].max()) or None
-        return bool(rows[:, 1].any())
+        rows = self._all_gather([self._received, due])
+        self._agreed = int(rows[:, 0].max())
+        return bool(rows.any())
 
     def stop_if_agreed(self) -> None:
-        """Raises StoppedError if `agreed` is a signal."""
-        if self.agreed is not None:
-            raise StoppedError(self.agreed, self._advice)
+        """Raises StoppedError if a worker had received a signal at the last `agree`."""
+        if self._agreed:
+            raise StoppedError(self._agreed, self._advice)
 
     def stop_if_received(self) -> None:
-        """Calls `agree`, and raises StoppedError if any worker has received a signal."""
+        """Raises StoppedError if a worker has received a signal. All must call this together."""
         self.agree()
         self.stop_if_agreed()
 

@@ -36,7 +36,7 @@ def read_epoch(batches: Batches, chosen: Any, epoch: int) -> list[tuple[Any, Any
     with chosen.scope():
         for i in range(batches.steps):
             local = batches.local_batch(batches.global_batch(state, tf.constant(i)))
-            assert int(local.count) == int(local.size) == len(local.images)
+            assert int(local.count) == len(local.images)
             found.append((local.images.numpy(), local.labels.numpy()))
     return found
 

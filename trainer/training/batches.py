@@ -33,15 +33,14 @@ class LocalBatch(NamedTuple):
         first: Position of the first row in the global batch, int32 scalar.
         count: Rows that belong to this replica, int32 scalar. If it is 0, `images` has one row of
             another replica, because every replica must take part in the sum of gradients.
-        size: Rows of the global batch, int32 scalar.
-        fraction: `count / size`, float32 scalar; None with one replica.
+        fraction: `count` divided by the rows of the global batch, float32 scalar; None with one
+            replica.
     """
 
     images: tf.Tensor
     labels: tf.Tensor
     first: Any
     count: Any
-    size: Any
     fraction: tf.Tensor | None
 
 
@@ -91,7 +90,7 @@ class Batches(ABC):
             first, last = local_rows(size, replica, self._devices.replicas)
             fraction = tf.cast(last - first, tf.float32) / tf.cast(size, tf.float32)
         images, labels = self._read(source, first, tf.maximum(last, first + 1))
-        return LocalBatch(images, labels, first, last - first, size, fraction)
+        return LocalBatch(images, labels, first, last - first, fraction)
 
     def join(self, local: LocalBatch, outputs: tf.Tensor) -> tf.Tensor:
         """Places the outputs of a replica, [rows, n], at their rows in a batch of zeros.

@@ -14,7 +14,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.devices import Devices
-from trainer.training.batches import Batches, LocalBatch
+from trainer.training.batches import Batches
 from trainer.training.step import metric_tensors
 
 # Logs as Keras passes them to callbacks: floats, and arrays for metrics with several values.
@@ -34,7 +34,7 @@ class Call:
         model: keras.Model,
         devices: Devices,
         batches: Batches,
-        step: Callable[[LocalBatch], Tensors],
+        step: Callable[[Any], Tensors],
         *,
         trains: bool,
         collect: bool = False,
@@ -45,8 +45,8 @@ class Call:
             model: Compiled.
             devices: Devices that run the step.
             batches: Batches of the steps.
-            step: Returns the logs for the rows of one replica, and with them "gradient_norms" and
-                "outputs" if requested.
+            step: Runs on each replica with a batch that `Batches.global_batch` returns. Returns the
+                logs, and with them "gradient_norms" and "outputs" if requested.
             trains: Record the values and the learning rate of each step.
             collect: Return the outputs of all steps.
         """
@@ -97,15 +97,17 @@ class Call:
             values[name] = array[:, first:last].reshape(-1, *shape)
             first = last
         own = {name: values[name][-1] for name in self._own_logs}
-        return values, as_logs(own or metrics)
+        logs = {name: np.asarray(value) for name, value in (own or metrics).items()}
+        return values, {n: value if value.ndim else float(value) for n, value in logs.items()}
 
     def _run_step(self, i: tf.Tensor, state: Any, step: Any, rows: Any, outputs: Any) -> Any:
         """Runs one step on all replicas and writes its values to row `i`."""
         with tf.name_scope("record"):  # the learning rate before the step changes it
-            rate = {"learning_rate": _learning_rate(self._model.optimizer)} if self._trains else {}
+            rate = getattr(self._model.optimizer, "learning_rate", None)
+            rate = tf.constant(math.nan) if rate is None else tf.identity(rate)  # NaN: several
         with tf.name_scope("batch"):
             batch = self._batches.global_batch(state, step)
-        values = self._devices.strategy.run(self._run_replica, args=(batch,))
+        values = self._devices.strategy.run(self._step, args=(batch,))
         with tf.name_scope("record"):
             values = self._combined(values)
             output, norms = values.pop("outputs", None), values.pop("gradient_norms", None)
@@ -115,21 +117,16 @@ class Call:
                 values = {}
             else:  # only single numbers are recorded
                 values = {name: value for name, value in values.items() if value.shape.rank == 0}
-            values |= rate if norms is None else {**rate, "gradient_norms": norms}
+            if self._trains:
+                values["learning_rate"] = rate
+            if norms is not None:
+                values["gradient_norms"] = norms
             self._shapes = {name: tuple(value.shape) for name, value in values.items()}
             flat = [tf.reshape(tf.cast(v, tf.float32), (-1,)) for v in values.values()]
             rows = rows.write(i, tf.concat(flat, axis=0) if flat else tf.zeros((0,)))
             if self._collect:
                 outputs = outputs.write(i, output[: self._batches.size(step)])
         return rows, outputs
-
-    def _run_replica(self, batch: Any) -> Tensors:
-        with tf.name_scope("batch"):
-            local = self._batches.local_batch(batch)
-        values = dict(self._step(local))
-        if "outputs" in values:
-            values["outputs"] = self._batches.join(local, values["outputs"])
-        return values
 
     def _combined(self, values: Tensors) -> Tensors:
         """Returns each value summed over the replicas. Gradient norms are equal on all replicas."""
@@ -145,15 +142,3 @@ class Call:
         if self._trains and self._devices.workers == 1:  # several workers would communicate
             combined = metric_tensors(self._model.get_metrics_result()) | combined
         return combined
-
-
-def as_logs(results: Tensors) -> Logs:
-    """Returns results as Keras passes them to callbacks."""
-    arrays = {name: np.asarray(value) for name, value in results.items()}
-    return {name: value if value.ndim else float(value) for name, value in arrays.items()}
-
-
-def _learning_rate(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
-    """Returns the learning rate; NaN for a MultiOptimizer, which has several."""
-    rate = getattr(optimizer, "learning_rate", None)
-    return tf.constant(math.nan) if rate is None else tf.identity(rate)

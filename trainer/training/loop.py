@@ -26,7 +26,7 @@ from trainer.tensorflow_internals import (
     profiler_step,
     xla_refusal,
 )
-from trainer.training.batches import Batches, LocalBatch
+from trainer.training.batches import Batches
 from trainer.training.call import Call, Logs
 from trainer.training.replicas import require_addable
 from trainer.training.step import bind_step, test_step, train_step
@@ -401,16 +401,18 @@ class Loop:
         if train and self._jit_compile:
             update = tf.function(update, jit_compile=True, autograph=False)
 
-        def step(local: LocalBatch) -> Any:
-            images, labels, fraction = local.images, local.labels, local.fraction
+        def step(batch: Any) -> dict[str, tf.Tensor]:
+            with tf.name_scope("batch"):
+                local = batches.local_batch(batch)
+            images = local.images
             if not train:
-                return test_step(
-                    self.model, images, labels, batch_fraction=fraction, collect=collect
-                )
+                values = test_step(self.model, images, local.labels, batch_fraction=local.fraction)
+                outputs = values.pop("outputs")
+                return values | {"outputs": batches.join(local, outputs)} if collect else values
             if self._augment is not None:
                 with tf.name_scope("augment"):
                     images = self._augment(images)
-            return update(images, labels, fraction)
+            return dict(update(images, local.labels, local.fraction))
 
         return Call(self.model, self.devices, batches, step, trains=train, collect=collect)
 

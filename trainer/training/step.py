@@ -91,24 +91,20 @@ def test_step(
     labels: tf.Tensor,
     *,
     batch_fraction: tf.Tensor | None = None,
-    collect: bool = True,
 ) -> dict[str, Any]:
     """Updates the metrics of a compiled model. Calls the model's own `test_step` if it has one.
 
     Returns:
-        With one replica the logs. If `collect` is set, "outputs": the probabilities, float32
-        [rows, classes].
+        With one replica the logs. "outputs": the probabilities, float32 [rows, classes].
     """
+    outputs = model(images, training=False)
     if overrides(model, "test_step"):
         logs = model.test_step((images, labels))
-        outputs = model(images, training=False) if collect else None
     else:
-        outputs = model(images, training=False)
         data = (images, labels, outputs, None)
         mean_loss = _mean_loss(model, data, batch_fraction, training=False)
         logs = _update_metrics(model, data, mean_loss, batch_fraction)
-    collected = {"outputs": tf.cast(outputs, tf.float32)} if collect else {}
-    return metric_tensors(logs) | collected
+    return metric_tensors(logs) | {"outputs": tf.cast(outputs, tf.float32)}
 
 
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:

@@ -275,13 +275,6 @@ def test_what_keras_finds_out_late_is_refused_before_training(sections: dict[str
         try_optimizer(OptimizerConfig(**ours))
 
 
-def test_a_warm_up_is_given_once() -> None:
-    schedule = named("CosineDecay", warmup_steps=3)
-    config = OptimizerConfig(warmup_fraction=0.1, schedule=schedule)
-    message = refused(make_optimizer, config, 100)
-    assert message.startswith("optimizer.warmup_fraction and the schedule's warmup_steps: expected")
-
-
 def augmented(tiny: Dataset, *layers: KerasObject) -> np.ndarray:
     augment = make_augmentation(layers, tiny)
     assert augment is not None

@@ -34,7 +34,7 @@ class Call:
         model: keras.Model,
         devices: Devices,
         batches: Batches,
-        step: Callable[[Any], Tensors],
+        step: Callable[[Any, tf.Tensor], Tensors],
         *,
         trains: bool,
         collect: bool = False,
@@ -45,8 +45,8 @@ class Call:
             model: Compiled.
             devices: Devices that run the step.
             batches: Batches of the steps.
-            step: Runs on each replica with a batch that `Batches.global_batch` returns. Returns the
-                logs, and with them "gradient_norms" and "outputs" if requested.
+            step: Runs on each replica, with the arguments of `Batches.local_batch`. Returns logs,
+                and with them "gradient_norms" and "outputs" if requested.
             trains: Record the values and the learning rate of each step.
             collect: Return the outputs of all steps.
         """
@@ -103,11 +103,9 @@ class Call:
     def _run_step(self, i: tf.Tensor, state: Any, step: Any, rows: Any, outputs: Any) -> Any:
         """Runs one step on all replicas and writes its values to row `i`."""
         with tf.name_scope("record"):  # the learning rate before the step changes it
-            rate = getattr(self._model.optimizer, "learning_rate", None)
-            rate = tf.constant(math.nan) if rate is None else tf.identity(rate)  # NaN: several
-        with tf.name_scope("batch"):
-            batch = self._batches.global_batch(state, step)
-        values = self._devices.strategy.run(self._step, args=(batch,))
+            # NaN for a MultiOptimizer, which has several.
+            rate = tf.identity(getattr(self._model.optimizer, "learning_rate", math.nan))
+        values = self._devices.strategy.run(self._step, args=(state, step))
         with tf.name_scope("record"):
             values = self._combined(values)
             output, norms = values.pop("outputs", None), values.pop("gradient_norms", None)

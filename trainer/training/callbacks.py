@@ -52,13 +52,16 @@ class StepTimes(Callback):
 
     def summary(self) -> dict[str, Any]:
         """Returns medians and quartiles, None if nothing was measured, and the number of calls."""
-        found: dict[str, Any] = dict.fromkeys(("step_ms", "step_ms_quartiles", "images_per_second"))
+        low = median = high = rate = None
         if self.step_ms:
             low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
             rate = round(statistics.median(self.images_per_second), 1)
-            found |= {"step_ms": median, "step_ms_quartiles": [low, high]}
-            found |= {"images_per_second": rate}
-        return found | {"windows": len(self.step_ms)}
+        return {
+            "step_ms": median,
+            "step_ms_quartiles": [low, high] if self.step_ms else None,
+            "images_per_second": rate,
+            "windows": len(self.step_ms),
+        }
 
 
 class ProgressBar(Callback):
@@ -252,8 +255,8 @@ def to_json(logs: Logs) -> dict[str, Any]:
     def convert(value: Any) -> Any:
         if isinstance(value, list):
             return [convert(item) for item in value]
-        if not isinstance(value, int | float):  # text that a callback added
-            return None if value is None else str(value)
+        if not isinstance(value, int | float):
+            return None if value is None else str(value)  # that a callback added
         return value if np.isfinite(value) else None
 
     return {name: convert(np.asarray(value).tolist()) for name, value in logs.items()}

@@ -401,9 +401,9 @@ class Loop:
         if train and self._jit_compile:
             update = tf.function(update, jit_compile=True, autograph=False)
 
-        def step(batch: Any) -> dict[str, tf.Tensor]:
+        def step(state: Any, number: tf.Tensor) -> dict[str, tf.Tensor]:
             with tf.name_scope("batch"):
-                local = batches.local_batch(batch)
+                local = batches.local_batch(state, number)
             images = local.images
             if not train:
                 values = test_step(self.model, images, local.labels, batch_fraction=local.fraction)

@@ -70,12 +70,6 @@ def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_
         "decay_steps": max(1, total_steps - warmup_steps),
     }
     if warmup_steps:
-        given = sorted(schedule.options.keys() & {"warmup_steps", "warmup_target"})
-        if given:
-            raise InputError(
-                f"optimizer.warmup_fraction and the schedule's {', '.join(given)}: "
-                "expected one of them"
-            )
         # Starts at a tenth of the rate, because the gradients of the first steps are the largest.
         defaults |= {"initial_learning_rate": rate / 10, "warmup_target": rate}
         defaults |= {"warmup_steps": warmup_steps}

@@ -175,9 +175,9 @@ class Loop:
             InputError: A callback cannot start: its file or an option is wrong.
             CheckError: The loss is infinite or NaN; the message names the step.
         """
-        model, options = self.model, {"add_history": True, "epochs": epochs, "verbose": 0}
+        model, facts = self.model, {"epochs": epochs, "steps": train.steps, "verbose": 0}
         hooks = keras.callbacks.CallbackList(
-            list(callbacks), model=model, steps=train.steps, **options
+            list(callbacks), add_history=True, model=model, **facts
         )
         model.stop_training = False
         self._calls_run, self._warmup_calls, self._epochs = 0, warmup_calls, epochs
@@ -193,8 +193,7 @@ class Loop:
         # Optimizers with `use_ema` replace the weights by the averaged weights here.
         model.optimizer.finalize_variable_values(model.trainable_variables)
         self._timed("callbacks", hooks.on_train_end, logs)
-        history: dict[str, list[float]] = model.history.history
-        return history
+        return dict(model.history.history)
 
     def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
         """Trains without validation and callbacks, for benchmarks; yields records without end.
@@ -225,14 +224,13 @@ class Loop:
         Returns:
             Loss and metrics, and float32 [images, classes] if `collect` is set.
         """
-        hooks = callbacks or keras.callbacks.CallbackList()
+        hooks, logs = callbacks or keras.callbacks.CallbackList(), dict[str, Any]()
+        outputs: list[NDArray[np.float32]] = []
         self.model.stop_evaluating = False
         hooks.on_test_begin()
         call = self._call("collect" if collect else "evaluate", batches)
         self.model.reset_metrics()
         state = batches.start_epoch(0)
-        outputs: list[NDArray[np.float32]] = []
-        logs: Logs = {}
         for first in range(0, batches.steps, self.steps_per_execution):
             count = min(self.steps_per_execution, batches.steps - first)
             hooks.on_test_batch_begin(first)

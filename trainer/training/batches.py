@@ -78,11 +78,9 @@ class Batches(ABC):
         """Returns images and labels of the rows `first` to `last` of the batch of a step."""
 
     def local_batch(self, state: Any, step: tf.Tensor) -> LocalBatch:
-        """Returns the rows of a batch for the replica that calls this.
+        """Returns the rows of a step's batch for the replica that calls this.
 
-        Args:
-            state: The result of `start_epoch` for this replica.
-            step: Step of the epoch, int32 scalar.
+        `state` is the result of `start_epoch` for this replica, `step` an int32 scalar.
         """
         size = self.size(step)
         first, last, fraction = 0, size, None

@@ -167,7 +167,7 @@ class TensorBoardCurves(Callback):
                 if len(record.worker_seconds) > 1:
                     for worker, seconds in enumerate(1000 * record.worker_seconds / record.steps):
                         tf.summary.scalar(f"worker_{worker}/step_ms", seconds)
-        if record.gradient_norms is not None:
+        if self._histograms and record.gradient_norms is not None:
             self._gradient_norms.append(record.gradient_norms)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
@@ -177,8 +177,15 @@ class TensorBoardCurves(Callback):
             run = "validation" if name.startswith("val_") else "train"
             with self._writers[run].as_default(step=epoch + 1):
                 tf.summary.scalar(f"epoch/{name.removeprefix('val_')}", value)
-        if self._histograms:
-            self._write_histograms(epoch + 1)
+        with self._writers["train"].as_default(step=epoch + 1):
+            weights = self.model.trainable_variables if self._histograms else []
+            for weight in weights:
+                tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
+            if self._gradient_norms:
+                norms = np.concatenate(self._gradient_norms)  # [steps, weights]
+                for weight, column in zip(weights, norms.T, strict=True):
+                    tf.summary.histogram(f"gradient_norms/{weight.path}", column)
+        self._gradient_norms.clear()
         self.flush()
 
     def flush(self) -> None:
@@ -190,16 +197,6 @@ class TensorBoardCurves(Callback):
         """Closes the files."""
         for writer in self._writers.values():
             writer.close()
-
-    def _write_histograms(self, epoch: int) -> None:
-        with self._writers["train"].as_default(step=epoch):
-            for weight in self.model.trainable_variables:
-                tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
-            if self._gradient_norms:
-                norms = np.concatenate(self._gradient_norms)  # [steps, weights]
-                for weight, column in zip(self.model.trainable_variables, norms.T, strict=True):
-                    tf.summary.histogram(f"gradient_norms/{weight.path}", column)
-        self._gradient_norms.clear()
 
 
 class Profiler(Callback):

@@ -153,11 +153,13 @@ class Checkpoints(Callback):
             return  # the training cannot continue from here
         step = record.first_step + record.steps - record.epoch * self.params["steps"]
         self._progress = Progress(record.epoch, step, record.logs)
-        self._save_if_agreed(due=time.monotonic() - self._last_time >= self._every_seconds)
+        # All workers of a cluster must save at the same step, because saving is collective.
+        due = time.monotonic() - self._last_time >= self._every_seconds
+        self._signals.stop_if_received(self._save, due=due)
 
     def on_test_batch_end(self, batch: int, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Saves between two calls of a validation if a signal was received."""
-        self._save_if_agreed(due=False)
+        self._signals.stop_if_received(self._save)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves the state, and the best weights if the validation loss is the lowest so far."""
@@ -168,12 +170,6 @@ class Checkpoints(Callback):
         self._progress = Progress(epoch + 1)
         self._save()
         self._signals.stop_if_received()
-
-    def _save_if_agreed(self, *, due: bool) -> None:
-        # All workers of a cluster must save at the same step, because saving is collective.
-        if self._signals.agree(due=due):
-            self._save()
-        self._signals.stop_if_agreed()
 
     def _save(self) -> None:
         arrays: dict[str, NDArray[Any]] = {}
@@ -195,7 +191,9 @@ class Checkpoints(Callback):
         }
         for i, variable in enumerate(all_variables(self.model, self._variables)):
             arrays[f"v {i}"] = _value(variable)
-        _write(self._run, facts, arrays, steps=int(_value(self.model.optimizer.iterations)))
+        arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+        steps = int(_value(self.model.optimizer.iterations))
+        _write(self._run, f"step-{steps:010}.npz", arrays)
         self._last_time = time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -230,22 +228,15 @@ def newest_checkpoint(run: Run) -> Checkpoint | None:
 
 
 def all_variables(model: keras.Model, others: Sequence[Any]) -> list[Any]:
-    """Returns each variable of a compiled model once, and the other variables.
-
-    Args:
-        model: A compiled model with a built optimizer.
-        others: Variables of augmentation.
-    """
+    """Returns each variable of a compiled model once, and the others: those of augmentation."""
     every = [*model.variables, *model.optimizer.variables, *model.metrics_variables, *others]
     return list({id(variable): variable for variable in every}.values())
 
 
 def roll_back(run: Run, saved: Checkpoint | None) -> None:
-    """Truncates the logs of a run to their size at a checkpoint, or removes them.
+    """Truncates the logs of a run, except log.txt, to their size at a checkpoint.
 
-    Args:
-        run: The run. Its log.txt is not truncated.
-        saved: The checkpoint; None: the training starts again.
+    Without a checkpoint the training starts again, and the logs are removed.
     """
     sizes = {} if saved is None else saved.log_sizes
     for name in _log_sizes(run) | sizes:
@@ -260,10 +251,9 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
         left.unlink()
 
 
-def _write(run: Run, facts: Any, arrays: dict[str, NDArray[Any]], *, steps: int) -> None:
+def _write(run: Run, name: str, arrays: dict[str, NDArray[Any]]) -> None:
     """Writes a checkpoint, and removes the oldest ones."""
-    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    path = run.checkpoints / f"step-{steps:010}.npz"
+    path = run.checkpoints / name
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:

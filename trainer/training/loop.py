@@ -252,10 +252,9 @@ class Loop:
         return call
 
     def check_kernels(self, device_type: str | None = None) -> KernelReport:
-        """Finds operations of the traced training step that run on the CPU.
+        """Finds operations of the traced training step that a type of device has no kernel for.
 
-        Args:
-            device_type: "GPU" or "CPU"; None: the type of the devices in use.
+        The default type is that of the devices in use.
         """
         names = self.devices.names if self.devices.replicas > 1 else ()
         kind, graph = device_type or self.devices.type, self._training_call.graph

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer.cluster import AllGather, single_worker
@@ -20,32 +20,22 @@ class Signals:
             advice: How to continue, for the message.
             all_gather: Exchanges numbers with the other workers, so that all stop together.
         """
-        self._received = self._agreed = 0
+        self._received = 0
         self._advice = advice
         self._all_gather = all_gather
 
-    def agree(self, *, due: bool = False) -> bool:
-        """Exchanges the received signals. All workers must call this together.
+    def stop_if_received(
+        self, save: Callable[[], None] = lambda: None, *, due: bool = False
+    ) -> None:
+        """Raises StoppedError if a worker has received a signal. All must call this together.
 
-        Args:
-            due: Whether this worker requests to save the state.
-
-        Returns:
-            Whether all workers must save: one of them requests it, or has received a signal.
+        Calls `save` first, and also if a worker requests it by `due`.
         """
         rows = self._all_gather([self._received, due])
-        self._agreed = int(rows[:, 0].max())
-        return bool(rows.any())
-
-    def stop_if_agreed(self) -> None:
-        """Raises StoppedError if a worker had received a signal at the last `agree`."""
-        if self._agreed:
-            raise StoppedError(self._agreed, self._advice)
-
-    def stop_if_received(self) -> None:
-        """Raises StoppedError if a worker has received a signal. All must call this together."""
-        self.agree()
-        self.stop_if_agreed()
+        if rows.any():
+            save()
+        if number := int(rows[:, 0].max()):
+            raise StoppedError(number, self._advice)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:

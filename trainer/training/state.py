@@ -17,12 +17,10 @@ from trainer.keras_internals import CALLBACK_ATTRIBUTES
 
 
 def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Returns the plain attributes of an object as JSON, by name.
+    """Returns the plain attributes of an object, for example a callback, as JSON by name.
 
-    Args:
-        thing: The object, for example a callback.
-        arrays: Receives the arrays among the attributes, each under the SHA-256 of its content.
-            States are therefore equal if their JSON is equal.
+    `arrays` receives the arrays among them, each under the SHA-256 of its content. States are
+    therefore equal if their JSON is equal.
     """
     state = {}
     for name in sorted(vars(thing).keys() - {*CALLBACK_ATTRIBUTES}):

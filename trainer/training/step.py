@@ -108,12 +108,9 @@ def test_step(
 
 
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
-    """Returns the loss of a model, also if its `compute_loss` has no parameter `training`.
+    """Returns the loss of a model; older models have a `compute_loss` without `training`.
 
-    Args:
-        model: Compiled.
-        arguments: Images, labels, outputs and sample weights or None, as `compute_loss` takes them.
-        training: Whether the model is trained or evaluated. Older models lack this parameter.
+    The arguments are images, labels, outputs, and sample weights or None.
     """
     options = {"training": training} if _accepts(model.compute_loss, "training") else {}
     return model.compute_loss(*arguments, **options)

@@ -59,7 +59,9 @@ def drawn_from(annotation: Any, *bounds: Any) -> st.SearchStrategy[Any]:
     if kind is tuple:
         return st.tuples(*map(drawn_from, inner))
     if kind is dict:
-        return st.dictionaries(KEYS, VALUES, max_size=3)
+        return st.dictionaries(
+            KEYS, drawn_from(inner[1]) if inner[1:] != (Any,) else VALUES, max_size=3
+        )
     if issubclass(kind, Section):
         return section(kind)
     patterns = [b.pattern for b in bounds if hasattr(b, "pattern")]

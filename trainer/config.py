@@ -250,6 +250,9 @@ class TrainingConfig(Section):
     """Keras metrics, in order."""
     callbacks: list[KerasObject] = []
     """Keras callbacks, in order."""
+    class_weight: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Weight of each class in the training loss, by name (others: 1), as in Keras; balanced: n /
+    (classes * images of the class)."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Maximum global norm of the gradients; not set: no clipping."""
     steps_per_execution: _Count = 50
@@ -266,6 +269,13 @@ class TrainingConfig(Section):
     classes."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
     """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
+
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _balanced_or_table(cls, value: Any) -> Any:
+        if value in (None, "balanced") or isinstance(value, dict):
+            return value
+        raise ValueError(f"expected 'balanced' or {{ class = weight }}, received {value!r}")
 
     @field_validator("jit_compile", mode="before")
     @classmethod

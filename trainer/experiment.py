@@ -20,7 +20,7 @@ from trainer import devices, keras_objects, models
 from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
-from trainer.errors import InputError, expect
+from trainer.errors import InputError, did_you_mean, expect
 from trainer.files import sha256
 from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
@@ -196,6 +196,7 @@ def build_experiment(
             jit_compile=bool(config.training.jit_compile),
             augment=augmentation,
             gradient_norms=config.logging.histograms,
+            class_weight=_class_weight(training.class_weight, data),
         )
     return Experiment(config, data, selected, placed, model, loop, augmentation)
 
@@ -223,6 +224,20 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
         jit_compile=training.jit_compile,
     )
     return model
+
+
+def _class_weight(weights: str | dict[str, float] | None, data: Dataset) -> list[float] | None:
+    """Returns the weight of each class in the order of the labels; None: all have the same."""
+    if weights is None:
+        return None
+    names = data.spec.class_names
+    if not isinstance(weights, dict):
+        counts = data.train.class_counts(len(names))
+        return [len(data.train) / (len(names) * max(1, count)) for count in counts]
+    for name in weights:
+        if name not in names:
+            raise InputError(f"training.class_weight: {did_you_mean(name, names)}")
+    return [weights.get(name, 1.0) for name in names]
 
 
 def _resolve(

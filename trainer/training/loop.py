@@ -113,6 +113,7 @@ class Loop:
         jit_compile: bool = False,
         augment: Callable[[tf.Tensor], tf.Tensor] | None = None,
         gradient_norms: bool = False,
+        class_weight: Sequence[float] | None = None,
     ) -> None:
         """Prepares the loop.
 
@@ -126,6 +127,7 @@ class Loop:
                 of Keras's augmentation layers have no XLA kernel.
             augment: Changes training images, uint8 [rows, H, W, C], same shape returned.
             gradient_norms: Record the norm of each weight's gradient, if the step returns it.
+            class_weight: Weight of the images of each class in the training loss; None: all 1.
 
         Raises:
             InputError: The step does not fit the model and the options, or the results of several
@@ -135,12 +137,14 @@ class Loop:
         self.steps_per_execution = steps_per_execution
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
-        self._augment, self._jit_compile = augment, jit_compile
+        self._augment, self._jit_compile, self._class_weight = augment, jit_compile, class_weight
         self._calls: dict[tuple[str, Batches], tuple[list[Any], Call]] = {}
         self._calls_run, self._warmup_calls, self._epochs = 0, 1, 0
         self._build()
         options = {"clip_norm": clip_norm, "gradient_norms": gradient_norms}
-        self._step = bind_step(step, model, replicas=devices.replicas, **options)
+        self._step = bind_step(
+            step, model, replicas=devices.replicas, weighted=class_weight is not None, **options
+        )
 
     def fit(
         self,
@@ -395,7 +399,8 @@ class Loop:
 
         def update(images: tf.Tensor, labels: tf.Tensor, fraction: Any) -> Any:
             self.step_graph = images.graph  # the graph of one step, without the loop over steps
-            return self._step(images, labels, fraction)
+            weights = self._class_weight and tf.gather(tf.constant(self._class_weight), labels)
+            return self._step(images, labels, weights, fraction)
 
         if train and self._jit_compile:
             update = tf.function(update, jit_compile=True, autograph=False)

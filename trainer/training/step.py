@@ -133,14 +133,20 @@ def find_step(name: str) -> Callable[..., Any]:
 
 
 def bind_step(
-    step: Callable[..., Any], model: keras.Model, *, replicas: int = 1, **options: Any
+    step: Callable[..., Any],
+    model: keras.Model,
+    *,
+    replicas: int = 1,
+    weighted: bool = False,
+    **options: Any,
 ) -> Callable[..., dict[str, tf.Tensor]]:
-    """Returns the step of a model as a function of images, labels and batch_fraction.
+    """Returns the step of a model as a function of images, labels, weights and batch_fraction.
 
     Args:
         step: As `find_step` returns it. A model with its own `train_step` uses that instead.
         model: Compiled.
         replicas: Number of devices that train together.
+        weighted: Whether the step gets sample weights.
         options: `clip_norm` and `gradient_norms` of `train_step`.
 
     Raises:
@@ -153,13 +159,18 @@ def bind_step(
         name, step = "train_step", lambda model, *data: model.train_step(data)
     if options.get("clip_norm") is not None and not _accepts(step, "clip_norm"):
         raise InputError(f"training.clip_norm: {name} has no parameter clip_norm")
+    if weighted and not _takes(step, 4):
+        raise InputError(f"training.class_weight: {name} takes no sample weights")
     if replicas > 1 and not _accepts(step, "batch_fraction"):
         raise InputError(f"{name}: on several devices expected a parameter batch_fraction")
 
-    def bound(images: tf.Tensor, labels: tf.Tensor, batch_fraction: Any) -> dict[str, tf.Tensor]:
+    def bound(
+        images: tf.Tensor, labels: tf.Tensor, sample_weight: Any, batch_fraction: Any
+    ) -> dict[str, tf.Tensor]:
         every = {**options, "batch_fraction": batch_fraction}
         accepted = {key: value for key, value in every.items() if _accepts(step, key)}
-        result = step(model, images, labels, **accepted)
+        weights = [] if sample_weight is None else [sample_weight]
+        result = step(model, images, labels, *weights, **accepted)
         logs = metric_tensors(result) if isinstance(result, dict) else {}
         loss = logs.get("loss")
         if loss is None or loss.shape != () or not loss.dtype.is_floating:
@@ -171,6 +182,15 @@ def bind_step(
         return logs
 
     return bound
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Returns whether a function can be called with a number of positional arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _accepts(function: Callable[..., Any], option: str) -> bool:

@@ -24,7 +24,7 @@ Color = Literal["grayscale", "rgb", "rgba"]
 
 # File name extensions of the formats that are read, in lower case.
 EXTENSIONS = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _MODES = {"grayscale": "L", "rgb": "RGB", "rgba": "RGBA"}
 _COLORS: dict[int, Color] = {1: "grayscale", 3: "rgb", 4: "rgba"}
 # An image with more pixels is refused before it is decoded.
@@ -165,7 +165,7 @@ def read_image(file: Path | bytes, how: Preprocessing, name: str = "") -> tuple[
         with (
             warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
             Image.open(
-                io.BytesIO(file) if isinstance(file, bytes) else file, "r", _FORMATS
+                io.BytesIO(file) if isinstance(file, bytes) else file, "r", FORMATS
             ) as image,
         ):
             fits, size = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
@@ -174,7 +174,7 @@ def read_image(file: Path | bytes, how: Preprocessing, name: str = "") -> tuple[
             return fit_image(image, how)
     except UnidentifiedImageError:
         count = len(file) if isinstance(file, bytes) else file.stat().st_size
-        formats = ", ".join(_FORMATS)
+        formats = ", ".join(FORMATS)
         raise InputError(
             f"{name} is not an image: expected {formats} or .npy, received {count} bytes"
         ) from None
@@ -191,7 +191,7 @@ def read_header(path: Path) -> tuple[int, int, bool]:
         InputError: The file is not an image or damaged.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, "r", _FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, "r", FORMATS) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation by 90 degrees
             height, width = (image.width, image.height) if turned else (image.height, image.width)
             return height, width, image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B")

@@ -201,10 +201,10 @@ CUT = encoded(pictures(1)[0, :, :, 0])["b64"][:96]
         ("received \ud800", {"inputs": {"\ud800": ROW}}),
         ("'serving_files'], received 'no'", {"signature_name": "no", "inputs": [ROW]}),
         ("Only base64 data is allowed", FILES | {"instances": [{"b64": "?"}]}),
-        ("expected PNG or JPEG files", FILES | {"instances": [{"b64": "AAAA"}]}),
-        ("expected PNG or JPEG files", FILES | {"instances": [""]}),
+        ("expected image files", FILES | {"instances": [{"b64": "AAAA"}]}),
+        ("expected image files", FILES | {"instances": [""]}),
         ("expected (None,) of string, received (1,) of int", FILES | {"instances": [7]}),
-        ("Invalid PNG data", FILES | {"instances": [{"b64": CUT}]}),
+        ("cannot be read as an image", FILES | {"instances": [{"b64": CUT}]}),
         (
             "at most 16777216 pixels in all",
             FILES | {"instances": [{"b64": base64.b64encode(BOMB.getvalue()).decode()}]},
@@ -851,6 +851,6 @@ def test_the_page_shows_the_prediction_for_a_drawing(
     (tmp_path / "no.png").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "no.png")
     page.wait_for_function("document.getElementById('fault').textContent.length > 0")
-    assert "expected PNG or JPEG" in page.inner_text("#fault")
+    assert "expected image files" in page.inner_text("#fault")
     assert [fault for fault in faults if "400 (Bad Request)" not in fault] == []
     page.close()

@@ -23,7 +23,7 @@ from trainer.files import require_writable
 from trainer.report import markdown_text
 from trainer.run import Run, open_run
 from trainer.saving.files import Origin
-from trainer.saving.formats import FILE_CHANNELS, ExportFormat, ExportSource, find_format
+from trainer.saving.formats import ExportFormat, ExportSource, find_format
 from trainer.saving.runtimes import of_keras, predict_in_batches
 from trainer.saving.versions import (
     CARD,
@@ -153,7 +153,7 @@ def model_card(record: ExportRecord, version: Path) -> str:
     outside = "Run these commands in the folder where `trainer export` ran.\n\n"
     classes = ", ".join(map(markdown_text, spec.class_names[:20]))
     url = f"http://localhost:8501/v1/models/{quote(model.name)}"
-    takes_files = spec.image_shape[-1] in FILE_CHANNELS
+    takes_files = spec.preprocessing is not None
     serving = _fill(
         "model_card_serving.txt",
         variable=shlex.quote(f"MODEL_NAME={model.name}"),

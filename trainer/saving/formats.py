@@ -16,9 +16,8 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.data import DataSpec, Images
 from trainer.errors import InputError, did_you_mean, require_packages
+from trainer.saving.file_signature import decode_file
 from trainer.saving.runtimes import RUNTIMES, Predict
-
-FILE_CHANNELS = (1, 3, 4)  # channels of image files; other models have no serving_files
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ def find_format(name: str) -> ExportFormat:
 def _write_saved_model(source: ExportSource, path: Path) -> None:
     """Writes a SavedModel with one signature for arrays and one for the bytes of image files."""
     model, spec = source.model, source.spec
-    height, width, channels = spec.image_shape
 
     def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = model(images, training=False)
@@ -83,19 +81,17 @@ def _write_saved_model(source: ExportSource, path: Path) -> None:
         names = tf.gather(tf.constant(spec.class_names), label)
         return {"probabilities": probabilities, "class": label, "class_name": names}
 
-    def decode(encoded: tf.Tensor) -> tf.Tensor:
-        image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
-        image = tf.image.resize(image, (height, width), antialias=True)
-        return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+    how = spec.preprocessing
 
     def classify_files(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        pixels = tf.TensorSpec((height, width, channels), tf.uint8)
+        pixels = tf.TensorSpec(spec.image_shape, tf.uint8)
+        decode = partial(decode_file, how=how)
         return classify(tf.map_fn(decode, image_bytes, fn_output_signature=pixels))
 
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serving_default", classify, input_signature=[source.signature()])
-    if channels in FILE_CHANNELS:
+    if how is not None:
         files = tf.TensorSpec((None,), tf.string, name="image_bytes")
         archive.add_endpoint("serving_files", classify_files, input_signature=[files])
     archive.write_out(str(path), verbose=False)

@@ -15,8 +15,12 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from trainer import keras_objects
+from trainer.errors import InputError
 from trainer.serving.messages import parse_request, render_response
 from trainer.serving.servable import Servable, Servables
+
+# Errors whose cause is the request.
+_REFUSED = (ClientDisconnect, InputError, tf.errors.InvalidArgumentError)
 
 
 def make_server(servables: Servables, *, max_body_bytes: int) -> uvicorn.Server:
@@ -30,7 +34,7 @@ def make_server(servables: Servables, *, max_body_bytes: int) -> uvicorn.Server:
             Route(f"{prefix}/metadata", handlers.metadata),
             Route(prefix, handlers.status),
         ]
-    kinds = (HTTPException, ClientDisconnect, tf.errors.InvalidArgumentError, Exception)
+    kinds = (HTTPException, *_REFUSED, Exception)
     errors = dict.fromkeys(kinds, _render_error)
     app = Starlette(routes=routes, exception_handlers=errors, max_body_size=max_body_bytes)
     config = uvicorn.Config(
@@ -93,5 +97,5 @@ def _json(content: Any, status: int = 200) -> Response:
 async def _render_error(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return _json({"error": error.detail}, error.status_code)
-    refused = isinstance(error, ClientDisconnect | tf.errors.InvalidArgumentError)
+    refused = isinstance(error, _REFUSED)
     return _json({"error": keras_objects.explain(error)}, 400 if refused else 500)

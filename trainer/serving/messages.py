@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.exceptions import HTTPException
 
+from trainer.images import FORMATS
+
 # Checked before decoding, because a few bytes of PNG can unpack to gigabytes.
 _MAX_PIXELS = 4096 * 4096
 
@@ -111,9 +113,9 @@ def _to_bytes(name: str, value: Any) -> bytes:
 
 def _check_images(files: NDArray[Any]) -> None:
     """Refuses files that are not images, or whose headers declare too many pixels together."""
-    expected = f"image_bytes: expected PNG or JPEG files with at most {_MAX_PIXELS} pixels in all"
+    expected = f"image_bytes: expected image files with at most {_MAX_PIXELS} pixels in all"
     try:
-        images = [Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) for file in files.flat]
+        images = [Image.open(io.BytesIO(file), formats=FORMATS) for file in files.flat]
     except Exception as error:  # damaged headers raise many types
         raise HTTPException(400, f"{expected}: {type(error).__name__}") from None
     pixels = sum(math.prod(image.size) for image in images)

@@ -12,6 +12,7 @@ import tensorflow as tf
 from google.protobuf.json_format import MessageToDict
 
 from trainer.errors import InputError
+from trainer.images import read_image
 from trainer.saving.safety import check_saved_model
 from trainer.saving.versions import list_versions, read_record, verify_checksums
 from trainer.serving.batching import Batcher
@@ -36,6 +37,7 @@ class Servable:
         """Checks and loads a version. A damaged SavedModel raises many types of errors."""
         self.name, self.version = folder.parent.name, int(folder.name)
         record = read_record(folder)
+        self._how = record and record.spec.preprocessing
         if record is not None:
             verify_checksums(folder, record)
         graph = check_saved_model(folder, trust=trust).meta_graphs[0]
@@ -66,7 +68,14 @@ class Servable:
             self._run(name, zeros)
 
     def _run(self, signature: str, tensors: Tensors) -> Tensors:
-        """Returns the outputs of a function by name."""
+        """Returns the outputs of a function by name.
+
+        Image files are read as `predict` reads them, which knows more formats than TensorFlow.
+        """
+        if signature == "serving_files" and self._how is not None:
+            files = tensors["image_bytes"]
+            images = [read_image(file, self._how, "image_bytes")[0] for file in files]
+            signature, tensors = "serving_default", {"images": np.stack(images)}
         inputs = {name: tf.constant(array) for name, array in tensors.items()}
         outputs = self._model.signatures[signature](**inputs)
         return {name: outputs[name].numpy() for name in sorted(outputs)}

@@ -48,7 +48,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
-from trainer.saving.formats import FORMATS, ExportSource
+from trainer.saving.formats import FORMATS
 from trainer.saving.safety import SAVER_OPERATIONS
 from trainer.tensorflow_internals import operation_definition
 
@@ -552,7 +552,7 @@ def _of_exports(folder: Path) -> set[str]:
         ).spec
         model = models.build(ModelConfig(name=name), spec)
         target = folder / f"{name}-{channels}"
-        FORMATS["saved_model"].write(ExportSource(model, spec, tf.zeros(0)), target)
+        FORMATS["saved_model"].write(model, spec, tf.zeros(0), target)
         found |= _saved_operations(target)
     return found
 

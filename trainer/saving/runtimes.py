@@ -29,10 +29,9 @@ def open_saved_model(path: Path) -> Predict:
     loaded = tf.saved_model.load(str(path))
     signature = loaded.signatures["serving_default"]
 
-    def predict(images: Any) -> Any:
+    def predict(images: Any, _loaded: Any = loaded) -> Any:  # keeps the variables alive
         return signature(images=tf.constant(images))["probabilities"].numpy()
 
-    predict.loaded = loaded  # type: ignore[attr-defined]  # keeps the variables alive
     return predict
 
 

@@ -68,9 +68,19 @@ def option_names(verb: Any) -> str:
 # ---------------------------------------------------------------- every format
 
 
+@pytest.fixture(scope="module")
+def validated(run: Run) -> dict[str, Any]:
+    """The scores of the run on its validation images."""
+    return trainer.evaluate(str(run.path), split="validation")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_returns_the_probabilities_of_the_model(
-    kind: str, exported: dict[str, Path], run: Run, command: Callable[..., Any]
+    kind: str,
+    exported: dict[str, Path],
+    run: Run,
+    validated: dict[str, Any],
+    command: Callable[..., Any],
 ) -> None:
     folder = exported[kind]
     name = "synthetic-layers" if kind == "saved_model" else f"synthetic-layers-{kind}"
@@ -100,9 +110,8 @@ def test_every_format_returns_the_probabilities_of_the_model(
     assert code == 0
     validation = json.loads(out)
     assert (validation["split"], validation["images"]) == ("validation", 48)
-    of_the_run = trainer.evaluate(str(run.path), split="validation")
-    assert validation["accuracy"] == pytest.approx(of_the_run["accuracy"], abs=2 / 48)
-    assert validation["crossentropy"] == pytest.approx(of_the_run["loss"], rel=0.1)
+    assert validation["accuracy"] == pytest.approx(validated["accuracy"], abs=2 / 48)
+    assert validation["crossentropy"] == pytest.approx(validated["loss"], rel=0.1)
     code, out, _ = command("load", folder / FORMATS[kind].file, "--json")
     assert code == 0
     facts = json.loads(out)

@@ -33,27 +33,21 @@ def save(
     run: RunArgument,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="name.keras or name.weights.h5")],
     *,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file")] = False,
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
     """Write the model of a run into one Keras file."""
     require("cpu", run, runs)
-    saved = _call("save", run, path, overwrite=overwrite, runs_directory=runs)
-    print_table(saved, as_json=json_)
+    result = _call("save", run, path, overwrite=overwrite, runs_directory=runs)
+    print_table(result, as_json=json_)
 
 
 @app.command()
 def load(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run, a saved or an exported model")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, saved or exported model")],
     *,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score it on the test images of its data")
-    ] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Score its test images")] = False,
     trust: TrustOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -72,12 +66,9 @@ def export(
         str, typer.Option("--format", help="saved_model | litert | litert_int8 | onnx")
     ] = "saved_model",
     name: Annotated[
-        str | None,
-        typer.Option(help="Name of the model (default: data-network); other formats add -FORMAT"),
+        str | None, typer.Option(help="Name of the model (default: data-network)")
     ] = None,
-    directory: Annotated[
-        str, typer.Option("--directory", help="Folder of the exported models")
-    ] = "saved_models",
+    directory: Annotated[str, typer.Option(help="Folder of the exported models")] = "saved_models",
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:

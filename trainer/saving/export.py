@@ -6,12 +6,12 @@ import shlex
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
 from trainer import data as datasets
-from trainer import keras_objects
 from trainer.data import Dataset
 from trainer.errors import InputError, expect, shell_command
 from trainer.experiment import require_data, restore
@@ -20,6 +20,7 @@ from trainer.report import markdown_text
 from trainer.run import open_run
 from trainer.saving.formats import ExportFormat, find_format
 from trainer.saving.runtimes import of_keras, predict_in_batches
+from trainer.saving.safety import explained
 from trainer.saving.versions import ExportRecord, Origin, compare, compute_checksums, list_versions
 
 _MAX_VERIFIED_IMAGES = 10_000
@@ -81,15 +82,10 @@ def _write(
     # Sampled at random, because the data may be sorted by class.
     images, labels = data.test.sample(_MAX_VERIFIED_IMAGES, seed).read()
     calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
-    probabilities = predict_in_batches(of_keras(model), images)
-    check = {"images": images, "labels": labels, "probabilities": probabilities}
-    try:
+    check: dict[str, Any] = {"images": images, "labels": labels}
+    check["probabilities"] = predict_in_batches(of_keras(model), images)
+    with explained(f"{origin.run} cannot be written as {export_format.name}"):
         export_format.write(model, origin.spec, calibration, folder / export_format.file)
-    except Exception as error:  # each converter raises its own errors
-        reason = keras_objects.explain(error)
-        raise InputError(
-            f"{origin.run} cannot be written as {export_format.name}: {reason}"
-        ) from error
     record = ExportRecord(
         **dict(origin),
         format=export_format.name,
@@ -132,6 +128,8 @@ def model_card(record: ExportRecord, version: Path) -> str:
         "serve": shell_command("serve", model.name, "--directory", model.parent),
         "mount": shlex.quote(f"{model}:/models/{model.name}"),
     }
-    names = ["model_card.txt", "model_card_serving.txt"][: 1 + (record.format == "saved_model")]
+    names = ["model_card.txt"]
+    if record.format == "saved_model":
+        names.append("model_card_serving.txt")
     texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
     return "\n".join(texts).format(**values)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import data as datasets
-from trainer import devices, keras_objects, models
+from trainer import devices, models
 from trainer.data import Images
 from trainer.errors import InputError, expect
 from trainer.experiment import restore
@@ -42,9 +42,7 @@ class LoadedModel:
 
     def __call__(self, images: Images) -> NDArray[np.float32]:
         """Returns probabilities, float32 [n, classes], of uint8 [n, height, width, channels]."""
-        expect(len(images), str(self.path), "at least one image", "none")
-        probabilities: NDArray[np.float32] = predict_in_batches(self._predict, images)
-        return probabilities
+        return predict_in_batches(self._predict, images)
 
     def describe(self) -> dict[str, Any]:
         """Returns format, input, output, size and origin as plain values."""
@@ -170,14 +168,9 @@ def _loaded(
 
 
 def _load_keras(path: Path, *, trust: bool) -> tuple[keras.Model, Origin | None]:
-    classes = safety.check_keras(path, trust=trust)
-    try:
-        model = keras.saving.load_model(
-            path, custom_objects=classes, compile=False, safe_mode=not trust
-        )
-    except Exception as error:  # a damaged file raises many types
-        reason = keras_objects.explain(error)
-        raise InputError(f"{path} cannot be loaded by Keras: {reason}") from error
+    options = {"custom_objects": safety.check_keras(path, trust=trust), "safe_mode": not trust}
+    with safety.explained(f"{path} cannot be loaded by Keras"):
+        model = keras.saving.load_model(path, compile=False, **options)
     return model, _read_origin(path)
 
 
@@ -197,7 +190,7 @@ def _load_weights(path: Path, *, trust: bool) -> tuple[keras.Model, Origin]:
 
 def _read_origin(path: Path) -> Origin | None:
     """Reads the origin from a `.keras` or `.weights.h5` file. None: the file contains none."""
-    try:
+    with safety.explained(f"{path} is no Keras file, or is damaged"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 text: Any = archive.comment
@@ -205,8 +198,6 @@ def _read_origin(path: Path) -> Origin | None:
             with h5py.File(path, "r") as file:
                 text = file.attrs.get(_ATTRIBUTE, "")
         return Origin.model_validate_json(text) if len(text) else None
-    except Exception as error:  # a damaged file raises many types
-        raise InputError(f"{path} is no Keras file, or is damaged: {error}") from None
 
 
 def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
@@ -228,11 +219,8 @@ def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
     find_format(kind)  # its packages are installed
     if path.is_dir():
         safety.check_saved_model(path, trust=trust)
-    try:
+    with safety.explained(f"{path} cannot be read as {kind}"):
         predict = RUNTIMES[kind][1](path)
-    except Exception as error:  # each runtime raises its own errors
-        reason = keras_objects.explain(error)
-        raise InputError(f"{path} cannot be read as {kind}: {reason}") from error
     size = sum(file.stat().st_size for file in artefact_files(path))
     parameters = None if record is None else record.parameters
     return LoadedModel(path, kind, parameters, size, record, predict)

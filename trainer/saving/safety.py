@@ -17,6 +17,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ _NAMED = {"VarHandleOp", "HashTableV2", "MutableHashTableV2"}
 _TRUST = "Loading may run any code: load it with --trust if you trust its author"
 
 
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raises any error of a library again as one line that starts with `what`."""
+    try:
+        yield
+    except Exception as error:  # damaged files and converters raise many types
+        raise InputError(f"{what}: {keras_objects.explain(error)}") from error
+
+
 def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
     """Checks the classes of a .keras archive, and imports those outside Keras that trust accepts.
 
@@ -49,7 +59,7 @@ def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
     Raises:
         InputError: The archive is damaged, contains code, or a class cannot be imported.
     """
-    try:
+    with explained(f"{path} is not a .keras archive, or is damaged"):
         with zipfile.ZipFile(path) as archive, archive.open("config.json") as file:
             config = json.loads(file.read(_MAX_CONFIG_BYTES))
         # Keras does not read this with compile=False. It can name a user's own loss function.
@@ -59,8 +69,6 @@ def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
             for value in _values(config)
             if isinstance(value, dict) and "class_name" in value
         ]
-    except Exception as error:  # a damaged archive raises many types
-        raise InputError(f"{path} is not a .keras archive, or is damaged: {error}") from None
     imported = {}
     for each in objects:
         name = each.rpartition(":")[2]
@@ -96,14 +104,11 @@ def check_saved_model(path: Path, *, trust: bool = False) -> Any:
     Raises:
         InputError: It is damaged, or has an operation that Keras networks do not need.
     """
-    from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf import saved_model_pb2
 
-    try:
+    with explained(f"{path} is not a SavedModel, or is damaged"):
         saved = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
         forbidden = find_forbidden(saved)
-    except (OSError, DecodeError, IndexError) as error:
-        raise InputError(f"{path} is not a SavedModel, or is damaged: {error}") from None
     if forbidden is not None and not trust:
         raise InputError(f"{path} contains {forbidden}, which Keras networks do not need. {_TRUST}")
     return saved

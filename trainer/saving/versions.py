@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from trainer.config import Config, parse_config
@@ -28,7 +27,7 @@ from trainer.files import sha256
 from trainer.run import Run
 from trainer.saving import runtimes
 from trainer.saving.formats import MAX_POINTS_LOST, ExportFormat, find_format
-from trainer.saving.safety import check_saved_model
+from trainer.saving.safety import check_saved_model, explained
 
 _NUMBER = re.compile("[0-9]{1,18}")  # fits into 64 bits
 
@@ -81,12 +80,11 @@ def read_record(folder: Path) -> ExportRecord | None:
     Raises:
         InputError: The file is damaged.
     """
-    try:
-        return ExportRecord.model_validate_json((folder / "export.json").read_bytes())
-    except FileNotFoundError:
+    file = folder / "export.json"
+    if not file.is_file():
         return None
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(f"{folder}/export.json cannot be read: {error}") from None
+    with explained(f"{file} cannot be read"):
+        return ExportRecord.model_validate_json(file.read_bytes())
 
 
 def artefact_files(artefact: Path) -> list[Path]:
@@ -174,15 +172,10 @@ def verify(path: str | Path, *, trust: bool = False) -> tuple[Path, Verification
     return folder, compare(export_format, folder, check)
 
 
-def compare(
-    export_format: ExportFormat, folder: Path, check: dict[str, NDArray[Any]]
-) -> Verification:
+def compare(export_format: ExportFormat, folder: Path, check: dict[str, Any]) -> Verification:
     """Scores held-out images with an exported model in another process and compares the results.
 
-    Args:
-        export_format: Its format.
-        folder: The folder that it was written to.
-        check: "images", their "labels", and their "probabilities" from the float32 model.
+    `check` holds the images, their labels, and their probabilities from the float32 model.
 
     Raises:
         CheckError: The process fails, or the difference exceeds the limits of the format.

@@ -653,43 +653,6 @@ def test_a_pickle_with_another_suffix_is_not_run(
     assert content(in_tmp_path).keys() == {f"model{suffix}"}
 
 
-def reads() -> tf.Tensor:
-    return tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
-
-
-def writes() -> tf.Tensor:
-    with tf.control_dependencies([tf.io.write_file("/nowhere/at/all", "x")]):
-        return tf.constant(1.0)
-
-
-def calls() -> tf.Tensor:
-    return tf.py_function(lambda: 1.0, [], tf.float32)
-
-
-@pytest.mark.parametrize(
-    ("access", "operation"),
-    [(reads, "ReadFile"), (writes, "WriteFile"), (calls, "EagerPyFunc")],
-)
-def test_a_saved_model_that_accesses_files_or_python_is_refused(
-    access: Callable[[], tf.Tensor],
-    operation: str,
-    tmp_path: Path,
-    command: Callable[..., Any],
-) -> None:
-    module = tf.Module()
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")])
-    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + access()}
-
-    module.answer = answer
-    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": answer})
-    said = refused(command("load", tmp_path / "m"))
-    assert operation in said
-    assert "--trust" in said
-    assert command("load", tmp_path / "m", "--trust")[0] == 0
-
-
 def test_verify_checks_the_operations_before_it_runs_them(
     exported: dict[str, Path], tmp_path: Path, command: Callable[..., Any]
 ) -> None:
@@ -715,22 +678,6 @@ def test_verify_checks_the_operations_before_it_runs_them(
     (target / "export.json").write_text(json.dumps(facts))
     assert "WriteFile" in refused(command("verify", target))
     assert not written.exists()
-
-
-def test_a_file_read_into_a_constant_is_refused(tmp_path: Path) -> None:
-    module = tf.Module()
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")])
-    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        constant = tf.raw_ops.ImmutableConst(
-            dtype=tf.float32, shape=[1], memory_region_name="/etc/hostname"
-        )
-        return {"probabilities": tf.zeros((tf.shape(images)[0], 4)) + constant}
-
-    module.answer = answer
-    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": answer})
-    with pytest.raises(InputError, match="ImmutableConst"):
-        load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("code", ["evil:Layer", "TFSMLayer", "tfsmlayer", "Lambda"])

@@ -81,14 +81,10 @@ def _write_litert(
         batches = [{"images": image[np.newaxis]} for image in calibration]
         options["representative_dataset"] = tf.lite.RepresentativeDataset(lambda: iter(batches))
         options["optimizations"] = [tf.lite.Optimize.DEFAULT]
-    _export(model, spec, path, format="litert", **options)
+    _export(model, spec, calibration, path, format="litert", **options)
 
 
-def _write_onnx(model: keras.Model, spec: DataSpec, _: Images, path: Path) -> None:
-    _export(model, spec, path, format="onnx", opset_version=17)
-
-
-def _export(model: keras.Model, spec: DataSpec, path: Path, **options: Any) -> None:
+def _export(model: keras.Model, spec: DataSpec, _: Images, path: Path, **options: Any) -> None:
     """Exports with Keras, with an input `images` and an output `probabilities`."""
     images = keras.Input(spec.image_shape, dtype="uint8", name="images")
     named = keras.Model(images, {"probabilities": model(images, training=False)})
@@ -97,6 +93,8 @@ def _export(model: keras.Model, spec: DataSpec, path: Path, **options: Any) -> N
         named.export(path, input_signature=signature, verbose=False, **options)
 
 
+_write_int8 = partial(_write_litert, int8=True)
+_write_onnx = partial(_export, format="onnx", opset_version=17)
 # Another order of float32 sums changes a result by a few 1e-7 per layer. int8 has only 256 values
 # per layer, so only its accuracy is limited.
 MAX_POINTS_LOST = 0.3  # largest accepted loss of test accuracy, in percentage points
@@ -105,13 +103,7 @@ FORMATS = {
     for each in (
         ExportFormat("saved_model", ".", _write_saved_model, 1e-5),
         ExportFormat("litert", "model.tflite", _write_litert, 1e-4, ("ai_edge_litert",)),
-        ExportFormat(
-            "litert_int8",
-            "model.tflite",
-            partial(_write_litert, int8=True),
-            1.0,
-            ("ai_edge_litert",),
-        ),
+        ExportFormat("litert_int8", "model.tflite", _write_int8, 1.0, ("ai_edge_litert",)),
         ExportFormat("onnx", "model.onnx", _write_onnx, 1e-4, ("tf2onnx", "onnxruntime")),
     )
 }

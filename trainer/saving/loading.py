@@ -25,7 +25,6 @@ from trainer.saving.versions import Origin, artefact_files, find_version, read_r
 from trainer.training.weights import load_weights, save_weights
 
 _ATTRIBUTE = "trainer.origin"
-_MAX_ORIGIN_BYTES = 60_000  # a zip comment and an HDF5 attribute hold at most 64 KiB
 _KINDS = {".tflite": "litert", ".onnx": "onnx"}
 
 
@@ -115,8 +114,9 @@ def save(
     run = open_run(reference, runs_directory=runs_directory)
     model = restore(run, compiled=True)
     origin = Origin.of(run).model_dump_json()
-    where = f"the configuration and the class names of {run.name}"
-    expect(len(origin) < _MAX_ORIGIN_BYTES, where, f"under {_MAX_ORIGIN_BYTES} bytes", len(origin))
+    # A zip comment and an HDF5 attribute hold at most 64 KiB.
+    size = len(origin.encode())
+    expect(size < 60_000, "configuration and class names", "under 60000 bytes", size)
 
     def write_keras(partial: Path) -> None:
         model.save(partial, overwrite=True)
@@ -124,10 +124,8 @@ def save(
             archive.comment = origin.encode()
 
     if path.suffix == ".keras":
-        try:
+        with safety.explained(f"{path} cannot be written"):
             write_atomic(path, write_keras)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error}") from None
     else:
         save_weights(path, model, attributes={_ATTRIBUTE: origin})
     size = path.stat().st_size

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer.errors import InputError
-from trainer.saving.safety import allowed_operations, check_saved_model, find_forbidden
+from trainer.saving.safety import ALLOWED_OPERATIONS, check_saved_model, find_forbidden
 
 ROOT = Path(__file__).parents[2]
 IMAGES = tf.TensorSpec((None, 8, 8, 1), tf.uint8, name="images")
@@ -79,8 +79,8 @@ def test_the_layers_of_keras_need_allowed_operations_only(script: Any) -> None:
     unexpected = {}
     for name, layer in script.layer_classes().items():
         _, _, needed = script.first_model(layer)
-        if needed - allowed_operations():
-            unexpected[name] = needed - allowed_operations()
+        if needed - ALLOWED_OPERATIONS:
+            unexpected[name] = needed - ALLOWED_OPERATIONS
     assert not unexpected
 
 
@@ -110,9 +110,9 @@ def test_the_script_writes_the_same_list() -> None:
 
 
 def test_each_allowed_operation_is_harmless_or_reviewed(script: Any) -> None:
-    reasons = {name: script.unreviewed(name) for name in allowed_operations()}
+    reasons = {name: script.unreviewed(name) for name in ALLOWED_OPERATIONS}
     assert {name: reason for name, reason in reasons.items() if reason} == {}
-    assert script.REVIEWED.keys() <= allowed_operations()  # no unused reason
+    assert script.REVIEWED.keys() <= ALLOWED_OPERATIONS  # no unused reason
 
 
 def test_a_function_of_numbers_with_a_path_as_attribute_is_not_harmless(script: Any) -> None:
@@ -257,10 +257,10 @@ def test_every_other_registered_operation_is_refused() -> None:
     node = function.node_def.add(name="node")
     registered = {name for name in dir(tf.raw_ops) if not name.startswith("_")}
     assert len(registered) > 1400
-    assert len(allowed_operations()) < 400
+    assert len(ALLOWED_OPERATIONS) < 400
     for node.op in sorted(registered | {"DumpTensor", "XlaCallModule", "_Send", "NoSuch"}):
         expected = f"the operation {node.op} (in inner)"
-        assert find_forbidden(saved) == (None if node.op in allowed_operations() else expected)
+        assert find_forbidden(saved) == (None if node.op in ALLOWED_OPERATIONS else expected)
 
 
 # ---------------------------------------------------------------- attributes and the saver

@@ -786,8 +786,8 @@ def test_a_file_whose_loss_is_a_users_function_is_loaded_without_trust(tmp_path:
 
 
 def with_old_keys(text: str | bytes) -> str:
-    """Renames a key of a stored configuration to its name in earlier versions."""
-    origin = json.loads(text)
+    """Renames a key of a stored configuration to its name in earlier versions, and adds others."""
+    origin = json.loads(text) | {"precision": "mixed_bfloat16", "precision_difference": 0.001}
     training = origin["config"]["training"]
     training["steps_per_call"] = training.pop("steps_per_execution")
     return json.dumps(origin)

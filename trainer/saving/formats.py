@@ -14,10 +14,6 @@ import tensorflow as tf
 from trainer.data import DataSpec, Images
 from trainer.errors import InputError, did_you_mean, require_packages
 
-# Writes a float32 model from uint8 images to probabilities. The images are training images on which
-# int8 measures the range of each value.
-Write = Callable[[keras.Model, DataSpec, Images, Path], None]
-
 
 @dataclass(frozen=True)
 class ExportFormat:
@@ -25,7 +21,8 @@ class ExportFormat:
 
     name: str
     file: str  # name in the version folder; "." is the folder itself
-    write: Write
+    # Writes a float32 model. On the images, int8 measures the range of each value.
+    write: Callable[[keras.Model, DataSpec, Images, Path], None]
     max_difference: float  # largest accepted difference of a probability from the float32 model
     packages: tuple[str, ...] = ()  # modules that the extra of this name installs
 

@@ -145,9 +145,9 @@ def load(path: str | Path, *, trust: bool = False) -> LoadedModel:
         MissingError: The runtime of the format is not installed.
     """
     path = Path(path)
-    if not path.exists() and path.parent == Path():
+    if not os.path.lexists(path) and path.parent == Path():
         path = open_run(str(path)).path  # the name of a run, or "latest"
-    expect(path.exists(), "load", "a model", f"{path}: there is no such file or folder")
+    expect(os.path.lexists(path), "load", "a model", f"{path}: there is no such file or folder")
     if (path / "config.toml").is_file():
         run = open_run(str(path.absolute()))  # refuses a run that is not finished
         return _loaded(path, "run", restore(run), Origin.of(run), run.weights)

@@ -18,7 +18,6 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ _KERAS_CLASSES = re.compile(
 # In small letters: configurations may write names of layers so.
 _CODE = {"lambda", "__lambda__", "function", "tfsmlayer", "torchmodulewrapper"}
 _CODE |= {"jaxlayer", "flaxlayer"}
+_LIST = Path(__file__).with_name("allowed_operations.txt").read_text(encoding="utf-8")
+ALLOWED_OPERATIONS = {line for line in _LIST.splitlines() if not line.startswith("#")}
 _SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
 SAVER_OPERATIONS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
 # Operations that make variables and tables. TensorFlow writes their names.
@@ -114,13 +115,6 @@ def check_saved_model(path: Path, *, trust: bool = False) -> Any:
     return saved
 
 
-@cache
-def allowed_operations() -> frozenset[str]:
-    """Returns the names of the operations that need no trust."""
-    text = Path(__file__).with_name("allowed_operations.txt").read_text(encoding="utf-8")
-    return frozenset(line for line in text.splitlines() if not line.startswith("#"))
-
-
 def find_forbidden(saved: Any) -> str | None:
     """Returns a description of the first thing in a parsed SavedModel that needs trust, or None."""
     graph = saved.meta_graphs[0]
@@ -148,7 +142,7 @@ def _forbidden(nodes: Any, where: str, functions: set[str]) -> Iterator[str]:
     """Yields a description of each node that needs trust."""
     for node in nodes:
         operation = f"the operation {node.op} (in {where})"
-        if node.op not in functions and node.op not in allowed_operations():
+        if node.op not in functions and node.op not in ALLOWED_OPERATIONS:
             yield operation
         for name, value in sorted(node.attr.items()):
             # Control flow runs an operation if an attribute names it in the place of a function.

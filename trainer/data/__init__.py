@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError, expect
+from trainer.errors import InputError, expect, explain_user_code
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Images = NDArray[np.uint8]
@@ -171,7 +171,11 @@ def load(config: DataConfig) -> Dataset:
     where, function = f"data set {config.name!r}", _find(config)
     if config.name in names() and config.image_size is not None:
         raise InputError(f"{where}: data.image_size is for data sets of tensorflow-datasets only")
-    source = call_with_options(function, config, options=config.arguments, where="data.options")
+    try:
+        source = call_with_options(function, config, options=config.arguments, where="data.options")
+    except OSError as error:
+        reason = explain_user_code(error) or error
+        raise InputError(f"{where} cannot be read: {reason}") from error
     expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
     _check_class_names(source.class_names, where)
     checked: Any = {split: _checked(source, split) for split in SPLITS}

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.devices import free_bytes, require_driver
+from trainer.devices import require_driver
 from trainer.errors import MissingError
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +118,17 @@ def trainer(*arguments: str, variables: dict[str, str] | None = None) -> str:
         last = done.stderr.strip().rpartition("\n")[2]
         raise RuntimeError(f"trainer {arguments[0]}: exit code {done.returncode}: {last}")
     return done.stdout
+
+
+def free_bytes(device: str) -> int | None:
+    """Returns the free memory of GPU:N as nvidia-smi reports it; None for the CPU."""
+    kind, _, index = device.partition(":")
+    if kind == "CPU":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    command = ["nvidia-smi", f"--id={visible[int(index)] if any(visible) else index}"]
+    command += ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    return int(subprocess.check_output(command, text=True)) * 2**20
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from tensorflow.python.eager import context
 
 from trainer.config import load_config
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
-from trainer.tensorflow_internals import check_kernels
+from trainer.kernel_internals import check_kernels
 
 # A module of a user: operations without a GPU kernel, or without an XLA kernel.
 OWN_LAYERS = """

@@ -292,7 +292,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
             "layers.0: unknown key 'x': available: name, options",
         ),
         (["fit", "configs/debug.toml", "--set", "data.image_size=[8, 8]"], 2, "data.image_size"),
-        (["fit", "--set", "data.name='..'"], 2, "unknown data set"),
+        (["fit", "--set", "data.name='..'"], 2, "data set '..' cannot be opened"),
         (["fit", "configs/debug.toml", "--set", "logging.directory=a_file"], 2, "a_file"),
         (["fit", "configs/debug.toml", "--device", "gpu:x"], 2, "training.device"),
         (["evaluate", "nothing"], 2, "there is no run in runs"),

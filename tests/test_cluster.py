@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from trainer import fit, load_config
-from trainer.cluster import Cluster, read_cluster
+from trainer.cluster import Cluster, ClusterDevices
+from trainer.devices import read_cluster
 from trainer.errors import InputError, MissingError
 
 LOCAL_CLUSTER = Path(__file__).parent.parent / "scripts" / "local_cluster.py"
@@ -64,16 +65,12 @@ def test_tf_config_names_the_workers_and_the_chief_comes_first(
     assert read_cluster() is None
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1))
     cluster = read_cluster()
-    assert cluster == Cluster(tuple(TWO), 1, "TF_CONFIG")
+    assert cluster == Cluster(tuple(TWO), 1)
     assert not cluster.chief
     # As Kubeflow writes it.
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO, 1, chief=["[::1]:2222"]))
     cluster = read_cluster()
-    assert cluster == Cluster(("[::1]:2222", *TWO), 2, "TF_CONFIG")
-    resolver = cluster.resolver(3)
-    assert (resolver.task_type, resolver.task_id) == ("worker", 2)
-    assert resolver.num_accelerators() == {"GPU": 3}
-    assert resolver.cluster_spec().as_dict() == {"worker": ["[::1]:2222", *TWO]}
+    assert cluster == Cluster(("[::1]:2222", *TWO), 2)
     monkeypatch.setenv("TF_CONFIG", tf_config(TWO[:1]))
     assert read_cluster() is None  # one worker trains alone
 
@@ -84,12 +81,13 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in step.items():
         monkeypatch.setenv(f"SLURM_STEP_{name}", value)
     monkeypatch.setenv("SLURM_PROCID", "2")
-    expected = Cluster(("n01:8888", "n01:8889", "n02:8888"), 2, "SLURM")
+    expected = Cluster(("n01:8888", "n01:8889", "n02:8888"), 2)
     assert read_cluster() == expected
     monkeypatch.setenv("SLURMD_NODENAME", "n02")
     assert read_cluster() == expected
     monkeypatch.setenv("SLURMD_NODENAME", "n01")
-    with pytest.raises(InputError, match="expected task 2 on n02, it runs on n01"):
+    wrong = "task 2 runs on n01, TensorFlow's resolver: expected .* received n02"
+    with pytest.raises(InputError, match=wrong):
         read_cluster()
     for variable, value in [
         ("STEP_NODELIST", "n[01-"),
@@ -98,38 +96,35 @@ def test_a_slurm_job_step_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> 
         ("STEP_NUM_TASKS", "x"),
     ]:
         monkeypatch.setenv(f"SLURM_{variable}", value)
-        expected = rf"expected a job step, received .*SLURM_{variable} = '{re.escape(value)}'"
-        with pytest.raises(InputError, match=expected):
+        with pytest.raises(InputError, match="SLURM: expected the variables of a job step"):
             read_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert read_cluster() is None
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "text",
     [
-        ("", "TF_CONFIG: expected {"),
-        ("{", "TF_CONFIG: expected {.*Invalid JSON"),
-        ("[]", "TF_CONFIG: expected {.*received"),
-        ('{"cluster": {}}', "task: Field required"),
-        (tf_config(TWO, "0"), "task.index: .*received '0'"),
-        (tf_config(TWO, -1), "task.index: .*received -1"),
-        (tf_config(TWO, 2), "expected a task of the cluster, received .*'index': 2"),
-        (tf_config([]), "expected a task of the cluster, received .*'worker': "),
-        (tf_config(["no-port", TWO[0]]), "cluster.worker.0: .*received 'no-port'"),
-        (tf_config(["a:\uff11", TWO[0]]), "cluster.worker.0: .*should match"),
-        (tf_config(["a:70000", TWO[0]]), "expected ports from 1 to 65535, received .*'a:70000'"),
-        (tf_config([TWO[0], TWO[0]]), "expected each address once, received .*127.0.0.1:9001"),
-        (tf_config(TWO, ps=["a:1"]), r"jobs chief .* and worker; cluster.ps: .*received \['a:1'\]"),
-        (tf_config(TWO, chief=["a:1", "b:1"]), r"chief \(at most one\).* cluster.chief: "),
+        "",
+        "{",
+        "[]",
+        '{"cluster": {}}',
+        tf_config(TWO, "0"),
+        tf_config(TWO, -1),
+        tf_config(TWO, 2),
+        tf_config([]),
+        tf_config(["no-port", TWO[0]]),
+        tf_config(["a:70000", TWO[0]]),
+        tf_config([TWO[0], TWO[0]]),
+        tf_config(TWO, ps=["a:1"]),
+        tf_config(TWO, chief=["a:1", "b:1"]),
     ],
 )
-def test_wrong_tf_config_is_refused(
-    text: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_tf_config_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match="TF_CONFIG: expected") as refused:
         read_cluster()
+    assert str(refused.value).endswith(f"received {text!r}")
 
 
 def test_the_command_reports_a_wrong_tf_config_in_one_line(
@@ -148,7 +143,7 @@ def test_the_command_reports_a_wrong_tf_config_in_one_line(
 def test_workers_wait_for_each_other() -> None:
     """Even if one of them starts late."""
     addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
-    clusters = [Cluster(addresses, index, "TF_CONFIG") for index in range(3)]
+    clusters = [Cluster(addresses, index) for index in range(3)]
     everyone = threading.Barrier(3)
 
     def work(cluster: Cluster) -> None:
@@ -168,26 +163,41 @@ def test_a_missing_worker_is_named_after_the_time_limit() -> None:
     ours, nobodys = free_ports(2)
     addresses = (f"127.0.0.1:{ours}", f"127.0.0.1:{nobodys}", "there-is-no-such-host.invalid:1")
     with pytest.raises(InputError) as refused:
-        Cluster((*addresses, "a..b:1"), 0, "TF_CONFIG").wait_for_workers(0.3)
+        Cluster((*addresses, "a..b:1"), 0).wait_for_workers(0.3)
     said = str(refused.value)
     assert said.startswith(
-        "TF_CONFIG: expected every worker within 0.3 s (training.cluster_timeout_seconds), "
+        "cluster: expected every worker within 0.3 s (training.cluster_timeout_seconds), "
         f"missing: task 1 at 127.0.0.1:{nobodys} (Connection refused), "
         "task 2 at there-is-no-such-host.invalid:1 ("
     )
     assert ", task 3 at a..b:1 (" in said
 
 
+def test_workers_with_different_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: Any = None
+    cluster = ClusterDevices(("CPU:0",), alone, Cluster(tuple(TWO), 1))
+    sent: list[Any] = []
+
+    def gather(_: ClusterDevices, values: Any) -> Any:
+        sent.append(values)
+        return np.array([sent[0], values])
+
+    monkeypatch.setattr(ClusterDevices, "all_gather", gather)
+    cluster.require_same({"training.seed": 0, "data": "a"})  # this is the chief's
+    cluster.require_same({"training.seed": 0, "data": "a"})
+    with pytest.raises(InputError, match=r"received different training.seed$"):
+        cluster.require_same({"training.seed": 1, "data": "a"})
+
+
 def test_port_in_use_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        cluster = Cluster((address, "127.0.0.1:1"), 0, "TF_CONFIG")
-        with pytest.raises(
-            InputError, match=rf"port \d+ of {address}, the address of this task, is in use"
-        ):
+        cluster = Cluster((address, "127.0.0.1:1"), 0)
+        with pytest.raises(InputError, match=rf"port \d+ of task 0 .*{address}, .*in use"):
             cluster.wait_for_workers(60)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_agree_end_with_the_traceback_of_the_waiting_line(
     tmp_path: Path,
 ) -> None:
@@ -208,14 +218,14 @@ def test_workers_that_cannot_agree_end_with_the_traceback_of_the_waiting_line(
     for process in processes:
         code, _, err = ended(process)
         assert code != 0
-        assert "devices.py" in err or "missing: task 1" in err, err
+        assert "cluster.py" in err or "missing: task 1" in err, err
 
 
 def test_errors_about_lost_workers_name_them() -> None:
     import tensorflow as tf
 
     nobodys, ours = free_ports(2)
-    cluster = Cluster((f"127.0.0.1:{nobodys}", f"127.0.0.1:{ours}"), 1, "TF_CONFIG")
+    cluster = Cluster((f"127.0.0.1:{nobodys}", f"127.0.0.1:{ours}"), 1)
     error = tf.errors.UnavailableError(None, None, "/job:worker/replica:0/task:0 is gone")
     expected = rf"lost task 0 \(chief\) at 127.0.0.1:{nobodys}: again"
     with pytest.raises(MissingError, match=expected), cluster.watched("again"):
@@ -234,10 +244,10 @@ def test_a_worker_that_hangs_is_named() -> None:
     for said, index, expected in [
         (f"{task}1 unhealthy, debug info: heartbeat timeout", 0, f"task 1 at {addresses[1]}"),
         (f"{task}0 unhealthy, debug info: heartbeat timeout", 2, f"task 0 .* at {addresses[0]}"),
-        (f"{task}2 unhealthy (from {task}0)", 1, f"task 2 at {addresses[2]}"),
+        (f"{task}2 unhealthy (from {task}0)", 1, f"task 0 .* or task 2 at {addresses[2]}"),
         ("CoordinationService does not answer", 2, f"task 0 .* at {addresses[0]}"),
     ]:
-        cluster = Cluster(addresses, index, "TF_CONFIG")
+        cluster = Cluster(addresses, index)
         error = tf.errors.UnavailableError(None, None, said)
         with pytest.raises(MissingError, match=f"lost {expected}: again"), cluster.watched("again"):
             raise error
@@ -400,23 +410,3 @@ def worker(process: subprocess.Popen[str], index: int) -> psutil.Process:
     children = psutil.Process(process.pid).children()
     workers = [child for child in children if "trainer" in child.cmdline()]
     return sorted(workers, key=lambda child: child.create_time())[index]
-
-
-def test_workers_with_different_settings_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.toml").touch()
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "trainer", "fit", "empty.toml", *changes(SETTINGS | seed)],
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TF_CONFIG": tf_config(addresses, index)},
-        )
-        for index, seed in enumerate([{"training.seed": 0}, {"training.seed": 1}])
-    ]
-    for process in processes:
-        code, _, err = ended(process)
-        assert code == 2
-        assert "task 1 differs from the chief in training.seed\n" in err
-    assert not (tmp_path / "runs").exists()

@@ -17,7 +17,7 @@ from trainer import devices
 from trainer.config import Config, load_config
 from trainer.errors import InputError
 from trainer.experiment import Experiment
-from trainer.tensorflow_internals import check_kernels
+from trainer.kernel_internals import check_kernels
 from trainer.training.callbacks import Callback, TensorBoardCurves
 from trainer.training.loop import CallRecord
 
@@ -54,8 +54,9 @@ def cases(every: bool) -> list[Any]:
     combinations = list(itertools.product(PLACEMENTS, PRECISIONS, DEVICES))
     found = list(itertools.product(CONFIGS, combinations))
     if not every:
-        # 5 has no factor in common with 12: no combination comes twice.
-        found = [(path, combinations[5 * i % 12]) for i, path in enumerate(CONFIGS)]
+        # 5 has no factor in common with 12: no combination comes twice. The configurations with
+        # augmentation come out on one device: on two, their tracing takes long.
+        found = [(path, combinations[(5 * i + 1) % 12]) for i, path in enumerate(CONFIGS)]
     return [pytest.param(p, *c, id="-".join((p.stem, *c))) for p, c in found]
 
 

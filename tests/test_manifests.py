@@ -12,7 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from trainer.cluster import Cluster, read_cluster
+from trainer.cluster import Cluster
+from trainer.devices import read_cluster
 
 FOLDER = Path(__file__).parent.parent / "scripts" / "cluster"
 SLURM = FOLDER / "slurm.sh"
@@ -91,7 +92,7 @@ def test_kubernetes_starts_workers_that_know_each_other(
     for index in range(count):
         (noted,) = run("bash", "-c", SCRIPT, JOB_COMPLETION_INDEX=str(index), **given)
         monkeypatch.setenv("TF_CONFIG", noted["variables"]["TF_CONFIG"])
-        expected = Cluster(tuple(f"{host}:{port}" for host in hosts), index, "TF_CONFIG")
+        expected = Cluster(tuple(f"{host}:{port}" for host in hosts), index)
         assert read_cluster() == expected
         assert noted["arguments"][:3] == ["fit", "--name", given["NAME"]]
 
@@ -117,7 +118,7 @@ def test_slurm_starts_workers_and_goes_on(run: Run, monkeypatch: pytest.MonkeyPa
         for name, value in noted["variables"].items():
             if name.startswith("SLURM_"):
                 monkeypatch.setenv(name, value)
-        assert read_cluster() == Cluster(("n1:8888", "n2:8888"), index, "SLURM")
+        assert read_cluster() == Cluster(("n1:8888", "n2:8888"), index)
     make_run("mine", "config.toml")
     started = run(str(SLURM), "configs/debug.toml", NAME="mine")
     assert [noted["arguments"] for noted in started] == [["fit", "--resume", "mine"]] * 2

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
-from trainer.cluster import Cluster
 from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
@@ -31,6 +30,9 @@ from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
 from trainer.training.step import compute_loss, find_step, metric_tensors, train_step
 from trainer.training.weights import load_weights
+
+if TYPE_CHECKING:
+    from trainer.cluster import Cluster
 
 # Names that a metric must not have, because logs and results already contain them.
 _RESERVED = frozenset(
@@ -141,7 +143,7 @@ def build_experiment(
     timer: PhaseTimer,
     selected: Devices | None = None,
     *,
-    cluster: Cluster | None = None,
+    cluster: "Cluster | None" = None,
     restored: Run | None = None,
 ) -> Experiment:
     """Selects devices, loads data, builds and compiles the model, and checks that they fit.

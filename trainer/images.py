@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trainer.data import NPY_ERRORS, DataSpec, Images
+from trainer.data import DataSpec, Images
 from trainer.errors import InputError, expect
 
 # An image with more pixels is refused before it is decoded.
@@ -69,7 +69,7 @@ def _read_array(path: Path, spec: DataSpec) -> Images:
     """Returns the images of a .npy file, uint8 [n, height, width, channels]."""
     try:
         found = np.lib.format.open_memmap(path, mode="r")
-    except NPY_ERRORS as error:
+    except Exception as error:  # numpy parses the header as Python literals
         raise InputError(f"{path} is not a .npy array: {error}") from None
     array = found[..., np.newaxis] if found.shape[-2:] == spec.image_shape[:2] else found
     array = array[np.newaxis] if array.ndim == 3 else array

@@ -6,20 +6,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from trainer.cluster import Cluster
 from trainer.environment import describe_environment
 from trainer.errors import CheckError, InputError, explain_user_code, shell_command
 from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
 from trainer.run import Run
-from trainer.tensorflow_internals import KernelReport
 from trainer.training.averaging import AveragedWeights, averages_weights
 from trainer.training.batches import Batches
 from trainer.training.callbacks import (
@@ -36,6 +34,10 @@ from trainer.training.checkpoint import Checkpoint, Checkpoints
 from trainer.training.loop import Loop
 from trainer.training.signals import Signals
 from trainer.training.weights import save_weights
+
+if TYPE_CHECKING:
+    from trainer.cluster import Cluster
+    from trainer.kernel_internals import KernelReport
 
 _log = logging.getLogger(__name__)
 
@@ -280,7 +282,7 @@ def score(
     return scores, probabilities
 
 
-def watched(cluster: Cluster | None, run: str | None = None) -> AbstractContextManager[None]:
+def watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContextManager[None]:
     """Raises MissingError if a worker is lost, with the command to continue; see `Cluster`."""
     if cluster is None:
         return nullcontext()

@@ -15,8 +15,8 @@ import tensorflow as tf
 from rich.console import Console
 
 from trainer import devices
-from trainer.cluster import read_cluster
 from trainer.config import Config
+from trainer.devices import read_cluster
 from trainer.errors import InputError
 from trainer.experiment import (
     Experiment,

@@ -107,80 +107,58 @@ def test_splits_that_are_given_are_left_as_they_are(own_module: Callable[[str], 
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    "line_and_message",
     [
-        (
-            "images = images / 255",
-            "data set 'own', train: expected images as uint8 [n, height, width, channels], "
-            "received float64 [20, 4, 3, 1]",
-        ),
-        ("images = images[..., 0]", "received uint8 [20, 4, 3]"),
-        ("labels = labels[:-1]", "received 20 images and labels of shape [19]"),
-        ("labels = np.eye(2, dtype=int)[labels]", "received 20 images and labels of shape [20, 2]"),
-        ("labels = labels / 1", "expected integer labels, received float64"),
-        ("labels = labels + 1", "expected labels from 0 to 1, received 1 to 2"),
-        ("labels = labels - 1", "expected labels from 0 to 1, received -1 to 0"),
-        ("labels = labels * 0 - 1", "train: expected labels from 0 to 1, received -1 to -1"),
-        (
-            "test = images[:5], labels[:5] - 1",
-            "test: expected labels from 0 to 1, received -1 to 0",
-        ),
-        ("images, labels = images[:0], labels[:0]", "at least one, received 0 images"),
-        (
-            "test = images[:5], labels[:4]",
-            "data set 'own', test: expected as many labels as images",
-        ),
-        (
-            "test = images[:5, :2], labels[:5]",
-            "data set 'own', test: expected images of shape [4, 3, 1] as in train, "
-            "received [2, 3, 1]",
-        ),
-        ("validation = images[:5], labels[:5] + 7", "data set 'own', validation: expected labels"),
-        ("images, labels = images[:2], labels[:2]", "none of its 2 training images is left"),
+        ("images = images / 255", "train: expected uint8 images", "received float64 [20, 4, 3, 1]"),
+        ("images = images[..., 0]", "uint8 images", "received uint8 [20, 4, 3] and int64 [20]"),
+        ("labels = labels[:-1]", "n integer labels", "received uint8 [20, 4, 3, 1] and int64 [19]"),
+        ("labels = np.eye(2, dtype=int)[labels]", "n integer labels", "and int64 [20, 2]"),
+        ("labels = labels / 1", "n integer labels", "and float64 [20]"),
+        ("labels = labels + 1", "expected labels from 0 to 1", "received 1 to 2"),
+        ("labels = labels - 1", "expected labels from 0 to 1", "received -1 to 0"),
+        ("labels = labels * 0 - 1", "train: expected labels from 0 to 1", "received -1 to -1"),
+        ("test = images[:5], labels[:5] - 1", "test: expected labels from", "received -1 to 0"),
+        ("images, labels = images[:0], labels[:0]", "train: expected", "received uint8 [0, 4, 3"),
+        ("test = images[:5], labels[:4]", "data set 'own', test: expected", "and int64 [4]"),
+        ("test = images[:5, :2], labels[:5]", "test: expected", "of one size", "[5, 2, 3, 1]"),
+        ("validation = images[:5], labels[:5] + 7", "'own', validation: expected labels"),
+        ("images, labels = images[:2], labels[:2]", "images that are left", "received 2 images"),
     ],
+    ids=lambda value: value[0],
 )
 def test_arrays_that_a_network_could_learn_only_by_mistake_are_refused(
-    line: str, expected: str, own_module: Callable[[str], None]
+    line_and_message: tuple[str, ...], own_module: Callable[[str], None]
 ) -> None:
+    line, *parts = line_and_message
     own_module(line)
     with pytest.raises(InputError) as refused:
         load(DataConfig(name="own"))
-    assert expected in str(refused.value)
+    for part in parts:
+        assert part in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("names", "received"),
     [
-        (
-            ["a", "b\ud800"],
-            r"class 1: expected a name that can be printed, received 'b\ud800' with U+D800",
-        ),
-        (["a\nb", "b"], "received 'a\\nb' with U+000A"),
-        (["a", "\tb"], "with U+0009"),
-        (["a", "b\0"], "with U+0000"),
-        (["a", "\x1b[31mred"], "with U+001B"),
-        (["\ufeffa", "b"], "with U+FEFF"),
-        (["a", "\u202eb"], "with U+202E"),
-        (["a", "b\u2028c"], "with U+2028"),
-        (["a", ""], "class 1: expected a name that can be printed, received ''"),
-        ([" ", "b"], "class 0: expected a name that can be printed, received ' '"),
-        (["\u200d ", "b"], "class 0: expected a name that can be printed"),
-        (["a", "x" * 9999 + "\n"], f"received '{'x' * 40}' with U+000A"),
-        (["a", "a"], "class 1: expected a different name, received 'a' as for class 0"),
-        (["b", "caf\u00e9", "cafe\u0301"], "received 'cafe\\u0301' as for class 1"),
-        (["a b", " a  b "], "received ' a  b ' as for class 0"),
-        ([0, 1], "class 0: expected a name of type str, received int"),
-        (["a", None], "class 1: expected a name of type str, received NoneType"),
-        (["a", b"b"], "class 1: expected a name of type str, received bytes"),
+        (["a", "b\ud800"], r"'b\ud800'"),
+        (["a\nb", "b"], r"'a\nb'"),
+        (["a", "\x1b[31mred"], r"'\x1b[31mred'"),
+        (["\ufeffa", "b"], r"'\ufeffa'"),
+        (["a", "\u202eb"], r"'\u202eb'"),
+        (["a", ""], "''"),
+        (["\u200d ", "b"], r"'\u200d '"),
+        ([0, 1], "0"),
+        (["a", None], "None"),
+        (["a", "a"], "expected 2 class names, received 1 different"),
     ],
 )
 def test_class_names_that_cannot_be_shown_are_refused(
-    names: list[Any], expected: str, own_module: Callable[[str], None]
+    names: list[Any], received: str, own_module: Callable[[str], None]
 ) -> None:
     own_module(f"names = {names!a}")
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match=r"data set 'own': expected .*class names") as refused:
         load(DataConfig(name="own"))
-    assert expected in str(refused.value)
+    assert str(refused.value).endswith(received)
     assert str(refused.value).isprintable()
 
 
@@ -210,7 +188,7 @@ def test_a_class_without_training_images_is_named(
     own_module("labels = labels * 0")
     dataset = load(DataConfig(name="own"))
     assert caplog.messages == [
-        "1 of 2 classes of own have no training images and cannot be learned: 'odd'"
+        "data set 'own': 1 classes have no training images: see `trainer data info`"
     ]
     assert dataset.train.class_counts(2) == [len(dataset.train), 0]
 
@@ -409,7 +387,7 @@ def test_rows_of_a_file_are_read_in_any_order_and_a_shortened_file_is_refused(
 
     with (tmp_path / "images.npy").open("r+b") as file:
         file.truncate(mapped.offset + 20 * 6)
-    with pytest.raises(InputError, match=r"images.npy: expected 12 bytes of 2 images, read 6"):
+    with pytest.raises(InputError, match=r"images.npy: expected 12 bytes of images, received 6"):
         split.read(np.array([9, 12]))
 
 

@@ -27,7 +27,7 @@ from trainer.benchmark.timing import Budget, Measurement
 from trainer.config import Config
 from trainer.errors import CheckError, InputError
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
-from trainer.tensorflow_internals import xla_refusal
+from trainer.kernel_internals import xla_refusal
 from trainer.training.batches import Batches
 from trainer.training.step import compute_loss
 

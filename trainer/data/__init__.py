@@ -12,9 +12,6 @@ import mmap
 import os
 import pkgutil
 import sys
-import textwrap
-import tokenize
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -37,14 +34,8 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
-# Errors of numpy for a file that is not an array: it parses the header as Python literals.
-NPY_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),
-)
-
 # Zero-width joiner and non-joiner. They are not printable, but words and emoji contain them.
-_JOINERS = "\u200c\u200d"
+_JOINERS = str.maketrans("", "", "\u200c\u200d")
 
 
 class DataSpec(BaseModel):
@@ -87,17 +78,13 @@ class Split:
 
     def class_counts(self, classes: int) -> list[int]:
         """Returns the number of images of each class."""
-        return [int(count) for count in np.bincount(self.labels[self.rows], minlength=classes)]
+        return cast("list[int]", np.bincount(self.labels[self.rows], minlength=classes).tolist())
 
     def sample(self, count: int, seed: int) -> "Split":
-        """Draws images at random, in proportion to their classes and at least one per class.
+        """Returns a random sample, in proportion to the classes and with at least one of each.
 
-        Args:
-            count: Number of images. With fewer images than classes, some classes have none.
-            seed: The same seed draws the same images.
-
-        Returns:
-            The images in the order of this split; this split if it has at most `count` images.
+        The images are in the order of this split. A split of at most `count` images is returned
+        unchanged. With fewer images than classes, some classes have none.
         """
         if count >= len(self):
             return self
@@ -115,40 +102,25 @@ class Split:
     def read(self, positions: NDArray[np.int64] | slice = slice(None)) -> tuple[Images, Labels]:
         """Returns copies of the images and labels at some positions of the split.
 
+        Rows of a memory map are read from its file. Reading them through the map would add the
+        pages around them to the memory of this process (docs/performance.md, Growth).
+
         Args:
             positions: int64 [k] in [0, n), or a slice.
-
-        Raises:
-            InputError: The file of the images has become shorter.
         """
-        rows, images = self.rows[positions], self.images
+        rows = self.rows[positions]
+        images: Any = self.images
         # Not for a slice of a map or a writable map: the file at `offset` may differ from it.
-        if (
-            isinstance(images, np.memmap)
-            and isinstance(images.base, mmap.mmap)
-            and images.mode == "r"
-            and images.flags.c_contiguous
-        ):
-            return _read_rows(images, rows), self.labels[rows]
-        return np.asarray(images[rows]), self.labels[rows]
-
-
-def _read_rows(images: "np.memmap[Any, Any]", rows: NDArray[np.int64]) -> Images:
-    """Reads rows of a memory map directly from its file.
-
-    Reading them through the map would add the pages around them to the memory of this process
-    (docs/performance.md, Growth).
-    """
-    found = np.empty((len(rows), *images.shape[1:]), np.uint8)
-    offsets = images.offset + rows * int(np.prod(images.shape[1:]))
-    with Path(str(images.filename)).open("rb", buffering=0) as file:
-        # map() runs no Python code between the reads: that would take as long as the reads.
-        count = sum(map(os.preadv, repeat(file.fileno()), zip(found), offsets.tolist()))
-    if count != found.nbytes:
-        raise InputError(
-            f"{images.filename}: expected {found.nbytes} bytes of {len(rows)} images, read {count}"
-        )
-    return found
+        whole = isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)
+        if not (whole and images.mode == "r" and images.flags.c_contiguous):
+            return np.asarray(images[rows]), self.labels[rows]
+        found = np.empty((len(rows), *images.shape[1:]), np.uint8)
+        offsets = images.offset + rows * int(np.prod(images.shape[1:]))
+        with Path(images.filename).open("rb", buffering=0) as file:
+            # map() runs no Python code between the reads: that would take as long as the reads.
+            count = sum(map(os.preadv, repeat(file.fileno()), zip(found), offsets.tolist()))
+        expect(count == found.nbytes, images.filename, f"{found.nbytes} bytes of images", count)
+        return found, self.labels[rows]
 
 
 @dataclass(frozen=True)
@@ -164,8 +136,7 @@ class Dataset:
         """Returns a split by its name: "train", "validation" or "test"."""
         if name not in SPLITS:
             raise InputError(f"expected a split: train, validation or test; received {name!r}")
-        split: Split = getattr(self, name)
-        return split
+        return cast("Split", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -194,29 +165,26 @@ def names() -> list[str]:
 def load(config: DataConfig) -> Dataset:
     """Loads the data set that a configuration names, and holds out validation images.
 
-    Args:
-        config: Its `name` is a module of this folder or a data set of tensorflow-datasets.
-
     Raises:
         InputError: The data set is unknown, damaged or not available.
     """
+    where, function = f"data set {config.name!r}", _find(config)
     if config.name in names() and config.image_size is not None:
-        raise InputError(
-            f"data.image_size is for data sets of tensorflow-datasets, but {config.name!r} is a "
-            "module of trainer/data: its options set the image size"
-        )
-    function = _find(config)
+        raise InputError(f"{where}: data.image_size is for data sets of tensorflow-datasets only")
     try:
         source = call_with_options(function, config, options=config.arguments, where="data.options")
-    except (OSError, MemoryError) as error:
-        reason = explain_user_code(error) or str(error)
-        raise InputError(f"data set {config.name!r} cannot be read: {reason}") from error
-    where = f"data set {config.name!r}"
+    except OSError as error:
+        reason = explain_user_code(error) or error
+        raise InputError(f"{where} cannot be read: {reason}") from error
     expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
-    check_class_names(source.name, source.class_names)
-    usable: Any = {split: _usable_examples(source, split) for split in SPLITS}
-    dataset = _make_splits(replace(source, **usable), config)
-    _warn_about_untrained_classes(dataset)
+    _check_class_names(source.class_names, where)
+    checked: Any = {split: _checked(source, split) for split in SPLITS}
+    dataset = _make_splits(replace(source, **checked), config)
+    untrained = dataset.train.class_counts(dataset.spec.class_count).count(0)
+    if untrained:
+        _log.warning(
+            "%s: %d classes have no training images: see `trainer data info`", where, untrained
+        )
     return dataset
 
 
@@ -228,9 +196,7 @@ def resolve(config: DataConfig) -> DataConfig:
 def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Decodes a data set, stores the arrays, and returns the `DataSpec` as a dictionary.
 
-    Args:
-        config: Contains the name of the data set.
-        overwrite: Replace stored arrays; they are removed once the new ones are complete.
+    With `overwrite`, stored arrays are removed once the new ones are complete.
     """
     from trainer.data import tfds
 
@@ -240,39 +206,26 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
 
 
 def describe(config: DataConfig) -> dict[str, Any]:
-    """Loads a data set and verifies the checksums of all its files.
+    """Returns the `DataSpec` with the number of images of each class in each split.
 
-    Returns:
-        The `DataSpec` as a dictionary, with the number of images of each class in each split.
+    The checksums of all files are verified; `load` verifies them only up to `device_limit_mb`.
     """
-    # `load` verifies checksums only of data sets up to this size.
     data = load(config.model_copy(update={"device_limit_mb": sys.maxsize}))
     classes = data.spec.class_names
-    counts = {
-        name: dict(zip(classes, data.split(name).class_counts(len(classes)), strict=True))
-        for name in SPLITS
-    }
-    return data.spec.model_dump(mode="json") | {"class_counts": counts}
+    counts = {name: data.split(name).class_counts(len(classes)) for name in SPLITS}
+    named = {name: dict(zip(classes, each, strict=True)) for name, each in counts.items()}
+    return data.spec.model_dump(mode="json") | {"class_counts": named}
 
 
-def check_class_names(data_set: str, class_names: Sequence[str]) -> None:
-    """Refuses class names that cannot be printed or that look the same.
-
-    Raises:
-        InputError: A name is not text, is blank, contains a character that cannot be printed (a
-            line break, half of a surrogate pair), or looks like another name.
-    """
-    labels: dict[str, int] = {}
-    for label, name in enumerate(class_names):
-        where = f"data set {data_set!r}, class {label}"
-        expect(isinstance(name, str), where, "a name of type str", type(name).__name__)
-        shown = ascii(name[:40])
-        wrong = [f" with U+{ord(c):04X}" for c in name if not (c.isprintable() or c in _JOINERS)]
-        printable = not wrong and name.strip(f" {_JOINERS}")
-        expect(printable, where, "a name that can be printed", shown + "".join(wrong[:1]))
-        printed = " ".join(unicodedata.normalize("NFC", name).split())
-        other = labels.setdefault(printed, label)
-        expect(other == label, where, "a different name", f"{shown} as for class {other}")
+def _check_class_names(class_names: Sequence[str], where: str) -> None:
+    """Refuses names that cannot be printed (a line break, half of a surrogate pair)."""
+    for name in class_names:
+        text = name.translate(_JOINERS) if isinstance(name, str) else ""
+        printable = text.strip() and text.isprintable()
+        expect(printable, where, "class names of printable text", ascii(name)[:60])
+    different = len(set(class_names))
+    expected = f"{len(class_names)} class names"
+    expect(different == len(class_names), where, expected, f"{different} different")
 
 
 def fingerprint(examples: Sequence[Examples]) -> str:
@@ -285,24 +238,16 @@ def fingerprint(examples: Sequence[Examples]) -> str:
     return digest.hexdigest()
 
 
+def module_function(package: str, name: str, function: str) -> Callable[..., Any]:
+    """Returns `load` or `build` of a module of trainer/data or trainer/models."""
+    module = importlib.import_module(f"{package}.{name}")
+    found = getattr(module, function, None)
+    expect(callable(found), str(module.__file__), f"a function {function}()", found)
+    return cast("Callable[..., Any]", found)
+
+
 def _find(config: DataConfig) -> Callable[..., Any]:
-    """Returns the function that loads the data set of a configuration."""
-    name = config.name if config.name in names() else "tfds"
-    module = importlib.import_module(f"{__name__}.{name}")
-    function = getattr(module, "load", None)
-    if not callable(function):
-        raise InputError(f"{module.__file__}: expected a function load(config, **options)")
-    return cast("Callable[..., Any]", function)
-
-
-def _warn_about_untrained_classes(dataset: Dataset) -> None:
-    class_names = dataset.spec.class_names
-    counts = dataset.train.class_counts(len(class_names))
-    missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
-    if missing:
-        shown = textwrap.shorten(", ".join(map(repr, missing)), 300, placeholder=" …")
-        classes = f"{len(missing)} of {len(class_names)} classes of {dataset.spec.name}"
-        _log.warning("%s have no training images and cannot be learned: %s", classes, shown)
+    return module_function(__name__, config.name if config.name in names() else "tfds", "load")
 
 
 def _make_splits(source: Source, config: DataConfig) -> Dataset:
@@ -310,22 +255,20 @@ def _make_splits(source: Source, config: DataConfig) -> Dataset:
     # RandomState draws the same permutation in every version of numpy; default_rng may not.
     order = np.random.RandomState(config.split_seed).permutation(len(source.train[0]))
     splits: dict[str, Split] = {}
-    for name, examples, fraction in (
-        ("test", source.test, config.test_fraction),
-        ("validation", source.validation, config.validation_fraction),
+    for name, fraction in (
+        ("test", config.test_fraction),
+        ("validation", config.validation_fraction),
     ):
+        examples: Examples | None = getattr(source, name)
         if examples is None:
             count = max(1, round(fraction * len(source.train[0])))
             held_out, order = order[:count], order[count:]
-            splits[name] = _split(source.train, np.sort(held_out))
+            splits[name] = Split(*source.train, np.sort(held_out))
         else:
-            splits[name] = _split(examples, np.arange(len(examples[0])))
-    if not len(order):
-        raise InputError(
-            f"data set {source.name!r}: none of its {len(source.train[0])} training images is left "
-            "after validation and test images are held out"
-        )
-    splits["train"] = _split(source.train, np.sort(order))
+            splits[name] = Split(*examples, np.arange(len(examples[0])))
+    expected = "training images that are left after validation and test images are held out"
+    expect(len(order), f"data set {source.name!r}", expected, f"{len(source.train[0])} images")
+    splits["train"] = Split(*source.train, np.sort(order))
     if config.train_on_validation:
         splits["train"] = _joined(splits["train"], splits["validation"])
     given = [s for s in (source.train, source.validation, source.test) if s is not None]
@@ -350,42 +293,25 @@ def _joined(one: Split, other: Split) -> Split:
     return Split(np.concatenate([images, more_images]), labels, np.arange(len(labels)))
 
 
-def _split(examples: Examples, rows: NDArray[np.int64]) -> Split:
-    return Split(examples[0], np.asarray(examples[1], dtype=np.int32), rows)
-
-
-def _usable_examples(source: Source, split: str) -> Examples | None:
-    """Returns the examples of a split; None if it has none or only negative labels.
-
-    Raises:
-        InputError: The arrays do not fit the contract of `Source`.
-    """
+def _checked(source: Source, split: str) -> Examples | None:
+    """Returns the examples of a split if they fit; None if it has none or only negative labels."""
     if getattr(source, split) is None:
         return None
-    images, labels = getattr(source, split)
-    where = f"data set {source.name!r}, {split}"
-    for array in (images, labels):
-        expect(isinstance(array, np.ndarray), where, "numpy arrays", type(array).__name__)
-    expect(
-        images.dtype == np.uint8 and images.ndim == 4,
-        where,
-        "images as uint8 [n, height, width, channels]",
-        f"{images.dtype} {list(images.shape)}",
+    images, labels = map(np.asanyarray, getattr(source, split))
+    where, classes = f"data set {source.name!r}, {split}", len(source.class_names)
+    fits = (
+        (images.dtype == np.uint8 and images.ndim == 4 and images.size > 0)
+        and images.shape[1:] == np.shape(source.train[0])[1:]
+        and (np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1])
     )
-    expect(
-        images.size > 0 and labels.shape == (len(images),),
-        where,
-        "as many labels as images and at least one",
-        f"{len(images)} images and labels of shape {list(labels.shape)}",
-    )
-    expect(np.issubdtype(labels.dtype, np.integer), where, "integer labels", labels.dtype)
-    lowest, highest, most = labels.min(), labels.max(), len(source.class_names) - 1
+    expected = "uint8 images [n, height, width, channels], of one size, and n integer labels"
+    received = (f"{array.dtype} {list(array.shape)}" for array in (images, labels))
+    expect(fits, where, expected, " and ".join(received))
+    lowest, highest = labels.min(), labels.max()
     if highest < 0 and split != "train":
         message = "The %s split of %s has no labels: %s images are held out of train instead."
         _log.warning(message, split, source.name, split)
         return None
-    fit = 0 <= lowest <= highest <= most
-    expect(fit, where, f"labels from 0 to {most}", f"{lowest} to {highest}")
-    shape, train = list(images.shape[1:]), list(source.train[0].shape[1:])
-    expect(shape == train, where, f"images of shape {train} as in train", shape)
-    return images, labels
+    fits = 0 <= lowest <= highest < classes
+    expect(fits, where, f"labels from 0 to {classes - 1}", f"{lowest} to {highest}")
+    return images, labels.astype(np.int32, copy=False)

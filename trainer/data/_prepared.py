@@ -6,8 +6,8 @@ larger than memory can be streamed.
 """
 
 import hashlib
+import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,38 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from trainer.data import NPY_ERRORS, SPLITS, Examples, Source
+from trainer.data import SPLITS, Examples, Source
 from trainer.errors import InputError, expect
 from trainer.files import sha256
 
 _DESCRIPTION = "prepared.json"
+_OWN_FILES = {_DESCRIPTION} | {f"{s}_{part}.npy" for s in SPLITS for part in ("images", "labels")}
 
 # Prefix of the folders of unfinished preparations; a killed process leaves them behind.
 PARTIAL = ".trainer-partial-"
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    bytes: int
-    sha256: str
-
-
-class _Prepared(BaseModel):
-    """The content of prepared.json."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: str
-    version: str
-    class_names: list[str]
-    origin: str
-    fingerprint: str
-    files: dict[str, _File]
-
-
-def _file(path: Path, checksum: str | None = None) -> _File:
-    return _File(bytes=path.stat().st_size, sha256=checksum or sha256(path))
 
 
 def write_prepared(
@@ -66,38 +44,28 @@ def write_prepared(
         facts: name, version, class_names and origin, as in `Source`.
     """
     refuse_foreign(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=PARTIAL) as temporary:
-            new = Path(temporary, "new")
-            new.mkdir()
-            digest = hashlib.sha256()
-            for split in filter(splits.get, SPLITS):
-                _write_split(new, split, *splits[split], digest)
-            files = {path.name: _file(path) for path in new.iterdir()}
-            prepared = _Prepared(**facts, fingerprint=digest.hexdigest(), files=files)
-            (new / _DESCRIPTION).write_text(prepared.model_dump_json(indent=2), encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            new.rename(folder)
-    except OSError as error:
-        raise not_writable(folder, error) from None
-
-
-def not_writable(folder: Path, error: OSError) -> InputError:
-    """Returns the error for a data folder that cannot be written."""
-    return InputError(
-        f"prepared data cannot be written to {folder} ({error.strerror or error}): choose another "
-        "folder with --set data.directory=..."
-    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=PARTIAL) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        digest = hashlib.sha256()
+        for split in filter(splits.get, SPLITS):
+            _write_split(new, split, *splits[split], digest)
+        facts["fingerprint"] = digest.hexdigest()
+        facts["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in new.iterdir()
+        }
+        text = json.dumps(facts, indent=2, ensure_ascii=False)
+        (new / _DESCRIPTION).write_text(text, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
 
 
 def refuse_foreign(folder: Path) -> None:
     """Raises InputError if a folder contains other files than prepared data, to protect them."""
-    is_folder = not folder.is_symlink() and (folder.is_dir() or not folder.exists())
-    expect(is_folder, str(folder), "a folder of prepared data", "a file or link")
-    own = re.compile(rf"{re.escape(_DESCRIPTION)}|({'|'.join(SPLITS)})_(images|labels)\.npy")
-    foreign = sorted(p.name for p in folder.glob("*") if not own.fullmatch(p.name))
+    foreign = sorted({path.name for path in folder.glob("*")} - _OWN_FILES)
     if foreign:
         raise InputError(
             f"{folder} is reserved for prepared data but contains other files "
@@ -109,36 +77,31 @@ def refuse_foreign(folder: Path) -> None:
 def open_prepared(folder: Path, *, checked_bytes: int = 0) -> Source:
     """Opens prepared data; images stay on disk until they are read.
 
-    Args:
-        folder: Contains the files.
-        checked_bytes: Verify the SHA-256 of files up to this size.
-
-    Raises:
-        InputError: A file is missing, damaged or changed.
+    Raises InputError if a file is damaged. The SHA-256 of files up to `checked_bytes` is verified.
     """
     refuse_foreign(folder)
-    examples: dict[str, Any] = {}
     try:
-        prepared = _Prepared.model_validate_json((folder / _DESCRIPTION).read_bytes())
-        for name, file in prepared.files.items():
-            found = _file(folder / name, None if file.bytes <= checked_bytes else file.sha256)
-            if found != file:
-                raise ValueError(f"{folder / name}: expected {file}, received {found}")
+        facts = json.loads((folder / _DESCRIPTION).read_bytes())
+        files = facts.pop("files")
+        for name, expected in files.items():
+            found = {"bytes": (folder / name).stat().st_size, "sha256": expected["sha256"]}
+            if expected["bytes"] <= checked_bytes:
+                found["sha256"] = sha256(folder / name)
+            if found != expected:
+                raise ValueError(f"{folder / name}: expected {expected}, received {found}")
         for split in SPLITS:
-            if f"{split}_images.npy" in prepared.files:
+            if f"{split}_images.npy" in files:
                 images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
                 labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-                examples[split] = images, labels
-        if "train" not in examples:
-            raise ValueError("no train images")
-    except NPY_ERRORS as error:
-        reason = " ".join(str(error).split())[:400]
+                facts[split] = images, labels
+        facts["origin"] = f"prepared in {folder} from {facts['origin']}"
+        return Source(**facts)
+    except Exception as error:  # numpy parses the header of a file as Python literals
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise InputError(
             f"prepared data in {folder} is damaged ({reason}); prepare it again with "
             "`trainer data prepare --overwrite` and the same configuration"
         ) from None
-    facts = prepared.model_dump(exclude={"files"})
-    return Source(**facts | examples | {"origin": f"prepared in {folder} from {prepared.origin}"})
 
 
 def _write_split(
@@ -150,22 +113,23 @@ def _write_split(
     digest: Any,
 ) -> None:
     """Writes the images of a split behind an .npy header with the final shape, then the labels."""
-    all_labels, where = [], f"split {split!r}"
+    all_labels = []
+    digest.update(repr((count, *shape)).encode())
     with (folder / f"{split}_images.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
-        digest.update(repr((count, *shape)).encode())
+        start = file.tell()
         for images, labels in batches:
-            fits = images.dtype == np.uint8 and images.shape[1:] == shape
-            received = f"{images.dtype} {list(images.shape[1:])}"
-            expect(fits, where, f"batches of uint8 images of shape {list(shape)}", received)
             data = np.ascontiguousarray(images).data
             file.write(data)
             digest.update(data)
             all_labels.append(np.asarray(labels, dtype="<i4"))
+        written, size = file.tell() - start, count * int(np.prod(shape))
         file.flush()
         os.fsync(file)
     together = np.concatenate(all_labels)
-    expect(len(together) == count, where, f"{count} images", len(together))
+    fits = written == size and len(together) == count
+    expected = f"{count} images of shape {list(shape)}, {size} bytes"
+    expect(fits, f"split {split!r}", expected, f"{len(together)} images, {written} bytes")
     digest.update(together.data)
     np.save(folder / f"{split}_labels.npy", together)

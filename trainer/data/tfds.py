@@ -7,14 +7,11 @@ tensorflow-datasets); original archives in a folder of the user; the network; fo
 import contextlib
 import http.client
 import io
-import itertools
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,14 +22,8 @@ import filelock
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data import SPLITS, Source, check_class_names, mnist_sample, names
-from trainer.data._prepared import (
-    PARTIAL,
-    not_writable,
-    open_prepared,
-    refuse_foreign,
-    write_prepared,
-)
+from trainer.data import SPLITS, Source, mnist_sample, names
+from trainer.data._prepared import PARTIAL, open_prepared, refuse_foreign, write_prepared
 from trainer.errors import InputError, did_you_mean, expect
 
 _log = logging.getLogger(__name__)
@@ -40,12 +31,7 @@ _log = logging.getLogger(__name__)
 # Most data sets of tensorflow-datasets, including MNIST, come from this host.
 DOWNLOADS = "https://storage.googleapis.com/tfds-data"
 
-# The value of white in the image types that can be converted to uint8.
-_WHITE = {np.dtype(kind): np.iinfo(kind).max for kind in (np.uint8, np.uint16)}
-
-# Time limits of the network probe: for an answer, and in total. The total includes a slow look-up
-# of the host name, because the time-out of urllib does not.
-_ANSWER_SECONDS, _PROBE_SECONDS = 4.0, 8.0
+_ANSWER_SECONDS = 4.0
 
 
 class _UnavailableError(InputError):
@@ -58,8 +44,6 @@ def load(config: DataConfig) -> Source:
     Raises:
         InputError: The data set is unknown, not an image classification, damaged or not available.
     """
-    if not re.fullmatch(r"\w+([/:]\w[\w.+-]*)*", config.name):
-        raise InputError(f"unknown data set {config.name!r}: {did_you_mean(config.name, names())}")
     folder = prepared_folder(config)
     if not folder.exists():
         try:
@@ -77,8 +61,8 @@ def load(config: DataConfig) -> Source:
             return mnist_sample.load(config)
     # The checksums of MNIST take 0.1 s. They prove that the fingerprint describes these images.
     source = open_prepared(folder, checked_bytes=config.device_limit_mb * 10**6)
-    matches = source.name == config.name
-    expect(matches, str(folder), f"prepared data of {config.name!r}", repr(source.name))
+    fits = source.name == config.name
+    expect(fits, str(folder), f"prepared data of {config.name!r}", repr(source.name))
     return source
 
 
@@ -90,181 +74,133 @@ def prepared_folder(config: DataConfig) -> Path:
 
 def prepare(config: DataConfig, *, overwrite: bool = False) -> None:
     """Decodes the data set into its folder. An existing folder is kept, unless `overwrite`."""
-    import tensorflow_datasets as tfds
-
-    folder = prepared_folder(config)
+    folder, directory = prepared_folder(config), Path(config.directory)
     refuse_foreign(folder)
     if folder.exists() and not overwrite:
         return
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
     builder = _builder(config)
     shape, class_names = _check_features(config, builder)
     archives = None if builder.is_prepared() else _archives(config, builder)
-    with _locked(Path(config.directory)):
-        if folder.exists() and not overwrite:
-            return  # another process prepared it while this one waited
-        if builder.is_prepared():
-            origin = f"tensorflow-datasets' files in {builder.data_dir}"
-        else:
-            origin = "the original archives" if archives else "the network"
-            _log.info("preparing %s from %s (once)", config.name, archives or origin)
-            _download(config, builder, archives)
-            origin += " (SHA-256 checked)"
-        available = builder.info.splits
-        where = f"data set {config.name!r}"
-        expect("train" in available, where, "a train split", sorted(available))
-        _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
-        write_prepared(
-            folder,
-            name=config.name,
-            version=str(builder.version),
-            class_names=class_names,
-            origin=origin,
-            splits={
-                split: (available[split].num_examples, shape, _decode(config, builder, split))
-                for split in SPLITS
-                if split in available
-            },
-        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(directory / ".lock"):  # one process at a time
+            if folder.exists() and not overwrite:
+                return  # another process prepared it while this one waited
+            for partial in directory.glob(f"{PARTIAL}*"):  # of a process that was killed
+                shutil.rmtree(partial)
+            origin = _download(config, builder, archives)
+            available = builder.info.splits
+            where = f"data set {config.name!r}"
+            expect("train" in available, where, "a train split", sorted(available))
+            _log.info("decoding %s from %s into %s (once)", config.name, origin, folder)
+            write_prepared(
+                folder,
+                name=config.name,
+                version=str(builder.version),
+                class_names=class_names,
+                origin=origin,
+                splits={
+                    split: (available[split].num_examples, shape, _decode(config, builder, split))
+                    for split in SPLITS
+                    if split in available
+                },
+            )
+    except OSError as error:
+        raise InputError(
+            f"prepared data cannot be written to {folder} ({error.strerror or error}): choose "
+            "another folder with --set data.directory=..."
+        ) from None
 
 
 def network_answers(url: str) -> bool:
     """Sends one request with a time-out; tensorflow-datasets itself would retry for minutes."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
-                answered.set()
-        except urllib.error.HTTPError:
-            answered.set()  # the server answers, although it refuses HEAD
-        except (OSError, http.client.HTTPException) as error:
-            _log.info("the network does not answer: %s", error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PROBE_SECONDS)
-    return answered.is_set()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Locks the data folder for one process at a time, and removes unfinished preparations."""
-    lock = filelock.FileLock(directory / ".lock")
+    request = urllib.request.Request(url, method="HEAD")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _log.info("another process prepares data in %s: waiting for it", directory)
-            lock.acquire()
-    except OSError as error:
-        raise not_writable(directory, error) from None
-    try:
-        for partial in directory.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial)
-        yield
-    finally:
-        lock.release()
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True  # the server answers, although it refuses HEAD
+    except (OSError, http.client.HTTPException) as error:
+        _log.info("the network does not answer: %s", error)
+        return False
 
 
 def _builder(config: DataConfig) -> Any:
     """Returns the builder of a data set; one with prepared files is preferred.
 
     Files are searched in our directory, then in the default folder of tensorflow-datasets
-    (TFDS_DATA_DIR or in the home folder). Prepared files need no builder class in the installed
-    catalog. Without a version in the name, the version of the catalog is preferred.
-
-    Raises:
-        InputError: The name, its variant or its version is unknown.
+    (TFDS_DATA_DIR or in the home folder). Prepared files need no builder class in the catalog.
     """
     import tensorflow_datasets as tfds
 
-    ours = str(Path(config.directory) / "tensorflow_datasets")
-    wanted = [config.name] if ":" in config.name else [config.name, f"{config.name}:*.*.*"]
-    found, failures = [], []
-    for name, directory in itertools.product(wanted, (ours, None)):
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    found, failure = [], None
+    for directory in (str(Path(config.directory) / "tensorflow_datasets"), None):
         try:
-            found.append(tfds.builder(name, data_dir=directory))
+            found.append(tfds.builder(config.name, data_dir=directory))
         except tfds.core.DatasetNotFoundError:
             continue
         except (ValueError, TypeError, OSError, AssertionError) as error:
-            failures.append(" ".join(str(error).split())[:300])
+            failure = str(error)[:300]
     if found:
         return next((builder for builder in found if builder.is_prepared()), found[0])
-    if failures:
-        raise InputError(f"data set {config.name!r} cannot be opened: {failures[0]}")
+    if failure is not None:
+        raise InputError(f"data set {config.name!r} cannot be opened: {failure}")
     known = [*names(), *tfds.list_builders(with_community_datasets=False)]
     raise InputError(f"unknown data set {config.name!r}: {did_you_mean(config.name, known)}")
 
 
 def _check_features(config: DataConfig, builder: Any) -> tuple[tuple[int, int, int], list[str]]:
-    """Returns the shape of the decoded images and the class names.
-
-    Raises:
-        InputError: The data set is not an image classification that can be converted to uint8.
-    """
+    """Returns the shape of the decoded images and the class names."""
     import tensorflow_datasets as tfds
 
-    where, features = f"data set {config.name!r}", builder.info.features
-    keys = builder.info.supervised_keys
+    features, keys = builder.info.features, builder.info.supervised_keys
     found: list[Any] = [dict(features.items()).get(str(key)) for key in keys or ()]
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
     supervised = len(found) == 2 and all(map(isinstance, found, kinds))
-    received = f"{', '.join(features)} (supervised: {keys})"
-    expect(supervised, where, "an image and a class label", received)
+    fits = supervised and len(found[0].shape) == 3 and found[0].np_dtype == np.uint8
+    expected = "an image, uint8 [height, width, channels], and a class label"
+    expect(fits, f"data set {config.name!r}", expected, f"{features} (supervised: {keys})")
     image, label = found
-    # Other types have no fixed value for white. A module of trainer/data can scale such images.
-    dtype = np.dtype(image.np_dtype)
-    expect(dtype in _WHITE, where, "images of type uint8 or uint16", dtype)
-    expect(len(image.shape) == 3, where, "images [height, width, channels]", list(image.shape))
     height, width = config.image_size or image.shape[:2]
     if height is None or width is None:
         raise InputError(
             f"the images of {config.name!r} differ in size: set data.image_size = [height, width]"
         )
-    check_class_names(config.name, label.names)
     return (height, width, image.shape[2] or 3), list(label.names)
 
 
 def _archives(config: DataConfig, builder: Any) -> Path | None:
-    """Returns the folder with all archives of the data set; None: they must be downloaded.
-
-    Raises:
-        InputError: The folder of the user does not exist, or the network does not answer.
-    """
+    """Returns the folder with all archives of the data set; None: they must be downloaded."""
     given = config.archives or os.environ.get("TRAINER_DATA_FILES")
-    setting = "data.archives" if config.archives else "TRAINER_DATA_FILES"
-    if given and not os.path.isdir(given):  # noqa: PTH112 - unlike Path, also for a too long name
-        raise InputError(f"{setting} = {given!r}: there is no such folder")
     wanted = sorted(info.filename or Path(url).name for url, info in builder.url_infos.items())
     reason = "no archives were given (data.archives or TRAINER_DATA_FILES)"
-    # A folder for several data sets contains one folder for each.
-    for folder in (Path(given, config.name), Path(given)) if given else ():
-        missing = [name for name in wanted if not (folder / name).is_file()]
-        if folder.is_dir() and not missing and (wanted or config.archives):
-            return folder.absolute()
-        reason = f"{folder} ({setting}) lacks {', '.join(missing) or 'archives'}"
-        if missing != wanted:  # some archives are here: report this folder
-            break
+    if given:
+        setting = "data.archives" if config.archives else "TRAINER_DATA_FILES"
+        expect(Path(given).is_dir(), setting, "a folder", f"{given}: there is no such folder")
+        # A folder for several data sets contains one folder for each.
+        for folder in (Path(given, config.name), Path(given)):
+            missing = [name for name in wanted if not (folder / name).is_file()]
+            if folder.is_dir() and not missing and (wanted or config.archives):
+                return folder.absolute()
+        reason = f"{given} ({setting}) lacks {', '.join(missing) or 'archives'}"
     url = next(iter(builder.url_infos), DOWNLOADS)
     if not network_answers(url):
         raise _UnavailableError(
             f"data set {config.name!r} is not available: it is not prepared in {config.directory}, "
-            f"{reason}, and {url} does not answer"
-            + ("" if config.allow_sample else " (data.allow_sample = false)")
+            f"{reason}, and {url} does not answer (data.allow_sample = {config.allow_sample})"
         )
-    if given:
-        _log.warning("%s: downloading %s", reason, config.name)
     return None
 
 
-def _download(config: DataConfig, builder: Any, archives: Path | None) -> None:
-    """Makes tensorflow-datasets write its files from the archives or the network."""
+def _download(config: DataConfig, builder: Any, archives: Path | None) -> str:
+    """Makes tensorflow-datasets write its files, if necessary, and returns where they are from."""
     import tensorflow_datasets as tfds
 
+    if builder.is_prepared():
+        return f"tensorflow-datasets' files in {builder.data_dir}"
+    _log.info("preparing %s from %s (once)", config.name, archives or "the network")
     try:
         # The downloads are not needed afterwards. The library prints to stdout, but --json promises
         # one document there.
@@ -279,6 +215,7 @@ def _download(config: DataConfig, builder: Any, archives: Path | None) -> None:
     except Exception as error:  # it runs code of the data set, which can raise anything
         reason = " ".join(str(error).split())[:600]
         raise InputError(f"data set {config.name!r} could not be prepared: {reason}") from None
+    return f"{'the original archives' if archives else 'the network'} (SHA-256 checked)"
 
 
 def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:
@@ -286,19 +223,14 @@ def _decode(config: DataConfig, builder: Any, split: str) -> Iterator[Any]:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    image_key = builder.info.supervised_keys[0]
-    scale = 255 / _WHITE[np.dtype(builder.info.features[image_key].np_dtype)]
-
-    def convert(image: Any, label: Any) -> tuple[Any, Any]:
-        pixels = tf.cast(image, tf.float32)  # float32 represents every uint16 exactly
-        if config.image_size is not None:
-            pixels = tf.image.resize(pixels, config.image_size, antialias=True)
-        return tf.cast(tf.clip_by_value(tf.round(pixels * scale), 0, 255), tf.uint8), label
+    def resize(image: Any, label: Any) -> tuple[Any, Any]:
+        pixels = tf.image.resize(tf.cast(image, tf.float32), config.image_size, antialias=True)
+        return tf.cast(tf.clip_by_value(tf.round(pixels), 0, 255), tf.uint8), label
 
     try:
         dataset = builder.as_dataset(split=split, as_supervised=True, shuffle_files=False)
-        if config.image_size is not None or scale != 1:
-            dataset = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+        if config.image_size is not None:
+            dataset = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
         yield from tfds.as_numpy(dataset.batch(256).prefetch(tf.data.AUTOTUNE))
     except (tf.errors.OpError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -5,22 +5,17 @@ function `build(spec, **options)` returns a `keras.Model` that takes uint8 image
 `spec.image_shape` and returns `spec.class_count` probabilities. There is no registry.
 """
 
-import importlib
 import pkgutil
 import re
 from collections.abc import Callable
 from typing import Any, cast
 
 import keras
-import tensorflow as tf
 
 from trainer import keras_objects
 from trainer.config import ModelConfig, call_with_options
-from trainer.data import DataSpec
+from trainer.data import DataSpec, module_function
 from trainer.errors import InputError, did_you_mean, expect
-
-# The names that TensorFlow accepts for a scope.
-_SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 
 
 def names() -> list[str]:
@@ -32,11 +27,7 @@ def find(config: ModelConfig) -> Callable[..., Any]:
     """Returns the function that builds the network of a configuration."""
     if config.name not in names():
         raise InputError(f"unknown model {config.name!r}: {did_you_mean(config.name, names())}")
-    module = importlib.import_module(f"{__name__}.{config.name}")
-    function = getattr(module, "build", None)
-    if not callable(function):
-        raise InputError(f"{module.__file__}: expected a function build(spec, **options)")
-    return cast("Callable[..., Any]", function)
+    return module_function(__name__, config.name, "build")
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -46,10 +37,6 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
 def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     """Builds the network of a configuration for the images of a data set.
-
-    Args:
-        config: Contains the name of a module of this folder and the options of its `build`.
-        spec: Contains the image shape and the class count.
 
     Returns:
         A model from images (uint8 [batch, height, width, channels], 0 to 255) to probabilities
@@ -61,17 +48,14 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     function, where = find(config), f"model {config.name!r}"
     try:
         model = call_with_options(function, spec, options=config.arguments, where="model.options")
-    except (tf.errors.ResourceExhaustedError, MemoryError):
-        raise InputError(f"{where} does not fit into memory: reduce its options") from None
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"{where} cannot be built: {keras_objects.explain(error)}") from error
     built = isinstance(model, keras.Model) and model.built
     expect(built, where, "build() to return a built keras.Model", type(model).__name__)
-    rule = "layer names that TensorFlow accepts (letters, digits, _ . - /, no spaces)"
     for layer in model.layers:
-        expect(_SCOPE.fullmatch(layer.name), where, rule, repr(layer.name))
-    shape = getattr(model, "input_shape", None)
-    wanted = (None, *spec.image_shape)
+        rule = "layer names of letters, digits and _ . - / (no spaces)"  # TensorFlow requires it
+        expect(re.fullmatch(r"[A-Za-z0-9.][\w./>-]*", layer.name), where, rule, repr(layer.name))
+    shape, wanted = getattr(model, "input_shape", None), (None, *spec.image_shape)
     expect(shape == wanted, where, f"one input of shape {list(wanted)}", shape)
     # `model.output_shape` would hide that the model returns a dictionary or a list.
     outputs = model.compute_output_spec(model.input)

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import tensorflow as tf
 
 from trainer.config import DataConfig
 from trainer.data import Split
-from trainer.devices import Devices, free_bytes, memory_state
+from trainer.devices import Devices
 from trainer.errors import InputError
 
 # Batches that are copied ahead to the device. Each needs device memory.
@@ -176,8 +177,8 @@ class ResidentBatches(Batches):
             InputError: They do not fit in the memory of a device.
         """
         super().__init__(split, devices, *options)
-        available = free_bytes("CPU:0")  # all rows are read into host memory first
-        if available is not None and split.nbytes > available:
+        # All rows are read into host memory first.
+        if split.nbytes > psutil.virtual_memory().available:
             raise _too_large(split, "CPU:0")
         images, labels = split.read()
 
@@ -258,5 +259,5 @@ class StreamedBatches(Batches):
 def _too_large(split: Split, device: str) -> InputError:
     return InputError(
         f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than fits "
-        f"in the memory of {device} ({memory_state(device)}): set data.placement = 'stream'"
+        f"in the memory of {device}: set data.placement = 'stream'"
     )

@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -18,19 +18,15 @@ from numpy.typing import NDArray
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
 from trainer.keras_objects import explain, nested_layers
-from trainer.tensorflow_internals import (
-    HostOperation,
-    KernelReport,
-    check_kernels,
-    check_xla,
-    profiler_step,
-    xla_refusal,
-)
+from trainer.tensorflow_internals import profiler_step
 from trainer.training.averaging import simple_optimizers
 from trainer.training.batches import Batches, LocalBatch
 from trainer.training.call import Call, Logs, as_logs, metric_results
 from trainer.training.replicas import require_addable, require_mean_loss
 from trainer.training.step import bind_step, test_step, train_step
+
+if TYPE_CHECKING:
+    from trainer.kernel_internals import HostOperation, KernelReport
 
 
 @dataclass(frozen=True)
@@ -266,18 +262,22 @@ class Loop:
         call = self._training_call = self._call("train", train)
         return call
 
-    def check_kernels(self, device_type: str | None = None) -> KernelReport:
+    def check_kernels(self, device_type: str | None = None) -> "KernelReport":
         """Finds operations of the traced training step that run on the CPU.
 
         Args:
             device_type: "GPU" or "CPU"; None: the type of the devices in use.
         """
+        from trainer.kernel_internals import check_kernels
+
         names = self.devices.names if self.devices.replicas > 1 else ()
         kind, graph = device_type or self.devices.type, self._training_call.graph
         return check_kernels(graph, kind, layers=self.layer_names, traced_on=names)
 
-    def check_xla_kernels(self) -> tuple[HostOperation, ...]:
+    def check_xla_kernels(self) -> "tuple[HostOperation, ...]":
         """Returns the operations of the traced training step without an XLA kernel for GPUs."""
+        from trainer.kernel_internals import check_xla
+
         return check_xla(self.step_graph, self.layer_names)
 
     @property
@@ -395,6 +395,8 @@ class Loop:
             with profiler_step(first):
                 return call(state, first, count)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            from trainer.kernel_internals import xla_refusal
+
             refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
             if refused is None:
                 raise

@@ -3,10 +3,11 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.cluster import AllGather, single_worker
+import numpy as np
+
 from trainer.errors import StoppedError
 
 
@@ -17,7 +18,9 @@ class Signals:
         agreed: The signal that some worker had received at the last `agree`, or None.
     """
 
-    def __init__(self, advice: str, all_gather: AllGather = single_worker) -> None:
+    def __init__(
+        self, advice: str, all_gather: Callable[[list[float]], Any] = np.atleast_2d
+    ) -> None:
         """Starts without a signal.
 
         Args:

@@ -15,7 +15,6 @@ import numpy as np
 from rich.console import Console
 
 from trainer import devices
-from trainer.cluster import read_cluster
 from trainer.config import Config, load_config
 from trainer.errors import InputError, MissingError, StoppedError, did_you_mean
 from trainer.experiment import (
@@ -69,7 +68,7 @@ def tune(
         MissingError: A device of the space is missing.
         StoppedError: A signal stopped the search; the state is saved.
     """
-    if read_cluster() is not None:
+    if devices.read_cluster() is not None:
         raise InputError(
             "each process of a search trains its own trials: expected no TF_CONFIG and no SLURM "
             "job step of several tasks, which join all processes in one training"

@@ -29,7 +29,7 @@ class Parameter(Section):
     choices: list[Any] | None = None
     """Values, instead of a range."""
     when: dict[str, list[Any]] = Field(default={})
-    """Set this key only if other keys have one of these choices."""
+    """Set this key only if other keys, which have no `when`, have one of these choices."""
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> Self:
@@ -104,42 +104,27 @@ class TuningConfig(Section):
 
     @model_validator(mode="after")
     def _check_space(self) -> Self:
-        choices = {key: each.choices for key, each in self.space.items() if each.choices}
+        usable = {key: p.choices for key, p in self.space.items() if p.choices and not p.when}
         for key, parameter in self.space.items():
             for other, values in parameter.when.items():
-                if other not in choices:
+                if other not in usable:
                     raise ValueError(
-                        f"space.{key}.when: expected keys of the space that have choices, "
-                        f"received {other!r}: {did_you_mean(other, choices)}"
+                        f"space.{key}.when: expected keys of the space that have choices and no "
+                        f"`when`, received {other!r}: {did_you_mean(other, usable)}"
                     )
-                if not values or any(value not in choices[other] for value in values):
+                if not values or any(value not in usable[other] for value in values):
                     raise ValueError(
-                        f"space.{key}.when.{other}: expected some of {choices[other]}, "
+                        f"space.{key}.when.{other}: expected some of {usable[other]}, "
                         f"received {values}"
                     )
             inner = [other for other in self.space if other.startswith(f"{key}.")]
             if inner:
                 raise ValueError(f"space: {key!r} and {inner[0]!r} set the same: expected one")
-        self.in_order()
         return self
 
     def in_order(self) -> dict[str, Parameter]:
         """Returns the space, each key after the keys that its conditions name."""
-
-        def depth(key: str, path: tuple[str, ...] = ()) -> int:
-            if key in path:
-                raise ValueError(f"space: the conditions of {', '.join(path)} form a cycle")
-            others = self.space[key].when
-            return max((1 + depth(other, (*path, key)) for other in others), default=0)
-
-        return {key: self.space[key] for key in sorted(self.space, key=depth)}
-
-    def conditions(self, key: str) -> dict[str, list[int]]:
-        """Returns the other keys that a key depends on, and the indices of their choices."""
-        return {
-            other: [(self.space[other].choices or []).index(value) for value in values]
-            for other, values in self.space[key].when.items()
-        }
+        return dict(sorted(self.space.items(), key=lambda item: bool(item[1].when)))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,9 @@
 
 keras-tuner 1.4.8 writes one file per trial and one for the oracle, and replaces none atomically.
 Its grid forgets its position, and its Bayesian oracle repeats its favourite values.
+
+It supports numbers and strings. A choice here can be any TOML value, for example a list of layer
+sizes, so keras-tuner receives its index. Values of a range with a step are indices, too.
 """
 
 import contextlib
@@ -9,7 +12,7 @@ import io
 import itertools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras_tuner
@@ -21,7 +24,8 @@ from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.search_directory import SearchDirectory
-from trainer.tuning.space import hyperparameters
+
+_DIGITS = 6  # significant digits of a sampled value: best.toml shows exactly what was tried
 
 
 class _Stored(keras_tuner.Oracle):
@@ -39,7 +43,7 @@ class _Stored(keras_tuner.Oracle):
         self.seconds = 0.0
         self._search = search
         # This constructor sets the directory of the oracle.
-        BaseTuner(oracle=self, directory=str(search.path), project_name=search.oracle.name)
+        BaseTuner(oracle=self, directory=str(search.path), project_name="oracle")
 
     @property
     def late(self) -> bool:
@@ -53,41 +57,32 @@ class _Stored(keras_tuner.Oracle):
         return state | {"trials": trials, "seconds": round(self.seconds, 1)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restores the state. Every trial without a record is ongoing."""
+        """Restores the state, and ends the trials that have a record by now."""
         self.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
         self.seconds = state["seconds"]
-        ended = [each for each in state["end_order"] if self._search.record_file(each).exists()]
-        ongoing = {each: each for each in state["start_order"] if each not in ended}
-        for trial in ongoing:
-            self.trials[trial].status = TrialStatus.RUNNING
-        super().set_state(
-            state | {"ongoing_trials": ongoing, "end_order": ended, "retry_queue": []}
-        )
-
-    def save(self) -> None:
-        """Writes the state atomically."""
-        write_text(self._search.oracle / "oracle.json", json.dumps(self.get_state()))
-
-    def add_records(self) -> None:
-        """Ends the ongoing trials that have a record by now."""
+        ongoing = {each: each for each in state["start_order"] if each not in state["end_order"]}
+        super().set_state(state | {"ongoing_trials": ongoing})
+        records = self._search.records()
         for trial in list(self.ongoing_trials.values()):
-            if self._search.record_file(trial.trial_id).exists():
-                score = self._search.record(trial.trial_id).score
+            if trial.trial_id in records:
+                score = records[trial.trial_id].score
                 trial.status = TrialStatus.FAILED
                 if score is not None:
                     self.update_trial(trial.trial_id, {self.tuning.objective: score})
                     trial.status = TrialStatus.COMPLETED
                 self.end_trial(trial)
 
-
-class _Bayesian(BayesianOptimizationOracle, RandomSearchOracle):
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """Returns the most promising values; random ones if these were tried before."""
+        """Returns the next values; random ones where the Bayesian oracle repeats itself."""
         response: dict[str, Any] = super().populate_space(trial_id)
         tried = [trial.hyperparameters.values for trial in self.trials.values()]
         if response.get("values") in tried:
             response = RandomSearchOracle.populate_space(self, trial_id)
         return response
+
+    def save(self) -> None:
+        """Writes the state atomically."""
+        write_text(self._search.oracle, json.dumps(self.get_state()))
 
 
 class _Grid(keras_tuner.Oracle):
@@ -95,43 +90,37 @@ class _Grid(keras_tuner.Oracle):
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:  # noqa: ARG002
         """Returns the next combination."""
-        following = itertools.islice(combinations(self.tuning), len(self.start_order), None)
-        values = next(following, None)
+        values = next(itertools.islice(self._combinations(), len(self.start_order), None), None)
         return {"status": TrialStatus.RUNNING if values else TrialStatus.STOPPED, "values": values}
 
-
-def combinations(tuning: TuningConfig) -> Iterator[dict[str, int]]:
-    """Yields the index of each value for all points of a grid; inactive keys are missing."""
-    space = tuning.in_order()
-    for indices in itertools.product(*(range(len(p.values() or ())) for p in space.values())):
-        point: dict[str, int] = {}
-        for key, index in zip(space, indices, strict=True):
-            if all(point.get(k) in allowed for k, allowed in tuning.conditions(key).items()):
-                point[key] = index
-            elif index:
-                break  # an inactive key does not multiply the points
-        else:
-            yield point
+    def _combinations(self) -> Iterator[dict[str, int]]:
+        space = self.get_space()
+        names = [choice.name for choice in space.space]
+        for indices in itertools.product(*(choice.values for choice in space.space)):
+            space.values = dict(zip(names, indices, strict=True))
+            inactive = {choice.name for choice in space.space if not space.is_active(choice)}
+            if not any(space.values[name] for name in inactive):  # once without these keys
+                yield {name: space.values[name] for name in names if name not in inactive}
 
 
 _ORACLES = {
     "random": RandomSearchOracle,
-    "bayesian": _Bayesian,
+    "bayesian": BayesianOptimizationOracle,
     "hyperband": HyperbandOracle,
     "grid": _Grid,
 }
 
 
 def make_oracle(search: SearchDirectory) -> Any:
-    """Creates the oracle of a search and restores its state.
+    """Creates the oracle of a search, with the results of all processes. The search is locked.
 
     Raises:
-        InputError: The files of the oracle are damaged.
+        InputError: The state of the oracle is damaged.
     """
     tuning, base = search.tuning, _ORACLES[search.tuning.algorithm]
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
-        "hyperparameters": hyperparameters(tuning),
+        "hyperparameters": _hyperparameters(tuning),
         "max_consecutive_failed_trials": 10**9,  # trainer.tuning.workers counts failures
     }
     if tuning.algorithm == "hyperband":
@@ -139,12 +128,13 @@ def make_oracle(search: SearchDirectory) -> Any:
         options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
     kind: Any = type(base.__name__, (_Stored, base), {})
     try:
-        state = _read_state(search)
+        new = not search.oracle.exists() and not search.records()
+        state = {} if new else json.loads(search.oracle.read_bytes())
         # keras-tuner replaces seed 0 by a random one. The restored state brings the seed of the
         # search back, except where the Gaussian process starts its optimizer: that differs for
         # each trial, but it is the same after an interruption.
         oracle = kind(search, seed=tuning.seed + 1 + len(state.get("trials", ())), **options)
-        if state:
+        if not new:
             oracle.set_state(state)
     except Exception as error:  # keras-tuner raises anything on a damaged state
         raise InputError(
@@ -154,23 +144,42 @@ def make_oracle(search: SearchDirectory) -> Any:
     return oracle
 
 
-def _read_state(search: SearchDirectory) -> dict[str, Any]:
-    """Returns the content of oracle.json; nothing for a new search."""
-    file = search.oracle / "oracle.json"
-    if not file.exists():
-        return {}
-    state: dict[str, Any] = json.loads(file.read_bytes())
-    if "trials" not in state:  # the first version wrote a file for each trial
-        files = [search.oracle / f"trial_{each}" / "trial.json" for each in state["start_order"]]
-        state |= {"trials": [json.loads(each.read_bytes()) for each in files], "seconds": 0.0}
-        for seconds in search.path.glob("seconds.json"):
-            state |= json.loads(seconds.read_bytes())
-    return state
+def _hyperparameters(tuning: TuningConfig) -> keras_tuner.HyperParameters:
+    """Returns the space as an object of keras-tuner."""
+    space = keras_tuner.HyperParameters()
+    for key, parameter in tuning.in_order().items():
+        with contextlib.ExitStack() as scopes:
+            for other, values in parameter.when.items():
+                choices = tuning.space[other].choices or []
+                indices = [choices.index(value) for value in values]
+                scopes.enter_context(space.conditional_scope(other, indices))
+            if (possible := parameter.values()) is not None:
+                space.Choice(key, list(range(len(possible))))
+            else:
+                add = space.Int if parameter.whole else space.Float
+                add(key, parameter.low, parameter.high, sampling=parameter.scale)
+    return space
+
+
+def decode(tuning: TuningConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that keras-tuner chose, by dotted key; inactive keys are missing."""
+    found: dict[str, Any] = {}
+    for key, parameter in tuning.in_order().items():
+        if key not in chosen:
+            continue
+        values = parameter.values()
+        if values is not None:
+            found[key] = values[int(chosen[key])]
+        elif parameter.whole:
+            found[key] = int(chosen[key])
+        else:
+            rounded = float(f"{chosen[key]:.{_DIGITS}g}")
+            found[key] = min(max(rounded, float(parameter.low or 0)), float(parameter.high or 0))
+    return found
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppresses what keras-tuner prints for debugging, and its warnings."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -3,23 +3,22 @@
 import json
 import shutil
 import statistics
-import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
 
 from trainer import workflow
 from trainer.config import Config
-from trainer.errors import CheckError, InputError, StoppedError, TrainerError
+from trainer.errors import CheckError, StoppedError, TrainerError
 from trainer.run import Run
 from trainer.tensorflow_internals import released_gradients
 from trainer.training.call import Logs
-from trainer.tuning import results
+from trainer.tuning.hparams import write_session
+from trainer.tuning.oracles import decode
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
-from trainer.tuning.space import decode, trial_config
+from trainer.tuning.space import trial_config
 
 _MIN_TRIALS = 5  # the median of fewer trials is not reliable
 
@@ -29,32 +28,29 @@ class Pruning(keras.callbacks.Callback):
 
     The median stopping rule of Golovin et al. (2017), "Google Vizier". It compares best values
     instead of means, because the first epochs would dominate a mean.
+
+    Attributes:
+        pruned: Whether it has ended the training.
     """
 
-    def __init__(self, search: SearchDirectory, mark: Path) -> None:
-        """Creates the callback.
-
-        Args:
-            search: Holds the objective and the curves of other trials.
-            mark: File to create when the training is pruned. A continued search finds it.
-        """
+    def __init__(self, search: SearchDirectory) -> None:
+        """Takes the search, which has the objective and the curves of other trials."""
         super().__init__()
+        self.pruned = False
         self._search = search
         self._choose: Callable[..., float] = max if search.tuning.direction == "max" else min
-        self._mark = mark
         self._values: list[float] = []
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Compares. Pruning at the last epoch would save nothing."""
         self._values.append((logs or {})[self._search.tuning.objective])
-        curves = [record.curve for record in self._search.records()]
+        curves = [record.curve for record in self._search.records().values()]
         others = [self._choose(curve[: epoch + 1]) for curve in curves if len(curve) > epoch]
         if len(others) < _MIN_TRIALS or epoch + 1 >= self.params["epochs"]:
             return
         best, median = self._choose(self._values), statistics.median(others)
         if self._choose(best, median) != best:
-            self._mark.touch()
-            self.model.stop_training = True
+            self.pruned = self.model.stop_training = True
 
 
 def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> TrialRecord:
@@ -69,18 +65,11 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
         The record. A finished trial is not trained again: its record is read.
 
     Raises:
-        InputError: The trial has a record with other values.
         StoppedError: A signal stopped the training; the state is saved.
     """
-    values, begin = decode(search.tuning, chosen), time.time()
-    if search.record_file(trial).exists():
-        done = search.record(trial)
-        if done.values != values:
-            raise InputError(
-                f"{search.path} is damaged: records/ and oracle/ have different values for trial "
-                f"{trial}: restore the files, or choose another --name"
-            )
+    if (done := search.records().get(trial)) is not None:
         return done
+    values = decode(search.tuning, chosen)
     # A promoted trial of hyperband starts again instead of continuing from earlier weights. Its
     # learning-rate schedule then covers its own epochs, and a plain `trainer fit` of best.toml
     # gives the same result. Continuing would save 12 of 94 epochs in configs/mnist_tune.toml.
@@ -98,8 +87,8 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
             trial=trial, status="failed", values=values, epochs=epochs, error=text, runs=runs
         )
     keras.utils.clear_session()
+    write_session(search, record)
     # The record is written last: a trial with a record is complete.
-    results.write_session(search, record, begin)
     search.write_record(record)
     return record
 
@@ -108,20 +97,17 @@ def _train(search: SearchDirectory, trial: str, values: dict[str, Any], epochs: 
     """Runs all executions of a trial and returns its record."""
     tuning, count = search.tuning, search.tuning.executions_per_trial
     config = trial_config(search.config, {"training.epochs": epochs} | values)
-    # Hyperband ends trials itself: it compares short trials with each other.
-    prunes = tuning.pruning and tuning.algorithm != "hyperband"
     summaries: list[dict[str, Any]] = []
-    pruned = False
+    pruning = Pruning(search)
     for execution in range(count):
         run = Run(search.trials / (trial if count == 1 else f"{trial}-{execution + 1}"))
-        mark = run.path / "pruned"
         seed = (config.training.seed + execution) % 2**31
         changed = config.with_changes({"training.seed": seed})
-        if not run.finished:
-            mark.unlink(missing_ok=True)  # the training continues from before the pruning
-        callbacks = [Pruning(search, mark)] if prunes else []
+        pruning = Pruning(search)
+        # Hyperband ends trials itself: it compares short trials with each other.
+        callbacks = [pruning] if tuning.pruning and tuning.algorithm != "hyperband" else []
         summaries.append(train_or_resume(run, changed, callbacks=callbacks, score_test=False))
-        if pruned := mark.exists():
+        if pruning.pruned:
             break
     scores = _mean_scores([summary["validation"] for summary in summaries])
     if scores[tuning.objective] is None:
@@ -131,7 +117,7 @@ def _train(search: SearchDirectory, trial: str, values: dict[str, Any], epochs: 
     curve = [json.loads(line).get(tuning.objective) for line in lines]
     return TrialRecord(
         trial=trial,
-        status="pruned" if pruned else "completed",
+        status="pruned" if pruning.pruned else "completed",
         score=scores[tuning.objective],
         scores=scores,
         values=values,

@@ -1,8 +1,8 @@
 """The processes of a search. Each one runs the same loop, and no process leads the others.
 
 They share the state of the search by files. A process locks the search for a moment, restores the
-oracle, adds the results of other processes to it, and takes a trial. Then it trains this trial and
-holds a lock of it. If the process dies, the operating system releases the lock, and another process
+oracle with the results of other processes, and takes a trial. Then it trains this trial and holds
+a lock of it. If the process dies, the operating system releases the lock, and another process
 continues the trial from its checkpoint.
 """
 
@@ -21,10 +21,8 @@ import filelock
 from keras_tuner.engine.trial import TrialStatus
 
 from trainer.errors import CheckError
-from trainer.tuning import results
 from trainer.tuning.oracles import make_oracle, quiet
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
-from trainer.tuning.space import short_names
 from trainer.tuning.trial import run_trial
 
 _log = logging.getLogger(__name__)
@@ -40,11 +38,11 @@ class Worker:
     """The part of this process in a search: it takes trials, trains them and logs the results."""
 
     def __init__(self, search: SearchDirectory) -> None:
-        """Starts the clock of this process."""
+        """Starts the clock of this process, which continues the time of the search."""
         self._search = search
-        self._start = time.monotonic()
-        self._seconds_before: float | None = None
-        self._earlier = {record.trial for record in search.records()}
+        self._earlier = search.records().keys()
+        with search.lock, quiet():
+            self._start = time.monotonic() - make_oracle(search).seconds
 
     def run(self) -> Any:
         """Runs trials until this process and all others have finished.
@@ -78,7 +76,7 @@ class Worker:
             record = run_trial(self._search, trial.trial_id, trial.hyperparameters.values)
         with self._search.lock:
             self._search.remove_weights()
-            results.write_best(self._search)
+            self._search.write_best()
         self._log_result(record)
         return True
 
@@ -87,12 +85,8 @@ class Worker:
         """Locks the search, and restores its oracle with the results of all processes."""
         with self._search.lock, quiet():
             oracle = make_oracle(self._search)
-            if self._seconds_before is None:
-                self._seconds_before = oracle.seconds
             # Other processes may search at the same time: the longest time counts.
-            elapsed = time.monotonic() - self._start
-            oracle.seconds = max(oracle.seconds, self._seconds_before + elapsed)
-            oracle.add_records()
+            oracle.seconds = max(oracle.seconds, time.monotonic() - self._start)
             yield oracle
 
     def _take(self, oracle: Any) -> tuple[Any, Any] | None:
@@ -109,26 +103,25 @@ class Worker:
     def _check_failures(self, ended: list[str]) -> None:
         """Raises CheckError if too many trials failed in a row since this process started."""
         limit = 1 if self._search.tuning.stop_on_failure else _MAX_FAILURES_IN_A_ROW
-        failures = 0
-        for record in (self._search.record(each) for each in ended if each not in self._earlier):
+        records, failures = self._search.records(), 0
+        for record in (records[trial] for trial in ended if trial not in self._earlier):
             failures = failures + 1 if record.score is None else 0
             if failures == limit:
                 last = (record.error or "").strip().splitlines()[-1]
                 raise CheckError(f"the search ends after {limit} failed trials in a row: {last}")
 
     def _log_result(self, record: TrialRecord) -> None:
-        tuning, names = self._search.tuning, short_names(self._search.tuning.space)
-        values = "  ".join(f"{names[key]} {value}" for key, value in record.values.items())
-        title = f"trial {record.trial} ({len(self._search.records())} of {tuning.max_trials})"
+        tuning, count = self._search.tuning, len(self._search.records())
+        values = "  ".join(f"{key} {value}" for key, value in record.values.items())
+        title = f"trial {record.trial} ({count} of {tuning.max_trials})"
         if record.score is None:
             _log.warning("%s failed: %s\n%s", title, record.error, values)
             return
         best = self._search.ranked()[0]
-        score = f"{tuning.objective} {record.score:.5g}"
-        score += " pruned" if record.status == "pruned" else ""
-        score += f"  best {best.score:.5g} (trial {best.trial})"
+        score = f"{tuning.objective} {record.score:.5g} {record.status}"
         end = f"epochs {record.trained_epochs}, {record.seconds:.1f} s"
-        _log.info("%s  %s  %s  %s", title, score, values, end)
+        best_score = f"best {best.score:.5g} (trial {best.trial})"
+        _log.info("%s  %s  %s  %s  %s", title, score, best_score, values, end)
 
 
 @contextlib.contextmanager
@@ -151,7 +144,6 @@ def started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
                 process_group=0,  # only this process receives control-C; it stops the others
             )
             processes.append(process)
-            threading.Thread(target=_report_loss, args=(process,), daemon=True).start()
         yield
     except BaseException:
         for process in processes:
@@ -159,18 +151,12 @@ def started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
         raise
     finally:
         for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SAVING_SECONDS)
             with process:  # closes the pipe
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_SAVING_SECONDS)
                 process.kill()
-
-
-def _report_loss(process: subprocess.Popen[bytes]) -> None:
-    """Waits for the end of a worker, and logs a warning if it was killed."""
-    code = process.wait()
-    if code < 0 and code != -signal.SIGTERM:  # in other cases the worker has printed a line
-        reason = signal.Signals(-code).name
-        _log.warning("A worker was killed by %s. Another process continues its trial.", reason)
+            if process.returncode == -signal.SIGKILL:  # else the worker has printed a line
+                _log.warning("A worker was killed. Another process continued its trial.")
 
 
 def stop_with_parent() -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import trainer
 from trainer import report
 from trainer.run import Run
-from trainer.tuning.hparams import write_session
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.trial import write_session
 
 
 def test_every_column_of_the_hparams_page_can_be_sorted(

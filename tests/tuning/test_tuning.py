@@ -18,12 +18,17 @@ import trainer
 from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError
 from trainer.run import Run
-from trainer.tuning.config import TuningConfig
-from trainer.tuning.oracles import decode, make_oracle, quiet
+from trainer.tuning.config import (
+    TuningConfig,
+    check_extremes,
+    check_space,
+    direction_of,
+    trial_config,
+)
+from trainer.tuning.oracles import decode, restored_oracle
+from trainer.tuning.search import Worker
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
-from trainer.tuning.space import check_space, direction_of, extremes, trial_config
 from trainer.tuning.trial import Pruning, run_trial
-from trainer.tuning.workers import Worker
 
 SEARCH = """
 [data]
@@ -157,7 +162,9 @@ def test_what_the_objective_is_may_not_be_searched(search: Callable[..., Config]
         "{name='SmoothedCrossentropy', options={label_smoothing=0.1}}]}"
     )
     said = refused(check_space, search(losses, "tuning.objective=val_loss"))
-    assert "training.loss must be the same for all trials of a search that compares their " in said
+    assert (
+        "training.loss must be the same for all trials of a search by random for val_loss" in said
+    )
     check_space(search(losses))
 
 
@@ -173,10 +180,8 @@ def test_a_condition_names_a_key_without_conditions(search: Callable[..., Config
 def test_hyperband_chooses_the_epochs_itself(search: Callable[..., Config]) -> None:
     hyperband = "tuning.algorithm=hyperband"
     epochs = "tuning.space.training.epochs={choices=[1, 2]}"
-    assert "hyperband itself chooses the epochs" in refused(check_space, search(hyperband, epochs))
-    assert "chooses the epochs of each trial: expected 3 or more" in refused(
-        check_space, search(hyperband, "training.epochs=2")
-    )
+    said = refused(check_space, search(hyperband, epochs))
+    assert "training.epochs must be the same for all trials of a search by hyperband" in said
     check_space(search(epochs))
 
 
@@ -215,7 +220,7 @@ def test_a_device_of_the_space_that_is_not_here_is_refused_at_once(
     devices = "tuning.space.training.device={choices=['cpu', 'gpu:7']}"
     code, _, err = command("tune", "s.toml", "--set", devices)
     assert code in (2, 3)  # there may be some GPUs
-    assert "tuning.space, training.device = 'gpu:7': --device gpu:7: " in err
+    assert "tuning.space.training.device = 'gpu:7': --device gpu:7: " in err
     assert not Path("runs/tune-synthetic-mlp").exists()
 
 
@@ -274,7 +279,8 @@ def test_a_trial_is_an_ordinary_configuration(search: Callable[..., Config]) -> 
     kept = trial_config(config, decode(config.table(TuningConfig), {rate: 0.1, name: 0, units: 0}))
     assert kept.optimizer.options == {"weight_decay": 0.01}  # of the same optimizer
     assert decode(config.table(TuningConfig), {rate: 0.09999999, name: 0})[rate] <= 0.1
-    tried = [changed for _, changed in extremes(config)]
+    tried: list[Config] = []
+    check_extremes(config, tried.append)
     assert {c.optimizer.options.get("momentum") for c in tried} == {None, 0.0, 0.3, 0.6, 0.9}
     assert trial_config(search("tuning.direction=max", EARLY), values).training.callbacks == [
         *search(EARLY).training.callbacks
@@ -299,8 +305,7 @@ def _take(
     directory.create()
     taken: list[dict[str, Any]] = []
     while len(taken) < count:
-        with quiet():
-            oracle = make_oracle(directory)
+        with restored_oracle(directory) as oracle:
             trial = next(iter(oracle.ongoing_trials.values()), None) or oracle.create_trial("w")
         if trial.status == TrialStatus.STOPPED:
             break
@@ -481,7 +486,6 @@ def test_a_search_from_its_beginning_to_the_refit(
     code, _, err = command("tune", "s.toml", "--name", "s", "--set", changed)
     assert code == 2
     assert "belongs to another search: tuning.space differ from search.toml; choose another" in err
-    assert command("tune", "s.toml", "--name", "s", "--set", "tuning.seed=1")[0] == 2
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/summary.json")}
     code, out, err = command("tune", "s.toml", "--name", "s", "--refit", "--json")
     assert code == 0, err
@@ -489,7 +493,7 @@ def test_a_search_from_its_beginning_to_the_refit(
     assert more["trials"][:3] == result["trials"]
     assert len(more["trials"]) == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "3 of 4 trials are done" in err
+    assert err.count("(4 of 4)") == 1
 
     # The refit trains on train and validation, and scores the test images once.
     refit = Run(Path(more["refit"]["run"]))
@@ -556,8 +560,6 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(
 def test_many_failures_in_a_row_end_the_search(in_tmp_path: Path) -> None:
     directory = _directory("w", max_trials=9)
     worker = Worker(directory)
-    with worker._oracle() as oracle:
-        oracle.save()
     for trial, score in enumerate([None, 0.5, None, None, None, None, None]):
         error = "E: no space left" if score is None else None
         directory.write_record(_record(trial, score).model_copy(update={"error": error}))
@@ -591,7 +593,7 @@ def test_a_damaged_search_is_refused(content: str, search: Callable[..., Config]
     directory = SearchDirectory(search("tuning.direction=max"))
     _take(directory, 1)
     directory.oracle.write_text(content)
-    assert "oracle.json is damaged (" in refused(make_oracle, directory)
+    assert "oracle.json is damaged: " in refused(restored_oracle(directory).__enter__)
     record = directory.path / "records" / "0.json"
     record.write_text(content)
     assert f"{record} is damaged: " in refused(directory.records)
@@ -602,7 +604,7 @@ def test_a_damaged_search_is_refused(content: str, search: Callable[..., Config]
     [
         ("search.toml", None, "expected a configuration file, received runs/tune-s/search.toml"),
         ("records/0.json", {"score": float("nan")}, "0.json is damaged: "),
-        ("oracle/oracle.json", None, "oracle.json is damaged (FileNotFoundError"),
+        ("oracle/oracle.json", None, "oracle.json is damaged: FileNotFoundError"),
         ("tensorboard", "file", "cannot be written: [Errno 17] File exists: "),
     ],
 )

@@ -17,9 +17,8 @@ import pytest
 
 from trainer.config import Config, load_config
 from trainer.tuning.config import TuningConfig
-from trainer.tuning.oracles import make_oracle
+from trainer.tuning.search import Worker
 from trainer.tuning.search_directory import SearchDirectory
-from trainer.tuning.workers import Worker
 
 # A trial takes at least six seconds: long enough for other processes to start.
 SLOW = """
@@ -242,8 +241,7 @@ def test_the_time_of_a_search_excludes_pauses_and_counts_parallel_time_once(
 
     def step(worker: Worker) -> float:
         with worker._oracle() as oracle:
-            oracle.save()
-        return float(oracle.seconds)
+            return float(oracle.seconds)
 
     first = Worker(directory)
     assert step(first) == 0
@@ -258,6 +256,9 @@ def test_the_time_of_a_search_excludes_pauses_and_counts_parallel_time_once(
     assert step(third) == 20
     now += 5
     assert step(third) == 25
-    assert not make_oracle(directory).late
-    limited = SearchDirectory(search.with_changes({"tuning.max_seconds": 24.0}))
-    assert make_oracle(limited).late
+    taken = []
+    for limit in (26.0, 24.0):
+        worker = Worker(SearchDirectory(search.with_changes({"tuning.max_seconds": limit})))
+        with worker._oracle() as oracle:
+            taken.append(worker._take(oracle))
+    assert [trial is None for trial in taken] == [False, True]

@@ -37,7 +37,7 @@ def tune(
     json_: console.JsonOption = False,
 ) -> None:
     """Search for better settings. The same command continues an interrupted search."""
-    from trainer.tuning.space import check_space
+    from trainer.tuning.config import check_space
 
     flags = {"tuning.max_trials": trials, "logging.name": name}
     loaded = console.load_config(config, set_, flags)

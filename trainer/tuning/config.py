@@ -1,18 +1,33 @@
-"""The table [tuning] of a configuration: the search space, and how `trainer tune` searches it."""
+"""The table [tuning] of a configuration: the search space, and how `trainer tune` searches it.
+
+Nothing here imports TensorFlow: an invalid space is refused within a second.
+"""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config import Section
-from trainer.errors import did_you_mean
+from trainer.config import Config, Section
+from trainer.errors import InputError, MissingError, did_you_mean, expect
 
 # Keys of earlier versions: refused in files, translated in stored configurations.
 RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "seconds": "max_seconds"}
 _MAX_VALUES = 10_000  # of a range with a step
+# Trials are compared by the same metrics on the same images, so these keys cannot be searched.
+# The best of several seeds would be luck: tuning.executions_per_trial averages over seeds instead.
+_FIXED = (
+    *("data.", "logging.", "tuning."),
+    *("training.limit_batches.", "training.metrics.", "training.seed."),
+)
+_FREE = ("data.augmentation.", "data.image_size.")  # the images stay the same
+# How the names of metrics end.
+_DIRECTIONS = {
+    "max": ("acc", "accuracy", "auc", "precision", "recall", "f1_score"),
+    "min": ("loss", "error", "divergence", "crossentropy", "mse", "mae", "mape", "msle"),
+}
 
 
 class Parameter(Section):
@@ -50,11 +65,6 @@ class Parameter(Section):
         if len(self.values() or ()) == _MAX_VALUES:
             raise ValueError(f"step = {step}: expected fewer than {_MAX_VALUES} values")
         return self
-
-    @property
-    def whole(self) -> bool:
-        """Whether a range has whole values only."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
 
     def values(self) -> list[Any] | None:
         """Returns all possible values; None for a range without a step."""
@@ -137,3 +147,94 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 TABLE = TuningConfig
+
+
+def check_space(config: Config) -> None:
+    """Checks that the configuration accepts every end and choice of the space.
+
+    Raises:
+        InputError: The space is empty, or a key or value of it cannot be used.
+    """
+    tuning = config.table(TuningConfig)
+    example = '"optimizer.learning_rate" = { low = 0.001, high = 0.1, scale = "log" }'
+    expect(tuning.space, "tuning.space is empty", f"keys to search over, as {example}", "none")
+    expect(
+        not config.data.train_on_validation,
+        "data.train_on_validation",
+        "false, because the validation images select the best trial (`--refit` trains on them)",
+        "true",
+    )
+    fixed = [*_FIXED]
+    fixed += ["training.loss."] if tuning.objective == "val_loss" else []
+    fixed += ["training.epochs."] if tuning.algorithm == "hyperband" else []  # it chooses them
+    for key, parameter in tuning.space.items():
+        if f"{key}.".startswith(tuple(fixed)) and not f"{key}.".startswith(_FREE):
+            raise InputError(
+                f"tuning.space: {key} must be the same for all trials of a search by "
+                f"{tuning.algorithm} for {tuning.objective}"
+            )
+        if tuning.algorithm == "grid" and parameter.values() is None:
+            raise InputError(f"tuning.space.{key}: a grid expects choices, or a range with a step")
+    check_extremes(config, lambda _: None)
+
+
+def check_extremes(config: Config, build: Callable[[Config], Any]) -> None:
+    """Calls a function with a configuration for each end and each choice of the space.
+
+    Raises:
+        InputError: The configuration refuses a value, or the function does.
+        MissingError: From the function.
+    """
+    for key, parameter in config.table(TuningConfig).space.items():
+        conditions = {other: values[0] for other, values in parameter.when.items()}
+        for value in parameter.values() or [parameter.low, parameter.high]:
+            try:
+                build(trial_config(config, conditions | {key: value}))
+            except (InputError, MissingError) as error:
+                reason = str(error).removeprefix("the changed configuration: ")
+                raise type(error)(f"tuning.space.{key} = {value!r}: {reason}") from None
+
+
+def direction_of(tuning: TuningConfig) -> str:
+    """Returns "min" or "max".
+
+    Raises:
+        InputError: The direction is "auto", and the name of the objective does not show it.
+    """
+    if tuning.direction != "auto":
+        return tuning.direction
+    for direction, endings in _DIRECTIONS.items():
+        if tuning.objective.endswith(endings):
+            return direction
+    raise InputError(
+        f"tuning.objective = {tuning.objective!r}: is a higher or a lower value better? Set "
+        "tuning.direction to 'max' or 'min'"
+    )
+
+
+def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the configuration of a trial, without the tables of tools.
+
+    Args:
+        config: The configuration of the search.
+        values: By dotted key. Another name of optimizer or model drops the options of the
+            configured one, as `--set` does.
+
+    Raises:
+        InputError: The configuration refuses a value.
+    """
+    tuning = config.table(TuningConfig)
+    core = Config.model_validate(config.model_dump(include=set(Config.model_fields)))
+    changes: dict[str, Any] = {}
+    for section in ("model", "optimizer"):
+        name = getattr(config, section).name
+        if values.get(f"{section}.name", name) != name:
+            changes[f"{section}.options"] = {}
+    changed = core.with_changes(changes | dict(values))
+    callbacks = [callback.model_dump() for callback in changed.training.callbacks]
+    if not tuning.patience or "earlystopping" in [each["name"].lower() for each in callbacks]:
+        return changed
+    options = {"monitor": tuning.objective, "mode": tuning.direction, "patience": tuning.patience}
+    options["restore_best_weights"] = True  # the trial is scored by its best weights
+    stopping = {"name": "EarlyStopping", "options": options}
+    return changed.with_changes({"training.callbacks": [*callbacks, stopping]})

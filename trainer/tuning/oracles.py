@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,61 +29,14 @@ from trainer.tuning.search_directory import SearchDirectory
 _DIGITS = 6  # significant digits of a sampled value: best.toml shows exactly what was tried
 
 
-class _Stored(keras_tuner.Oracle):
-    """Keeps the whole state in one file that is replaced atomically.
-
-    Attributes:
-        seconds: The time of the search so far, interruptions excluded.
-    """
-
-    def __init__(self, search: SearchDirectory, **options: Any) -> None:
-        super().__init__(**options)
-        self.tuning = search.tuning
-        self.max_trials = search.tuning.max_trials
-        self.verbose = 0
-        self.seconds = 0.0
-        self._search = search
-        # This constructor sets the directory of the oracle.
-        BaseTuner(oracle=self, directory=str(search.path), project_name="oracle")
-
-    @property
-    def late(self) -> bool:
-        """Whether the time of the search is used up."""
-        return self.tuning.max_seconds is not None and self.seconds > self.tuning.max_seconds
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the state including all trials."""
-        trials = [trial.get_state() for trial in self.trials.values()]
-        state: dict[str, Any] = super().get_state()
-        return state | {"trials": trials, "seconds": round(self.seconds, 1)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Restores the state, and ends the trials that have a record by now."""
-        self.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
-        self.seconds = state["seconds"]
-        ongoing = {each: each for each in state["start_order"] if each not in state["end_order"]}
-        super().set_state(state | {"ongoing_trials": ongoing})
-        records = self._search.records()
-        for trial in list(self.ongoing_trials.values()):
-            if trial.trial_id in records:
-                score = records[trial.trial_id].score
-                trial.status = TrialStatus.FAILED
-                if score is not None:
-                    self.update_trial(trial.trial_id, {self.tuning.objective: score})
-                    trial.status = TrialStatus.COMPLETED
-                self.end_trial(trial)
-
+class _Bayesian(BayesianOptimizationOracle):
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """Returns the next values; random ones where the Bayesian oracle repeats itself."""
+        """Returns the most promising values; random ones if these were tried before."""
         response: dict[str, Any] = super().populate_space(trial_id)
         tried = [trial.hyperparameters.values for trial in self.trials.values()]
         if response.get("values") in tried:
             response = RandomSearchOracle.populate_space(self, trial_id)
         return response
-
-    def save(self) -> None:
-        """Writes the state atomically."""
-        write_text(self._search.oracle, json.dumps(self.get_state()))
 
 
 class _Grid(keras_tuner.Oracle):
@@ -90,7 +44,8 @@ class _Grid(keras_tuner.Oracle):
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:  # noqa: ARG002
         """Returns the next combination."""
-        values = next(itertools.islice(self._combinations(), len(self.start_order), None), None)
+        following = itertools.islice(self._combinations(), len(self.start_order), None)
+        values = next(following, None)
         return {"status": TrialStatus.RUNNING if values else TrialStatus.STOPPED, "values": values}
 
     def _combinations(self) -> Iterator[dict[str, int]]:
@@ -105,42 +60,72 @@ class _Grid(keras_tuner.Oracle):
 
 _ORACLES = {
     "random": RandomSearchOracle,
-    "bayesian": BayesianOptimizationOracle,
+    "bayesian": _Bayesian,
     "hyperband": HyperbandOracle,
     "grid": _Grid,
 }
 
 
-def make_oracle(search: SearchDirectory) -> Any:
-    """Creates the oracle of a search, with the results of all processes. The search is locked.
+@contextlib.contextmanager
+def restored_oracle(search: SearchDirectory) -> Iterator[Any]:
+    """Locks the search, restores its oracle with the results of all processes, and saves it.
+
+    The oracle has one more attribute: `seconds`, the time of the search without interruptions.
 
     Raises:
         InputError: The state of the oracle is damaged.
     """
-    tuning, base = search.tuning, _ORACLES[search.tuning.algorithm]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(search.lock)
+        # keras-tuner prints for debugging, and its own files are not used.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        try:
+            oracle = _restore(search, folder)
+        except Exception as error:  # keras-tuner raises anything on a damaged state
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{search.oracle} is damaged: {reason}; choose another --name"
+            ) from None
+        yield oracle
+        trials = [trial.get_state() for trial in oracle.trials.values()]
+        state = oracle.get_state() | {"trials": trials, "seconds": round(oracle.seconds, 1)}
+        write_text(search.oracle, json.dumps(state))
+
+
+def _restore(search: SearchDirectory, folder: str) -> Any:
+    """Creates an oracle, sets its state, and ends the trials that have a record by now."""
+    tuning, records = search.tuning, search.records()
+    new = not search.oracle.exists() and not records
+    state: dict[str, Any] = {"trials": [], "seconds": 0.0}
+    state = state if new else json.loads(search.oracle.read_bytes())
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
         "hyperparameters": _hyperparameters(tuning),
-        "max_consecutive_failed_trials": 10**9,  # trainer.tuning.workers counts failures
+        "max_consecutive_failed_trials": 10**9,  # trainer.tuning.search counts failures
+        # keras-tuner replaces seed 0 by a random one. The restored state brings the seed of the
+        # search back, except where the Gaussian process starts its optimizer: that differs for
+        # each trial, but it is the same after an interruption.
+        "seed": tuning.seed + 1 + len(state["trials"]),
     }
     if tuning.algorithm == "hyperband":
         # One bracket follows another until max_trials.
         options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
-    kind: Any = type(base.__name__, (_Stored, base), {})
-    try:
-        new = not search.oracle.exists() and not search.records()
-        state = {} if new else json.loads(search.oracle.read_bytes())
-        # keras-tuner replaces seed 0 by a random one. The restored state brings the seed of the
-        # search back, except where the Gaussian process starts its optimizer: that differs for
-        # each trial, but it is the same after an interruption.
-        oracle = kind(search, seed=tuning.seed + 1 + len(state.get("trials", ())), **options)
-        if not new:
-            oracle.set_state(state)
-    except Exception as error:  # keras-tuner raises anything on a damaged state
-        raise InputError(
-            f"{search.oracle} is damaged ({type(error).__name__}: {error}): restore the files, or "
-            "choose another --name"
-        ) from None
+    oracle: Any = _ORACLES[tuning.algorithm](**options)
+    oracle.max_trials, oracle.verbose, oracle.seconds = tuning.max_trials, 0, state["seconds"]
+    BaseTuner(oracle=oracle, directory=folder)  # sets the directory of the oracle
+    if new:
+        return oracle
+    oracle.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
+    ongoing = {each: each for each in state["start_order"] if each not in state["end_order"]}
+    oracle.set_state(state | {"ongoing_trials": ongoing})
+    for trial in [each for each in oracle.ongoing_trials.values() if each.trial_id in records]:
+        score = records[trial.trial_id].score
+        if score is not None:
+            oracle.update_trial(trial.trial_id, {tuning.objective: score})
+        trial.status = TrialStatus.FAILED if score is None else TrialStatus.COMPLETED
+        oracle.end_trial(trial)
     return oracle
 
 
@@ -156,7 +141,8 @@ def _hyperparameters(tuning: TuningConfig) -> keras_tuner.HyperParameters:
             if (possible := parameter.values()) is not None:
                 space.Choice(key, list(range(len(possible))))
             else:
-                add = space.Int if parameter.whole else space.Float
+                whole = isinstance(parameter.low, int) and isinstance(parameter.high, int)
+                add = space.Int if whole else space.Float
                 add(key, parameter.low, parameter.high, sampling=parameter.scale)
     return space
 
@@ -170,16 +156,9 @@ def decode(tuning: TuningConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
         values = parameter.values()
         if values is not None:
             found[key] = values[int(chosen[key])]
-        elif parameter.whole:
-            found[key] = int(chosen[key])
+        elif isinstance(chosen[key], int):
+            found[key] = chosen[key]
         else:
             rounded = float(f"{chosen[key]:.{_DIGITS}g}")
             found[key] = min(max(rounded, float(parameter.low or 0)), float(parameter.high or 0))
     return found
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppresses what keras-tuner prints for debugging, and its warnings."""
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -22,11 +22,10 @@ from trainer.config import Config, Section, load_config
 from trainer.errors import CheckError, InputError
 from trainer.files import write_text
 from trainer.run import Run
-from trainer.tuning.config import TuningConfig
-from trainer.tuning.space import trial_config
+from trainer.tuning.config import TuningConfig, trial_config
 
-# Keys of [tuning] that can change when a search is continued.
-_CHANGEABLE = {"max_trials", "max_seconds", "keep", "stop_on_failure"}
+# Keys besides [logging] that can change when a search is continued.
+_CHANGEABLE = {f"tuning.{key}" for key in ("max_trials", "max_seconds", "keep", "stop_on_failure")}
 
 
 class TrialRecord(Section):
@@ -57,11 +56,6 @@ class TrialRecord(Section):
     curve: list[float] = Field(default=[])
     runs: list[str] = Field(default=[])
     error: str | None = None
-
-    @property
-    def shown_values(self) -> dict[str, Any]:
-        """The tried values and the epochs, which hyperband chooses."""
-        return {**self.values, "training.epochs": self.epochs}
 
 
 class SearchDirectory:
@@ -99,9 +93,12 @@ class SearchDirectory:
             folder.mkdir(parents=True, exist_ok=True)
         with self.lock:
             if self.config_file.exists() or self.oracle.exists():
-                before = _compared(load_config(self.config_file, stored=True))
-                after = _compared(self.config)
-                differing = [key for key in before | after if before.get(key) != after.get(key)]
+                before = load_config(self.config_file, stored=True).flat()
+                changed = [
+                    key for key, value in self.config.flat().items() if before.get(key) != value
+                ]
+                fixed = [key for key in changed if key not in _CHANGEABLE]
+                differing = [key for key in fixed if not key.startswith("logging.")]
                 if differing:
                     raise InputError(
                         f"{self.path} belongs to another search: {', '.join(differing)} differ "
@@ -151,19 +148,20 @@ class SearchDirectory:
                 for file in (self.path / run / "checkpoints").glob("*"):
                     file.unlink(missing_ok=True)
 
+    def best_config(self) -> Config:
+        """Returns the configuration of the best trial."""
+        best = self.ranked()[0]
+        return trial_config(self.config, best.values | {"training.epochs": best.epochs})
+
     def write_best(self) -> None:
         """Writes best.toml, the configuration of the best trial, if a trial has a score."""
         for best in self.ranked()[:1]:
-            count = self.tuning.executions_per_trial
-            mean = f", mean of {count} seeds" if count > 1 else ""
-            head = (
-                f"# Trial {best.trial} of tune-{self.name}, the best of {len(self.records())}: "
-                f"{self.tuning.objective} {best.score:.6g}{mean}.\n"
-            )
-            write_text(self.best, head + trial_config(self.config, best.shown_values).to_toml())
+            score = f"{self.tuning.objective} {best.score:.6g}"
+            head = f"# Trial {best.trial} of tune-{self.name}, the best trial: {score}.\n"
+            write_text(self.best, head + self.best_config().to_toml())
 
     def write_results(self, seconds: float) -> dict[str, Any]:
-        """Writes results.json after `seconds` of search, and returns its content.
+        """Writes best.toml and results.json after `seconds` of search; returns the results.
 
         Raises:
             CheckError: No trial has a score.
@@ -171,6 +169,7 @@ class SearchDirectory:
         records, ranked = self.records().values(), self.ranked()
         if not ranked:
             raise CheckError(f"none of {len(records)} trials has a score")
+        self.write_best()
         document: dict[str, Any] = {
             "search": str(self.path),
             **self.tuning.model_dump(include={"objective", "direction", "algorithm"}),
@@ -185,9 +184,3 @@ class SearchDirectory:
         text = json.dumps(document, indent=2, allow_nan=False)
         write_text(self.path / "results.json", text + "\n")
         return document
-
-
-def _compared(config: Config) -> dict[str, Any]:
-    """Returns the values by dotted key that must not change during a search."""
-    tree = config.model_dump(exclude={"logging": True, "tuning": _CHANGEABLE})
-    return {f"{name}.{key}": value for name, table in tree.items() for key, value in table.items()}

@@ -207,7 +207,8 @@ def test_what_the_project_refuses_later_is_refused_before_anything_is_trained(
         ("logging.name=" + "n" * 300, "logging.name: expected"),
         ("logging.directory=/proc/none", "/proc/none/tune-synthetic-mlp cannot be written: "),
     ]:
-        code, _, err = command("tune", "s.toml", "--set", change)
+        alone = ["--set", "tuning.space={}"] if change.startswith("tuning.space.") else []
+        code, _, err = command("tune", "s.toml", *alone, "--set", change)
         assert (code, said in err) == (2, True), (change, err)
         assert err.count("\n") == 1, err
     assert not Path("runs").exists()
@@ -593,18 +594,19 @@ def test_a_damaged_search_is_refused(content: str, search: Callable[..., Config]
     directory = SearchDirectory(search("tuning.direction=max"))
     _take(directory, 1)
     directory.oracle.write_text(content)
-    assert "oracle.json is damaged: " in refused(restored_oracle(directory).__enter__)
-    record = directory.path / "records" / "0.json"
-    record.write_text(content)
-    assert f"{record} is damaged: " in refused(directory.records)
+    assert "runs/tune-synthetic-mlp is damaged: " in refused(restored_oracle(directory).__enter__)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
         ("search.toml", None, "expected a configuration file, received runs/tune-s/search.toml"),
-        ("records/0.json", {"score": float("nan")}, "0.json is damaged: "),
-        ("oracle/oracle.json", None, "oracle.json is damaged: FileNotFoundError"),
+        (
+            "records/0.json",
+            {"score": float("nan")},
+            "tune-s is damaged: ValidationError: 1 validation error for TrialRecord score",
+        ),
+        ("oracle/oracle.json", None, "tune-s is damaged: FileNotFoundError: "),
         ("tensorboard", "file", "cannot be written: [Errno 17] File exists: "),
     ],
 )
@@ -648,7 +650,7 @@ def test_a_search_says_why_it_ends_before_its_trials_are_used_up(
     options = [part for change in changes for part in ("--set", change)]
     code, _, err = command("tune", "s.toml", *options)
     assert code == 0, err
-    assert "the space has no more values: 2 of 4 trials" in err
+    assert "2 of 4 trials: the space or tuning.max_seconds is used up" in err
 
 
 TWO = "{choices=[0.01, 0.02]}"

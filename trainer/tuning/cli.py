@@ -1,5 +1,6 @@
 """The verb of the tuning tool: tune."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +40,12 @@ def tune(
     """Search for better settings. The same command continues an interrupted search."""
     from trainer.tuning.config import check_space
 
-    flags = {"tuning.max_trials": trials, "logging.name": name}
-    loaded = console.load_config(config, set_, flags)
+    loaded = console.load_config(config, set_, {"tuning.max_trials": trials, "logging.name": name})
     check_space(loaded)
     console.require(loaded.training.device)
     terminal = console.start_logging()
+    for handler in logging.getLogger("trainer").handlers:  # shows trials, but not their trainings
+        handler.addFilter(lambda each: each.levelno > logging.INFO or ".tuning." in each.name)
     with console.stdout_to_stderr():
         search = console.import_module("trainer.tuning.search")
         result = search.tune(loaded, workers=workers, refit=refit, console=terminal)
@@ -71,8 +73,7 @@ def _print_search(result: dict[str, Any]) -> None:
     counts = f"{status.count('pruned')} pruned, {status.count('failed')} failed"
     console.print_line(f"{len(trials)} trials, {counts}; {result['seconds']:.0f} s")
     if "refit" in result:
-        scores = console.format_scores(result["refit"])
-        run = result["refit"]["run"]
+        scores, run = console.format_scores(result["refit"]), result["refit"]["run"]
         console.print_line(f"refit on train and validation: {scores}; saved in {run}")
     search = Path(result["search"])
     console.print_line(f"the best: `{shell_command('fit', search / 'best.toml')}`; see all with")

@@ -18,10 +18,7 @@ RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "second
 _MAX_VALUES = 10_000  # of a range with a step
 # Trials are compared by the same metrics on the same images, so these keys cannot be searched.
 # The best of several seeds would be luck: tuning.executions_per_trial averages over seeds instead.
-_FIXED = (
-    *("data.", "logging.", "tuning."),
-    *("training.limit_batches.", "training.metrics.", "training.seed."),
-)
+_FIXED = ("data.", "logging.", "tuning.", "training.limit_", "training.metrics.", "training.seed.")
 _FREE = ("data.augmentation.", "data.image_size.")  # the images stay the same
 # How the names of metrics end.
 _DIRECTIONS = {
@@ -56,8 +53,9 @@ class Parameter(Section):
                 raise ValueError(f"choices: expected different values, received {self.choices}")
             return self
         if low is None or high is None or low >= high:
-            received = f"low = {low}, high = {high}"
-            raise ValueError(f"expected low < high, or choices; received {received}")
+            raise ValueError(
+                f"expected low < high, or choices; received low = {low}, high = {high}"
+            )
         if self.scale == "log" and (low <= 0 or (step or math.inf) <= 1):
             raise ValueError(
                 f"scale = 'log' expects low > 0 and step > 1, received low = {low}, step = {step}"
@@ -150,20 +148,13 @@ TABLE = TuningConfig
 
 
 def check_space(config: Config) -> None:
-    """Checks that the configuration accepts every end and choice of the space.
-
-    Raises:
-        InputError: The space is empty, or a key or value of it cannot be used.
-    """
+    """Refuses a space that is empty, or that the configuration or the algorithm cannot use."""
     tuning = config.table(TuningConfig)
     example = '"optimizer.learning_rate" = { low = 0.001, high = 0.1, scale = "log" }'
     expect(tuning.space, "tuning.space is empty", f"keys to search over, as {example}", "none")
-    expect(
-        not config.data.train_on_validation,
-        "data.train_on_validation",
-        "false, because the validation images select the best trial (`--refit` trains on them)",
-        "true",
-    )
+    if config.data.train_on_validation:
+        reason = "the validation images select the best trial"
+        raise InputError(f"data.train_on_validation: expected false, because {reason}")
     fixed = [*_FIXED]
     fixed += ["training.loss."] if tuning.objective == "val_loss" else []
     fixed += ["training.epochs."] if tuning.algorithm == "hyperband" else []  # it chooses them
@@ -181,9 +172,7 @@ def check_space(config: Config) -> None:
 def check_extremes(config: Config, build: Callable[[Config], Any]) -> None:
     """Calls a function with a configuration for each end and each choice of the space.
 
-    Raises:
-        InputError: The configuration refuses a value, or the function does.
-        MissingError: From the function.
+    An error of the configuration or of the function names the value.
     """
     for key, parameter in config.table(TuningConfig).space.items():
         conditions = {other: values[0] for other, values in parameter.when.items()}
@@ -196,11 +185,7 @@ def check_extremes(config: Config, build: Callable[[Config], Any]) -> None:
 
 
 def direction_of(tuning: TuningConfig) -> str:
-    """Returns "min" or "max".
-
-    Raises:
-        InputError: The direction is "auto", and the name of the objective does not show it.
-    """
+    """Returns "min" or "max"; the name of the objective must show it if the key is "auto"."""
     if tuning.direction != "auto":
         return tuning.direction
     for direction, endings in _DIRECTIONS.items():
@@ -213,15 +198,9 @@ def direction_of(tuning: TuningConfig) -> str:
 
 
 def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a trial, without the tables of tools.
+    """Returns the configuration of a trial from its values by dotted key, without tools' tables.
 
-    Args:
-        config: The configuration of the search.
-        values: By dotted key. Another name of optimizer or model drops the options of the
-            configured one, as `--set` does.
-
-    Raises:
-        InputError: The configuration refuses a value.
+    Another name of optimizer or model drops the options of the configured one, as `--set` does.
     """
     tuning = config.table(TuningConfig)
     core = Config.model_validate(config.model_dump(include=set(Config.model_fields)))
@@ -231,8 +210,8 @@ def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
         if values.get(f"{section}.name", name) != name:
             changes[f"{section}.options"] = {}
     changed = core.with_changes(changes | dict(values))
-    callbacks = [callback.model_dump() for callback in changed.training.callbacks]
-    if not tuning.patience or "earlystopping" in [each["name"].lower() for each in callbacks]:
+    callbacks = changed.training.callbacks
+    if not tuning.patience or "earlystopping" in [each.name.lower() for each in callbacks]:
         return changed
     options = {"monitor": tuning.objective, "mode": tuning.direction, "patience": tuning.patience}
     options["restore_best_weights"] = True  # the trial is scored by its best weights

@@ -71,23 +71,18 @@ def restored_oracle(search: SearchDirectory) -> Iterator[Any]:
     """Locks the search, restores its oracle with the results of all processes, and saves it.
 
     The oracle has one more attribute: `seconds`, the time of the search without interruptions.
-
-    Raises:
-        InputError: The state of the oracle is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(search.lock)
-        # keras-tuner prints for debugging, and its own files are not used.
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    with (
+        search.lock,
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),  # keras-tuner prints for debugging
+        tempfile.TemporaryDirectory() as folder,  # for its own files, which are not used
+    ):
         try:
             oracle = _restore(search, folder)
         except Exception as error:  # keras-tuner raises anything on a damaged state
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{search.oracle} is damaged: {reason}; choose another --name"
-            ) from None
+            damage = f"{search.path} is damaged: {type(error).__name__}: {error}"
+            raise InputError(f"{damage}; choose another --name") from None
         yield oracle
         trials = [trial.get_state() for trial in oracle.trials.values()]
         state = oracle.get_state() | {"trials": trials, "seconds": round(oracle.seconds, 1)}
@@ -109,8 +104,7 @@ def _restore(search: SearchDirectory, folder: str) -> Any:
         # each trial, but it is the same after an interruption.
         "seed": tuning.seed + 1 + len(state["trials"]),
     }
-    if tuning.algorithm == "hyperband":
-        # One bracket follows another until max_trials.
+    if tuning.algorithm == "hyperband":  # one bracket follows another until max_trials
         options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
     oracle: Any = _ORACLES[tuning.algorithm](**options)
     oracle.max_trials, oracle.verbose, oracle.seconds = tuning.max_trials, 0, state["seconds"]

@@ -26,7 +26,7 @@ from keras_tuner.engine.trial import TrialStatus
 from rich.console import Console
 
 from trainer.cluster import read_cluster
-from trainer.config import Config
+from trainer.config import Config, load_config
 from trainer.errors import CheckError, InputError, StoppedError, did_you_mean, expect
 from trainer.experiment import PhaseTimer, build_experiment
 from trainer.training.user_callbacks import make_callbacks
@@ -69,20 +69,20 @@ def tune(
     Raises:
         InputError: The space cannot be searched, or the directory belongs to another search.
         CheckError: No trial has a score, or too many failed.
-        MissingError: A device of the space is missing.
-        StoppedError: A signal stopped the search; the state is saved.
+        MissingError, StoppedError: As `trainer.fit`.
     """
     single = "no TF_CONFIG and no SLURM job step of several tasks"
     expect(read_cluster() is None, "each process of a search trains alone", single, "one")
     check_space(config)
-    search = SearchDirectory(config, name)
-    try:
-        if _stop_with_parent():
-            Worker(search).run()
-            return None
+    search, is_worker = SearchDirectory(config, name), _stop_with_parent()
+    if not is_worker:
         search = SearchDirectory(_resolved(config), search.name)
         if not search.config_file.exists():  # a continued search was checked before
             check_extremes(search.config, _build)
+    try:
+        if is_worker:
+            Worker(search).run()
+            return None
         search.create()
         seconds = _run_trials(search, workers)
         if refit and search.ranked():
@@ -103,8 +103,7 @@ def _run_trials(search: SearchDirectory, workers: int) -> float:
         oracle = Worker(search).run()
     done, limit = len(oracle.end_order), search.tuning.max_trials
     if done < limit:
-        reason = "tuning.max_seconds is used up, or the space has no more values"
-        _log.info("%s: %d of %d trials", reason, done, limit)
+        _log.info("%d of %d trials: the space or tuning.max_seconds is used up", done, limit)
     return float(oracle.seconds)
 
 
@@ -113,9 +112,8 @@ def _resolved(config: Config) -> Config:
     experiment, tuning = build_experiment(config, PhaseTimer()), config.table(TuningConfig)
     found = experiment.model.get_metrics_result().items()
     metrics = [f"val_{name}" for name, value in found if np.ndim(value) == 0]
-    if tuning.objective not in metrics:
-        available = did_you_mean(tuning.objective, metrics)
-        raise InputError(f"tuning.objective = {tuning.objective!r}: {available}")
+    known = f"a metric of the validation ({did_you_mean(tuning.objective, metrics)})"
+    expect(tuning.objective in metrics, "tuning.objective", known, tuning.objective)
     data = experiment.config.data.name
     return config.with_changes({"tuning.direction": direction_of(tuning), "data.name": data})
 
@@ -130,15 +128,11 @@ def _build(config: Config) -> None:
 
 def _refit(search: SearchDirectory, console: Console | None) -> None:
     """Trains the best trial on train and validation together, and scores the test images once."""
-    run, best = search.refit_run(), search.best_config()
+    run, best = search.refit_run(), load_config(search.best, stored=True)
     others = [str(path) for path in search.path.glob("refit-*") if path != run.path]
     expect(not others, "--refit scores the test images", "one refit per search", others)
     # Without early stopping, because no validation images are left.
-    callbacks = [
-        callback.model_dump()
-        for callback in best.training.callbacks
-        if callback.name.lower() != "earlystopping"
-    ]
+    callbacks = [each for each in best.training.callbacks if each.name.lower() != "earlystopping"]
     config = best.with_changes({"data.train_on_validation": True, "training.callbacks": callbacks})
     _log.info("refit    of %s on train and validation", search.best)
     train_or_resume(run, config, console=console)
@@ -150,9 +144,9 @@ class Worker:
     def __init__(self, search: SearchDirectory) -> None:
         """Starts the clock of this process, which continues the time of the search."""
         self._search = search
-        self._earlier = search.records().keys()
         with restored_oracle(search) as oracle:
             self._start = time.monotonic() - oracle.seconds
+        self._earlier = search.records().keys()
 
     def run(self) -> Any:
         """Runs trials until all processes have finished, and returns the oracle."""
@@ -160,8 +154,8 @@ class Worker:
             while self._run_next():
                 pass
         finally:
-            with self._oracle() as oracle:
-                pass  # saves the time of the search
+            with self._oracle() as oracle:  # saves the time of the search
+                self._search.write_best()
         return oracle
 
     def _run_next(self) -> bool:
@@ -174,7 +168,7 @@ class Worker:
             time.sleep(_WAIT_SECONDS if waiting else 0)
             return waiting
         trial, lock = taken
-        with lock, _trial_logs_hidden():
+        with lock:
             record = run_trial(self._search, trial.trial_id, trial.hyperparameters.values)
         with self._search.lock:
             self._search.remove_weights()
@@ -220,18 +214,14 @@ class Worker:
             _log.warning("%s failed: %s\n%s", title, record.error, values)
             return
         best = self._search.ranked()[0]
-        score = f"{tuning.objective} {record.score:.5g} {record.status}"
+        scores = f"{record.score:.5g} {record.status}  best {best.score:.5g} (trial {best.trial})"
         end = f"epochs {record.trained_epochs}, {record.seconds:.1f} s"
-        best_score = f"best {best.score:.5g} (trial {best.trial})"
-        _log.info("%s  %s  %s  %s  %s", title, score, best_score, values, end)
+        _log.info("%s  %s %s  %s  %s", title, tuning.objective, scores, values, end)
 
 
 @contextlib.contextmanager
 def _started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
-    """Starts processes that run the same search, and waits for their end.
-
-    After an error, it stops them; they save their trials.
-    """
+    """Starts processes that run the same search, and waits for them; an error here stops them."""
     command = [sys.executable, "-m", "trainer", "tune", str(search.config_file)]
     command += ["--name", search.name]
     variables = {_VARIABLE: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -260,25 +250,11 @@ def _started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
 
 def _stop_with_parent() -> bool:
     """Returns whether another process has started this worker; if so, this one stops with it."""
-    if _VARIABLE not in os.environ:
-        return False
 
     def wait_for_end() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the parent has ended
         os.kill(os.getpid(), signal.SIGTERM)  # the training saves its state
 
-    threading.Thread(target=wait_for_end, daemon=True).start()
-    return True
-
-
-@contextlib.contextmanager
-def _trial_logs_hidden() -> Iterator[None]:
-    """Shows only warnings of trainings on the terminal; log.txt of each run has all lines."""
-    levels = {handler: handler.level for handler in logging.getLogger("trainer").handlers}
-    for handler in levels:
-        handler.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for handler, level in levels.items():
-            handler.setLevel(level)
+    if _VARIABLE in os.environ:
+        threading.Thread(target=wait_for_end, daemon=True).start()
+    return _VARIABLE in os.environ

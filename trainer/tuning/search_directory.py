@@ -24,8 +24,8 @@ from trainer.files import write_text
 from trainer.run import Run
 from trainer.tuning.config import TuningConfig, trial_config
 
-# Keys besides [logging] that can change when a search is continued.
-_CHANGEABLE = {f"tuning.{key}" for key in ("max_trials", "max_seconds", "keep", "stop_on_failure")}
+# How the keys begin that can change when a search is continued.
+_CHANGEABLE = ("logging.", "tuning.max_", "tuning.keep", "tuning.stop_on_failure")
 
 
 class TrialRecord(Section):
@@ -79,30 +79,23 @@ class SearchDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.best = self.path / "best.toml"
         self._records = self.path / "records"
-        # Held while a process changes the state. The operating system releases it if a process
-        # dies. (Earlier versions hold it during the whole search.)
+        # Held while a process changes the state; the system releases it if the process dies.
         self.lock = filelock.FileLock(self.path / ".lock")
 
     def create(self) -> None:
-        """Creates the directory if necessary, and writes the configuration.
-
-        Raises:
-            InputError: The directory belongs to another search.
-        """
+        """Creates the directory and writes the configuration, unless it has another search."""
         for folder in (self.oracle.parent, self.trials, self.tensorboard, self._records):
             folder.mkdir(parents=True, exist_ok=True)
         with self.lock:
             if self.config_file.exists() or self.oracle.exists():
                 before = load_config(self.config_file, stored=True).flat()
-                changed = [
-                    key for key, value in self.config.flat().items() if before.get(key) != value
-                ]
-                fixed = [key for key in changed if key not in _CHANGEABLE]
-                differing = [key for key in fixed if not key.startswith("logging.")]
-                if differing:
+                after = self.config.flat()
+                fixed = [key for key in after if not key.startswith(_CHANGEABLE)]
+                changed = [key for key in fixed if before.get(key) != after[key]]
+                if changed:
                     raise InputError(
-                        f"{self.path} belongs to another search: {', '.join(differing)} differ "
-                        f"from {self.config_file.name}; choose another --name"
+                        f"{self.path} belongs to another search: {', '.join(changed)} differ from "
+                        f"{self.config_file.name}; choose another --name"
                     )
             write_text(self.config_file, self.config.to_toml())
 
@@ -111,24 +104,15 @@ class SearchDirectory:
         return filelock.FileLock(self.trials / f"{trial}.lock")
 
     def records(self) -> dict[str, TrialRecord]:
-        """Returns the records of all finished trials by trial, in the order of their numbers.
-
-        Raises:
-            InputError: A record is damaged.
-        """
+        """Returns the records of all finished trials by trial, in the order of their numbers."""
         paths = [path for path in self._records.glob("*.json") if path.stem.isdecimal()]
-        found = {}
-        for path in sorted(paths, key=lambda path: int(path.stem)):
-            try:
-                found[path.stem] = TrialRecord.model_validate_json(path.read_bytes())
-            except ValueError as error:
-                raise InputError(f"{path} is damaged: {error}") from None
-        return found
+        paths.sort(key=lambda path: int(path.stem))
+        return {path.stem: TrialRecord.model_validate_json(path.read_bytes()) for path in paths}
 
     def write_record(self, record: TrialRecord) -> None:
         """Writes the record of a finished trial."""
-        path = self._records / f"{record.trial}.json"
-        write_text(path, record.model_dump_json(indent=2) + "\n")
+        text = record.model_dump_json(indent=2) + "\n"
+        write_text(self._records / f"{record.trial}.json", text)
 
     def ranked(self) -> list[TrialRecord]:
         """Returns the trials that have a score, the best first, equal ones in their order."""
@@ -148,28 +132,19 @@ class SearchDirectory:
                 for file in (self.path / run / "checkpoints").glob("*"):
                     file.unlink(missing_ok=True)
 
-    def best_config(self) -> Config:
-        """Returns the configuration of the best trial."""
-        best = self.ranked()[0]
-        return trial_config(self.config, best.values | {"training.epochs": best.epochs})
-
     def write_best(self) -> None:
         """Writes best.toml, the configuration of the best trial, if a trial has a score."""
         for best in self.ranked()[:1]:
             score = f"{self.tuning.objective} {best.score:.6g}"
             head = f"# Trial {best.trial} of tune-{self.name}, the best trial: {score}.\n"
-            write_text(self.best, head + self.best_config().to_toml())
+            config = trial_config(self.config, best.values | {"training.epochs": best.epochs})
+            write_text(self.best, head + config.to_toml())
 
     def write_results(self, seconds: float) -> dict[str, Any]:
-        """Writes best.toml and results.json after `seconds` of search; returns the results.
-
-        Raises:
-            CheckError: No trial has a score.
-        """
+        """Writes results.json after `seconds` of search, and returns its content."""
         records, ranked = self.records().values(), self.ranked()
         if not ranked:
             raise CheckError(f"none of {len(records)} trials has a score")
-        self.write_best()
         document: dict[str, Any] = {
             "search": str(self.path),
             **self.tuning.model_dump(include={"objective", "direction", "algorithm"}),
@@ -181,6 +156,6 @@ class SearchDirectory:
         if run.finished:
             summary = run.read_json("summary.json")
             document["refit"] = {key: summary[key] for key in ("run", "test", "test_images")}
-        text = json.dumps(document, indent=2, allow_nan=False)
-        write_text(self.path / "results.json", text + "\n")
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        write_text(self.path / "results.json", text)
         return document

@@ -54,8 +54,7 @@ def benchmark_formats(
     config = run.config()
     data = datasets.load(config.data)
     images = data.test.read(slice(BATCH))[0]
-    rows, turns, skipped = [], [], {}
-    measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in FORMATS}
+    exports, turns, skipped = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
         # A small test set is repeated.
         np.save(Path(folder) / "images.npy", np.resize(images, (BATCH, *images.shape[1:])))
@@ -66,15 +65,16 @@ def benchmark_formats(
             except (MissingError, CheckError, InputError) as error:
                 skipped[kind] = str(error)
                 continue
-            artefact = version / format_.file
-            program = [kind, str(artefact), f"{folder}/images.npy", str(budget["calls"])]
-            turns.append(functools.partial(_measure, program, measured[kind]))
-            rows.append(_row(kind, artefact, exported.verified))
+            processes: list[dict[str, Any]] = []
+            program = [kind, f"{version / format_.file}", f"{folder}/images.npy"]
+            turns.append(functools.partial(_measure, [*program, str(budget["calls"])], processes))
+            exports.append((kind, version / format_.file, exported.verified, processes))
         run_interleaved(turns, blocks=budget["processes"], seed=0)
+        rows = [_row(*each) for each in exports]
     return BenchmarkResult(
         name="formats",
         subject=f"{run.name}: {data.spec.name}, {config.model.name}",
-        rows=[row | _summarize(measured[row["key"]]) for row in rows],
+        rows=rows,
         columns=_COLUMNS,
         settings={"batch": BATCH, **budget},
         devices=["CPU:0"],
@@ -82,20 +82,6 @@ def benchmark_formats(
         fingerprint=data.spec.fingerprint,
         skipped=skipped,
     )
-
-
-def _row(kind: str, artefact: Path, verified: Verification) -> dict[str, Any]:
-    """Returns the row of a format before it is measured."""
-    return {
-        "key": kind,
-        "format": kind,
-        "device": "CPU:0",
-        "label": "1 image",
-        "bytes": sum(file.stat().st_size for file in artefact_files(artefact)),
-        "accuracy": verified.accuracy,
-        "model_accuracy": verified.model_accuracy,
-        "largest_difference": verified.largest_difference,
-    }
 
 
 def _measure(arguments: list[str], processes: list[dict[str, Any]]) -> None:
@@ -115,14 +101,24 @@ def _measure(arguments: list[str], processes: list[dict[str, Any]]) -> None:
     processes.append(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _summarize(processes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the columns of a format. Times are those of all its processes together."""
+def _row(
+    kind: str, artefact: Path, verified: Verification, processes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the row of a format. Times are those of all its processes together."""
     one, many = ([seconds for p in processes for seconds in p[key]] for key in ("one", "many"))
     return {
+        "key": kind,
+        "format": kind,
+        "device": "CPU:0",
+        "label": "1 image",
+        "bytes": sum(file.stat().st_size for file in artefact_files(artefact)),
         **{name: float(np.median([p[name] for p in processes])) for name in _ONCE},
         "latency_p50_ms": 1000 * float(np.median(one)),
         "latency_p95_ms": 1000 * float(np.percentile(one, 95)),
         "images_per_second": BATCH / float(np.median(many)),
+        "accuracy": verified.accuracy,
+        "model_accuracy": verified.model_accuracy,
+        "largest_difference": verified.largest_difference,
         "timing": summary(one),
         "batches": summary(many),
     }

@@ -27,10 +27,6 @@ def select_each(words: list[str] | None) -> list[str]:
 
     Args:
         words: "cpu", "cpu:N", "gpu", "gpu:N" or "all"; none means the CPU and every GPU.
-
-    Raises:
-        InputError: A word is none of these, or there is no GPU with the number N.
-        MissingError: A GPU is requested, and none is usable.
     """
     words = words or ["all"]
     for word in words:

@@ -33,11 +33,6 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> li
     A measurement changed if its interquartile ranges do not overlap. Each document has baselines
     of the machine itself: their change, the drift, is removed first.
 
-    Args:
-        old: The earlier document.
-        new: The later document.
-        tolerance: The largest accepted slowdown, as a fraction.
-
     Returns:
         A line for each measurement that changed, and a line about the drift.
 

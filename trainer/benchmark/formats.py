@@ -41,13 +41,9 @@ def benchmark_formats(
     Each format is loaded several times, each time in a new process without any other runtime, in
     random order.
 
-    Args:
-        reference: A run directory, its name, or "latest".
-        runs_directory: Folder of the run directories.
-        quick: Measure less.
+    The arguments are the options of `trainer benchmark formats`.
 
     Raises:
-        InputError: There is no such run.
         CheckError: The process of a format fails.
     """
     run, budget = open_run(reference, runs_directory=runs_directory), QUICK if quick else FULL

@@ -50,17 +50,10 @@ def benchmark_matmul(
 ) -> BenchmarkResult:
     """Measures matrix products of growing size.
 
-    Args:
-        words: Values of `--device`.
-        products: The types of each shape.
-        largest: The largest n.
-        textbook: Also time as the textbook does.
-        quick: Measure less.
-        seed: Random seed for operands and order.
+    The arguments are the options of `trainer benchmark matmul`; `words` are those of `--device`,
+    and `products` are the types of each shape.
 
     Raises:
-        InputError: A device is unknown.
-        MissingError: A device is not available.
         CheckError: A rate is impossible, a product is wrong, or a tensor is on another device.
     """
     names, budget = select_each(words), QUICK if quick else FULL
@@ -143,11 +136,7 @@ def product_cases(
 ) -> Iterator[Case]:
     """Yields the products and their baselines, in ascending size.
 
-    Args:
-        devices: For example ["CPU:0", "GPU:0"].
-        products: The types of each shape. A GPU also multiplies float32 operands as TF32.
-        budget: Sizes and durations.
-        seed: Random seed for the operands.
+    `products` are the types of each shape. A GPU also multiplies float32 operands as TF32.
     """
     generator = np.random.default_rng(seed)
     for (shape, dtypes), device in itertools.product(products.items(), devices):
@@ -171,16 +160,16 @@ def _prepare(
     # The host needs operands of the type, in float32 and in float64.
     if 8 * row["bytes"] > psutil.virtual_memory().available:
         raise InputError(f"{row['bytes']:,} bytes of operands do not fit in memory")
-    # The rate of a small product is only a lower bound for a large one.
-    seconds = [row["flops"] / each.row["flops"] * each.call_seconds for each in smaller[-1:]]
-    if seconds and seconds[0] > _MAX_CALL_SECONDS:
-        raise InputError(f"one call would take about {seconds[0]:.0f} s")
+    if smaller:
+        seconds = smaller[-1].call_seconds * row["flops"] / smaller[-1].row["flops"]
+        if seconds > _MAX_CALL_SECONDS:
+            raise InputError(f"one call would take about {seconds:.0f} s")
     pair = _place_operands(row, generator)
     multiply, tf32 = _multiply_on(row["device"], pair), row["dtype"] == "tf32"
     measurement = Measurement(multiply, lambda: synchronize(tf32=tf32), budget, row)
     tensors = [*pair, multiply()]
-    for name, tensor in zip(("first operand", "second operand", "result"), tensors, strict=True):
-        check_device(tensor, row["device"], f"{row['key']}: {name}")
+    for tensor in tensors:
+        check_device(tensor, row["device"], row["key"])
     a, b, product = (tensor.numpy() for tensor in tensors)
     row["error"] = _check_product(a, b, product, row["dtype"])
     smaller.append(measurement)

@@ -76,8 +76,6 @@ def benchmark_operations(
     `--device`. A quick measurement has only the small size.
 
     Raises:
-        InputError: A device is unknown.
-        MissingError: A device is not available.
         CheckError: A rate is impossible, or a tensor is on another device.
     """
     names, budget = select_each(words), QUICK if quick else FULL

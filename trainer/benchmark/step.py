@@ -47,12 +47,10 @@ def benchmark_step(
     """Measures the training step of a configuration.
 
     The arguments are the options of `trainer benchmark step`; `words` are those of `--device`.
-    None stands for the default. A quick measurement has only the configuration's
-    own choices by default, and four times its batch size. Its seed is also that of the order.
+    None stands for the default. A quick measurement has only the configuration's own choices by
+    default, and four times its batch size.
 
     Raises:
-        InputError: A device is unknown, or the configuration does not fit its data.
-        MissingError: A device is not available.
         CheckError: A rate is impossible, a loss is not finite, or a tensor is on another device.
     """
     names, own, budget = select_each(words), config.training, QUICK if quick else FULL
@@ -206,12 +204,7 @@ def trace_gradients(experiment: Experiment, batch: tuple[tf.Tensor, tf.Tensor]) 
 
 
 def _complete(parts: list[Measurement], baselines: list[Measurement]) -> dict[str, Any]:
-    """Returns a complete row.
-
-    Args:
-        parts: The loop, the bare epoch and the batches.
-        baselines: Matrix products.
-    """
+    """Returns a complete row. The parts are the loop, the bare epoch and the batches."""
     loop, bare, batches = parts
     device, dtype = loop.row["device"], loop.row["precision"].removeprefix("mixed_")
     if dtype == "float32" and device.startswith("GPU"):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -158,12 +159,19 @@ def test_steps_are_measured_and_written(tmp_path: Path, command: Callable[..., A
     assert [point.step for point in points] == [20, 50]
 
 
-def test_a_rate_above_the_peak_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "count_flops", lambda graph: 10**15)  # noqa: ARG005
-    with pytest.raises(CheckError, match=r"step/128/CPU:0/float32/graph: .*% of the best"):
-        benchmark_step(
-            config(precision="float32"), ["cpu"], batch_sizes=[], precisions=[], quick=True
-        )
+def test_a_rate_above_the_peak_is_rejected() -> None:
+    """The product that the step is compared with has the device and the type of the step."""
+
+    def measured(**row: Any) -> Any:
+        row |= {"key": "step/128", "device": "CPU:0", "batch_size": 128}
+        return SimpleNamespace(row=row, median=1.0, block_seconds=[1.0], timing=dict)
+
+    baselines = [measured(dtype="float32", flops=1e9), measured(dtype="bfloat16", flops=5e9)]
+    parts = [measured(precision="float32", flops=1.2e9), *baselines]
+    assert step._complete(parts, baselines)["share"] == pytest.approx(1.2)
+    parts[0].row["flops"] = 2e9
+    with pytest.raises(CheckError, match=r"step/128: 200% of the best"):
+        step._complete(parts, baselines)
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,10 @@ def benchmark_matmul(
     cases = product_cases(names, products, budget, seed=seed)
     measured, baselines, skipped = measure(cases, budget, seed=seed)
     for each in measured if textbook else ():
-        # The book, too, makes ten calls before it times ten more.
+        _seconds_of_ten(each.call, synchronize)  # as the book does: ten calls to warm up
         each.row["waited_seconds"] = _seconds_of_ten(each.call, synchronize)
         each.row["book_seconds"] = _seconds_of_ten(each.call, lambda: None)
-    columns = ("n", "device", "book_seconds", "waited_seconds")
+    columns = ("n", "device", "dtype", "book_seconds", "waited_seconds")
     return BenchmarkResult(
         name="textbook" if textbook else "matmul",
         subject=f"matrix products on {', '.join(names)}",

@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer.benchmark import matmul
 from trainer.benchmark.cases import select_each
 from trainer.benchmark.matmul import _product_row
-from trainer.benchmark.result import time_text
+from trainer.benchmark.result import BenchmarkResult, draw_times, time_text
 from trainer.benchmark.timing import Budget
 from trainer.errors import CheckError, InputError, MissingError
 
@@ -56,6 +56,20 @@ def test_products_are_measured_on_the_requested_devices() -> None:
         *("square_float32/microseconds", "square_float32/gflop_per_s"),
     }
     json.dumps(result.document(), allow_nan=False)
+
+
+def test_devices_are_compared_and_drawn() -> None:
+    def row(device: str, dtype: str, seconds: float) -> dict[str, Any]:
+        timing = {"median_seconds": seconds, "quartiles_seconds": [seconds / 2, 2 * seconds]}
+        return _product_row("dot", 10, device, dtype) | {"seconds": seconds, "timing": timing}
+
+    rows = [row("CPU:0", "float32", 8.0), row("GPU:0", "float32", 4.0), row("GPU:0", "tf32", 2.0)]
+    rows.append(row("GPU:0", "float16", 1.0))  # the CPU has no such row
+    result = BenchmarkResult("matmul", "", rows, ("n",), {}, ["CPU:0", "GPU:0"], "n", "shape")
+    assert [line[1] for line in result.table()] == ["speedup", "1", "2", "4", ""]
+    (axes,) = draw_times(rows, "n", "shape").axes
+    assert [line.get_color() for line in axes.lines] == ["C0", "C1", "C1", "C1"]
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--", "-."]
 
 
 @pytest.mark.slow

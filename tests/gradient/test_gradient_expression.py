@@ -147,6 +147,10 @@ def test_higher_orders_gradient_hessian_and_jacobian() -> None:
     assert derivatives("exp(2*w)", "w=0.5", order=4) == pytest.approx(16 * math.e)
     assert derivatives("w**2", "w=0", order=3) == 0  # where 0 * inf lies in wait
     assert derivatives("a*w**2 + b*w", "a=1,b=2,w=3", "a,w") == [9, 8]
+    assert derivatives("a*w", "a=1,w=3") == [3, 1]  # by all variables
+    third = derivatives("sum(x**3)*x", "x=[1,2]", order=3)
+    assert np.shape(third) == (2, 2, 2, 2)
+    assert third[0][0] == [[24, 0], [0, 12]]
     hessian = derivatives("a*w**2 + b*w", "a=1,b=2,w=3", "a,b,w", order=2)
     assert hessian == [[0, 0, 6], [0, 0, 1], [6, 1, 2]]
     assert derivatives("A@x", "A=[[1,2],[3,4],[5,6]],x=[1,2]", "x") == [[1, 2], [3, 4], [5, 6]]
@@ -211,7 +215,7 @@ def test_independence_is_reported_and_never_none(
         ("1 + log(w)", "w=-1", 1, "column 5: invalid value encountered in log"),
         ("1/w", "w=0", 1, "column 1: divide by zero encountered in divide"),
         ("exp(w)", "w=1000", 1, "column 1: overflow encountered in exp"),
-        ("(-w)**0.5", "w=2", 1, "column 1: invalid value encountered in power"),
+        ("(-w)**0.5", "w=2", 1, "column 1: invalid value encountered in scalar power"),
     ],
 )
 def test_bad_points_are_refused(text: str, at: str, order: int, said: str) -> None:
@@ -324,8 +328,8 @@ HOSTILE = [
     "exp(" * 40 + "9" + ")" * 40,
     "(" * 10_000 + "w" + ")" * 10_000,
     "(" * 400 + "w" + ")" * 400,
-    "-" * 900 + "w",
-    "w" + "+w" * 490,
+    "sin(" * 190 + "w" + ")" * 190,
+    "w" + "**w" * 240,
     "w" * 1_000_000,
     "*".join(f"sin(w+{i})" for i in range(90)),
     "A" + "@A" * 12,
@@ -355,21 +359,20 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
         (["1 + sine(w)", "--at", "w=1"], "column 5: unknown function 'sine': did you mean 'sin'?"),
         (["rate*w", "--at", "rat=1,w=2"], "'rate' has no value: expected --at rate=...; did you"),
         (["w"], "'w' has no value: expected --at w=..."),
-        (["w", "--at", "w=1,b=2"], "--at: b: expected names of the expression"),
         (
-            ["w*b", "--at", "w=1,b=2"],
-            "--wrt: expected the variables to differentiate by; available: b, w",
+            ["w", "--at", "w=1,b=2"],
+            "--at: expected names of the expression or of --wrt (w), received b",
         ),
         (
             ["w", "--at", "w=1", "--wrt", "v"],
-            "expected names with a value, each once; received v; available: w",
+            "expected names with a value, each once, received v; available: w",
         ),
         (
             ["w", "--at", "w=1", "--wrt", "w,w"],
-            "expected names with a value, each once; received w,w",
+            "expected names with a value, each once, received w,w",
         ),
         (["sin(w, w)", "--at", "w=1"], "sin takes 1 argument(s), received 2"),
-        (["sin*w", "--at", "w=1"], "sin is a function: expected sin(...)"),
+        (["sin*w", "--at", "w=1"], "'sin' has no value: expected --at sin=..."),
         (
             ["x*y", "--at", "x=[1,2],y=[1,2,3]", "--wrt", "x"],
             "column 1: operands could not be broadcast together",
@@ -385,16 +388,13 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
         (["w", "--at", "w=" + "[" * 900], "too many nested parentheses"),
         (["w", "--at", "w=" + "-" * 90_000 + "1"], "expected NAME=VALUE,..."),
         (["w", "--at", "w=print(1)"], "received 'w=print(1)'"),
-        (["w", "--at", "w=1,w=2"], "w is repeated, not a name, a function or a constant"),
-        (["w", "--at", "sum=1,w=1"], "sum is repeated, not a name, a function or a constant"),
+        (["w", "--at", "w=1,w=2"], "(a name is repeated)"),
+        (["w", "--at", "sum=1,w=1"], "sum is not a name, or a function or a constant"),
         (["w", "--at", "lambda=1,w=1"], "received 'lambda=1,w=1'"),
         (["w", "--at", f"w={[1] * 65}"], "65 elements, or 3 dimensions: at most 64 and 2"),
-        (
-            ["w", "--at", "w=1", "--order", "5"],
-            "expected 1 to 4 (3 and 4 only for one scalar variable",
-        ),
+        (["w", "--at", "w=1", "--order", "5"], "--order: expected 1 to 4, and at most 256"),
         (["-w", "--at", "v=1"], "column 2: 'w' has no value"),
-        (["w", "--at", "w=[1,2]", "--order", "3"], "expected 1 to 2 (3 and 4 only for one scalar"),
+        (["x", "--at", f"x={[1] * 7}", "--order", "3"], "received 3 for 7 elements of --wrt"),
         (["w", "--model", "x.toml"], "--model uses the network's loss"),
         (["--model", "x.toml"], "x.toml"),
     ],

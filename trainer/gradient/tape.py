@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.gradient.expression import ARITHMETIC, CONSTANTS, FUNCTIONS, Array, Expression
+from trainer.gradient.expression import CONSTANTS, ELEMENTARY, OPERATORS, Array, Expression
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -17,19 +17,16 @@ def _power(base: Any, exponent: Any) -> Any:
     return tf.pow(base, exponent)
 
 
-def _product(left: Any, right: Any) -> Any:
-    return tf.tensordot(left, right, 1)
-
-
-_NAMES = (*ARITHMETIC, *FUNCTIONS, "abs", "sigmoid", "softplus", "minimum", "maximum")
-_OPERATIONS = {name: getattr(tf.math, name) for name in _NAMES} | {
-    "pow": _power,
+_NAMES = (*ELEMENTARY, "abs", "sigmoid", "softplus", "minimum", "maximum")
+_OPERATIONS = {
+    **OPERATORS,
+    **{name: getattr(tf.math, name) for name in _NAMES},
+    **dict.fromkeys(("@", "dot", "matmul"), functools.partial(tf.tensordot, axes=1)),
+    "**": _power,
     "relu": tf.nn.relu,
     "sum": tf.reduce_sum,
     "mean": tf.reduce_mean,
     "transpose": tf.transpose,
-    "dot": _product,
-    "matmul": _product,
 }
 
 
@@ -55,9 +52,8 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
             return value, tape.jacobian(target, x, unconnected_gradients="zero")
 
     point = tf.constant(expression.point(wrt))
-    function = tf.function(lambda x: differentiate(x, order), autograph=False)
-    traced = function.get_concrete_function(
-        tf.TensorSpec(point.shape, tf.float64, name="_".join(wrt))
+    traced = tf.function(lambda x: differentiate(x, order), autograph=False).get_concrete_function(
+        tf.TensorSpec.from_tensor(point, name="_".join(wrt))
     )
     value, derivative = (np.array(tensor) for tensor in traced(point))
     return value, derivative, traced.graph

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import InputError, did_you_mean, expect
+from trainer.errors import InputError, expect
 from trainer.gradient.expression import Array, Expression, parse, parse_values
 from trainer.gradient.result import GradientResult
 
@@ -39,41 +39,40 @@ def derive(
     if text is None:
         text, at, wrt = DEFAULT_EXPRESSION, at or DEFAULT_AT, wrt or DEFAULT_WRT
     try:
-        expression = parse(text, parse_values(at or ""))
-        names = _variables(expression, wrt, order)
-        found, formulas, graph = _differentiate(expression, names, order)
+        expression = parse(text, parse_values(at or ""), wrt)
+        found, formulas, graph = _differentiate(expression, order)
     except RecursionError:
         raise InputError("the expression is nested too deeply") from None
     from trainer.training.callbacks import to_json
 
     disagreement = _disagreement(expression, found)
     agree = disagreement <= TOLERANCE  # False for nan
-    heading = _quotient([names[0] if len(names) == 1 else f"({', '.join(names)})"] * order)
-    closed_forms = _closed_forms(expression, names, formulas)
-    notes = [f"{name} = {formula[:150]}" for name, formula in closed_forms.items()]
+    forms = _closed_forms(expression, formulas)
+    notes = [f"{name} = {formula[:150]}" for name, formula in forms.items()]
     notes += [
         f"the expression does not depend on {name}: GradientTape returns None instead of 0"
-        for name in sorted({*names} - {*expression.names})
+        for name in expression.wrt
+        if name not in expression.used
     ]
     facts = {
         "expression": expression.text,
-        "wrt": names,
+        "wrt": expression.wrt,
         "order": order,
-        "inputs": expression.labels(names),
+        "inputs": expression.labels,
         "agree": agree,
         "largest_relative_disagreement": disagreement,
         "tolerance": TOLERANCE,
         "notes": [*notes, _WATCH],
     }
     methods = {name: to_json(each) for name, each in found.items()}
-    groups = {"at": to_json(expression.at), "formulas": closed_forms, "methods": methods}
+    groups = {"at": to_json(expression.at), "formulas": forms, "methods": methods}
     return GradientResult(
         title=f"{expression.text} at {at}",
         passed=agree,
         verdict=f"the three {'agree' if agree else 'DISAGREE'}: largest relative disagreement "
         f"{disagreement:.1e}, tolerance {TOLERANCE:.0e}",
         table=[
-            {"method": name, "value": _text(each["value"]), heading: _text(each["derivative"])}
+            {"method": name, "value": _text(each["value"]), "derivative": _text(each["derivative"])}
             for name, each in found.items()
         ],
         document=to_json(facts) | groups,
@@ -82,47 +81,35 @@ def derive(
 
 
 def _differentiate(
-    expression: Expression, names: list[str], order: int
+    expression: Expression, order: int
 ) -> tuple[dict[str, dict[str, Array]], Any, Any]:
     """Returns value and derivative by method, the symbolic formulas, and the recorded graph."""
-    # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
-    from trainer.gradient import differences, symbols, tape
-
-    numeric = differences.derive(expression, names, order)
-    symbolic_value, symbolic, formulas = symbols.derive(expression, names, order)
-    taped_value, taped, graph = tape.derive(expression, names, order)
-    # A scalar expression has no axis of outputs, and one scalar variable no axes of inputs.
-    outputs = numeric.shape[:1] if expression.value.shape else ()
-    inputs = numeric.shape[1:] if expression.labels(names) != [names[0]] else ()
-    found = {
-        "tf.GradientTape": (taped_value, taped),
-        "symbolic (sympy)": (symbolic_value, symbolic),
-        "central differences": (expression.value, numeric),
-    }
-    shaped = {
-        name: {"value": value, "derivative": derivative.reshape(outputs + inputs)}
-        for name, (value, derivative) in found.items()
-    }
-    return shaped, formulas, graph
-
-
-def _variables(expression: Expression, wrt: str | None, order: int) -> list[str]:
-    """Returns the variables to differentiate by, if the order is possible for them."""
-    used = expression.names
-    names = used if wrt is None else [name.strip() for name in wrt.split(",")]
-    known = [name in expression.at and names.count(name) == 1 for name in names]
-    received = f"{wrt}; {did_you_mean(wrt or '', expression.at)}"
-    expect(names and all(known), "--wrt", "names with a value, each once", received)
-    unused = ", ".join(sorted(expression.at.keys() - {*used, *names}))
-    expect(not unused, "--at", f"names of the expression or of --wrt ({', '.join(used)})", unused)
-    inputs = len(expression.labels(names))
+    inputs = len(expression.point)
     expect(
         1 <= order <= MAX_ORDER and inputs**order <= MAX_DERIVATIVES,
         "--order",
         f"1 to {MAX_ORDER}, and at most {MAX_DERIVATIVES} derivatives",
         f"{order} for {inputs} elements of --wrt",
     )
-    return names
+    # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
+    from trainer.gradient import differences, symbols, tape
+
+    numeric = differences.derive(expression, order)
+    symbolic_value, symbolic, formulas = symbols.derive(expression, order)
+    taped_value, taped, graph = tape.derive(expression, order)
+    # A scalar expression has no axis of outputs, and one scalar variable no axes of inputs.
+    outputs = numeric.shape[:1] if expression.value.shape else ()
+    axes = numeric.shape[1:] if expression.labels != expression.wrt[:1] else ()
+    found = {
+        "tf.GradientTape": (taped_value, taped),
+        "symbolic (sympy)": (symbolic_value, symbolic),
+        "central differences": (expression.value, numeric),
+    }
+    shaped = {
+        name: {"value": value, "derivative": derivative.reshape(outputs + axes)}
+        for name, (value, derivative) in found.items()
+    }
+    return shaped, formulas, graph
 
 
 def _disagreement(expression: Expression, found: dict[str, dict[str, Array]]) -> float:
@@ -137,15 +124,17 @@ def _disagreement(expression: Expression, found: dict[str, dict[str, Array]]) ->
     return float((np.ptp(rows, 0) / scales).max())  # nan if a result is not finite
 
 
-def _closed_forms(expression: Expression, names: Sequence[str], formulas: Any) -> dict[str, str]:
+def _closed_forms(expression: Expression, formulas: Any) -> dict[str, str]:
     """Returns the formulas if everything is a scalar, each mixed derivative once."""
     import sympy
 
     if any(array.shape for array in expression.at.values()):
         return {}
-    indices = itertools.combinations_with_replacement(range(len(names)), formulas.ndim - 1)
+    indices = itertools.combinations_with_replacement(range(len(expression.wrt)), formulas.ndim - 1)
     return {
-        _quotient([names[i] for i in index]): sympy.sstr(formulas[0, *index], full_prec=False)
+        _quotient([expression.wrt[i] for i in index]): sympy.sstr(
+            formulas[0, *index], full_prec=False
+        )
         for index in indices
     }
 

@@ -7,7 +7,6 @@ distance from a float64 point to a singularity beside it.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import mpmath
@@ -15,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
-from trainer.gradient.expression import Array, Expression, element_operations
+from trainer.gradient.expression import Array, Expression, Library, element_operations
 
 # Bits of the result. mpmath takes a step of 2**-342, about 1e-103, and computes with 704 bits for
 # the first order and 352 more for each further one, because a difference cancels that many.
 PRECISION = 332
-_OPERATIONS = element_operations(mpmath, mpmath.sign)
-_CONSTANTS = {"pi": mpmath.pi, "e": mpmath.e}
+_LIBRARY = Library(
+    element_operations(mpmath, mpmath.sign), {"pi": mpmath.pi, "e": mpmath.e}, mpmath.mpf
+)
 
 
-def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
+def derive(expression: Expression, order: int) -> Array:
     """Differentiates an expression at its point from values near it.
 
     Returns:
@@ -34,16 +34,14 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
     Raises:
         InputError: The derivatives from the left and from the right differ.
     """
-    labels = expression.labels(wrt)
-    point = [mpmath.mpf(number) for number in expression.point(wrt).tolist()]
+    point = [mpmath.mpf(number) for number in expression.point.tolist()]
     units = [abs(x) or 1 for x in point]  # the step is relative to the point, or absolute at 0
 
     def value(*offsets: Any) -> NDArray[Any]:
         """Returns the outputs beside the point, [outputs]; nan if one is not real."""
         moved = [x + unit * t for x, unit, t in zip(point, units, offsets, strict=True)]
-        values = expression.split(wrt, np.array(moved, object), np.reshape)
         try:
-            found = expression.evaluate(_OPERATIONS, _CONSTANTS | values, mpmath.mpf)
+            found = expression.evaluate(np.array(moved, object), _LIBRARY)
         except (ArithmeticError, TypeError):  # division by 0, comparison of complex numbers
             found = np.full(expression.value.shape, mpmath.nan)
         outputs = [x if isinstance(x, mpmath.mpf) else mpmath.nan for x in np.ravel(found)]
@@ -56,11 +54,11 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
         difference = mpmath.diff(value, [0] * len(point), orders, direction=direction)
         return np.asarray(difference / math.prod(units[i] for i in index))
 
-    derivative = np.empty((expression.value.size, *[len(labels)] * order))
+    derivative = np.empty((expression.value.size, *[len(point)] * order))
     with mpmath.workprec(PRECISION):
-        for i, lower in itertools.product(range(len(labels)), range(1, order + 1)):
-            left, right = (quotient((i,) * lower, direction) for direction in (-1, 1))
-            _require_smooth(left, right, f"{labels[i]} = {float(point[i])!r}", lower)
+        for (i, label), lower in itertools.product(enumerate(expression.labels), range(order)):
+            left, right = (quotient((i,) * (lower + 1), direction) for direction in (-1, 1))
+            _require_smooth(left, right, f"{label} = {float(point[i])!r}", lower + 1)
         for index in np.ndindex(*derivative.shape[1:]):
             derivative[:, *index] = quotient(tuple(sorted(index)))
     return derivative

@@ -5,13 +5,12 @@ and accepts only numbers, names, and the operators and functions in `NUMPY`.
 """
 
 import ast
-import functools
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from trainer.errors import InputError, did_you_mean, expect
 
 Array = NDArray[np.float64]
-Operations = Mapping[str, Callable[..., Any]]
 
 CONSTANTS = {"pi": np.float64(math.pi), "e": np.float64(math.e)}
 # numpy, tf.math, sympy and mpmath have all these names.
@@ -42,112 +40,75 @@ _ARITY = dict.fromkeys(NUMPY, 1) | dict.fromkeys(("minimum", "maximum", "dot", "
 NUMPY |= OPERATORS | {"**": operator.pow, "@": np.matmul}
 _SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _SYMBOLS |= {ast.MatMult: "@"}
-_GRAMMAR = "numbers, names, + - * / ** @, parentheses and functions"
+_GRAMMAR = "numbers, names with a value (--at), + - * / ** (not ^) @, parentheses and functions"
 
 MAX_CHARACTERS = 1000
 MAX_ELEMENTS = 64
 MAX_EXPONENT = 1000  # sympy writes out (3*x)**n: it computes all digits of 3**n
 
 
+class Library(NamedTuple):
+    """A library that evaluates expressions.
+
+    Attributes:
+        operations: Its functions by the names in `NUMPY`.
+        constants: Its "pi" and "e".
+        number: Converts a number of the text.
+        reshape: Its function of an array and a shape.
+    """
+
+    operations: Mapping[str, Callable[..., Any]]
+    constants: Mapping[str, Any]
+    number: Callable[[Any], Any]
+    reshape: Callable[..., Any] = np.reshape
+
+
 @dataclass(frozen=True)
 class Expression:
-    """An expression and the point at which it is evaluated.
+    """An expression, the point at which it is evaluated, and the variables to differentiate by.
 
     Attributes:
         text: The text of the expression.
         tree: Its syntax tree.
         at: float64 arrays by name; shape (), (n,) or (rows, columns).
+        wrt: Names of the variables to differentiate by. Their elements are the inputs.
+        value: Its value at the point, float64.
+        used: Names of the variables that it contains.
     """
 
     text: str
     tree: ast.expr
     at: dict[str, Array]
-
-    @functools.cached_property
-    def value(self) -> Array:
-        """The value at the point, float64."""
-        with np.errstate(all="raise", under="ignore"):
-            value = self.evaluate(NUMPY | {"**": _power}, {**self.at, **CONSTANTS}, np.float64)
-        return np.asarray(value)
+    wrt: list[str]
+    value: Array
+    used: list[str]
 
     @property
-    def names(self) -> list[str]:
-        """The names of its variables."""
-        nodes = ast.walk(self.tree)
-        return sorted({node.id for node in nodes if isinstance(node, ast.Name)} & self.at.keys())
-
-    def labels(self, wrt: Sequence[str]) -> list[str]:
-        """Returns a name for each element of some variables: "w", or "A[0,1]"."""
+    def labels(self) -> list[str]:
+        """A name for each input: "w", or "A[0,1]"."""
         return [
             f"{name}[{','.join(map(str, index))}]" if index else name
-            for name in wrt
+            for name in self.wrt
             for index in np.ndindex(*self.at[name].shape)
         ]
 
-    def point(self, wrt: Sequence[str]) -> Array:
-        """Returns the elements of some variables, one variable after the other, float64 [n]."""
-        return np.concatenate([self.at[name].ravel() for name in wrt])
+    @property
+    def point(self) -> Array:
+        """The inputs, one variable after the other, float64 [inputs]."""
+        return np.concatenate([self.at[name].ravel() for name in self.wrt])
 
-    def split(self, wrt: Sequence[str], point: Any, reshape: Callable[..., Any]) -> dict[str, Any]:
-        """Returns all variables by name, with those of `wrt` replaced by the elements of a point.
-
-        Args:
-            wrt: Names of variables.
-            point: An array of any library, [n].
-            reshape: Its function of an array and a shape.
-        """
-        values: dict[str, Any] = {**self.at}
+    def evaluate(self, point: Any, library: Library) -> Any:
+        """Evaluates the expression at a point, an array of the library, [inputs]."""
+        values: dict[str, Any] = {**library.constants, **self.at}
         start = 0
-        for name in wrt:
+        for name in self.wrt:
             end = start + self.at[name].size
-            values[name] = reshape(point[start:end], self.at[name].shape)
+            values[name] = library.reshape(point[start:end], self.at[name].shape)
             start = end
-        return values
-
-    def evaluate(
-        self, operations: Operations, values: Mapping[str, Any], number: Callable[[Any], Any]
-    ) -> Any:
-        """Evaluates the expression with the functions of a library.
-
-        Args:
-            operations: Functions by the names in `NUMPY`.
-            values: Values of variables and constants.
-            number: Converts a number of the text to a value.
-
-        Raises:
-            InputError: A part of the expression is not allowed, not finite or too large.
-        """
-
-        def visit(node: ast.expr) -> Any:
-            try:
-                match node:
-                    case ast.Constant(value=(int() | float()) as constant) if (
-                        not isinstance(constant, bool) and constant <= sys.float_info.max
-                    ):
-                        return number(constant)
-                    case ast.Name(id=name) if name in values:
-                        return values[name]
-                    case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-                        return visit(operand)
-                    case ast.UnaryOp(op=ast.USub(), operand=operand):
-                        name, operands = "*", [ast.Constant(-1), operand]
-                    case ast.BinOp(left=left, op=op, right=right) if type(op) in _SYMBOLS:
-                        name, operands = _SYMBOLS[type(op)], [left, right]
-                    case ast.Call(func=ast.Name(id=name), args=operands, keywords=[]) if _ARITY.get(
-                        name
-                    ) == len(operands):
-                        pass
-                    case _:
-                        raise ValueError(_explain(node, values))
-                return operations[name](*map(visit, operands))
-            except (ValueError, FloatingPointError) as error:
-                column = node.col_offset + 1
-                raise InputError(f"expression, column {column}: {error}") from None
-
-        return visit(self.tree)
+        return _evaluate(self.tree, values, library)
 
 
-def element_operations(library: Any, sign: Callable[[Any], Any]) -> Operations:
+def element_operations(library: Any, sign: Callable[[Any], Any]) -> dict[str, Callable[..., Any]]:
     """Returns operations on numpy arrays of a library's own numbers or formulas.
 
     Args:
@@ -158,7 +119,7 @@ def element_operations(library: Any, sign: Callable[[Any], Any]) -> Operations:
     def relu(x: Any) -> Any:
         return x * (1 + sign(x)) / 2
 
-    elements: Operations = {
+    elements: dict[str, Callable[..., Any]] = {
         **{name: getattr(library, name) for name in ELEMENTARY},
         "abs": lambda x: x * sign(x),
         "sigmoid": lambda x: 1 / (1 + library.exp(-x)),
@@ -176,26 +137,43 @@ def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
-def _explain(node: ast.expr, values: Mapping[str, Any]) -> str:
-    match node:
-        case ast.Name(id=name):
-            known = did_you_mean(name, values)
-            return f"{name[:40]!r} has no value: expected --at {name[:40]}=...; {known}"
-        case ast.Call(func=ast.Name(id=name), args=operands) if name in _ARITY:
-            return f"{name} takes {_ARITY[name]} argument(s), received {len(operands)}"
-        case ast.Call(func=ast.Name(id=name)):
-            return f"unknown function {name[:40]!r}: {did_you_mean(name, _ARITY, shown=30)}"
-        case ast.BinOp(op=ast.BitXor()):
-            return "^ is not a power here: write **"
-    return f"expected {_GRAMMAR}; received a Python {type(node).__name__}"
+def _evaluate(node: ast.expr, values: Mapping[str, Any], library: Library) -> Any:
+    """Evaluates a syntax tree. An InputError names the column of a part that is not allowed."""
+    try:
+        match node:
+            case ast.Constant(value=(int() | float()) as constant) if (
+                not isinstance(constant, bool) and constant <= sys.float_info.max
+            ):
+                return library.number(constant)
+            case ast.Name(id=name) if name in values:
+                return values[name]
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return _evaluate(operand, values, library)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                name, operands = "*", [ast.Constant(-1), operand]
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _SYMBOLS:
+                name, operands = _SYMBOLS[type(op)], [left, right]
+            case ast.Call(func=ast.Name(id=name), args=operands, keywords=[]) if _ARITY.get(
+                name
+            ) == len(operands):
+                pass
+            case _:
+                received = ast.unparse(node)[:40]
+                known = did_you_mean(received.partition("(")[0], {*values, *_ARITY}, shown=40)
+                raise ValueError(f"expected {_GRAMMAR}; received {received!r}; {known}")
+        arguments = [_evaluate(operand, values, library) for operand in operands]
+        return library.operations[name](*arguments)
+    except (ValueError, FloatingPointError) as error:
+        raise InputError(f"expression, column {node.col_offset + 1}: {error}") from None
 
 
-def parse(text: str, at: dict[str, Array]) -> Expression:
+def parse(text: str, at: dict[str, Array], wrt: str | None = None) -> Expression:
     """Parses an expression and checks it at a point.
 
     Args:
         text: At most 1,000 characters, such as "a*w**2 + sum(x)".
         at: A value for every name.
+        wrt: The variables to differentiate by, separated by commas; None: all of the expression.
 
     Raises:
         InputError: The text is not an expression of this language, a name has no value, shapes do
@@ -207,9 +185,16 @@ def parse(text: str, at: dict[str, Array]) -> Expression:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         column, reason = getattr(error, "offset", None) or 1, getattr(error, "msg", error)
         raise InputError(f"expression, column {column}: {reason} (expected {_GRAMMAR})") from None
-    expression = Expression(text.strip(), tree, at)
-    expression.value  # noqa: B018 - raises the errors above
-    return expression
+    with np.errstate(all="raise", under="ignore"):
+        checked = Library(NUMPY | {"**": _power}, CONSTANTS, np.float64)
+        value = np.asarray(_evaluate(tree, {**CONSTANTS, **at}, checked))
+    used = sorted({n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & at.keys())
+    names = used if wrt is None else [name.strip() for name in wrt.split(",")]
+    known = names and all(name in at and names.count(name) == 1 for name in names)
+    received = f"{wrt}; {did_you_mean(wrt or '', at)}"
+    expect(known, "--wrt", "names with a value, each once", received)
+    at = {name: value for name, value in at.items() if name in {*used, *names}}
+    return Expression(text.strip(), tree, at, names, value, used)
 
 
 def parse_values(text: str) -> dict[str, Array]:
@@ -218,24 +203,20 @@ def parse_values(text: str) -> dict[str, Array]:
     Raises:
         InputError: The text has another form, or there are more than 64 elements.
     """
+    form = "NAME=VALUE,... where VALUE is a finite number, [1,2,...] or [[1,2],[3,4]]"
     try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("a value without a name")
-        values = {str(k.arg): np.array(ast.literal_eval(k.value)) for k in call.keywords}
-        for name, array in values.items():
-            if not (name.isascii() and name[0].isalpha()) or name in NUMPY | CONSTANTS:
-                raise ValueError(f"{name} is not a name, or a function or a constant")
-            if array.dtype.kind not in "iuf" or not array.size or not np.isfinite(array).all():
-                raise ValueError(f"{name} is not a finite number")
-        elements = sum(array.size for array in values.values())
-        if elements > MAX_ELEMENTS or any(array.ndim > 2 for array in values.values()):
-            raise ValueError(f"{elements} elements, or 3 dimensions: at most {MAX_ELEMENTS} and 2")
-        if len(values) < len(call.keywords):
-            raise ValueError("a name is repeated")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise InputError(
-            "--at: expected NAME=VALUE,... where VALUE is a finite number, [1,2,...] or "
-            f"[[1,2],[3,4]]; received {text[:40]!r} ({getattr(error, 'msg', error)})"
-        ) from None
+        call: Any = ast.parse(f"f({text})", mode="eval").body
+        values = {k.arg: np.array(ast.literal_eval(k.value)) for k in call.keywords}
+    except (AttributeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", error)
+        raise InputError(f"--at: expected {form}; received {text[:40]!r} ({reason})") from None
+    named = not call.args and len(values) == len(call.keywords)
+    expect(named, "--at", f"{form}, each name once", repr(text[:40]))
+    for name, array in values.items():
+        is_new = name.isascii() and name[0].isalpha() and name not in NUMPY | CONSTANTS
+        expect(is_new, "--at", "names that are no function or constant", name)
+        fits = array.dtype.kind in "iuf" and array.ndim <= 2 and np.isfinite(array).all()
+        expect(fits and array.size, "--at", form, f"{text[:40]!r} ({name})")
+    elements = sum(array.size for array in values.values())
+    expect(elements <= MAX_ELEMENTS, "--at", f"at most {MAX_ELEMENTS} elements", elements)
     return {name: array.astype(np.float64) for name, array in values.items()}

@@ -16,7 +16,7 @@ import tensorflow as tf
 from trainer import data as datasets
 from trainer import devices
 from trainer.config import Config
-from trainer.errors import CheckError, InputError
+from trainer.errors import CheckError, InputError, expect
 from trainer.experiment import compiled_model
 from trainer.gradient.result import GradientResult
 from trainer.keras_objects import nested_layers
@@ -74,11 +74,7 @@ def check(config: Config) -> GradientResult:
         value = float(loss())
         if not np.isfinite(value):
             raise CheckError(f"the loss is {value}: expected a finite number")
-        if float(loss()) != value:
-            raise InputError(
-                "the loss of the same weights differs from call to call: expected a network "
-                "without random numbers for training=False"
-            )
+        expect(float(loss()) == value, "loss", "the same in each call for training=False", value)
         pairs = zip(weights, gradients, strict=True)
         rows = [check_weight(loss, weight, gradient, random) for weight, gradient in pairs]
     facts = {"model": config.model.name, "data": data.spec.name, "images": len(labels)}

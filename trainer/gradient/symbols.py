@@ -1,7 +1,7 @@
 """Symbolic differentiation by sympy, with one scalar symbol for each element."""
 
 import functools
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import sympy
 from numpy.typing import NDArray
 
 from trainer.errors import InputError, expect
-from trainer.gradient.expression import Array, Expression, element_operations
+from trainer.gradient.expression import Array, Expression, Library, element_operations
 
 _DIGITS = 40  # decimal; results are exact after rounding to float64
 MAX_PARTS = 5_000  # operations of all formulas; sympy needs seconds for this many
@@ -32,13 +32,15 @@ class Sign(sympy.Function):
         return sympy.Integer(0)
 
 
-_OPERATIONS = element_operations(sympy, Sign)
-_CONSTANTS = {"pi": sympy.pi, "e": sympy.E}
+def _number(value: float) -> Any:
+    """Returns an exact number, so that 2 is shown as 2 and 0.1 as 0.1."""
+    return sympy.Integer(value) if isinstance(value, int) else sympy.Float(repr(value), _DIGITS)
 
 
-def derive(
-    expression: Expression, wrt: Sequence[str], order: int
-) -> tuple[Array, Array, NDArray[Any]]:
+_LIBRARY = Library(element_operations(sympy, Sign), {"pi": sympy.pi, "e": sympy.E}, _number)
+
+
+def derive(expression: Expression, order: int) -> tuple[Array, Array, NDArray[Any]]:
     """Differentiates an expression by rules, then inserts the numbers of its point.
 
     Returns:
@@ -48,9 +50,9 @@ def derive(
     Raises:
         InputError: The formulas are too long, or not finite at the point.
     """
-    names = list(expression.at)
-    symbols = np.array([sympy.Symbol(label) for label in expression.labels(names)], object)
-    exact = [sympy.Float(number, _DIGITS) for number in expression.point(names).tolist()]
+    every = replace(expression, wrt=list(expression.at))
+    symbols = np.array([sympy.Symbol(label) for label in every.labels], object)
+    exact = [sympy.Float(number, _DIGITS) for number in every.point.tolist()]
     numbers = dict(zip(symbols, exact, strict=True))
 
     @functools.cache  # a Jacobian can have many equal elements
@@ -65,9 +67,8 @@ def derive(
 
     to_float = np.vectorize(insert, otypes=[np.float64])
     differentiate = np.frompyfunc(functools.cache(sympy.diff), 2, 1)  # a Hessian is symmetric
-    values = _CONSTANTS | expression.split(names, symbols, np.reshape)
-    value = np.asarray(expression.evaluate(_OPERATIONS, values, _number), object)
-    inputs = [sympy.Symbol(label) for label in expression.labels(wrt)]
+    value = np.asarray(every.evaluate(symbols, _LIBRARY), object)
+    inputs = [sympy.Symbol(label) for label in expression.labels]
     formulas = value.ravel()
     for _ in range(order):
         parts = sum(1 + sympy.count_ops(formula) for formula in formulas.flat)
@@ -75,8 +76,3 @@ def derive(
         expect(parts <= MAX_PARTS, "formulas", f"at most {MAX_PARTS} parts", f"{parts}; {shorter}")
         formulas = differentiate.outer(formulas, inputs)
     return to_float(value), to_float(formulas), formulas
-
-
-def _number(value: float) -> Any:
-    """Returns an exact number, so that 2 is shown as 2 and 0.1 as 0.1."""
-    return sympy.Integer(value) if isinstance(value, int) else sympy.Float(repr(value), _DIGITS)

@@ -1,13 +1,12 @@
 """Automatic differentiation by tf.GradientTape, in float64, in a graph that TensorBoard shows."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.gradient.expression import CONSTANTS, ELEMENTARY, OPERATORS, Array, Expression
+from trainer.gradient.expression import CONSTANTS, ELEMENTARY, OPERATORS, Array, Expression, Library
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -28,9 +27,10 @@ _OPERATIONS = {
     "mean": tf.reduce_mean,
     "transpose": tf.transpose,
 }
+_LIBRARY = Library(_OPERATIONS, CONSTANTS, np.float64, tf.reshape)
 
 
-def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Array, Array, Any]:
+def derive(expression: Expression, order: int) -> tuple[Array, Array, Any]:
     """Differentiates an expression at its point.
 
     Returns:
@@ -42,8 +42,7 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
         """Returns value and derivative by all elements, with one tape around another."""
         if level == 0:
             with tf.name_scope("expression"):
-                values = CONSTANTS | expression.split(wrt, x, tf.reshape)
-                value = expression.evaluate(_OPERATIONS, values, np.float64)
+                value = expression.evaluate(x, _LIBRARY)
                 return value, tf.reshape(value, [-1])
         with tf.GradientTape() as tape:
             tape.watch(x)  # a tape records a tensor, unlike a tf.Variable, only if it watches it
@@ -51,9 +50,9 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
         with tf.name_scope(f"derivative_{level}"):
             return value, tape.jacobian(target, x, unconnected_gradients="zero")
 
-    point = tf.constant(expression.point(wrt))
+    point = tf.constant(expression.point)
     traced = tf.function(lambda x: differentiate(x, order), autograph=False).get_concrete_function(
-        tf.TensorSpec.from_tensor(point, name="_".join(wrt))
+        tf.TensorSpec.from_tensor(point, name="_".join(expression.wrt))
     )
     value, derivative = (np.array(tensor) for tensor in traced(point))
     return value, derivative, traced.graph

@@ -24,7 +24,9 @@ def doctor(
     with console.stdout_to_stderr():
         found = examine(Config() if is_default else console.load_config(config, set_))
     if json_:
-        console.print_json([{"subject": name} | each._asdict() for name, each in found.items()])
+        keys = ("subject", "status", "value", "remedy")
+        rows = [(name, *each) for name, each in found.items()]
+        console.print_json([dict(zip(keys, row, strict=True)) for row in rows])
         return
     console.print_rows(
         (

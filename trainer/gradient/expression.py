@@ -7,7 +7,6 @@ and accepts only numbers, names, and the operators and functions in `NUMPY`.
 import ast
 import math
 import operator
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,8 +37,7 @@ NUMPY: dict[str, Callable[..., Any]] = {
 }
 _ARITY = dict.fromkeys(NUMPY, 1) | dict.fromkeys(("minimum", "maximum", "dot", "matmul"), 2)
 NUMPY |= OPERATORS | {"**": operator.pow, "@": np.matmul}
-_SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
-_SYMBOLS |= {ast.MatMult: "@"}
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.MatMult: "@"}
 _GRAMMAR = "numbers, names with a value (--at), + - * / ** (not ^) @, parentheses and functions"
 
 MAX_CHARACTERS = 1000
@@ -141,21 +139,17 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any], library: Library) -> An
     """Evaluates a syntax tree. An InputError names the column of a part that is not allowed."""
     try:
         match node:
-            case ast.Constant(value=(int() | float()) as constant) if (
-                not isinstance(constant, bool) and constant <= sys.float_info.max
-            ):
-                return library.number(constant)
-            case ast.Name(id=name) if name in values:
+            case ast.Constant(int() | float() as x) if not isinstance(x, bool) and x < 1e308:
+                return library.number(x)
+            case ast.Name(name) if name in values:
                 return values[name]
-            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            case ast.UnaryOp(ast.UAdd(), operand):
                 return _evaluate(operand, values, library)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
+            case ast.UnaryOp(ast.USub(), operand):
                 name, operands = "*", [ast.Constant(-1), operand]
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _SYMBOLS:
-                name, operands = _SYMBOLS[type(op)], [left, right]
-            case ast.Call(func=ast.Name(id=name), args=operands, keywords=[]) if _ARITY.get(
-                name
-            ) == len(operands):
+            case ast.BinOp(left, sign, right) if type(sign) in _SIGNS:
+                name, operands = _SIGNS[type(sign)], [left, right]
+            case ast.Call(ast.Name(name), operands, []) if _ARITY.get(name) == len(operands):
                 pass
             case _:
                 received = ast.unparse(node)[:40]
@@ -206,7 +200,7 @@ def parse_values(text: str) -> dict[str, Array]:
     form = "NAME=VALUE,... where VALUE is a finite number, [1,2,...] or [[1,2],[3,4]]"
     try:
         call: Any = ast.parse(f"f({text})", mode="eval").body
-        values = {k.arg: np.array(ast.literal_eval(k.value)) for k in call.keywords}
+        values = {str(k.arg): np.array(ast.literal_eval(k.value)) for k in call.keywords}
     except (AttributeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", error)
         raise InputError(f"--at: expected {form}; received {text[:40]!r} ({reason})") from None

@@ -2,7 +2,6 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,7 @@ def derive(
 
     disagreement = _disagreement(expression, found)
     agree = disagreement <= TOLERANCE  # False for nan
+    heading = f"derivative by {', '.join(expression.wrt)}"
     forms = _closed_forms(expression, formulas)
     notes = [f"{name} = {formula[:150]}" for name, formula in forms.items()]
     notes += [
@@ -72,7 +72,7 @@ def derive(
         verdict=f"the three {'agree' if agree else 'DISAGREE'}: largest relative disagreement "
         f"{disagreement:.1e}, tolerance {TOLERANCE:.0e}",
         table=[
-            {"method": name, "value": _text(each["value"]), "derivative": _text(each["derivative"])}
+            {"method": name, "value": _text(each["value"]), heading: _text(each["derivative"])}
             for name, each in found.items()
         ],
         document=to_json(facts) | groups,
@@ -99,17 +99,13 @@ def _differentiate(
     taped_value, taped, graph = tape.derive(expression, order)
     # A scalar expression has no axis of outputs, and one scalar variable no axes of inputs.
     outputs = numeric.shape[:1] if expression.value.shape else ()
-    axes = numeric.shape[1:] if expression.labels != expression.wrt[:1] else ()
+    shape = outputs + (numeric.shape[1:] if expression.labels != expression.wrt[:1] else ())
     found = {
-        "tf.GradientTape": (taped_value, taped),
-        "symbolic (sympy)": (symbolic_value, symbolic),
-        "central differences": (expression.value, numeric),
+        "tf.GradientTape": {"value": taped_value, "derivative": taped.reshape(shape)},
+        "symbolic (sympy)": {"value": symbolic_value, "derivative": symbolic.reshape(shape)},
+        "central differences": {"value": expression.value, "derivative": numeric.reshape(shape)},
     }
-    shaped = {
-        name: {"value": value, "derivative": derivative.reshape(outputs + axes)}
-        for name, (value, derivative) in found.items()
-    }
-    return shaped, formulas, graph
+    return found, formulas, graph
 
 
 def _disagreement(expression: Expression, found: dict[str, dict[str, Array]]) -> float:
@@ -125,25 +121,19 @@ def _disagreement(expression: Expression, found: dict[str, dict[str, Array]]) ->
 
 
 def _closed_forms(expression: Expression, formulas: Any) -> dict[str, str]:
-    """Returns the formulas if everything is a scalar, each mixed derivative once."""
+    """Returns the formulas by names such as "d2/da dw", if everything is a scalar."""
     import sympy
 
     if any(array.shape for array in expression.at.values()):
         return {}
-    indices = itertools.combinations_with_replacement(range(len(expression.wrt)), formulas.ndim - 1)
-    return {
-        _quotient([expression.wrt[i] for i in index]): sympy.sstr(
-            formulas[0, *index], full_prec=False
-        )
-        for index in indices
-    }
-
-
-def _quotient(names: Sequence[str]) -> str:
-    """Returns the name of a derivative, such as "d/dw", "d2/dw2" or "d2/da dw"."""
-    powers = {name: "" if count == 1 else count for name, count in Counter(names).items()}
-    below = " ".join(f"d{name}{power}" for name, power in powers.items())
-    return f"d{'' if len(names) == 1 else len(names)}/{below}"
+    order, forms = formulas.ndim - 1, {}
+    # Each mixed derivative once.
+    for index in itertools.combinations_with_replacement(range(len(expression.wrt)), order):
+        counts = Counter(expression.wrt[i] for i in index)
+        below = " ".join(f"d{name}{'' if n == 1 else n}" for name, n in counts.items())
+        formula = sympy.sstr(formulas[0, *index], full_prec=False)
+        forms[f"d{'' if order == 1 else order}/{below}"] = formula
+    return forms
 
 
 def _text(array: Array) -> str:

@@ -272,24 +272,6 @@ def test_weights_averaged_by_the_optimizer_are_those_at_the_end(
         np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-7)
 
 
-def test_metric_of_several_values_reaches_callbacks_as_under_keras_fit(
-    compiled_model: Make, tiny: Any, batches_of: Make, one_device: Any
-) -> None:
-    class PerClass(Count):
-        def result(self) -> Any:
-            return keras.ops.stack([self.seen + 0.0, self.seen * 2.0])
-
-    seen: list[Any] = []
-    model = compiled_model(one_device, metrics=[PerClass("per_class")])
-    callback = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda _, logs: seen.append(logs["per_class"])
-    )
-    Loop(model, one_device).fit(
-        batches_of(tiny.train, one_device, 32), epochs=1, callbacks=[callback]
-    )
-    np.testing.assert_array_equal(seen[0], [64, 128])
-
-
 def test_steps_per_execution_repetition_and_validation_change_no_bit(
     tiny: Any, compiled_model: Make, batches_of: Make, one_device: Any
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 from test_loop import at_call_end
 
-from trainer.errors import InputError
 from trainer.training import step
 from trainer.training.loop import CallRecord, Loop
 
@@ -305,13 +304,3 @@ def test_replicas_hold_equal_weights_and_skip_an_overflow_together(
         for copy in copies:
             np.testing.assert_array_equal(copy, former)
     assert float(model.optimizer.dynamic_scale.numpy()) == 2.0**14
-
-
-def test_a_summed_loss_is_refused_on_two_devices(
-    compiled_model: Make, one_device: Any, two_devices: Any
-) -> None:
-    # Regularizers are means over the replicas and this loss is a sum: no factor is right for both.
-    loss = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
-    Loop(compiled_model(one_device, loss=loss), one_device)
-    with pytest.raises(InputError, match="received a sum, or one number for the batch"):
-        Loop(compiled_model(two_devices, loss=loss), two_devices)

@@ -1,4 +1,4 @@
-"""Options of Keras's callbacks are checked before a training begins; harmful ones are refused."""
+"""Callbacks are checked before a training begins; harmful ones are refused."""
 
 import sys
 from collections.abc import Callable
@@ -69,21 +69,16 @@ def test_documented_options_are_accepted(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("EarlyStopping", {"patience": "3"}, "patience: expected int, received '3'"),
-        ("EarlyStopping", {"mode": "minn"}, "mode 'minn' is unknown"),
         ("EarlyStopping", {"monitor": "val_acc"}, "'val_acc': did you mean 'val_accuracy'"),
-        ("EarlyStopping", {"monitor": 3}, "cannot be used"),
+        ("EarlyStopping", {"monitor": 3}, "EarlyStopping"),
         ("ReduceLROnPlateau", {"factor": "0.5"}, "factor"),
-        ("LearningRateScheduler", {"schedule": "x"}, "it needs functions"),
-        ("LambdaCallback", {}, "it needs functions"),
+        ("LearningRateScheduler", {}, "schedule"),
         ("ModelCheckpoint", {"filepath": "a"}, r"'a'.*must end in `.keras`"),
-        ("TensorBoard", {"histogram_freq": "1"}, "histogram_freq: expected int"),
-        ("ModelCheckpoint", {"filepath": "a.keras", "save_best_only": "yes"}, "expected bool"),
         ("BackupAndRestore", {"backup_dir": "b"}, "deletes its folder"),
         ("SwapEMAWeights", {}, "scores and saves the averaged weights itself"),
     ],
 )
-def test_options_that_keras_ignores_or_rejects_late_are_refused(
+def test_callbacks_and_options_that_are_refused(
     name: str, options: dict[str, Any], message: str, make: Callable[..., list[Any]]
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:

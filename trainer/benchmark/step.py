@@ -190,7 +190,7 @@ def bare_epoch(
     def steps(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         loss = tf.constant(0.0)
         for i in tf.range(count):
-            batch = train.local_batch(train.global_batch(state, first + i))
+            batch = train.local_batch(state, first + i)
             loss = step(augment(batch.images), batch.labels)
         return loss
 

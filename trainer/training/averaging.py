@@ -26,29 +26,22 @@ class AveragedWeights(keras.callbacks.Callback):
         super().__init__()
         self.trained: list[NDArray[Any]] | None = None
         self.averaged: list[NDArray[Any]] | None = None
-        self._optimizer: Any = None
-        self._variables: list[Any] = []
-
-    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
-        """Stores the list of averaged weights before a callback freezes some of them."""
-        if self.model.optimizer is not self._optimizer:
-            self._optimizer = self.model.optimizer
-            self._variables = list(self.model.trainable_variables)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Restores the trained weights, except weights that a callback has changed."""
-        pairs = zip(self._variables, self.trained or [], self.averaged or [], strict=False)
+        if self.trained is None or self.averaged is None:
+            return
+        pairs = zip(self.model.trainable_variables, self.trained, self.averaged, strict=True)
         for variable, trained, averaged in pairs:
             if np.array_equal(keras.ops.convert_to_numpy(variable), averaged):
                 variable.assign(trained)
         self.trained = self.averaged = None
 
-    def on_test_begin(self, logs: Any = None) -> None:
+    def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """Puts the averaged weights into the model."""
-        self.on_train_begin(logs)
-        if self.trained is None and averages_weights(self._optimizer):
+        if self.trained is None and averages_weights(self.model.optimizer):
             self.trained = self._values()
-            self._optimizer.finalize_variable_values(self._variables)
+            self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
             self.averaged = self._values()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
@@ -56,16 +49,13 @@ class AveragedWeights(keras.callbacks.Callback):
         self.on_test_begin()
 
     def _values(self) -> list[NDArray[Any]]:
-        return [np.array(keras.ops.convert_to_numpy(variable)) for variable in self._variables]
-
-
-def simple_optimizers(optimizer: keras.optimizers.Optimizer) -> list[Any]:
-    """Returns the parts of a LossScaleOptimizer or MultiOptimizer, or the optimizer itself."""
-    if hasattr(optimizer, "inner_optimizer"):
-        return simple_optimizers(optimizer.inner_optimizer)
-    return list(getattr(optimizer, "optimizers", [optimizer]))
+        variables = self.model.trainable_variables
+        return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
 def averages_weights(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Returns whether an optimizer averages weights (`use_ema`)."""
-    return any(each.use_ema for each in simple_optimizers(optimizer))
+    """Returns whether an optimizer, or a part of it, averages weights (`use_ema`)."""
+    if hasattr(optimizer, "inner_optimizer"):  # of a LossScaleOptimizer
+        return averages_weights(optimizer.inner_optimizer)
+    parts = getattr(optimizer, "optimizers", [optimizer])  # of a MultiOptimizer
+    return any(each.use_ema for each in parts)

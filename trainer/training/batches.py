@@ -4,8 +4,8 @@ Resident: each device stores all images as uint8. An epoch is one permutation, a
 gathered inside the graph. Streamed: only a few batches are in memory. tf.data reads the rows of the
 same permutation from the prepared file and copies them to the device while the device computes.
 
-`start_epoch` runs on the host once per epoch, `global_batch` inside the graph once per step, and
-`local_batch` inside each replica. No other module splits the rows of a batch among the replicas.
+`start_epoch` runs on the host once per epoch, and `local_batch` inside the graph of each replica
+once per step. No other module splits the rows of a batch among the replicas.
 """
 
 import math
@@ -34,15 +34,14 @@ class LocalBatch(NamedTuple):
         first: Position of the first row in the global batch, int32 scalar.
         count: Rows that belong to this replica, int32 scalar. If it is 0, `images` has one row of
             another replica, because every replica must take part in the sum of gradients.
-        size: Rows of the global batch, int32 scalar.
-        fraction: `count / size`, float32 scalar; None with one replica.
+        fraction: `count` divided by the rows of the global batch, float32 scalar; None with one
+            replica.
     """
 
     images: tf.Tensor
     labels: tf.Tensor
     first: Any
     count: Any
-    size: Any
     fraction: tf.Tensor | None
 
 
@@ -76,23 +75,22 @@ class Batches(ABC):
         """Returns the state to read the batches of an epoch from, starting at a step."""
 
     @abstractmethod
-    def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns the batch of a step (int32 scalar) of the epoch before its rows are split."""
+    def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns images and labels of the rows `first` to `last` of the batch of a step."""
 
-    @abstractmethod
-    def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns images and labels of rows `first` to `last`; `source` is a batch without size."""
+    def local_batch(self, state: Any, step: tf.Tensor) -> LocalBatch:
+        """Returns the rows of a step's batch for the replica that calls this.
 
-    def local_batch(self, batch: Any) -> LocalBatch:
-        """Returns the rows of a global batch for the replica that calls this."""
-        *source, size = batch
+        `state` is the result of `start_epoch` for this replica, `step` an int32 scalar.
+        """
+        size = self.size(step)
         first, last, fraction = 0, size, None
         if self._devices.replicas > 1:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             first, last = local_rows(size, replica, self._devices.replicas)
             fraction = tf.cast(last - first, tf.float32) / tf.cast(size, tf.float32)
-        images, labels = self._read(source, first, tf.maximum(last, first + 1))
-        return LocalBatch(images, labels, first, last - first, size, fraction)
+        images, labels = self._read(state, step, first, tf.maximum(last, first + 1))
+        return LocalBatch(images, labels, first, last - first, fraction)
 
     def join(self, local: LocalBatch, outputs: tf.Tensor) -> tf.Tensor:
         """Places the outputs of a replica, [rows, n], at their rows in a batch of zeros.
@@ -197,16 +195,13 @@ class ResidentBatches(Batches):
         self._data = devices.on_each(store)
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - any step can be read
-        """Returns the order of the epoch on each device, int64 [n]."""
+        """Returns images, labels and the order of the epoch on each device."""
         order = epoch_order(len(self._split), self._seed, epoch)
-        return self._devices.on_each(lambda _: tf.identity(order))
+        return *self._data, self._devices.on_each(lambda _: tf.identity(order))
 
-    def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns images, labels and order of each device, and position and size of the batch."""
-        return *self._data, state, step * self.batch_size, self.size(step)
-
-    def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        images, labels, order, start = source
+    def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        images, labels, order = state
+        start = step * self.batch_size
         rows = order[start + first : start + last]
         return tf.gather(images, rows), tf.gather(labels, rows)
 
@@ -219,12 +214,8 @@ class StreamedBatches(Batches):
         order = epoch_order(len(self._split), self._seed, epoch).numpy()
         return self._devices.on_each(lambda replica: iter(self._pipeline(order, step, replica)))
 
-    def global_batch(self, state: Any, step: tf.Tensor) -> Any:
-        """Returns the iterators, which count the steps, and the number of rows of the batch."""
-        return state, self.size(step)
-
-    def _read(self, source: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:  # noqa: ARG002
-        images, labels = source[0].get_next()  # it yields only the rows of this replica
+    def _read(self, state: Any, *_: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        images, labels = state.get_next()  # it counts the steps, and has only this replica's rows
         return images, labels
 
     def _pipeline(self, order: Any, step: int, replica: int) -> tf.data.Dataset:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.devices import Devices
-from trainer.training.batches import Batches, LocalBatch
+from trainer.training.batches import Batches
 from trainer.training.step import metric_tensors
 
 # Logs as Keras passes them to callbacks: floats, and arrays for metrics with several values.
@@ -34,7 +34,7 @@ class Call:
         model: keras.Model,
         devices: Devices,
         batches: Batches,
-        step: Callable[[LocalBatch], Tensors],
+        step: Callable[[Any, tf.Tensor], Tensors],
         *,
         trains: bool,
         collect: bool = False,
@@ -45,14 +45,13 @@ class Call:
             model: Compiled.
             devices: Devices that run the step.
             batches: Batches of the steps.
-            step: Returns the logs for the rows of one replica, and with them "gradient_norms" and
-                "outputs" if requested.
+            step: Runs on each replica, with the arguments of `Batches.local_batch`. Returns logs,
+                and with them "gradient_norms" and "outputs" if requested.
             trains: Record the values and the learning rate of each step.
             collect: Return the outputs of all steps.
         """
         self._model, self._devices, self._batches, self._step = model, devices, batches, step
         self._trains, self._collect = trains, collect
-        self._metric_names = metric_results(model, devices).keys()
         self._shapes: dict[str, tuple[int, ...]] = {}  # of each value in a row
         # Logs that the step itself returns. As in Keras, the results of the metrics are used
         # if the names are the same.
@@ -73,6 +72,7 @@ class Call:
             return rows.stack(), metrics, outputs.concat() if collect else None
 
         with devices.scope():
+            self._metric_names = metric_tensors(model.get_metrics_result()).keys()
             # The concrete function, because a call of the tf.function would trace it again.
             self._function = tf.function(call, autograph=False).get_concrete_function(
                 batches.start_epoch(0), tf.constant(0), tf.constant(1)
@@ -97,15 +97,15 @@ class Call:
             values[name] = array[:, first:last].reshape(-1, *shape)
             first = last
         own = {name: values[name][-1] for name in self._own_logs}
-        return values, as_logs(own or metrics)
+        logs = {name: np.asarray(value) for name, value in (own or metrics).items()}
+        return values, {n: value if value.ndim else float(value) for n, value in logs.items()}
 
     def _run_step(self, i: tf.Tensor, state: Any, step: Any, rows: Any, outputs: Any) -> Any:
         """Runs one step on all replicas and writes its values to row `i`."""
         with tf.name_scope("record"):  # the learning rate before the step changes it
-            rate = {"learning_rate": _learning_rate(self._model.optimizer)} if self._trains else {}
-        with tf.name_scope("batch"):
-            batch = self._batches.global_batch(state, step)
-        values = self._devices.strategy.run(self._run_replica, args=(batch,))
+            # NaN for a MultiOptimizer, which has several.
+            rate = tf.identity(getattr(self._model.optimizer, "learning_rate", math.nan))
+        values = self._devices.strategy.run(self._step, args=(state, step))
         with tf.name_scope("record"):
             values = self._combined(values)
             output, norms = values.pop("outputs", None), values.pop("gradient_norms", None)
@@ -115,21 +115,16 @@ class Call:
                 values = {}
             else:  # only single numbers are recorded
                 values = {name: value for name, value in values.items() if value.shape.rank == 0}
-            values |= rate if norms is None else {**rate, "gradient_norms": norms}
+            if self._trains:
+                values["learning_rate"] = rate
+            if norms is not None:
+                values["gradient_norms"] = norms
             self._shapes = {name: tuple(value.shape) for name, value in values.items()}
             flat = [tf.reshape(tf.cast(v, tf.float32), (-1,)) for v in values.values()]
             rows = rows.write(i, tf.concat(flat, axis=0) if flat else tf.zeros((0,)))
             if self._collect:
                 outputs = outputs.write(i, output[: self._batches.size(step)])
         return rows, outputs
-
-    def _run_replica(self, batch: Any) -> Tensors:
-        with tf.name_scope("batch"):
-            local = self._batches.local_batch(batch)
-        values = dict(self._step(local))
-        if "outputs" in values:
-            values["outputs"] = self._batches.join(local, values["outputs"])
-        return values
 
     def _combined(self, values: Tensors) -> Tensors:
         """Returns each value summed over the replicas. Gradient norms are equal on all replicas."""
@@ -145,21 +140,3 @@ class Call:
         if self._trains and self._devices.workers == 1:  # several workers would communicate
             combined = metric_tensors(self._model.get_metrics_result()) | combined
         return combined
-
-
-def metric_results(model: keras.Model, devices: Devices) -> Tensors:
-    """Returns the current results of the metrics of a model."""
-    with devices.scope():
-        return metric_tensors(model.get_metrics_result())
-
-
-def as_logs(results: Tensors) -> Logs:
-    """Returns results as Keras passes them to callbacks."""
-    arrays = {name: np.asarray(value) for name, value in results.items()}
-    return {name: value if value.ndim else float(value) for name, value in arrays.items()}
-
-
-def _learning_rate(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
-    """Returns the learning rate; NaN for a MultiOptimizer, which has several."""
-    rate = getattr(optimizer, "learning_rate", None)
-    return tf.constant(math.nan) if rate is None else tf.identity(rate)

@@ -52,13 +52,16 @@ class StepTimes(Callback):
 
     def summary(self) -> dict[str, Any]:
         """Returns medians and quartiles, None if nothing was measured, and the number of calls."""
-        found: dict[str, Any] = dict.fromkeys(("step_ms", "step_ms_quartiles", "images_per_second"))
+        low = median = high = rate = None
         if self.step_ms:
             low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
             rate = round(statistics.median(self.images_per_second), 1)
-            found |= {"step_ms": median, "step_ms_quartiles": [low, high]}
-            found |= {"images_per_second": rate}
-        return found | {"windows": len(self.step_ms)}
+        return {
+            "step_ms": median,
+            "step_ms_quartiles": [low, high] if self.step_ms else None,
+            "images_per_second": rate,
+            "windows": len(self.step_ms),
+        }
 
 
 class ProgressBar(Callback):
@@ -149,21 +152,22 @@ class TensorBoardCurves(Callback):
         """Writes the points of each step of a call, and its times."""
         self._learning_rate = float(record.learning_rate[-1])
         curves = {"loss": record.loss, "learning_rate": record.learning_rate}
-        curves |= {k: values for k, values in record.metrics.items() if len(values) == record.steps}
+        curves |= record.metrics
         with self._writers["train"].as_default(step=record.first_step + record.steps):
             if self._write_steps is None:
                 self._write_steps = _step_writer(list(curves))
             values = np.stack(list(curves.values()), axis=1)  # [steps, curves]
             self._write_steps(tf.constant(values), tf.constant(record.first_step + 1, tf.int64))
-            for name in record.metrics.keys() - curves.keys():
-                tf.summary.scalar(f"step/{name}", record.metrics[name][-1])
+            for name, value in scalars(record.logs).items():
+                if name not in curves:  # with several workers: one value for the whole call
+                    tf.summary.scalar(f"step/{name}", value)
             if record.warm:
                 tf.summary.scalar("step_ms", 1000 * record.seconds / record.steps)
                 tf.summary.scalar("images_per_second", record.images / record.seconds)
                 if len(record.worker_seconds) > 1:
                     for worker, seconds in enumerate(1000 * record.worker_seconds / record.steps):
                         tf.summary.scalar(f"worker_{worker}/step_ms", seconds)
-        if record.gradient_norms is not None:
+        if self._histograms and record.gradient_norms is not None:
             self._gradient_norms.append(record.gradient_norms)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
@@ -173,8 +177,15 @@ class TensorBoardCurves(Callback):
             run = "validation" if name.startswith("val_") else "train"
             with self._writers[run].as_default(step=epoch + 1):
                 tf.summary.scalar(f"epoch/{name.removeprefix('val_')}", value)
-        if self._histograms:
-            self._write_histograms(epoch + 1)
+        with self._writers["train"].as_default(step=epoch + 1):
+            weights = self.model.trainable_variables if self._histograms else []
+            for weight in weights:
+                tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
+            if self._gradient_norms:
+                norms = np.concatenate(self._gradient_norms)  # [steps, weights]
+                for weight, column in zip(weights, norms.T, strict=True):
+                    tf.summary.histogram(f"gradient_norms/{weight.path}", column)
+        self._gradient_norms.clear()
         self.flush()
 
     def flush(self) -> None:
@@ -186,16 +197,6 @@ class TensorBoardCurves(Callback):
         """Closes the files."""
         for writer in self._writers.values():
             writer.close()
-
-    def _write_histograms(self, epoch: int) -> None:
-        with self._writers["train"].as_default(step=epoch):
-            for weight in self.model.trainable_variables:
-                tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
-            if self._gradient_norms:
-                norms = np.concatenate(self._gradient_norms)  # [steps, weights]
-                for weight, column in zip(self.model.trainable_variables, norms.T, strict=True):
-                    tf.summary.histogram(f"gradient_norms/{weight.path}", column)
-        self._gradient_norms.clear()
 
 
 class Profiler(Callback):
@@ -251,8 +252,8 @@ def to_json(logs: Logs) -> dict[str, Any]:
     def convert(value: Any) -> Any:
         if isinstance(value, list):
             return [convert(item) for item in value]
-        if not isinstance(value, int | float):  # text that a callback added
-            return None if value is None else str(value)
+        if not isinstance(value, int | float):
+            return None if value is None else str(value)  # that a callback added
         return value if np.isfinite(value) else None
 
     return {name: convert(np.asarray(value).tolist()) for name, value in logs.items()}

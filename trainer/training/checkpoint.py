@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +25,19 @@ from numpy.typing import NDArray
 
 from trainer.errors import InputError
 from trainer.files import write_atomic
+from trainer.keras_internals import CALLBACK_ATTRIBUTES
 from trainer.keras_objects import nested_layers
 from trainer.run import Run
 from trainer.training.call import Logs
 from trainer.training.callbacks import Callback
 from trainer.training.loop import CallRecord, Progress
 from trainer.training.signals import Signals
-from trainer.training.state import digest, lost_attributes, pack_state, unpack_state
+from trainer.training.state import pack_state, unpack_state
 from trainer.training.weights import save_weights
 
 _log = logging.getLogger(__name__)
 
 _KEPT = 2
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError)
 # States that a checkpoint may lack: a resumed run may switch TensorBoard on or off.
 _OPTIONAL_STATES = ("averaged_weights", "tensorboard")
 
@@ -53,12 +51,11 @@ class Checkpoint:
         stopped: Whether a callback had stopped the training.
         fingerprint: Fingerprint of the data.
         best_loss: The lowest validation loss so far; None before the first validation.
-        variables: Values of the variables, in the order of model, optimizer, metrics and
-            augmentation. Not by name, because the names that Keras makes contain numbers that
-            differ between processes.
+        variables: Values of `all_variables`, in this order. Not by name, because the names that
+            Keras makes contain numbers that differ between processes.
         states: Attributes of callbacks by name; a list in checkpoints of version 0.1.0.
         log_sizes: Bytes of each log, by path.
-        trainable: Whether each layer is trainable, in the order of `nested_layers`; None in older
+        trainable: Whether each layer is trainable, in the order of `nested_layers`; empty in older
             checkpoints.
     """
 
@@ -69,7 +66,7 @@ class Checkpoint:
     variables: list[NDArray[Any]]
     states: Any
     log_sizes: dict[str, int]
-    trainable: list[bool] | None = None
+    trainable: Sequence[bool] = ()
 
     def named_states(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Returns the attributes of callbacks by name.
@@ -82,12 +79,11 @@ class Checkpoint:
         """
         states = self.states
         if isinstance(states, list):
-            old_names = list(names)
-            for name in _OPTIONAL_STATES:
-                if len(old_names) > len(states):
-                    old_names.remove(name)
-            others = [f"callbacks.{number}" for number in range(len(states))]
-            states = dict(zip([*old_names, *others], states, strict=False))
+            late = [name for name in names if name in _OPTIONAL_STATES]
+            missing = late[: max(0, len(names) - len(states))]
+            order = [name for name in names if name not in missing]
+            order += [f"callbacks.{i}" for i in range(len(order), len(states))]
+            states = dict(zip(order, states, strict=False))
         if (states.keys() ^ set(names)) - {*_OPTIONAL_STATES}:
             trained, given = (
                 ", ".join(name.partition(".")[2] for name in each if "." in name) or "none"
@@ -125,16 +121,10 @@ class Checkpoints(Callback):
             signals: The received stop signals.
         """
         super().__init__()
-        self._run = run
-        self._objects = objects
-        self._variables = variables
-        self._fingerprint = fingerprint
-        self._every_seconds = every_seconds
-        self._signals = signals
+        self._run, self._objects, self._variables = run, objects, variables
+        self._fingerprint, self._every_seconds, self._signals = fingerprint, every_seconds, signals
         self._saved: Checkpoint | None = None
-        self._progress = Progress()
-        self._training = False
-        self._last_time = 0.0
+        self._progress, self._last_time = Progress(), 0.0
         self._initial: dict[str, dict[str, Any]] = {}
         self._best_loss: float | None = None
 
@@ -147,15 +137,13 @@ class Checkpoints(Callback):
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Restores the checkpoint, after the other callbacks have reset themselves."""
-        self._initial = {name: pack_state(each, {}) for name, each in self._objects.items()}
-        self._training = True
         self._last_time = time.monotonic()
         for name, callback in self._objects.items():
-            lost = lost_attributes(callback, self._initial[name])
-            module = type(callback).__module__.partition(".")[0]
-            if lost and module not in ("keras", "trainer"):
-                kind = type(callback).__name__
-                _log.info("callback %s: checkpoints do not save %s", kind, ", ".join(lost))
+            self._initial[name] = pack_state(callback, {})
+            lost = vars(callback).keys() - self._initial[name].keys() - {*CALLBACK_ATTRIBUTES}
+            if lost and type(callback).__module__.partition(".")[0] not in ("keras", "trainer"):
+                kind, names = type(callback).__name__, ", ".join(sorted(lost))
+                _log.info("callback %s: checkpoints do not save %s", kind, names)
         if self._saved is not None:
             self._restore(self._saved)
 
@@ -167,16 +155,11 @@ class Checkpoints(Callback):
         self._progress = Progress(record.epoch, step, record.logs)
         # All workers of a cluster must save at the same step, because saving is collective.
         due = time.monotonic() - self._last_time >= self._every_seconds
-        if self._signals.agree(due=due) or self._signals.agreed:
-            self._save()
-        self._signals.stop_if_agreed()
+        self._signals.stop_if_received(self._save, due=due)
 
     def on_test_batch_end(self, batch: int, logs: Logs | None = None) -> None:  # noqa: ARG002
         """Saves between two calls of a validation if a signal was received."""
-        self._signals.agree()
-        if self._signals.agreed and self._training:
-            self._save()
-        self._signals.stop_if_agreed()
+        self._signals.stop_if_received(self._save)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves the state, and the best weights if the validation loss is the lowest so far."""
@@ -188,28 +171,17 @@ class Checkpoints(Callback):
         self._save()
         self._signals.stop_if_received()
 
-    def on_train_end(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Stops saving: callbacks may now restore the weights of another epoch."""
-        self._training = False
-
     def _save(self) -> None:
-        for each in self._objects.values():
+        arrays: dict[str, NDArray[Any]] = {}
+        states: dict[str, Any] = {}
+        for name, each in self._objects.items():
             if isinstance(each, Callback):
                 each.flush()
-        arrays: dict[str, NDArray[Any]] = {}
-        states = {
             # Only changed attributes: on_train_begin sets the others again.
-            name: {
-                key: value
-                for key, value in pack_state(each, arrays).items()
-                if key not in self._initial[name] or self._initial[name][key] != value
-            }
-            for name, each in self._objects.items()
-        }
-        progress = pack_state(self._progress, arrays)
-        values = map(_value, all_variables(self.model, self._variables))
+            initial, state = self._initial[name], pack_state(each, arrays)
+            states[name] = {k: v for k, v in state.items() if k not in initial or initial[k] != v}
         facts = {
-            "progress": progress,
+            "progress": pack_state(self._progress, arrays),
             "stopped": self.model.stop_training,
             "fingerprint": self._fingerprint,
             "best_loss": self._best_loss,
@@ -217,14 +189,17 @@ class Checkpoints(Callback):
             "log_sizes": _log_sizes(self._run, self._objects.values()),
             "trainable": [layer.trainable for layer in nested_layers(self.model.layers)],
         }
-        arrays |= {f"v {i}": value for i, value in enumerate(values)}
-        _write(self._run, facts, arrays, steps=int(_value(self.model.optimizer.iterations)))
+        for i, variable in enumerate(all_variables(self.model, self._variables)):
+            arrays[f"v {i}"] = _value(variable)
+        arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+        steps = int(_value(self.model.optimizer.iterations))
+        _write(self._run, f"step-{steps:010}.npz", arrays)
         self._last_time = time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
-        if saved.trainable is not None:
-            for layer, flag in zip(nested_layers(self.model.layers), saved.trainable, strict=True):
-                layer.trainable = flag  # outer layers come first: they set their inner layers
+        # Outer layers come first: they set their inner layers.
+        for layer, flag in zip(nested_layers(self.model.layers), saved.trainable, strict=False):
+            layer.trainable = flag
         variables = all_variables(self.model, self._variables)
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
@@ -245,7 +220,7 @@ def newest_checkpoint(run: Run) -> Checkpoint | None:
     for path in paths:
         try:
             return _read(path)
-        except (*_READ_ERRORS, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # zipfile, NumPy and json raise many types
             _log.warning("%s is damaged (%s): trying the previous checkpoint.", path, error)
     if paths:
         raise InputError(f"every checkpoint of {run.path} is damaged: it cannot be resumed")
@@ -253,25 +228,18 @@ def newest_checkpoint(run: Run) -> Checkpoint | None:
 
 
 def all_variables(model: keras.Model, others: Sequence[Any]) -> list[Any]:
-    """Returns each variable of a compiled model once, and the other variables.
-
-    Args:
-        model: A compiled model with a built optimizer.
-        others: Variables of augmentation.
-    """
+    """Returns each variable of a compiled model once, and the others: those of augmentation."""
     every = [*model.variables, *model.optimizer.variables, *model.metrics_variables, *others]
     return list({id(variable): variable for variable in every}.values())
 
 
 def roll_back(run: Run, saved: Checkpoint | None) -> None:
-    """Truncates the logs of a run to their size at a checkpoint, or removes them.
+    """Truncates the logs of a run, except log.txt, to their size at a checkpoint.
 
-    Args:
-        run: The run. Its log.txt is not truncated.
-        saved: The checkpoint; None: the training starts again.
+    Without a checkpoint the training starts again, and the logs are removed.
     """
     sizes = {} if saved is None else saved.log_sizes
-    for name in {os.path.relpath(path, run.path) for path in _logs(run)} | sizes.keys():
+    for name in _log_sizes(run) | sizes:
         path, size = run.path / name, sizes.get(name)
         if size is None:
             path.unlink()
@@ -283,11 +251,9 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
         left.unlink()
 
 
-def _write(run: Run, facts: Any, arrays: dict[str, NDArray[Any]], *, steps: int) -> None:
+def _write(run: Run, name: str, arrays: dict[str, NDArray[Any]]) -> None:
     """Writes a checkpoint, and removes the oldest ones."""
-    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    arrays["sha256"] = np.frombuffer(digest(arrays), np.uint8)
-    path = run.checkpoints / f"step-{steps:010}.npz"
+    path = run.checkpoints / name
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
@@ -303,34 +269,20 @@ def _write(run: Run, facts: Any, arrays: dict[str, NDArray[Any]], *, steps: int)
 
 
 def _read(path: Path) -> Checkpoint:
-    """Reads a checkpoint.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError, EOFError, MemoryError: It is damaged.
-    """
+    """Reads a checkpoint. A damaged file raises an error: the zip format has checksums."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in saved.files}
-    expected = arrays.pop("sha256").tobytes()
-    if expected != digest(arrays):
-        raise ValueError("its checksum differs")
     facts = json.loads(arrays["facts"].tobytes())
-    states = facts["states"]
+    states = facts.pop("states")
     if isinstance(states, list):  # version 0.1.0
-        states = [unpack_state(state, arrays) for state in states]
-        ((_, items),) = facts["position"].items()
+        facts["states"] = [unpack_state(state, arrays) for state in states]
+        ((_, items),) = facts.pop("position").items()
         facts["progress"] = dict(items)
     else:
-        states = {name: unpack_state(state, arrays) for name, state in states.items()}
-    return Checkpoint(
-        progress=Progress(**unpack_state(facts["progress"], arrays)),
-        stopped=facts["stopped"],
-        fingerprint=facts["fingerprint"],
-        best_loss=facts["best_loss"],
-        variables=[array for name, array in arrays.items() if name.startswith("v ")],
-        states=states,
-        log_sizes=facts["log_sizes"],
-        trainable=facts.get("trainable"),
-    )
+        facts["states"] = {name: unpack_state(state, arrays) for name, state in states.items()}
+    facts["progress"] = Progress(**unpack_state(facts["progress"], arrays))
+    variables = [array for name, array in arrays.items() if name.startswith("v ")]
+    return Checkpoint(variables=variables, **facts)
 
 
 def _value(variable: Any) -> NDArray[Any]:
@@ -339,13 +291,8 @@ def _value(variable: Any) -> NDArray[Any]:
     return array if array.dtype.isbuiltin else array.view(f"V{array.itemsize}")
 
 
-def _logs(run: Run) -> list[Path]:
-    """Returns the files of a run that only grow."""
-    events = run.tensorboard.rglob("*.tfevents.*")
-    return [path for path in (run.metrics, *events) if path.exists()]
-
-
-def _log_sizes(run: Run, objects: Any) -> dict[str, int]:
-    loggers = [each for each in objects if isinstance(each, keras.callbacks.CSVLogger)]
-    paths = [*_logs(run), *(Path(logger.filename) for logger in loggers)]
-    return {os.path.relpath(path, run.path): path.stat().st_size for path in paths}
+def _log_sizes(run: Run, objects: Any = ()) -> dict[str, int]:
+    """Returns the bytes of each file that only grows: metrics, TensorBoard, and CSV files."""
+    paths = [run.metrics, *run.tensorboard.rglob("*.tfevents.*")]
+    paths += [Path(o.filename) for o in objects if isinstance(o, keras.callbacks.CSVLogger)]
+    return {os.path.relpath(p, run.path): p.stat().st_size for p in paths if p.exists()}

@@ -19,10 +19,9 @@ from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
 from trainer.keras_objects import explain, nested_layers
 from trainer.tensorflow_internals import profiler_step
-from trainer.training.averaging import simple_optimizers
-from trainer.training.batches import Batches, LocalBatch
-from trainer.training.call import Call, Logs, as_logs, metric_results
-from trainer.training.replicas import require_addable, require_mean_loss
+from trainer.training.batches import Batches
+from trainer.training.call import Call, Logs
+from trainer.training.replicas import require_addable
 from trainer.training.step import bind_step, test_step, train_step
 
 if TYPE_CHECKING:
@@ -58,9 +57,8 @@ class CallRecord:
         warm: False for the first calls, which also set up kernels or are traced by the profiler.
         loss: Loss of the batch of each step, float32 [steps].
         learning_rate: Learning rate of each step, float32 [steps].
-        metrics: Value of each metric after each step, over the epoch so far, float32 [steps]. With
-            several workers: only after the last step, float32 [1], because reading a metric needs
-            communication.
+        metrics: Value of each metric after each step, over the epoch so far, float32 [steps]. Empty
+            with several workers, because reading a metric needs communication.
         gradient_norms: float32 [steps, weights], or None.
         logs: Loss and metrics since the start of the epoch, as Keras passes them to callbacks.
     """
@@ -137,18 +135,12 @@ class Loop:
         self.steps_per_execution = steps_per_execution
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
-        if devices.replicas > 1:
-            require_addable(model, jit_compile=jit_compile)
-        options = {"clip_norm": clip_norm, "gradient_norms": gradient_norms}
-        self._step = bind_step(step, model, replicas=devices.replicas, **options)
-        self._augment = augment
-        self._jit_compile = jit_compile
+        self._augment, self._jit_compile = augment, jit_compile
         self._calls: dict[tuple[str, Batches], tuple[list[Any], Call]] = {}
         self._calls_run, self._warmup_calls, self._epochs = 0, 1, 0
-        self._optimizer: Any = None
-        self._optimized: list[Any] = []
-        self._metrics: list[Any] = []
         self._build()
+        options = {"clip_norm": clip_norm, "gradient_norms": gradient_norms}
+        self._step = bind_step(step, model, replicas=devices.replicas, **options)
 
     def fit(
         self,
@@ -179,9 +171,9 @@ class Loop:
             InputError: A callback cannot start: its file or an option is wrong.
             CheckError: The loss is infinite or NaN; the message names the step.
         """
-        model, options = self.model, {"add_history": True, "epochs": epochs, "verbose": 0}
+        model, facts = self.model, {"epochs": epochs, "steps": train.steps, "verbose": 0}
         hooks = keras.callbacks.CallbackList(
-            list(callbacks), model=model, steps=train.steps, **options
+            list(callbacks), add_history=True, model=model, **facts
         )
         model.stop_training = False
         self._calls_run, self._warmup_calls, self._epochs = 0, warmup_calls, epochs
@@ -189,20 +181,15 @@ class Loop:
             self._timed("callbacks", hooks.on_train_begin)
         except (OSError, TypeError, ValueError) as error:  # of a file or an option
             raise InputError(f"a callback cannot start: {explain(error)}") from error
-        logs: Logs = {}
-        diverged = None
         try:
             logs = self._train(train, validation, hooks, start or Progress())
-        except CheckError as error:
-            diverged = error
+        except CheckError:
+            self._timed("callbacks", hooks.on_train_end)  # so that callbacks can close their files
+            raise
         # Optimizers with `use_ema` replace the weights by the averaged weights here.
-        model.optimizer.finalize_variable_values(self._optimized)
-        # Also after an infinite loss, so that callbacks can close their files.
+        model.optimizer.finalize_variable_values(model.trainable_variables)
         self._timed("callbacks", hooks.on_train_end, logs)
-        if diverged is not None:
-            raise diverged
-        history: dict[str, list[float]] = model.history.history
-        return history
+        return dict(model.history.history)
 
     def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
         """Trains without validation and callbacks, for benchmarks; yields records without end.
@@ -233,14 +220,13 @@ class Loop:
         Returns:
             Loss and metrics, and float32 [images, classes] if `collect` is set.
         """
-        hooks = callbacks or keras.callbacks.CallbackList()
+        hooks, logs = callbacks or keras.callbacks.CallbackList(), dict[str, Any]()
+        outputs: list[NDArray[np.float32]] = []
         self.model.stop_evaluating = False
         hooks.on_test_begin()
         call = self._call("collect" if collect else "evaluate", batches)
         self.model.reset_metrics()
         state = batches.start_epoch(0)
-        outputs: list[NDArray[np.float32]] = []
-        logs: Logs = {}
         for first in range(0, batches.steps, self.steps_per_execution):
             count = min(self.steps_per_execution, batches.steps - first)
             hooks.on_test_batch_begin(first)
@@ -253,7 +239,6 @@ class Loop:
                 between()
             if self.model.stop_evaluating:
                 break
-        logs |= self._changed_metrics(logs)
         hooks.on_test_end(logs)
         return logs, np.concatenate(outputs) if collect else None
 
@@ -263,10 +248,9 @@ class Loop:
         return call
 
     def check_kernels(self, device_type: str | None = None) -> "KernelReport":
-        """Finds operations of the traced training step that run on the CPU.
+        """Finds operations of the traced training step that a type of device has no kernel for.
 
-        Args:
-            device_type: "GPU" or "CPU"; None: the type of the devices in use.
+        The default type is that of the devices in use.
         """
         from trainer.kernel_internals import check_kernels
 
@@ -296,7 +280,7 @@ class Loop:
         """Trains all epochs from a position; returns the logs of the last one."""
         model, logs = self.model, dict[str, Any]()
         # A training that a callback has stopped does not begin another epoch when it is resumed.
-        if model.stop_training and start != Progress() and start.step == 0:
+        if model.stop_training and start.epoch and not start.step:
             return logs
         for epoch in range(start.epoch, self._epochs):
             progress = start if epoch == start.epoch else Progress(epoch)
@@ -333,8 +317,6 @@ class Loop:
                     self._timed("callbacks", callback.on_call_end, record)
             for step, loss in enumerate(record.loss, record.first_step + 1):
                 self._require_finite(loss, epoch, step)
-            if first + count == train.steps or self.model.stop_training:
-                logs |= self._changed_metrics(logs)
         return logs
 
     def _require_finite(self, loss: float, epoch: int, step: int) -> None:
@@ -344,21 +326,28 @@ class Loop:
                 "lower optimizer.learning_rate, or set training.clip_norm"
             )
 
-    def _changed_metrics(self, logs: Logs) -> Logs:
-        """Returns the metrics after the callbacks of the last call, which may change them."""
-        if self.devices.workers > 1:  # several workers can read metrics only inside a call
-            return {}
-        results = metric_results(self.model, self.devices)
-        own = results.keys() != logs.keys()  # the step returns its own logs, not the metrics
-        return {} if own else as_logs(results)
-
     def _run_call(
         self, train: Batches, state: Any, epoch: int, first: int, count: int
     ) -> CallRecord:
-        """Runs `count` steps and waits for the device."""
+        """Runs `count` steps and waits for the device.
+
+        Raises:
+            InputError: XLA cannot compile the step.
+        """
         call = self.trace(train)
         start = time.perf_counter()
-        rows, metrics, _ = self._start(call, state, first, count)
+        try:
+            with profiler_step(first):
+                rows, metrics, _ = call(state, first, count)
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            from trainer.kernel_internals import xla_refusal
+
+            refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
+            if refused is None:
+                raise
+            raise InputError(
+                f"XLA cannot compile {refused}: set training.jit_compile = false"
+            ) from error
         for name in self.devices.names:
             with tf.device(name):
                 tf.raw_ops.SyncDevice()
@@ -367,9 +356,6 @@ class Loop:
         self._calls_run += 1
         values, logs = call.read(rows, metrics)
         curves = {name: value for name, value in values.items() if value.ndim == 1}
-        if self.devices.workers > 1:  # one value for the whole call, see CallRecord.metrics
-            numbers = {name: value for name, value in logs.items() if np.ndim(value) == 0}
-            curves = {n: np.array([value], np.float32) for n, value in numbers.items()} | curves
         return CallRecord(
             epoch=epoch,
             first_step=epoch * train.steps + first,
@@ -385,37 +371,23 @@ class Loop:
             logs=logs,
         )
 
-    def _start(self, call: Call, state: Any, first: int, count: int) -> Any:
-        """Starts a call of training steps.
-
-        Raises:
-            InputError: XLA cannot compile the step.
-        """
-        try:
-            with profiler_step(first):
-                return call(state, first, count)
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            from trainer.kernel_internals import xla_refusal
-
-            refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
-            if refused is None:
-                raise
-            raise InputError(
-                f"XLA cannot compile {refused}: set training.jit_compile = false"
-            ) from error
-
     def _call(self, kind: str, batches: Batches) -> Call:
-        """Returns a traced call. It is traced again if an object that it depends on has changed.
+        """Returns a traced call. It is traced again if an object that it depends on was replaced.
+
+        As in Keras, `make_train_function(force=True)` requests this after other changes.
 
         Args:
             kind: "train", "evaluate", or "collect": evaluate and return the probabilities.
             batches: Batches of the steps.
         """
+        model = self.model
+        function = model.train_function if kind == "train" else model.test_function
+        parts = [model.optimizer, model.loss, function, *model.metrics, *model.trainable_variables]
         traced_for, call = self._calls.get((kind, batches), ([], None))
-        if call is None or not _same(traced_for, self._depends_on(kind)):
+        if call is None or list(map(id, traced_for)) != list(map(id, parts)):
             self._build()
             call = self._timed("tracing", self._trace, kind, batches)
-            self._calls[kind, batches] = self._depends_on(kind), call
+            self._calls[kind, batches] = parts, call
         return call
 
     def _trace(self, kind: str, batches: Batches) -> Call:
@@ -428,56 +400,37 @@ class Loop:
         if train and self._jit_compile:
             update = tf.function(update, jit_compile=True, autograph=False)
 
-        def step(local: LocalBatch) -> Any:
-            images, labels, fraction = local.images, local.labels, local.fraction
+        def step(state: Any, number: tf.Tensor) -> dict[str, tf.Tensor]:
+            with tf.name_scope("batch"):
+                local = batches.local_batch(state, number)
+            images = local.images
             if not train:
-                return test_step(
-                    self.model, images, labels, batch_fraction=fraction, collect=collect
-                )
+                values = test_step(self.model, images, local.labels, batch_fraction=local.fraction)
+                outputs = values.pop("outputs")
+                return values | {"outputs": batches.join(local, outputs)} if collect else values
             if self._augment is not None:
                 with tf.name_scope("augment"):
                     images = self._augment(images)
-            return update(images, labels, fraction)
+            return dict(update(images, local.labels, local.fraction))
 
         return Call(self.model, self.devices, batches, step, trains=train, collect=collect)
 
-    def _depends_on(self, kind: str) -> list[Any]:
-        """Returns the objects that a traced graph depends on and that callbacks may replace."""
-        model = self.model
-        # Keras's `make_train_function(force=True)` requests a new graph.
-        function = model.train_function if kind == "train" else model.test_function
-        schedules = [_schedule(optimizer) for optimizer in simple_optimizers(model.optimizer)]
-        # Without scale and center, only this flag shows that a BatchNormalization is frozen.
-        frozen = [layer.trainable for layer in nested_layers(model.layers)]
-        objects = [model.optimizer, model.loss, function, *model.metrics]
-        return [*objects, *schedules, *model.trainable_variables, *frozen]
-
     def _build(self) -> None:
-        """Creates the variables of the optimizer and the metrics, again after each `compile`.
+        """Checks the model, and creates variables of the optimizer and metrics after a `compile`.
 
         Keras would create them at their first use. This is inside the graph of one replica, where a
         strategy cannot create variables.
         """
-        model, trained = self.model, self.model.trainable_variables
+        model = self.model
         with self.devices.scope():
-            if self._optimizer is not model.optimizer:
-                model.optimizer.build(trained)
-                self._optimizer, self._optimized = model.optimizer, list(trained)
-            metrics_changed = not _same(model.metrics, self._metrics)
-            if metrics_changed:
+            if not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+            if not all(getattr(metric, "built", True) for metric in model.metrics):
                 shapes = [(1, *shape[1:]) for shape in (model.input_shape, model.output_shape)]
                 model.compute_metrics(tf.zeros(shapes[0]), tf.zeros((1,)), tf.zeros(shapes[1]))
                 model.reset_metrics()
-                self._metrics = model.metrics
-        if metrics_changed and self.devices.replicas > 1:
-            require_mean_loss(model, self.devices)
-        known = {id(variable) for variable in self._optimized}
-        unknown = [variable.path for variable in trained if id(variable) not in known]
-        if unknown:
-            raise InputError(
-                f"the optimizer has no state for {', '.join(unknown)}: it was not trainable when "
-                "training began; call model.compile with a new optimizer to train it"
-            )
+        if self.devices.replicas > 1:
+            require_addable(model, jit_compile=self._jit_compile)
 
     def _timed(
         self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any
@@ -490,19 +443,3 @@ class Loop:
             counted_inside = sum(asdict(self.seconds).values()) - before
             seconds = time.perf_counter() - start - counted_inside
             setattr(self.seconds, part, getattr(self.seconds, part) + seconds)
-
-
-def _schedule(optimizer: keras.optimizers.Optimizer) -> Any:
-    """Returns the configuration of a learning-rate schedule; None for a constant rate."""
-    try:
-        rate = optimizer.get_config().get("learning_rate")
-    except NotImplementedError:  # a user's schedule without get_config: changes are not detected
-        return None
-    return rate if isinstance(rate, dict) else None
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    """Returns whether two lists have the same objects; configurations are compared by value."""
-    return len(one) == len(other) and all(
-        a == b if isinstance(a, dict) else a is b for a, b in zip(one, other, strict=True)
-    )

@@ -1,8 +1,6 @@
 """The optimizer and the learning-rate schedule that a configuration describes."""
 
 import inspect
-import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,13 +13,9 @@ from trainer.errors import InputError
 # Runs and models of earlier versions use FusedAdam, a subclass of Adam with the same state.
 keras.saving.get_custom_objects()["trainer>FusedAdam"] = keras.optimizers.Adam
 
-# Factor of the learning rate by number of devices, for a batch size that grows with that number.
-# "linear": Goyal et al. 2017. "sqrt": Krizhevsky 2014.
-_SCALE: dict[str, Callable[[int], float]] = {
-    "none": lambda _: 1.0,
-    "linear": float,
-    "sqrt": math.sqrt,
-}
+# The learning rate is multiplied by this power of the number of devices, for a batch size that
+# grows with that number. "linear": Goyal et al. 2017. "sqrt": Krizhevsky 2014.
+_SCALE_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
@@ -39,7 +33,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     if "learning_rate" in config.options:
         raise InputError("optimizer.options.learning_rate: use optimizer.learning_rate instead")
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    rate: Any = _SCALE[config.learning_rate_scaling](replicas) * config.learning_rate
+    rate: Any = replicas ** _SCALE_POWER[config.learning_rate_scaling] * config.learning_rate
     if config.schedule is not None:
         warmup_steps = round(config.warmup_fraction * total_steps)
         rate = _make_schedule(config.schedule, rate, total_steps, warmup_steps)
@@ -70,12 +64,6 @@ def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_
         "decay_steps": max(1, total_steps - warmup_steps),
     }
     if warmup_steps:
-        given = sorted(schedule.options.keys() & {"warmup_steps", "warmup_target"})
-        if given:
-            raise InputError(
-                f"optimizer.warmup_fraction and the schedule's {', '.join(given)}: "
-                "expected one of them"
-            )
         # Starts at a tenth of the rate, because the gradients of the first steps are the largest.
         defaults |= {"initial_learning_rate": rate / 10, "warmup_target": rate}
         defaults |= {"warmup_steps": warmup_steps}

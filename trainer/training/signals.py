@@ -12,11 +12,7 @@ from trainer.errors import StoppedError
 
 
 class Signals:
-    """Stop signals, and the agreement of all workers to stop at the same step.
-
-    Attributes:
-        agreed: The signal that some worker had received at the last `agree`, or None.
-    """
+    """Stop signals, and the agreement of all workers to stop at the same step."""
 
     def __init__(
         self, advice: str, all_gather: Callable[[list[float]], Any] = np.atleast_2d
@@ -27,33 +23,22 @@ class Signals:
             advice: How to continue, for the message.
             all_gather: Exchanges numbers with the other workers, so that all stop together.
         """
-        self.agreed: int | None = None
-        self._received: int | None = None
+        self._received = 0
         self._advice = advice
         self._all_gather = all_gather
 
-    def agree(self, *, due: bool = False) -> bool:
-        """Exchanges the received signals and sets `agreed`. All workers must call this together.
+    def stop_if_received(
+        self, save: Callable[[], None] = lambda: None, *, due: bool = False
+    ) -> None:
+        """Raises StoppedError if a worker has received a signal. All must call this together.
 
-        Args:
-            due: Whether this worker requests an action that all workers take together.
-
-        Returns:
-            Whether any worker requests it.
+        Calls `save` first, and also if a worker requests it by `due`.
         """
-        rows = self._all_gather([self._received or 0, due])
-        self.agreed = int(rows[:, 0].max()) or None
-        return bool(rows[:, 1].any())
-
-    def stop_if_agreed(self) -> None:
-        """Raises StoppedError if `agreed` is a signal."""
-        if self.agreed is not None:
-            raise StoppedError(self.agreed, self._advice)
-
-    def stop_if_received(self) -> None:
-        """Calls `agree`, and raises StoppedError if any worker has received a signal."""
-        self.agree()
-        self.stop_if_agreed()
+        rows = self._all_gather([self._received, due])
+        if rows.any():
+            save()
+        if number := int(rows[:, 0].max()):
+            raise StoppedError(number, self._advice)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:

@@ -15,24 +15,17 @@ from numpy.typing import NDArray
 
 from trainer.keras_internals import CALLBACK_ATTRIBUTES
 
-_MAX_DEPTH = 20  # of nested lists and dictionaries
-
 
 def pack_state(thing: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Returns the plain attributes of an object as JSON, by name.
+    """Returns the plain attributes of an object, for example a callback, as JSON by name.
 
-    Args:
-        thing: The object, for example a callback.
-        arrays: Receives the arrays among the attributes, each under the SHA-256 of its content.
-            States are therefore equal if their JSON is equal.
+    `arrays` receives the arrays among them, each under the SHA-256 of its content. States are
+    therefore equal if their JSON is equal.
     """
     state = {}
-    for name, value in vars(thing).items():
-        with suppress(TypeError):
-            if name not in CALLBACK_ATTRIBUTES:
-                found: dict[str, NDArray[Any]] = {}
-                state[name] = _pack(value, found, _MAX_DEPTH)
-                arrays |= found
+    for name in sorted(vars(thing).keys() - {*CALLBACK_ATTRIBUTES}):
+        with suppress(TypeError, RecursionError):  # not plain, or nested in itself
+            state[name] = _pack(vars(thing)[name], arrays)
     return state
 
 
@@ -41,38 +34,18 @@ def unpack_state(state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -
     return {name: _unpack(value, arrays) for name, value in state.items()}
 
 
-def lost_attributes(thing: Any, state: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the attributes that are missing in the packed state, sorted."""
-    return sorted(vars(thing).keys() - state.keys() - {*CALLBACK_ATTRIBUTES})
-
-
-def digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Returns the SHA-256 of arrays: of their names, types, shapes and values."""
-    found = hashlib.sha256()
-    for name, array in arrays.items():
-        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        found.update(array.tobytes())
-    return found.digest()
-
-
-def _pack(value: Any, arrays: dict[str, NDArray[Any]], depth: int) -> Any:
-    """Returns a plain value as JSON.
-
-    Raises:
-        TypeError: It is not plain, or nested too deeply.
-    """
-    if depth == 0:
-        raise TypeError("nested too deeply")
+def _pack(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
+    """Returns a plain value as JSON. Raises TypeError if it is not plain."""
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
-        array = np.array(value)
-        key = digest({"": array}).hex()
+        array = np.asarray(value)
+        content = f"{array.dtype} {array.shape}".encode() + array.tobytes()
+        key = hashlib.sha256(content).hexdigest()
         arrays[key] = array
         return {"scalar" if isinstance(value, np.generic) else "array": key}
     if type(value) in (list, tuple):
-        return {type(value).__name__: [_pack(item, arrays, depth - 1) for item in value]}
+        return {type(value).__name__: [_pack(item, arrays) for item in value]}
     if type(value) is dict:
-        pairs = value.items()
-        return {"dict": [[_pack(part, arrays, depth - 1) for part in pair] for pair in pairs]}
+        return {"dict": [[_pack(key, arrays), _pack(item, arrays)] for key, item in value.items()]}
     name = getattr(value, "__name__", "")
     if callable(value) and getattr(keras.ops, name, None) is value:
         return {"operation": name}
@@ -85,10 +58,8 @@ def _unpack(tree: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
-    if kind == "array":
-        return arrays[content]
-    if kind == "scalar":
-        return arrays[content][()]
+    if kind in ("array", "scalar"):
+        return arrays[content] if kind == "array" else arrays[content][()]
     if kind == "operation":
         return getattr(keras.ops, content)
     if kind == "dict":

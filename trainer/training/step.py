@@ -91,33 +91,26 @@ def test_step(
     labels: tf.Tensor,
     *,
     batch_fraction: tf.Tensor | None = None,
-    collect: bool = True,
 ) -> dict[str, Any]:
     """Updates the metrics of a compiled model. Calls the model's own `test_step` if it has one.
 
     Returns:
-        With one replica the logs. If `collect` is set, "outputs": the probabilities, float32
-        [rows, classes].
+        With one replica the logs. "outputs": the probabilities, float32 [rows, classes].
     """
+    outputs = model(images, training=False)
     if overrides(model, "test_step"):
         logs = model.test_step((images, labels))
-        outputs = model(images, training=False) if collect else None
     else:
-        outputs = model(images, training=False)
         data = (images, labels, outputs, None)
         mean_loss = _mean_loss(model, data, batch_fraction, training=False)
         logs = _update_metrics(model, data, mean_loss, batch_fraction)
-    collected = {"outputs": tf.cast(outputs, tf.float32)} if collect else {}
-    return metric_tensors(logs) | collected
+    return metric_tensors(logs) | {"outputs": tf.cast(outputs, tf.float32)}
 
 
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
-    """Returns the loss of a model, also if its `compute_loss` has no parameter `training`.
+    """Returns the loss of a model; older models have a `compute_loss` without `training`.
 
-    Args:
-        model: Compiled.
-        arguments: Images, labels, outputs and sample weights or None, as `compute_loss` takes them.
-        training: Whether the model is trained or evaluated. Older models lack this parameter.
+    The arguments are images, labels, outputs, and sample weights or None.
     """
     options = {"training": training} if _accepts(model.compute_loss, "training") else {}
     return model.compute_loss(*arguments, **options)
@@ -153,9 +146,6 @@ def bind_step(
     Raises:
         InputError: Two steps are given, or the step lacks a parameter that is needed.
     """
-    for method in ("make_train_function", "make_test_function"):
-        if overrides(model, method):
-            raise InputError(f"a model with its own {method}: expected train_step or test_step")
     name = f"training.step {getattr(step, '__name__', step)}"
     if overrides(model, "train_step"):
         if step is not train_step:
@@ -170,15 +160,13 @@ def bind_step(
         every = {**options, "batch_fraction": batch_fraction}
         accepted = {key: value for key, value in every.items() if _accepts(step, key)}
         result = step(model, images, labels, **accepted)
-        try:
-            logs = metric_tensors(result)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name}: {error}") from None
+        logs = metric_tensors(result) if isinstance(result, dict) else {}
         loss = logs.get("loss")
         if loss is None or loss.shape != () or not loss.dtype.is_floating:
-            received = ", ".join(f"{key} {value.shape}" for key, value in logs.items()) or "none"
+            shapes = ", ".join(f"{key} {value.shape}" for key, value in logs.items())
             raise InputError(
-                f"{name}: expected logs that have 'loss' (a number), received {received}"
+                f"{name}: expected a dictionary of logs with 'loss' (a number), received "
+                f"{shapes or type(result).__name__}"
             )
         return logs
 
@@ -190,28 +178,19 @@ def _accepts(function: Callable[..., Any], option: str) -> bool:
     return any(p.name == option or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def metric_tensors(logs: Any) -> dict[str, tf.Tensor]:
-    """Returns logs as tensors. As in Keras, each entry of a nested dictionary is a log.
-
-    Raises:
-        TypeError, ValueError: The logs are not a dictionary of numbers and lists of numbers.
-    """
-    if not isinstance(logs, dict):
-        raise TypeError(f"expected a dictionary of logs, received {type(logs).__name__}")
+def metric_tensors(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
+    """Returns logs as tensors. As in Keras, each entry of a nested dictionary is a log."""
     found: dict[str, tf.Tensor] = {}
     for name, value in logs.items():
-        if isinstance(value, dict):
-            found |= metric_tensors(value)
-        else:
-            found[name] = keras.ops.convert_to_tensor(_stacked(value))
+        found |= metric_tensors(value) if isinstance(value, dict) else {name: _tensor(value)}
     return found
 
 
-def _stacked(value: Any) -> Any:
-    """Returns a (nested) list of results as one tensor."""
+def _tensor(value: Any) -> tf.Tensor:
+    """Returns a result, or a (nested) list of results, as one tensor."""
     if isinstance(value, list | tuple):
-        return tf.stack([tf.convert_to_tensor(_stacked(part)) for part in value])
-    return value + 0 if isinstance(value, keras.Variable) else value
+        return tf.stack([_tensor(part) for part in value])
+    return tf.convert_to_tensor(value)
 
 
 def _mean_loss(

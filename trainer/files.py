@@ -62,11 +62,8 @@ def require_writable(directory: str, option: str = "logging.directory") -> None:
         InputError: The folder, or the nearest parent that exists, cannot be written.
     """
     path = Path(directory).absolute()
-    try:
-        while not path.exists() and path != path.parent:
-            path = path.parent
-    except OSError as error:  # a name too long for the file system
-        raise InputError(f"{option}: {error}") from None
+    while not path.exists():
+        path = path.parent
     if not directory or not path.is_dir() or not os.access(path, os.W_OK):
         why = "cannot be written" if path.is_dir() else "is a file, not a folder"
         raise InputError(f"{option} = {directory!r}: {path} {why}; choose another folder")

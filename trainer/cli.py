@@ -52,14 +52,12 @@ def fit(
     epochs: Annotated[int | None, typer.Option(help="Overrides training.epochs")] = None,
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Use one batch of each split; write nothing")
+        bool, typer.Option("--dry-run", help="One batch per split; no files")
     ] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Fail if an operation is not deterministic")
     ] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Trace a few steps for TensorBoard's profiler page")
-    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile for TensorBoard")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Train a network, score it on the test images, and write a run directory."""
@@ -75,7 +73,8 @@ def fit(
     elif config or dry_run:
         raise InputError("--resume uses the run's configuration: remove CONFIG and --dry-run")
     else:
-        resume, loaded = _load_resumed(resume, set_, flags)
+        overrides = [*(set_ or ()), *console.flags_as_overrides(flags)]
+        resume, loaded = _load_resumed(resume, overrides)
     console.require(loaded.training.device)
     terminal = console.start_logging()
     with console.stdout_to_stderr():
@@ -119,9 +118,7 @@ def evaluate(
 @app.command()
 def predict(
     run: console.RunArgument,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or .npy files")
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or .npy")],
     *,
     invert: Annotated[bool, typer.Option("--invert", help="Invert the brightness")] = False,
     device: DeviceOption = None,
@@ -262,20 +259,17 @@ def _explained(error: Exception) -> TrainerError | None:
     return found
 
 
-def _load_resumed(
-    reference: str, changes: list[str] | None, flags: dict[str, Any]
-) -> tuple[str, "Config"]:
+def _load_resumed(reference: str, overrides: list[str]) -> tuple[str, "Config"]:
     """Returns the path of a run to resume, and its configuration with the changes."""
-    from trainer.config import parse_override
+    from trainer.config import load_config, parse_override
     from trainer.run import open_run
 
-    overrides = changes or []
-    changed = dict(map(parse_override, overrides)) | {k: v for k, v in flags.items() if v}
+    changed = dict(map(parse_override, overrides))
     directory = str(changed.get("logging.directory", "runs"))
     run = open_run(reference, runs_directory=directory, unfinished=True)
     if "training.device" in changed:
         overrides = ["training.jit_compile=auto", *overrides]  # resolved for another device
-    config = console.load_config(run.path / "config.toml", overrides, flags, stored=True)
+    config = load_config(run.path / "config.toml", overrides, stored=True)
     run.check_changes(config)
     return str(run.path), config
 

@@ -25,22 +25,15 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 DEFAULT_CONFIG = Path("configs/mnist.toml")
-_PIPE_WIDTH = 1_000_000  # rich needs a width, also for a pipe
-ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A TOML file", show_default=True)
-]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; can be repeated"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto | cpu | gpu | gpu:N | all")
-]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help='A run directory, its name, or "latest"')
-]
-RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto | cpu | gpu | gpu:N | all")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help='A run, its name, or "latest"')]
+RunsOption = Annotated[str, typer.Option(help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
     typer.Option("--trust", help="Allow the model to run any code; only for authors you trust"),
@@ -48,21 +41,21 @@ TrustOption = Annotated[
 
 
 def load_config(
-    path: Path,
-    overrides: Sequence[str] | None,
-    flags: dict[str, Any] | None = None,
-    *,
-    stored: bool = False,
+    path: Path, overrides: Sequence[str] | None, flags: dict[str, Any] | None = None
 ) -> "Config":
     """Reads a configuration and applies the options of a verb: `--set`, and others by dotted key.
 
-    An option that is None was not given. `stored`: the file belongs to a run.
+    An option that is None was not given.
     """
     from trainer.config import load_config as load
 
-    config = load(path, overrides or (), stored=stored)
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
-    return config.with_changes(given) if given else config
+    return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
+
+
+def flags_as_overrides(flags: dict[str, Any]) -> list[str]:
+    """Returns options by dotted key as values of `--set`, without those that were not given."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
 
 
 def require(device: str | None, run: str | None = None, runs: str = "runs") -> str:
@@ -181,8 +174,7 @@ def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] 
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     for column in table.columns:
         column.overflow = "fold"
-    size: dict[str, Any] = {} if sys.stdout.isatty() else {"width": _PIPE_WIDTH, "height": 1}
-    Console(**size).print(table)
+    Console(width=None if sys.stdout.isatty() else 1_000_000).print(table)
 
 
 def print_run(run: Path, *, tensorboard: bool) -> None:

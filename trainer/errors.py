@@ -119,15 +119,9 @@ def _is_user_file(path: Path) -> bool:
 
 
 def require_packages(feature: str, packages: Iterable[str], *, extra: str) -> None:
-    """Fails if a package that a feature needs is not installed.
+    """Raises MissingError if a module that a feature needs is not installed.
 
-    Args:
-        feature: The name of the feature, for the message.
-        packages: Names of modules.
-        extra: The extra of this package that installs them.
-
-    Raises:
-        MissingError: A package is not installed.
+    The message names the extra of this package that installs it.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:

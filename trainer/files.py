@@ -52,14 +52,9 @@ def _flush(path: Path) -> None:
 
 
 def require_writable(directory: str, option: str = "logging.directory") -> None:
-    """Fails if a folder cannot be written, before anything slow starts.
+    """Raises InputError if a folder, or its nearest parent that exists, cannot be written.
 
-    Args:
-        directory: The folder; it need not exist.
-        option: The name of the option that sets it, for the message.
-
-    Raises:
-        InputError: The folder, or the nearest parent that exists, cannot be written.
+    It is called before anything slow starts. `option` sets the folder, for the message.
     """
     path = Path(directory).absolute()
     while not path.exists():

@@ -131,10 +131,8 @@ class Run:
         before, after = own.flat(), changed.flat()
         differing = [
             f"{key} = {before[key]!r} (received {after.get(key)!r})"
-            for key in before
-            if after.get(key) != before[key]
-            and not key.startswith("logging.")
-            and key not in _CHANGEABLE
+            for key in sorted(before.keys() - _CHANGEABLE)
+            if after.get(key) != before[key] and not key.startswith("logging.")
         ]
         if differing:
             raise InputError(
@@ -177,9 +175,6 @@ class Run:
             InputError: It is missing or damaged.
         """
         tree = self._read("config.toml", tomllib.loads)
-        missing = Config.model_fields.keys() - tree.keys()
-        if missing:  # a run's configuration is complete; defaults may have changed since
-            raise InputError(f"{self.path}/config.toml lacks {', '.join(sorted(missing))}")
         return parse_config(tree, origin=f"{self.path}/config.toml", stored=True)
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -221,12 +216,7 @@ def new_runs(directory: str, name: str) -> Iterator[Run]:
 
 
 def make_directory(directory: str, name: str) -> Path:
-    """Creates a directory for the result of a tool. Its name begins with the time.
-
-    Args:
-        directory: Folder that holds the run directories; it is created if necessary.
-        name: Follows the time in the name of the directory.
-    """
+    """Creates a directory for the result of a tool. Its name is the time and `name`."""
     for run in new_runs(directory, name):
         with contextlib.suppress(ExistsError):  # another process created it first
             run._make()

@@ -301,8 +301,8 @@ def _print_fit(result: Any, *, as_json: bool) -> None:
         console.print_line(f"dry run: {console.format_scores(summary)}")
     else:
         console.print_line(f"{summary['data']['name']}: {console.format_scores(summary)}")
-        seconds = {name: value for name, value in summary["seconds"].items() if value >= 0.05}
-        times = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        seconds = sorted(summary["seconds"].items(), key=lambda each: each[1], reverse=True)
+        times = ", ".join(f"{name} {value:.1f}" for name, value in seconds if value >= 0.05)
         step = f"; {summary['step_ms']:.2f} ms per step" if summary["step_ms"] else ""
         console.print_line(f"seconds: {times}{step}")
         console.print_run(result.run.path, tensorboard=result.run.tensorboard.is_dir())

@@ -351,8 +351,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         InputError: There is no `=`, or the value is neither TOML nor a word.
     """
-    key, equals, value = text.partition("=")
-    key, value = key.strip(), value.strip()
+    key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
         raise InputError(f"--set expected section.key=value, received {text!r}")
     try:

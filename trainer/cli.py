@@ -103,7 +103,9 @@ def evaluate(
     """Score a finished run with its own configuration, or a saved or exported model."""
     load = _loader(run, runs)
     if load is not None and device is not None:
-        raise InputError("--device is for runs: a saved model is scored by its own runtime")
+        raise InputError(
+            f"--device: {run} is not a run; a saved model is scored by its own runtime"
+        )
     device = console.require(device, run if load is None else None, runs)
     console.start_logging()
     with console.stdout_to_stderr():

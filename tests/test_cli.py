@@ -236,7 +236,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 'training.callbacks=[{name="EarlyStopping",options={monitor="val_los"}}]',
             ],
             2,
-            "cannot be used: monitor = 'val_los': did you mean 'val_loss'",
+            "monitor = 'val_los': did you mean 'val_loss'",
         ),
         (
             [
@@ -258,9 +258,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 f"callback {said}",
             )
             for callback, said in (
-                ("{name='EarlyStopping',options={monitor=3}}", "'EarlyStopping' cannot be used: "),
-                ("{name='EarlyStopping',options={patience='x'}}", "'EarlyStopping' cannot be used"),
-                ("{name='EarlyStopping',options={mode='x'}}", "'EarlyStopping'"),
+                ("{name='EarlyStopping',options={monitor=3}}", "'EarlyStopping': monitor = 3"),
                 ("{name='ModelCheckpoint',options={filepath=3}}", "'ModelCheckpoint'"),
                 ("{name='BackupAndRestore',options={backup_dir='a'}}", "'BackupAndRestore' del"),
                 ("{name='SwapEMAWeights'}", "'SwapEMAWeights' is not needed"),

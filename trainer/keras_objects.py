@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -111,6 +113,14 @@ def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Lay
                 parts = value if isinstance(value, list | tuple) else [value]
                 waiting += [part for part in parts if isinstance(part, keras.layers.Layer)]
     return found
+
+
+def raised_in_keras_callback(error: Exception) -> bool:
+    """Returns whether an error was raised in a callback of Keras, for example by a wrong option."""
+    folder = Path(inspect.getfile(keras.callbacks.Callback)).parent
+    files = [Path(call.filename) for call in traceback.extract_tb(error.__traceback__)]
+    # All callbacks are called through CallbackList.
+    return any(file.parent == folder and file.stem != "callback_list" for file in files)
 
 
 def explain(error: Exception) -> str:

@@ -598,7 +598,7 @@ def test_a_damaged_search_is_refused(content: str, search: Callable[..., Config]
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("search.toml", None, "expected a configuration file, received runs/tune-s/search.toml"),
+        ("search.toml", None, "there is no configuration file runs/tune-s/search.toml"),
         (
             "records/0.json",
             {"score": float("nan")},

@@ -48,7 +48,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
-from trainer.saving.formats import FORMATS, ExportSource
+from trainer.saving.formats import FORMATS
 from trainer.saving.safety import SAVER_OPERATIONS
 from trainer.tensorflow_internals import operation_definition
 
@@ -316,8 +316,8 @@ def build(layer: type[layers.Layer], options: Options, samples: list[Sample]) ->
     return keras.Model(inputs, made(inputs if len(inputs) > 1 else inputs[0]))
 
 
-def first_model(layer: type[layers.Layer]) -> tuple[list[Sample], keras.Model]:
-    """Returns the first inputs that a layer accepts, and a network of it with default options.
+def first_model(layer: type[layers.Layer]) -> tuple[list[Sample], keras.Model, set[str]]:
+    """Returns the first inputs that a layer accepts, and a network of it with its operations.
 
     Raises:
         ValueError: It accepts none.
@@ -326,11 +326,11 @@ def first_model(layer: type[layers.Layer]) -> tuple[list[Sample], keras.Model]:
     for samples in SAMPLES:
         try:
             model = build(layer, {}, samples)
-            traced_operations(model)
+            operations = traced_operations(model)
         except Exception as error:  # a layer raises errors of any kind for inputs it does not take
             reasons.append(str(error))
         else:
-            return samples, model
+            return samples, model, operations
     raise ValueError(f"{layer.__name__} accepts no sample: {reasons[0]}")
 
 
@@ -388,7 +388,7 @@ def _of_layers() -> set[str]:
     """Returns the operations of all layers."""
     found: set[str] = set()
     for layer in layer_classes().values():
-        samples, _ = first_model(layer)
+        samples, _, _ = first_model(layer)
         cases: list[tuple[Options, list[Sample]]] = [({}, each) for each in SAMPLES]
         cases += [(options, samples) for options in option_variants(layer)]
         modes = (
@@ -552,7 +552,7 @@ def _of_exports(folder: Path) -> set[str]:
         ).spec
         model = models.build(ModelConfig(name=name), spec)
         target = folder / f"{name}-{channels}"
-        FORMATS["saved_model"].write(ExportSource(model, spec, tf.zeros(0)), target)
+        FORMATS["saved_model"].write(model, spec, tf.zeros(0), target)
         found |= _saved_operations(target)
     return found
 

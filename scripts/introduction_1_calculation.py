@@ -8,7 +8,7 @@ First of three; `trainer benchmark matmul` measures the same with everything tha
 import numpy as np
 import tensorflow as tf
 
-from trainer.benchmark.devices import select_each
+from trainer.benchmark.cases import select_each
 from trainer.benchmark.result import time_text
 from trainer.benchmark.timing import Measurement
 

@@ -1,7 +1,6 @@
 """The command line: its verbs and options, its output, its exit codes."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +122,9 @@ def test_fit_evaluate_and_predict_agree(run: Run, tmp_path: Path) -> None:
         assert again.json["accuracy"] == summary["test"]["accuracy"]
         assert again.json["loss"] == summary["test"]["loss"]
         assert again.json["images"] == summary["data"]["test"] == 200
+    again = run("evaluate", "latest", "--split", "validation", "--json")
+    assert again.json["images"] == summary["data"]["validation"]
+    assert again.json["loss"] == pytest.approx(summary["validation"]["loss"], rel=1e-6)
 
     pixels = np.random.default_rng(0).integers(0, 255, (3, 28, 28, 1), np.uint8)
     np.save("three.npy", pixels)
@@ -151,13 +153,6 @@ def test_damaged_weights_are_refused(run: Run) -> None:
     assert "found no file" in run("evaluate", "latest").err
 
 
-def test_evaluate_scores_validation_as_fit_does(run: Run) -> None:
-    summary = run("fit", "configs/debug.toml", "--json").json
-    again = run("evaluate", "latest", "--split", "validation", "--json").json
-    assert again["images"] == summary["data"]["validation"]
-    assert again["loss"] == pytest.approx(summary["validation"]["loss"], rel=1e-6)
-
-
 def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run("fit", "configs/debug.toml", "--dry-run")
@@ -165,22 +160,18 @@ def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert "dry run" in result.out
 
 
-def test_flags_override_the_file_and_the_set_option(run: Run) -> None:
+def test_flags_override_the_file_and_the_result_is_printed(run: Run) -> None:
     result = run(
         *("fit", "configs/debug.toml", "--set", "training.epochs=2", "--epochs", "1"),
-        *("--set", "training.seed=3", "--set", "logging.tensorboard=false", "--json"),
+        *("--set", "training.seed=3", "--set", "logging.tensorboard=false"),
     )
     assert result.code == 0, result.err
-    assert (result.json["epochs"], result.json["seed"]) == (1, 3)
-    assert not (Path(result.json["run"]) / "tensorboard").exists()
-
-
-def test_fit_prints_accuracy_times_and_the_run_directory(run: Run) -> None:
-    result = run("fit", "configs/debug.toml", "--epochs", "1")
-    assert result.code == 0, result.err
-    assert "test accuracy" in result.out
-    assert "ms per step" in result.out
-    assert "saved in runs/" in result.out
+    for printed in ("test accuracy", "training ", "ms per step", "saved in runs/"):
+        assert printed in result.out
+    (folder,) = Path("runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["epochs"], summary["seed"]) == (1, 3)
+    assert not (folder / "tensorboard").exists()
 
 
 def test_config_show_is_complete_and_config_schema_is_json(run: Run) -> None:
@@ -205,7 +196,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
         (["fit", "--set", "training.epoch=1"], 2, "did you mean 'epochs'"),
         (["fit", "--set", "training.epochs=0"], 2, "training.epochs"),
         (["fit", "--set", "training.epochs='x'"], 2, "training.epochs"),
-        (["fit", "broken.toml"], 2, "broken.toml is not TOML"),
+        (["fit", "broken.toml"], 2, "broken.toml cannot be read as TOML"),
         (["fit", "--set", "data.name=mnst"], 2, "did you mean 'mnist'"),
         (["fit", "configs/debug.toml", "--set", "model.name=mpl"], 2, "did you mean 'mlp'"),
         (["fit", "configs/debug.toml", "--set", "optimizer.name=Adan"], 2, "did you mean 'Adam'"),
@@ -245,7 +236,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 'training.callbacks=[{name="EarlyStopping",options={monitor="val_los"}}]',
             ],
             2,
-            "cannot be used: monitor = 'val_los': did you mean 'val_loss'",
+            "monitor = 'val_los': did you mean 'val_loss'",
         ),
         (
             [
@@ -267,9 +258,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
                 f"callback {said}",
             )
             for callback, said in (
-                ("{name='EarlyStopping',options={monitor=3}}", "'EarlyStopping' cannot be used: "),
-                ("{name='EarlyStopping',options={patience='x'}}", "'EarlyStopping' cannot be used"),
-                ("{name='EarlyStopping',options={mode='x'}}", "'EarlyStopping'"),
+                ("{name='EarlyStopping',options={monitor=3}}", "'EarlyStopping': monitor = 3"),
                 ("{name='ModelCheckpoint',options={filepath=3}}", "'ModelCheckpoint'"),
                 ("{name='BackupAndRestore',options={backup_dir='a'}}", "'BackupAndRestore' del"),
                 ("{name='SwapEMAWeights'}", "'SwapEMAWeights' is not needed"),
@@ -292,7 +281,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
             "layers.0: unknown key 'x': available: name, options",
         ),
         (["fit", "configs/debug.toml", "--set", "data.image_size=[8, 8]"], 2, "data.image_size"),
-        (["fit", "--set", "data.name='..'"], 2, "unknown data set"),
+        (["fit", "--set", "data.name='..'"], 2, "data set '..' cannot be opened"),
         (["fit", "configs/debug.toml", "--set", "logging.directory=a_file"], 2, "a_file"),
         (["fit", "configs/debug.toml", "--device", "gpu:x"], 2, "training.device"),
         (["evaluate", "nothing"], 2, "there is no run in runs"),
@@ -342,9 +331,8 @@ def test_a_loss_of_nan_ends_the_run_and_names_the_step(run: Run) -> None:
     assert run("evaluate", "latest").code == 2  # the run exists, and is not finished
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143)])  # test_resume.py has SIGINT
-def test_a_stopped_training_has_its_own_exit_code(name: str, code: int, tmp_path: Path) -> None:
-    """Stops a process between two epochs."""
+def test_a_stopped_training_has_its_own_exit_code(tmp_path: Path) -> None:
+    """Stops a process between two epochs. test_resume.py has SIGINT."""
     config = Path(cli.__file__).parent.parent / "configs" / "debug.toml"
     command = [sys.executable, "-m", "trainer", "fit", str(config), "--epochs", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -352,10 +340,10 @@ def test_a_stopped_training_has_its_own_exit_code(name: str, code: int, tmp_path
     for line in process.stderr:
         said.append(line)
         if line.startswith("epoch 2/"):
-            process.send_signal(getattr(signal, name))
+            process.terminate()
             break
     said += process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == code, said
+    assert process.returncode == 143, said
     assert any(line.startswith("trainer: stopped") for line in said), said
     assert not any("Traceback" in line for line in said), said
     (run,) = (tmp_path / "runs").iterdir()
@@ -366,26 +354,19 @@ def test_a_stopped_training_has_its_own_exit_code(name: str, code: int, tmp_path
 
 
 def test_a_training_continues_without_a_reader(tmp_path: Path) -> None:
-    """The reader of stderr ends after a line; in the second process all streams are closed."""
+    """The reader of stderr ends after a line; stdin and stdout are closed."""
     config = Path(cli.__file__).parent.parent / "configs" / "debug.toml"
-    fit = f"{sys.executable} -m trainer fit {config} --epochs 1"
-    for streams in ("2> >(head -1)", "<&- >&- 2>&-"):
-        command = f"{fit} {streams}; echo $? >> code"
-        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "code").read_text().split() == ["0", "0"]
-    for run in (tmp_path / "runs").iterdir():
-        assert json.loads((run / "summary.json").read_text())["epochs"] == 1
-        assert "Traceback" not in (run / "log.txt").read_text()
+    fit = f"{sys.executable} -m trainer fit {config} --epochs 1 <&- >&- 2> >(head -1)"
+    subprocess.run(["bash", "-c", fit], cwd=tmp_path, check=True, capture_output=True)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 1
+    assert "Traceback" not in (run / "log.txt").read_text()
 
 
-def test_a_removed_working_directory_is_reported(tmp_path: Path) -> None:
-    command = f"mkdir a && cd a && rmdir ../a && {sys.executable} -m trainer doctor"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, check=False, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (
-        *(2, "trainer: the current folder has been removed\n"),
-    )
+def test_an_error_of_the_system_is_one_line(run: Run) -> None:
+    result = run("evaluate", "a" * 300)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "File name too long" in result.err
 
 
 def test_json_output_never_contains_nan(run: Run) -> None:

@@ -197,6 +197,7 @@ def test_port_in_use_is_refused_at_once() -> None:
             cluster.wait_for_workers(60)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_agree_end_with_the_traceback_of_the_waiting_line(
     tmp_path: Path,
 ) -> None:

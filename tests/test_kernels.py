@@ -54,8 +54,9 @@ def cases(every: bool) -> list[Any]:
     combinations = list(itertools.product(PLACEMENTS, PRECISIONS, DEVICES))
     found = list(itertools.product(CONFIGS, combinations))
     if not every:
-        # 5 has no factor in common with 12: no combination comes twice.
-        found = [(path, combinations[5 * i % 12]) for i, path in enumerate(CONFIGS)]
+        # 5 has no factor in common with 12: no combination comes twice. The configurations with
+        # augmentation come out on one device: on two, their tracing takes long.
+        found = [(path, combinations[(5 * i + 1) % 12]) for i, path in enumerate(CONFIGS)]
     return [pytest.param(p, *c, id="-".join((p.stem, *c))) for p, c in found]
 
 
@@ -243,9 +244,9 @@ def test_auto_compiles_on_one_gpu_what_keras_can(
         assert experiment._resolve(config, *rest).training.jit_compile is asked
 
 
-@pytest.mark.parametrize("value", ['"atuo"', "1", "0", "[]", '"True"'])
+@pytest.mark.parametrize("value", ['"atuo"', "[]", '"True"'])
 def test_a_misspelt_jit_compile_is_one_line(value: str, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(f"[training]\njit_compile = {value}\n")
-    message = r"training.jit_compile: expected 'auto', true or false, received "
+    message = r"training.jit_compile: expected 'auto', True or False, received "
     with pytest.raises(InputError, match=message):
         load_config(tmp_path / "own.toml")

@@ -27,8 +27,8 @@ TOOLS = {
 REMOVED_WITH = {"saving": ["serving"]}
 # The sizes on the day of this test. Lower them with each change that removes code; the goals are
 # 11,500 and 4,800.
-MAX_LINES = 15_450
-MAX_CORE_LINES = 7_100
+MAX_LINES = 12_650
+MAX_CORE_LINES = 5_250
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
 

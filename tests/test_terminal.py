@@ -68,7 +68,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, stream: Stream, *arguments: str) ->
     return stream.text()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_tables_and_lines_are_printed_in_any_encoding(
     encoding: str, images: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,16 +79,8 @@ def test_tables_and_lines_are_printed_in_any_encoding(
     assert f"saved in {NAME.encode(encoding, 'backslashreplace').decode(encoding)}/" in line
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"PYTHONIOENCODING": "latin-1"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    ],
-)
-def test_a_process_prints_what_its_locale_cannot_encode(
-    variables: dict[str, str], in_tmp_path: Path
-) -> None:
+def test_a_process_prints_what_its_locale_cannot_encode(in_tmp_path: Path) -> None:
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (in_tmp_path / "a.toml").write_text('[data]\narchives = "\u2026"\n', encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "config", "show", "a.toml"],

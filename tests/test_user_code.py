@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer import errors, workflow
+from trainer import workflow
 
 PARTS = """
 import keras
@@ -212,11 +212,3 @@ def test_a_defect_of_this_package_keeps_its_traceback(
     monkeypatch.setattr(workflow, "build_experiment", None)
     with pytest.raises(TypeError, match="not callable"):
         fit()
-
-
-def test_the_list_of_our_modules_is_correct() -> None:
-    package = Path(errors.__file__).parent
-    for folder, names in errors._OUR_MODULES.items():
-        assert {f"{name}.py" for name in names} <= {
-            path.name for path in (package / folder).iterdir()
-        }

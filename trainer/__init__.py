@@ -24,26 +24,17 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 __version__ = "0.1.0"
 __all__ = ["Config", "evaluate", "fit", "load_config", "predict", "resume"]
 
-_MODULES = {
-    "Config": "trainer.config",
-    "load_config": "trainer.config",
-    "evaluate": "trainer.workflow",
-    "fit": "trainer.workflow",
-    "predict": "trainer.workflow",
-    "resume": "trainer.workflow",
-}
+_MODULES = dict.fromkeys(("Config", "load_config"), "trainer.config")
+_MODULES |= dict.fromkeys(("evaluate", "fit", "predict", "resume"), "trainer.workflow")
 
 
 def __getattr__(name: str) -> Any:
     modules = _MODULES
-    if name not in modules:
-        # Python also asks for __path__ and for submodules: they must not import the tools.
-        if name.startswith("_") or find_spec(f"trainer.{name}") is not None:
-            raise AttributeError(name)
+    # Python also asks for __path__ and for submodules: they must not import the tools.
+    if not (name in modules or name.startswith("_") or find_spec(f"trainer.{name}")):
         modules = tools.functions()
     if name not in modules:
-        available = ", ".join(sorted(_MODULES | tools.functions()))
-        raise AttributeError(f"module 'trainer' has no attribute {name!r}; available: {available}")
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}")
     return getattr(importlib.import_module(modules[name]), name)
 
 

@@ -5,6 +5,7 @@ Heavy modules are imported inside the verbs.
 
 import csv
 import errno
+import io
 import os
 import signal
 import sys
@@ -16,44 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from trainer import tools
-from trainer.console import (
-    DEFAULT_CONFIG,
-    ConfigArgument,
-    DeviceOption,
-    JsonOption,
-    RunsOption,
-    SetOption,
-    TrustOption,
-    escape_unencodable,
-    format_scores,
-    import_module,
-    load_config,
-    print_json,
-    print_line,
-    print_rows,
-    print_run,
-    print_table,
-    require,
-    start_logging,
-    stdout_to_stderr,
-)
+from trainer import console, tools
+from trainer.console import DEFAULT_CONFIG, ConfigArgument, DeviceOption, JsonOption, SetOption
 from trainer.errors import InputError, TrainerError, explain_user_code
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
 _START = time.perf_counter()
-# The times that `fit` prints. Each one is the sum of these times of summary.json.
-_SHOWN_SECONDS = {
-    "import": ("import",),
-    "data": ("devices", "data", "to_device"),
-    "network": ("model", "tracing"),
-    "training": ("training",),
-    "scoring": ("validation", "evaluation"),
-    "reports": ("callbacks", "report"),
-    "total": ("total",),
-}
 # Errors of the output: a full disk, a file that may not grow, a closed pipe.
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
 
@@ -75,26 +46,19 @@ def fit(
     ] = None,
     *,
     resume: Annotated[
-        str | None,
-        typer.Option("--resume", metavar="RUN", help="Continue a run from its last checkpoint"),
+        str | None, typer.Option(metavar="RUN", help="Continue a run from its last checkpoint")
     ] = None,
     device: DeviceOption = None,
     set_: SetOption = None,
     epochs: Annotated[int | None, typer.Option(help="Overrides training.epochs")] = None,
     name: Annotated[str | None, typer.Option(help="Overrides logging.name")] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Use one batch of each split; write nothing"),
+        bool, typer.Option("--dry-run", help="One batch per split; no files")
     ] = False,
     deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic", help="Use deterministic operations; one that has none is an error"
-        ),
+        bool, typer.Option("--deterministic", help="Fail if an operation is not deterministic")
     ] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Trace a few steps for TensorBoard's profiler page")
-    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile for TensorBoard")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Train a network, score it on the test images, and write a run directory."""
@@ -106,16 +70,17 @@ def fit(
         "logging.profile": profile or None,
     }
     if resume is None:
-        loaded = load_config(config or DEFAULT_CONFIG, set_, flags)
+        loaded = console.load_config(config or DEFAULT_CONFIG, set_, flags)
+    elif config or dry_run:
+        raise InputError("--resume uses the run's configuration: remove CONFIG and --dry-run")
     else:
-        given = {"CONFIG": config, "--dry-run": dry_run}
-        resume, loaded = _load_resumed(resume, set_, flags, given)
-    require(loaded.training.device)
-    console = start_logging()
-    with stdout_to_stderr():
-        workflow = import_module("trainer.workflow")
-        seconds = time.perf_counter() - _START
-        options = {"console": console, "import_seconds": seconds}
+        overrides = [*(set_ or ()), *console.flags_as_overrides(flags)]
+        resume, loaded = _load_resumed(resume, overrides)
+    console.require(loaded.training.device)
+    terminal = console.start_logging()
+    with console.stdout_to_stderr():
+        workflow = console.import_module("trainer.workflow")
+        options = {"console": terminal, "import_seconds": time.perf_counter() - _START}
         if resume is None:
             result = workflow.fit(loaded, dry_run=dry_run, **options)
         else:
@@ -127,61 +92,55 @@ def fit(
 @app.command()
 def evaluate(
     run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model'),
+        str, typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model')
     ],
     *,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     device: DeviceOption = None,
-    trust: TrustOption = False,
-    runs: RunsOption = "runs",
+    trust: console.TrustOption = False,
+    runs: console.RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
     """Score a finished run with its own configuration, or a saved or exported model."""
     load = _loader(run, runs, device)
-    device = "auto" if device is None else device
-    require(device, run if load is None else None, runs)
-    start_logging()
-    with stdout_to_stderr():
+    device = console.require(device, run if load is None else None, runs)
+    console.start_logging()
+    with console.stdout_to_stderr():
         if load is None:
-            workflow = import_module("trainer.workflow")
+            workflow = console.import_module("trainer.workflow")
             result = workflow.evaluate(run, split=split, device=device, runs_directory=runs)
         else:
             result = load(run, trust=trust).evaluate(split)
-    print_table(result, as_json=json_)
+    console.print_table(result, as_json=json_)
 
 
 @app.command()
 def predict(
     run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model'),
+        str, typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model')
     ],
     images: Annotated[
         list[str],
         typer.Argument(metavar="IMAGE...", help="Image files, .npy files, folders or patterns"),
     ],
     *,
-    invert: Annotated[
-        bool, typer.Option("--invert", help="Invert the brightness of the images")
-    ] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="Invert the brightness")] = False,
     device: DeviceOption = None,
-    trust: TrustOption = False,
-    runs: RunsOption = "runs",
+    trust: console.TrustOption = False,
+    runs: console.RunsOption = "runs",
     csv_: Annotated[bool, typer.Option("--csv", help="Print a CSV table on stdout")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Print the class of image files. A file that cannot be read is reported and skipped."""
     load = _loader(run, runs, device)
-    device = "auto" if device is None else device
-    require(device, run if load is None else None, runs)
-    start_logging()
+    device = console.require(device, run if load is None else None, runs)
+    console.start_logging()
     failures: list[InputError] = []
     options: dict[str, Any] = {"invert": invert, "on_error": failures.append}
-    with stdout_to_stderr():
+    with console.stdout_to_stderr():
         if load is None:
             options |= {"device": device, "runs_directory": runs}
-            results = import_module("trainer.workflow").predict(run, images, **options)
+            results = console.import_module("trainer.workflow").predict(run, images, **options)
         else:
             results = load(run, trust=trust).predict(images, **options)
     titles = ("image", "class", "probability", "converted")
@@ -190,13 +149,13 @@ def predict(
         for each in results
     ]
     if json_:
-        print_json(results)
+        console.print_json(results)
     elif csv_:
         csv.writer(sys.stdout).writerows([titles, *rows])
     elif rows:
-        print_rows(rows, titles=titles)
+        console.print_rows(rows, titles=titles)
     for failure in failures:
-        print_line(f"trainer: {failure}", err=True)
+        console.print_line(f"trainer: {failure}", err=True)
     if failures:
         raise typer.Exit(InputError.exit_code)
 
@@ -204,7 +163,7 @@ def predict(
 @app.command()
 def tensorboard(
     *,
-    runs: RunsOption = "runs",
+    runs: console.RunsOption = "runs",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 6006,
 ) -> None:
     """Open TensorBoard on the runs; only this machine can connect to it."""
@@ -213,8 +172,7 @@ def tensorboard(
     from tensorboard import program
 
     board = program.TensorBoard()
-    # A run has several event files at once. Without its data server, which pip does not install
-    # on every system, TensorBoard would read only the newest of them.
+    # Without multifile, TensorBoard could read only the newest of a run's event files.
     board.configure(
         logdir=runs, host="localhost", port=port, reload_interval=5, reload_multifile=True
     )
@@ -230,12 +188,8 @@ def data_prepare(
     json_: JsonOption = False,
 ) -> None:
     """Download or read a data set, decode it, and store the arrays for `fit`."""
-    loaded = load_config(config, set_)
-    start_logging()
-    with stdout_to_stderr():
-        import_module("tensorflow")  # now, because this hides its import messages
-        spec = import_module("trainer.data").prepare(loaded.data, overwrite=overwrite)
-    print_table(spec, as_json=json_)
+    facts = _data_facts("prepare", console.load_config(config, set_), overwrite=overwrite)
+    console.print_table(facts, as_json=json_)
 
 
 @data_app.command("info")
@@ -243,12 +197,7 @@ def data_info(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
     """Describe a data set and verify the checksums of its files."""
-    loaded = load_config(config, set_)
-    start_logging()
-    with stdout_to_stderr():
-        import_module("tensorflow")  # `load` can prepare the data; see `data_prepare`
-        spec = import_module("trainer.data._description").describe(loaded.data)
-    print_table(spec, as_json=json_)
+    console.print_table(_data_facts("describe", console.load_config(config, set_)), as_json=json_)
 
 
 @config_app.command("show")
@@ -256,11 +205,11 @@ def config_show(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
     """Print a configuration with all defaults."""
-    loaded = load_config(config, set_)
+    loaded = console.load_config(config, set_)
     if json_:
-        print_json(loaded.model_dump(mode="json"))
+        console.print_json(loaded.model_dump(mode="json"))
     else:
-        print_line(loaded.to_toml(), end="")
+        console.print_line(loaded.to_toml(), end="")
 
 
 @config_app.command("schema")
@@ -268,7 +217,7 @@ def config_schema() -> None:
     """Print the JSON schema of a configuration file, for editors."""
     from trainer.config import config_schema as schema
 
-    print_json(schema())
+    console.print_json(schema())
 
 
 app.add_typer(data_app, name="data")
@@ -283,33 +232,29 @@ def main() -> NoReturn:
     def stop(*_: object) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)  # an exception, so that files are closed
 
-    escape_unencodable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for encodings that lack characters
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.path.append(str(Path.cwd()))  # for names such as "my_module:MyLayer"
-    except FileNotFoundError:
-        print_line("trainer: the current folder has been removed", err=True)
-        sys.exit(InputError.exit_code)
-    try:
         app()
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _OUTPUT_ERRORS:
-            with suppress(OSError):  # stderr may be the output that failed
-                print_line(f"trainer: {error.filename or 'the output'}: {error.strerror}", err=True)
-            os._exit(InputError.exit_code)  # a normal exit would flush the output and fail again
         explained = _explained(error)
         if explained is None:
             raise
         if os.environ.get("TRAINER_TRACEBACK") == "1":
             traceback.print_exception(error)
-        print_line(f"trainer: {explained}", err=True)
+        with suppress(OSError):  # stderr may be the output that failed
+            console.print_line(f"trainer: {explained}", err=True)
+        if isinstance(error, OSError) and error.errno in _OUTPUT_ERRORS:
+            os._exit(explained.exit_code)  # a normal exit would flush the output and fail again
         sys.exit(explained.exit_code)
     except SystemExit as end:
-        if end.code == 128 + signal.SIGINT:  # typer's exit code for control-C
-            print_line("trainer: stopped by control-C", err=True)
-        elif end.code == 128 + signal.SIGTERM:
-            print_line("trainer: stopped by SIGTERM", err=True)
+        causes = {128 + signal.SIGINT: "control-C", 128 + signal.SIGTERM: "SIGTERM"}
+        if end.code in causes:
+            console.print_line(f"trainer: stopped by {causes[end.code]}", err=True)
         raise
     sys.exit(0)
 
@@ -320,74 +265,60 @@ def _explained(error: Exception) -> TrainerError | None:
 
     if isinstance(error, TrainerError):
         return error
+    reason = explain_user_code(error) or (str(error) if isinstance(error, OSError) else None)
     found = memory_error(error)
-    if found is None and (reason := explain_user_code(error)) is not None:
+    if found is None and reason is not None:
         return InputError(f"{reason}; TRAINER_TRACEBACK=1 prints the traceback")
     return found
 
 
-def _load_resumed(
-    reference: str,
-    changes: list[str] | None,
-    flags: dict[str, Any],
-    given: dict[str, Any],
-) -> tuple[str, "Config"]:
-    """Returns the path and the configuration of a run to resume.
-
-    Raises:
-        InputError: An option would change what is trained.
-    """
-    from trainer.config import parse_override
+def _load_resumed(reference: str, overrides: list[str]) -> tuple[str, "Config"]:
+    """Returns the path of a run to resume, and its configuration with the changes."""
+    from trainer.config import load_config, parse_override
     from trainer.run import open_run
 
-    for option, value in given.items():
-        if value:
-            raise InputError(f"--resume uses the configuration of the run: remove {option}")
-    changed = dict(map(parse_override, changes or ())) | {k: v for k, v in flags.items() if v}
-    directory = changed.get("logging.directory", "runs")
-    run = open_run(reference, runs_directory=str(directory), unfinished=True)
-    if "training.device" in changed and "training.jit_compile" not in changed:
-        flags = flags | {"training.jit_compile": "auto"}  # resolved for another device
-    config = load_config(run.path / "config.toml", changes, flags, stored=True)
+    changed = dict(map(parse_override, overrides))
+    directory = str(changed.get("logging.directory", "runs"))
+    run = open_run(reference, runs_directory=directory, unfinished=True)
+    if "training.device" in changed:
+        overrides = ["training.jit_compile=auto", *overrides]  # resolved for another device
+    config = load_config(run.path / "config.toml", overrides, stored=True)
     run.check_changes(config)
     return str(run.path), config
 
 
 def _loader(reference: str, runs: str, device: str | None) -> Any:
-    """Returns the function that loads a saved or exported model; None for the name of a run.
+    """Returns the function that loads a saved or exported model; None for a run."""
+    is_run = any((Path(folder) / reference / "config.toml").exists() for folder in ("", runs))
+    loader = tools.functions().get("load")
+    if not reference or is_run or not Path(reference).exists() or loader is None:
+        return None
+    if device is not None:
+        raise InputError(f"--device: {reference} is not a run; a saved model has its own runtime")
+    return console.import_module(loader).load
 
-    Raises:
-        InputError: The reference is a file or folder that is not a run, and no tool loads it, or a
-            device is requested.
-    """
-    with suppress(OSError):  # a name that is too long for the file system
-        folders = (Path(reference), Path(runs, reference))
-        is_run = any((folder / "config.toml").exists() for folder in folders)
-        if reference and Path(reference).exists() and not is_run:
-            if device is not None:
-                raise InputError(f"--device: {reference} is not a run; it uses its own runtime")
-            if "load" not in tools.functions():
-                raise InputError(f"{reference} is not a run, and no tool here loads other models")
-            return import_module(tools.functions()["load"]).load
-    return None
+
+def _data_facts(function: str, config: "Config", **options: Any) -> dict[str, Any]:
+    """Calls a function of trainer.data or its module `_description`."""
+    console.start_logging()
+    with console.stdout_to_stderr():
+        console.import_module("tensorflow")  # now, because this hides its import messages
+        module = "trainer.data._description" if function == "describe" else "trainer.data"
+        data: Any = console.import_module(module)
+        return dict(getattr(data, function)(config.data, **options))
 
 
 def _print_fit(result: Any, *, as_json: bool) -> None:
     """Prints the scores, the times and the run directory of a `FitResult`."""
     summary = result.summary
     if as_json:
-        print_json(summary)
-        return
-    scores = format_scores(summary)
-    if result.run is None:
-        print_line(f"dry run: one batch of train, validation and test passed; {scores}")
-        return
-    seconds = summary["seconds"]
-    times = ", ".join(
-        f"{title} {sum(seconds.get(part) or 0.0 for part in parts):.1f}"
-        for title, parts in _SHOWN_SECONDS.items()
-    )
-    step = f"; {summary['step_ms']:.2f} ms per step" if summary["step_ms"] else ""
-    print_line(f"{summary['data']['name']}: {scores}")
-    print_line(f"seconds: {times}{step}")
-    print_run(result.run.path, tensorboard=result.run.tensorboard.is_dir())
+        console.print_json(summary)
+    elif result.run is None:
+        console.print_line(f"dry run: {console.format_scores(summary)}")
+    else:
+        console.print_line(f"{summary['data']['name']}: {console.format_scores(summary)}")
+        seconds = sorted(summary["seconds"].items(), key=lambda each: each[1], reverse=True)
+        times = ", ".join(f"{name} {value:.1f}" for name, value in seconds if value >= 0.05)
+        step = f"; {summary['step_ms']:.2f} ms per step" if summary["step_ms"] else ""
+        console.print_line(f"seconds: {times}{step}")
+        console.print_run(result.run.path, tensorboard=result.run.tensorboard.is_dir())

@@ -158,7 +158,12 @@ def _from_slurm() -> Cluster:
     # The resolver sorts host names as text, SLURM by their numbers: n10, n2.
     here = os.environ.get("SLURMD_NODENAME", host)
     where = f"SLURM: task {index} runs on {here}, TensorFlow's resolver"
-    expect(here == host, where, "host names with numbers of equal length (n02, n10)", host)
+    expect(
+        here == host,
+        where,
+        "host names with numbers of equal length (n02, n10), or TF_CONFIG",
+        host,
+    )
     return Cluster(addresses, index)
 
 

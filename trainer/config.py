@@ -6,37 +6,35 @@ Keys that are missing in the file have the defaults of this module.
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Self, TypeVar
+from types import GenericAlias
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     TypeAdapter,
-    ValidationError,
     create_model,
     field_validator,
     model_validator,
 )
-from pydantic_core import to_json, to_jsonable_python
-from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+from pydantic_core import ValidationError, to_json, to_jsonable_python
 
 from trainer import tools
 from trainer.errors import InputError, did_you_mean
 
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:[0-9]{1,3})?|all)$"
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_STRICT_OPTIONS = ConfigDict(arbitrary_types_allowed=True, **_STRICT)
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
 _Side = Annotated[int, Field(ge=1, le=4096)]  # height or width of an image in pixels
-# TOML has no tuples: an array is accepted, its items are checked strictly.
-ImageSize = Annotated[tuple[_Side, _Side], Field(strict=False)]
-# A path must not be empty or contain a null byte.
 _Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
@@ -56,10 +54,10 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def _require_known(keys: Iterable[str], known: Iterable[str], kind: str = "key") -> None:
+def _require_known(keys: Iterable[str], known: Iterable[str]) -> None:
     unknown = [key for key in keys if key not in known]
     if unknown:
-        raise ValueError(f"unknown {kind} {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
+        raise ValueError(f"unknown key {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
 
 
 class KerasObject(Section):
@@ -73,11 +71,7 @@ class KerasObject(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
-        if not isinstance(value, dict | KerasObject):
-            raise ValueError(f"expected a name or {{ name, options }}, received {_short(value)}")
-        return value
+        return {"name": value} if isinstance(value, str) else value
 
 
 class ModuleSection(Section):
@@ -85,6 +79,7 @@ class ModuleSection(Section):
 
     name: str
     options: dict[str, Any] = {}
+    """Keyword arguments of the module's load() or build()."""
     unset_options: list[str] = []
     """Options whose value is None, which TOML cannot write."""
 
@@ -97,57 +92,20 @@ class ModuleSection(Section):
         """Returns a copy whose options include the defaults of the function.
 
         A default that TOML cannot represent exactly is left out.
-
-        Args:
-            function: Called with one positional argument and the options.
         """
         arguments = self.arguments
-        schema = _OptionSchema(function, 1)
-        for name, default in schema.defaults.items():
-            if name not in arguments:
-                with contextlib.suppress(ValueError):
-                    plain = to_jsonable_python(default)
-                    if plain is not None:
-                        plain = tomllib.loads(f"value = {_toml(plain)}")["value"]
-                    if schema.check(arguments | {name: plain})[name] == default:
-                        arguments[name] = plain
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            default, kind = parameter.default, parameter.annotation
+            listed: Any = GenericAlias(list, Any if kind is parameter.empty else kind)
+            with contextlib.suppress(ValueError):  # if there is no default, or no TOML for it
+                plain = to_jsonable_python(default)
+                read = None if plain is None else tomllib.loads(f"x = {_toml(plain)}")["x"]
+                schema = TypeAdapter(listed, config=_STRICT_OPTIONS)
+                if schema.validate_json(to_json([read])) == [default]:
+                    arguments.setdefault(name, read)
         given = {name: value for name, value in arguments.items() if value is not None}
         unset = [name for name in arguments if name not in given]
         return self.model_copy(update={"options": given, "unset_options": unset})
-
-
-class _OptionSchema:
-    """The options of a function: its parameters, with their annotations and defaults."""
-
-    def __init__(self, function: Callable[..., Any], positional: int) -> None:
-        """Reads the signature.
-
-        Args:
-            function: Takes the options as keyword arguments.
-            positional: Number of leading parameters that are not options.
-        """
-        parameters = [*inspect.signature(function, eval_str=True).parameters.values()][positional:]
-        self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.defaults = {p.name: p.default for p in named if p.default is not p.empty}
-        hints = {p.name: Any if p.annotation is p.empty else p.annotation for p in named}
-        self._hints = {n: NotRequired[h] if n in self.defaults else h for n, h in hints.items()}
-
-    def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the options with the types of the parameters.
-
-        Raises:
-            ValueError: An option is unknown, missing, of the wrong type or out of range.
-        """
-        if not self._open:
-            _require_known(options, self._hints, "option")
-        make: Any = TypedDict
-        schema = make("Options", self._hints)
-        extra = "allow" if self._open else "forbid"
-        schema.__pydantic_config__ = _STRICT | {"arbitrary_types_allowed": True, "extra": extra}
-        # As JSON: strict mode then accepts an array for a tuple, and a string for a path.
-        checked: dict[str, Any] = TypeAdapter(schema).validate_json(to_json(options))
-        return checked
 
 
 class DataConfig(ModuleSection):
@@ -155,15 +113,13 @@ class DataConfig(ModuleSection):
 
     name: str = "mnist"
     """A module of trainer/data, or any image classification data set of tensorflow-datasets."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of load() of a module of trainer/data."""
     directory: _Folder = "data"
     """Folder for prepared data."""
     archives: _Folder | None = None
     """Folder with the original archives; default: the environment variable TRAINER_DATA_FILES."""
     allow_sample: bool = True
     """If no other source of mnist is available, use a sample of 5,000 images."""
-    image_size: ImageSize | None = None
+    image_size: Annotated[tuple[_Side, _Side], Field(strict=False)] | None = None
     """[height, width] to resize to; required if the images differ in size."""
     resize: Literal["stretch", "crop", "pad"] = "stretch"
     """How images get the aspect ratio of image_size; crop: cut the longer sides; pad: add a
@@ -194,8 +150,6 @@ class ModelConfig(ModuleSection):
 
     name: str = "cnn"
     """A module of trainer/models."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of its build()."""
 
 
 class OptimizerConfig(Section):
@@ -218,12 +172,9 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _warmup_needs_cosine(self) -> Self:
-        name = self.schedule.name if self.schedule else None
-        if self.warmup_fraction and (name or "").lower() != "cosinedecay":
-            raise ValueError(
-                "warmup_fraction expects schedule.name = 'CosineDecay', the Keras schedule that "
-                f"has a warm-up (warmup_fraction = 0: none); received schedule.name = {name!r}"
-            )
+        name = self.schedule.name if self.schedule else ""
+        if self.warmup_fraction and name.lower() != "cosinedecay":
+            raise ValueError("warmup_fraction expects schedule.name = 'CosineDecay'")
         return self
 
 
@@ -257,7 +208,7 @@ class TrainingConfig(Section):
     """Maximum global norm of the gradients; not set: no clipping."""
     steps_per_execution: _Count = 50
     """Steps per call of the compiled loop."""
-    jit_compile: bool | Literal["auto"] = "auto"
+    jit_compile: Literal["auto", True, False] = "auto"
     """Compile the step with XLA; auto: on one GPU, if Keras can compile every layer; not on a CPU,
     where XLA is slower."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
@@ -277,13 +228,6 @@ class TrainingConfig(Section):
             return value
         raise ValueError(f"expected 'balanced' or {{ class = weight }}, received {value!r}")
 
-    @field_validator("jit_compile", mode="before")
-    @classmethod
-    def _auto_or_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool) or value == "auto":
-            return value
-        raise ValueError(f"expected 'auto', true or false, received {value!r}")
-
 
 class LoggingConfig(Section):
     """The run directory and its contents."""
@@ -295,19 +239,13 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files."""
     histograms: bool = False
-    """Write histograms of weights and gradient norms every epoch."""
+    """Write histograms of weights and gradient norms to TensorBoard every epoch."""
     sample_images: int = Field(default=25, ge=0, le=100)
     """Number of training images in TensorBoard."""
     mistakes: int = Field(default=25, ge=0, le=100)
     """Number of most confident mistakes in TensorBoard."""
     profile: bool = False
     """Trace a few steps for TensorBoard's profiler page."""
-
-    @model_validator(mode="after")
-    def _require_tensorboard(self) -> Self:
-        if not self.tensorboard and (self.histograms or self.profile):
-            raise ValueError("histograms and profile are shown in TensorBoard: set tensorboard")
-        return self
 
 
 # Old keys of each table, with their new names.
@@ -331,21 +269,8 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @model_validator(mode="after")
-    def _gradients_are_clipped_once(self) -> Self:
-        given = self.optimizer.options.keys() & {"clipnorm", "clipvalue", "global_clipnorm"}
-        if given and self.training.clip_norm is not None:
-            raise ValueError(
-                f"training.clip_norm and optimizer.options.{min(given)}: expected one of them"
-            )
-        return self
-
     def table(self, kind: type[SectionT]) -> SectionT:
-        """Returns the table of a tool, with its defaults if the file has no such table.
-
-        Args:
-            kind: `TABLE` of the tool's module `config`.
-        """
+        """Returns the table of a tool, of the class `TABLE` of its module `config`."""
         found = [table for table in (self.model_extra or {}).values() if isinstance(table, kind)]
         return found[0] if found else kind()
 
@@ -388,54 +313,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
             the old name.
         stored: As in `parse_config`.
 
-    Returns:
-        The configuration, complete and frozen.
-
     Raises:
         InputError: The file is missing or is not TOML, a key is unknown, or a value has the wrong
             type or is out of range.
     """
-    path = Path(path)
+    path, origin = Path(path), f"{path} and --set" if overrides else str(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"expected a configuration file, received {path}: {_available_files(path)}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a configuration: {error}") from None
-    except (ValueError, RecursionError) as error:  # some errors of tomllib are only ValueErrors
-        raise InputError(f"{path} is not TOML: {error}") from None
-    changed = copy.deepcopy(tree)
-    try:
-        given = [parse_override(override) for override in overrides]
-        for key, value in given:
-            _forget_options(changed, key, value)
-        for key, value in given:
-            _put(changed, key, value)
-        return parse_config(changed, origin="--set" if overrides else str(path), stored=stored)
-    except InputError:
-        parse_config(tree, origin=str(path), stored=stored)  # raises if the file itself is wrong
-        raise
-
-
-def _available_files(path: Path) -> str:
-    found = sorted(
-        str(p) for folder in {path.parent, Path("configs")} for p in folder.glob("*.toml")
-    )
-    if not found:
-        return f"there is no *.toml in {path.parent} (relative to the current folder)"
-    same = [name for name in found if Path(name).stem == path.name]
-    return did_you_mean(same[0] if same else str(path), found)
-
-
-def _forget_options(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Removes the options of a section if its name changes."""
-    section, _, last = key.partition(".")
-    table = tree.get(section)
-    if last == "name" and isinstance(table, dict) and value != table.get("name"):
-        table.pop("options", None)
-        table.pop("unset_options", None)
+        files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
+        message = f"there is no configuration file {path}: {did_you_mean(str(path), files)}"
+        raise InputError(message) from None
+    except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
+        raise InputError(f"{path} cannot be read as TOML: {error}") from None
+    given = [parse_override(override) for override in overrides]
+    for key, value in given:
+        table = tree.get(key.removesuffix(".name"))
+        if isinstance(table, dict) and value != table.get("name"):
+            table.pop("options", None)
+            table.pop("unset_options", None)
+    for key, value in given:
+        _put(tree, key, value)
+    return parse_config(tree, origin=origin, stored=stored)
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) -> Config:
@@ -453,28 +352,22 @@ def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) 
     modules = tools.config_modules()
     known = [*Config.model_fields, *modules]
     tables = {name: copy.deepcopy(tree[name]) for name in tree if name in known or not stored}
-    prefix = ""
+    where = ""
     try:
         _require_known(tables, known)
         renamed = _RENAMED | {name: module.RENAMED for name, module in modules.items()}
         for section, names in renamed.items():
-            _rename(tables.get(section), section, names, stored=stored)
-        for name in modules.keys() & tables.keys():
-            prefix = f"{name}."
-            tables[name] = modules[name].TABLE.model_validate(tables[name])
-        prefix = ""
+            table: Any = tables.get(section)
+            for old in names.keys() & table if isinstance(table, dict) else ():
+                if not stored:
+                    raise ValueError(f"{section}.{old} was renamed to {section}.{names[old]}")
+                table[names[old]] = table.pop(old)
+        for where in modules.keys() & tables.keys():
+            tables[where] = modules[where].TABLE.model_validate(tables[where])
+        where = ""
         return Config.model_validate(tables)
     except ValueError as error:
-        raise InputError(f"{origin}: {_explain(error, prefix)}") from None
-
-
-def _rename(table: Any, section: str, names: Mapping[str, str], *, stored: bool) -> None:
-    """Replaces old names of keys in a stored table; refuses them in any other table."""
-    for old, new in names.items():
-        if isinstance(table, dict) and old in table:
-            if not stored:
-                raise ValueError(f"{section}.{old} was renamed to {section}.{new}")
-            table[new] = table.pop(old)
+        raise InputError(f"{origin}: {_explain(error, where)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -483,10 +376,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         InputError: There is no `=`, or the value is neither TOML nor a word.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that are not UTF-8
-        raise InputError(f"--set expected UTF-8, received {text!r}")
-    key, equals, value = text.partition("=")
-    key, value = key.strip(), value.strip()
+    key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
         raise InputError(f"--set expected section.key=value, received {text!r}")
     try:
@@ -525,12 +415,13 @@ def call_with_options(
     Raises:
         InputError: An option is unknown, missing, of the wrong type or out of range.
     """
+    call: Any = functools.partial(function, *arguments)
     try:
-        inspect.signature(function).bind_partial(*arguments)
-        checked = _OptionSchema(function, len(arguments)).check(options)
-    except (TypeError, ValueError) as error:
-        raise InputError(_explain(error, f"{where}.")) from None
-    return function(*arguments, **checked)
+        # As JSON: strict mode then accepts an array for a tuple, and a string for a path.
+        return TypeAdapter(call, config=_STRICT_OPTIONS).validate_json(to_json(options))
+    except ValidationError as error:
+        known = inspect.signature(call).parameters
+        raise InputError(_explain(error, where, known)) from None
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -545,30 +436,28 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: Exception, prefix: str) -> str:
+def _explain(error: ValueError, where: str = "", options: Iterable[str] = ()) -> str:
     """Returns the key of an error, what was expected and what was received.
 
     Args:
         error: A pydantic ValidationError, or an error with a message of this module.
-        prefix: Name of the table that was checked, with a dot; "" for the whole file.
+        where: Name of the table that was checked; "" for the whole file.
+        options: Names of the known keys, if the table has the options of a function.
     """
     if not isinstance(error, ValidationError):
-        return f"{prefix.removesuffix('.')}: {error}".removeprefix(": ")
+        return f"{where}: {error}".removeprefix(": ")
     fault = error.errors()[0]
     # For `float | int`, pydantic adds the type to the location.
     location = [str(part) for part in fault["loc"] if part not in ("float", "int")]
-    key = (prefix + ".".join(location)).removesuffix(".")
+    if fault["type"] == "unexpected_keyword_argument":
+        return f"{where}: unknown option {location[0]!r}: {did_you_mean(location[0], options)}"
+    key = ".".join(filter(None, [where, *location]))
     if fault["type"] == "value_error":
         return f"{key}: {fault['ctx']['error']}".removeprefix(": ")
-    if fault["type"] == "missing":
+    if fault["type"].startswith("missing"):
         return f"{key} is missing"
     expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
-    return f"{key}: expected {expected}, received {_short(fault['input'])}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{key}: expected {expected}, received {fault['input']!r:.80}"
 
 
 def _toml(value: Any) -> str:
@@ -577,11 +466,9 @@ def _toml(value: Any) -> str:
         items = (f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None)
         return "{ " + ", ".join(items) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, str):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str | bool):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
     return str(value)
 
 

@@ -4,22 +4,18 @@ Nothing heavy is imported here, so that `trainer --help` is fast.
 """
 
 import importlib
-import io
 import json
 import logging
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -29,31 +25,15 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 DEFAULT_CONFIG = Path("configs/mnist.toml")
-_PIPE_WIDTH = 1_000_000  # rich needs a width, also for a pipe
-# Lines that TensorFlow prints when it is imported, before its log level takes effect.
-_IMPORT_MESSAGES = re.compile(
-    r"WARNING: All log messages before absl|I0000 |To enable the following instruct"
-)
-
-ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A TOML file", show_default=True)
-]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Change a key; can be repeated",
-    ),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; can be repeated"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto | cpu | gpu | gpu:N | all")
-]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help='A run directory, its name, or "latest"')
-]
-RunsOption = Annotated[str, typer.Option("--runs", help="Folder that holds the run directories")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto | cpu | gpu | gpu:N | all")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help='A run, its name, or "latest"')]
+RunsOption = Annotated[str, typer.Option(help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
     typer.Option("--trust", help="Allow the model to run any code; only for authors you trust"),
@@ -61,41 +41,36 @@ TrustOption = Annotated[
 
 
 def load_config(
-    path: Path,
-    overrides: Sequence[str] | None,
-    flags: dict[str, Any] | None = None,
-    *,
-    stored: bool = False,
+    path: Path, overrides: Sequence[str] | None, flags: dict[str, Any] | None = None
 ) -> "Config":
-    """Reads a configuration and applies the options of a verb.
+    """Reads a configuration and applies the options of a verb: `--set`, and others by dotted key.
 
-    Args:
-        path: A TOML file.
-        overrides: Values of `--set`.
-        flags: Values of other options by dotted key; None: the option was not given.
-        stored: The file belongs to a run, perhaps of an earlier version.
+    An option that is None was not given.
     """
     from trainer.config import load_config as load
 
-    config = load(path, overrides or (), stored=stored)
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
-    return config.with_changes(given) if given else config
+    return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
 
 
-def require(device: str, run: str | None = None, runs: str = "runs") -> None:
+def flags_as_overrides(flags: dict[str, Any]) -> list[str]:
+    """Returns options by dotted key as values of `--set`, without those that were not given."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+
+
+def require(device: str | None, run: str | None = None, runs: str = "runs") -> str:
     """Checks that a device and a run exist, before the slow import of TensorFlow.
 
-    Args:
-        device: "auto", "cpu", "gpu", "gpu:N" or "all".
-        run: A run directory, its name, or "latest"; None: no run is needed.
-        runs: Folder that holds the run directories.
+    Returns the device; None becomes "auto". If `run` is None, no run is needed.
     """
     from trainer.devices import require_driver
     from trainer.run import open_run
 
+    device = "auto" if device is None else device
     require_driver(device)
     if run is not None:
         open_run(run, runs_directory=runs)
+    return device
 
 
 def import_module(name: str) -> Any:
@@ -111,28 +86,21 @@ def import_module(name: str) -> Any:
 
 @contextmanager
 def _without_import_messages() -> Iterator[None]:
-    """Removes the messages that TensorFlow prints during its import.
+    """Hides what TensorFlow writes to file descriptor 2 before its log level takes effect.
 
-    It writes them to file descriptor 2 before its log level takes effect. All other lines are
-    printed after the import. TF_CPP_MIN_LOG_LEVEL=0 shows everything.
+    TF_CPP_MIN_LOG_LEVEL=0 shows it.
     """
-    if sys.stderr is None or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0":
         yield
         return
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            file.seek(0)
-            lines = file.read().decode(errors="replace").splitlines(keepends=True)
-            sys.stderr.writelines(line for line in lines if not _IMPORT_MESSAGES.match(line))
-            sys.stderr.flush()
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def stdout_to_stderr() -> AbstractContextManager[Any]:
@@ -140,44 +108,32 @@ def stdout_to_stderr() -> AbstractContextManager[Any]:
     return redirect_stdout(sys.stderr)
 
 
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Raises an error. rich would end the process, but a training continues."""
+        raise BrokenPipeError
+
+
+class _Handler(logging.Handler):
+    console = _Terminal(stderr=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = Text(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            text = Text(f"WARNING: {text}", "bold yellow")
+        with suppress(OSError):  # the terminal was closed; the training continues
+            self.console.print(text, soft_wrap=True)
+
+
 def start_logging() -> Console:
-    """Prints the log of the package to stderr, with a frame around warnings.
-
-    Returns:
-        The console of stderr, for a progress bar.
-    """
-
-    class Terminal(Console):
-        def on_broken_pipe(self) -> None:
-            """Raises an error. rich would end the process, but a training continues."""
-            raise BrokenPipeError
-
-    console = Terminal(stderr=True)
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            try:
-                if record.levelno >= logging.WARNING:
-                    console.print(Panel(Text(message), title="NOTICE", border_style="bold yellow"))
-                else:
-                    console.print(message, highlight=False, markup=False, soft_wrap=True)
-            except OSError:  # the terminal was closed; the training continues
-                logging.getLogger("trainer").removeHandler(self)
-
+    """Prints the log of the package to stderr. Returns its console, for a progress bar."""
+    handler = _Handler(logging.INFO)
     logger = logging.getLogger("trainer")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # tensorflow-datasets adds a handler to the root logger
-    logger.handlers = [Handler(logging.INFO)]
+    logger.handlers = [handler]
     logging.getLogger("absl").setLevel(logging.ERROR)  # tensorflow-datasets logs every step
-    return console
-
-
-def escape_unencodable() -> None:
-    r"""Makes stdout and stderr escape characters that their encoding lacks, as in `\u2026`."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    return handler.console
 
 
 def print_line(text: str, *, err: bool = False, end: str = "\n") -> None:
@@ -211,16 +167,14 @@ def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] 
         rows: The cells. Strings are printed without rich's markup.
         titles: Titles of the columns; empty: a table without a header.
     """
-    style: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 1)}
-    if titles:
-        style = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-    table = Table(*(Column(Text(title)) for title in titles), **style)
+    columns = [Column(Text(title)) for title in titles]
+    box = SIMPLE_HEAD if titles else None
+    table = Table(*columns, box=box, show_header=bool(titles), padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     for column in table.columns:
         column.overflow = "fold"
-    size: dict[str, Any] = {} if sys.stdout.isatty() else {"width": _PIPE_WIDTH, "height": 1}
-    Console(**size).print(table)
+    Console(width=None if sys.stdout.isatty() else 1_000_000).print(table)
 
 
 def print_run(run: Path, *, tensorboard: bool) -> None:

@@ -41,22 +41,13 @@ def describe_environment(device_names: tuple[str, ...], fingerprint: str) -> dic
 @functools.cache
 def cpu_flags() -> tuple[str, ...]:
     """Returns the names of the CPU's instruction sets, sorted; empty if they are not known."""
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            return tuple(sorted(line.partition(":")[2].split()))
-    return ()
+    return tuple(sorted(_cpu_fact("flags", "Features").split()))
 
 
 @functools.cache
 def cpu_model() -> str:
     """Returns the name of the CPU."""
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    if platform.system() == "Darwin":
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return platform.processor() or platform.machine()
+    return _cpu_fact("model name") or platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:
@@ -78,22 +69,22 @@ def gpu_models() -> list[str]:
     return lines
 
 
+def _cpu_fact(*keys: str) -> str:
+    values = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith(keys)]
+    return values[0] if values else ""
+
+
 def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
+    path = Path("/proc/cpuinfo")  # of Linux
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Returns the git revision and whether files are changed; None without git."""
-    checkout = str(Path(__file__).resolve().parent.parent)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", checkout, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
-
+    """Returns the git revision and whether its files are changed; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 5}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return {
-            "revision": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain").strip()),
-        }
+        revision, _, dirty = subprocess.run(command, cwd=folder, **options).stdout.partition("-")
+        return {"revision": revision.strip(), "dirty": bool(dirty)}
     return None

@@ -14,21 +14,17 @@ import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
-# Modules of this project in the folders to which users add their own modules.
-_OUR_MODULES = {
-    "data": ("__init__", "_prepared", "mnist_sample", "synthetic", "tfds"),
-    "models": ("__init__", "cnn", "layers", "mlp"),
-}
-# A line of a traceback, as TensorFlow writes it into the messages of its errors.
+# A line of a traceback, as AutoGraph and TensorFlow write it into the messages of their errors.
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
-# The part of such a message that lists the definitions of the operation that failed.
-_DEFINITIONS = re.compile(
-    r'Graph execution error:\s+(Detected at node [^\n]+\s+(File "[^\n]+\s+)*)+', re.DOTALL
+# What they and Keras write before the last paragraph of a message, and after it.
+_BEFORE = re.compile(r"Exception encountered when calling|Graph execution error|in user code:")
+_AFTER = re.compile(
+    r"\n\nArguments received by|\nTraceback \(most recent call last\):|\s\[\[| \[Op:"
 )
-_Frame = tuple[str, int, str]  # file, line, function
 
 
 class TrainerError(Exception):
@@ -91,72 +87,41 @@ def explain_user_code(error: BaseException) -> str | None:
     Returns:
         Its type and message, and the innermost line of the user's code; None if there is none.
     """
-    frames = [frame for frame in _frames(error) if _is_user_file(frame[0])]
+    stack = [(f.filename, f.lineno, f.name) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        stack.append((str(error.filename), error.lineno, "<module>"))
+    written: Iterable[Any] = _FRAME.findall(str(error))
+    if "Detected at node" in str(error):  # from the start of the program, which is not its error
+        written = itertools.dropwhile(lambda f: _PACKAGE not in Path(f[0]).parents, written)
+    frames = [frame for frame in (*stack, *written) if _is_user_file(Path(frame[0]).resolve())]
     if not frames:
         return None
     file, line, function = frames[-1]
-    path = Path(file)
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    name = type(error).__name__
-    return f"{name}: {_reason(error).removeprefix(f'{name}: ')} ({path}:{line}, in {function})"
+    name, file = type(error).__name__, file.removeprefix(f"{Path.cwd()}/")
+    return f"{name}: {reason(error).removeprefix(f'{name}: ')} ({file}:{line}, in {function})"
 
 
-def _frames(error: BaseException) -> list[_Frame]:
-    """Returns the calls from this package to the error, the innermost last."""
-    stack = traceback.extract_tb(error.__traceback__)
-    frames = _below_package([(call.filename, call.lineno or 0, call.name) for call in stack])
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        frames.append((error.filename, error.lineno or 0, "<module>"))
-    message = str(error)
-    written = [(match[1], int(match[2]), match[3]) for match in _FRAME.finditer(message)]
-    if "in user code:" in message:  # AutoGraph lists only the functions that it has converted
-        frames += written
-    elif any(kind.__name__ == "OpError" for kind in type(error).__mro__):
-        frames += _below_package(written)  # the definition of the operation that failed
-    return frames
+def reason(error: BaseException) -> str:
+    """Returns the message of an error without the text of Keras and TensorFlow around it."""
+    text = _AFTER.split(re.sub(r"\{\{.*?\}\} ?", "", str(error)), maxsplit=1)[0].strip()
+    if _BEFORE.match(text):
+        text = re.split(r"\n\n|<stack traces unavailable>", text)[-1]
+    return " ".join(text.split())[:1000]
 
 
-def _below_package(frames: list[_Frame]) -> list[_Frame]:
-    """Removes the calls before the first call of this package, such as calls of a user's script."""
-    return [*itertools.dropwhile(lambda f: _PACKAGE not in Path(f[0]).resolve().parents, frames)]
-
-
-def _is_user_file(file: str) -> bool:
-    path = Path(file).resolve()
+def _is_user_file(path: Path) -> bool:
     if path.is_relative_to(_PACKAGE):
-        folder = path.parent.relative_to(_PACKAGE).as_posix()
-        return folder in _OUR_MODULES and path.stem not in _OUR_MODULES[folder]
-    generated = file.startswith("<") or path.name.startswith("__autograph_generated_file")
+        ours = path.stem.startswith("_") or path.stem in ("layers", "tfds")
+        return path.parent.name in ("data", "models") and not ours
+    generated = not path.is_file() or path.name.startswith("__autograph_generated_file")
     installed = {"site-packages", "dist-packages"} & set(path.parts)
     return not (generated or installed or path.is_relative_to(_STANDARD_LIBRARY))
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the user's message without the text that Keras and TensorFlow write around it."""
-    text = str(error)
-    # Keras: "Exception encountered when calling L.call(). <bold>the message</bold> Arguments ...".
-    within = re.search(r"\x1b\[1m(.*)\x1b\[0m", text, re.DOTALL)
-    if within and text.startswith("Exception encountered when calling"):
-        text = within[1]
-    text = text.rpartition("Error encountered:\n\n")[2]
-    if "in user code:" in text:
-        text = text.rstrip().rpartition("\n\n")[2]
-    text = _DEFINITIONS.sub("", text)
-    text = re.split(r"\nTraceback \(most recent call last\):|\n\t \[\[", text, maxsplit=1)[0]
-    return " ".join(text.split())[:1000]
-
-
 def require_packages(feature: str, packages: Iterable[str], *, extra: str) -> None:
-    """Fails if a package that a feature needs is not installed.
+    """Raises MissingError if a module that a feature needs is not installed.
 
-    Args:
-        feature: The name of the feature, for the message.
-        packages: Names of modules.
-        extra: The extra of this package that installs them.
-
-    Raises:
-        MissingError: A package is not installed.
+    The message names the extra of this package that installs it.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -166,13 +131,7 @@ def require_packages(feature: str, packages: Iterable[str], *, extra: str) -> No
 def install_command(extra: str = "", *, options: str = "") -> str:
     """Returns the command that installs this package as it is installed now.
 
-    Args:
-        extra: Optional dependencies to install with it.
-        options: Options of `pip install`.
-
-    Returns:
-        For example `pip install -e '.[gpu]'`, to be run in the checkout, or
-        `pip install 'trainer[gpu]'` for an installed wheel.
+    For example `pip install -e '.[gpu]'` in a checkout, `pip install 'trainer[gpu]'` for a wheel.
     """
     checkout = (_PACKAGE.parent / "pyproject.toml").is_file()
     name = "." if checkout else "trainer"
@@ -181,29 +140,14 @@ def install_command(extra: str = "", *, options: str = "") -> str:
 
 
 def shell_command(*words: str | Path) -> str:
-    """Returns a `trainer` command for users to copy, quoted for the shell.
-
-    Args:
-        words: The verb, its arguments and options. Files and folders are paths.
-    """
-    # The shell would read a path that begins with "-" as an option.
-    texts = [
-        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
-        for word in words
-    ]
-    return shlex.join(["trainer", *texts])
+    """Returns a `trainer` command for users to copy, quoted for the shell."""
+    return shlex.join(["trainer", *map(str, words)])
 
 
 def did_you_mean(name: str, known: Iterable[str], *, shown: int = 12) -> str:
-    """Lists the known names for an unknown one, with the most similar name first.
+    """Lists the known names for an unknown one, and asks whether the most similar one was meant.
 
-    Args:
-        name: The unknown name.
-        known: All known names.
-        shown: Maximum number of names to list.
-
-    Returns:
-        For example `"did you mean 'epochs'? available: batch_size, epochs"`.
+    For example "did you mean 'epochs'? available: batch_size, epochs". At most `shown` are listed.
     """
     names = sorted(known)
     lower = {n.lower(): n for n in reversed(names)}

@@ -52,21 +52,13 @@ def _flush(path: Path) -> None:
 
 
 def require_writable(directory: str, option: str = "logging.directory") -> None:
-    """Fails if a folder cannot be written, before anything slow starts.
+    """Raises InputError if a folder, or its nearest parent that exists, cannot be written.
 
-    Args:
-        directory: The folder; it need not exist.
-        option: The name of the option that sets it, for the message.
-
-    Raises:
-        InputError: The folder, or the nearest parent that exists, cannot be written.
+    It is called before anything slow starts. `option` sets the folder, for the message.
     """
     path = Path(directory).absolute()
-    try:
-        while not path.exists() and path != path.parent:
-            path = path.parent
-    except OSError as error:  # a name too long for the file system
-        raise InputError(f"{option}: {error}") from None
+    while not path.exists():
+        path = path.parent
     if not directory or not path.is_dir() or not os.access(path, os.W_OK):
         why = "cannot be written" if path.is_dir() else "is a file, not a folder"
         raise InputError(f"{option} = {directory!r}: {path} {why}; choose another folder")

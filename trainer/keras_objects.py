@@ -2,15 +2,16 @@
 
 import importlib
 import inspect
-import re
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from trainer.config import KerasObject
-from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code
+from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code, reason
 
 # Errors that Keras and TensorFlow raise for wrong options.
 KERAS_ERRORS = (
@@ -41,25 +42,23 @@ def find(kind: str, name: str) -> Any:
         InputError: There is no such class, or it is of another kind.
     """
     module, base = _KINDS[kind]
-
-    def fits(value: Any) -> bool:
-        return inspect.isclass(value) and issubclass(value, base)
-
     if ":" in name:
         found = import_object(kind, name)
-    else:
-        # The package of our own classes can be omitted.
-        ours = {k.removeprefix("trainer>"): c for k, c in keras.saving.get_custom_objects().items()}
-        classes = {n: c for n, c in (vars(module) | ours).items() if fits(c) and ">" not in n}
-        lower = {n.lower(): c for n, c in classes.items()}
-        registered = keras.saving.get_registered_object(name)
-        found = classes.get(name) or lower.get(name.lower()) or registered
-        if found is None:
-            raise InputError(f"unknown {kind} {name!r}: {did_you_mean(name, classes)}")
-    if kind == "loss" and inspect.isfunction(found):
-        return lambda: found  # Keras also accepts a function of labels and outputs as a loss
-    expected, received = f"a subclass of keras {base.__name__}", getattr(found, "__name__", found)
-    expect(fits(found), f"{kind} {name!r}", expected, received)
+        if kind == "loss" and inspect.isfunction(found):
+            return lambda: found  # Keras also accepts a function of labels and outputs as a loss
+        received = getattr(found, "__name__", found)
+        expected = f"a subclass of keras {base.__name__}"
+        fits = inspect.isclass(found) and issubclass(found, base)
+        expect(fits, f"{kind} {name!r}", expected, received)
+        return found
+    registered = keras.saving.get_custom_objects().items()
+    # The package of our own classes can be omitted.
+    classes = vars(module) | {key.removeprefix("trainer>"): value for key, value in registered}
+    classes = {n: c for n, c in classes.items() if inspect.isclass(c) and issubclass(c, base)}
+    lower = {n.lower(): c for n, c in classes.items()}
+    found = classes.get(name) or lower.get(name.lower())
+    if found is None:
+        raise InputError(f"unknown {kind} {name!r}: {did_you_mean(name, classes)}")
     return found
 
 
@@ -81,24 +80,17 @@ def call(factory: Any, what: str, options: dict[str, Any]) -> Any:
     except ImportError as error:  # an optional package of Keras
         raise MissingError(f"{what}: {error}") from None
     except KERAS_ERRORS as error:
-        plain = (str, int, float, list, tuple, dict, type(None))
-        shown = ", ".join(  # Keras objects are shown by class
-            f"{key!r}: {repr(value) if isinstance(value, plain) else type(value).__name__}"
-            for key, value in options.items()
-        )
-        raise InputError(f"{what} refuses the options {{{shown}}}: {explain(error)}") from error
+        raise InputError(f"{what} refuses the options {options}: {explain(error)}") from error
 
 
 def import_object(what: str, name: str) -> Any:
     """Returns the object with the name "package.module:Name"; `what` is for messages."""
     module_name, _, attribute = name.partition(":")
-    if not module_name or module_name.startswith("."):
-        raise InputError(f"{what} {name!r}: expected package.module:Name")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         where = "the current folder and the installed packages"
-        raise InputError(f"{what} {name!r}: {error} (searched in {where})") from None
+        raise InputError(f"{what} {name!r}: {explain(error)} (searched in {where})") from error
     if not hasattr(module, attribute):
         raise InputError(f"{what} {name!r}: {module_name} has no {attribute!r}")
     return getattr(module, attribute)
@@ -111,28 +103,26 @@ def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
 
 def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:
     """Returns layers and the layers in their attributes, at any depth."""
-    found: dict[int, keras.layers.Layer] = {}
+    found: list[keras.layers.Layer] = []
     waiting = list(layers)
     while waiting:
         layer = waiting.pop()
-        if id(layer) in found:
-            continue
-        found[id(layer)] = layer
-        for value in vars(layer).values():
-            parts = value if isinstance(value, list | tuple) else [value]
-            waiting += [part for part in parts if isinstance(part, keras.layers.Layer)]
-    return list(found.values())
+        if layer not in found:
+            found.append(layer)
+            for value in vars(layer).values():
+                parts = value if isinstance(value, list | tuple) else [value]
+                waiting += [part for part in parts if isinstance(part, keras.layers.Layer)]
+    return found
+
+
+def raised_in_keras_callback(error: Exception) -> bool:
+    """Returns whether an error was raised in a callback of Keras, for example by a wrong option."""
+    folder = Path(inspect.getfile(keras.callbacks.Callback)).parent
+    files = [Path(call.filename) for call in traceback.extract_tb(error.__traceback__)]
+    # All callbacks are called through CallbackList.
+    return any(file.parent == folder and file.stem != "callback_list" for file in files)
 
 
 def explain(error: Exception) -> str:
-    """Returns the message of an error, shortened and without internal names.
-
-    For an error in the user's code, the reason contains its type, file and line.
-    """
-    in_user_code = explain_user_code(error)
-    if in_user_code is not None:
-        return in_user_code
-    reason = re.sub(r"\{\{.*?\}\} ?", "", " ".join(str(error).split()))
-    reason = re.sub(r"^Graph execution error: .*<stack traces unavailable> ", "", reason)
-    reason = re.sub(r"( \[\[.*?\]\])? \[Op:\w+\]$", "", reason)
-    return reason[:300] or type(error).__name__
+    """Returns the message of an error; in the user's code, also its type, file and line."""
+    return explain_user_code(error) or reason(error)[:300] or type(error).__name__

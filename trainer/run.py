@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ _CHANGEABLE = {
     "training.epochs",
     "training.jit_compile",
 }
+_TIME = re.compile(r"\d{8}T\d{6}Z-")  # the start of the name of a run directory
 _FILES = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
 
 
@@ -81,29 +82,22 @@ class Run:
         return path.absolute() in [each.absolute() for each in own]
 
     def create(self, config: Config) -> None:
-        """Makes the directory and writes its config.toml.
-
-        Args:
-            config: The resolved configuration.
+        """Makes the directory and writes the resolved configuration to its config.toml.
 
         Raises:
             ExistsError: The directory exists.
-            InputError: The directory cannot be written.
         """
+        self._make()
+        self.checkpoints.mkdir()
+        self.write_text("config.toml", config.to_toml())
+
+    def _make(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()  # fails if it exists: nothing is overwritten
-            self.checkpoints.mkdir()
-            self.write_text("config.toml", config.to_toml())
-        except OSError as error:
-            if isinstance(error, FileExistsError) and self.path.exists():
-                raise ExistsError(
-                    f"{self.path} exists already and is not changed: choose another --name"
-                ) from None
-            raise InputError(
-                f"the run directory {self.path} cannot be written ({error.strerror}): "
-                "choose another folder with --set logging.directory=..."
-            ) from None
+            self.path.mkdir()
+        except FileExistsError:
+            message = f"{self.path} exists already and is not changed: choose another --name"
+            raise ExistsError(message) from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -112,48 +106,33 @@ class Run:
         Raises:
             InputError: Another process is training it.
         """
-        lock = filelock.FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock = filelock.FileLock(self.path / ".lock").acquire(timeout=0)
         except filelock.Timeout:
             raise InputError(f"{self.path} is being trained by another process") from None
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror})") from None
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def check_changes(self, changed: Config) -> None:
         """Checks that the run can be resumed with a changed configuration.
-
-        Args:
-            changed: The configuration of the run, with the requested changes.
 
         Raises:
             InputError: The run is finished and gets no more epochs, a change concerns what is
                 trained, or fewer epochs are requested than were trained.
         """
-        own = self.config()
-        trained, asked = self.trained_epochs, own.training.epochs
-        if self.finished and changed.training.epochs <= asked:
-            why = f" of {asked} epochs (a callback stopped it)" if trained < asked else " epochs"
+        own, trained = self.config(), self.trained_epochs
+        least = own.training.epochs + 1 if self.finished else trained
+        if changed.training.epochs < least:
+            state = "is finished, after" if self.finished else "has trained"
             raise InputError(
-                f"run {self.name} is finished, after {trained}{why}: train it for longer with "
-                f"--epochs {asked + 1} or more"
-            )
-        if changed.training.epochs < trained:
-            raise InputError(
-                f"--resume: {self.name} has trained {trained} epochs: expected training.epochs of "
-                f"{trained} or more, received {changed.training.epochs}"
+                f"run {self.name} {state} {trained} epochs: train it for longer with "
+                f"--epochs {least} or more; received {changed.training.epochs}"
             )
         before, after = own.flat(), changed.flat()
         differing = [
             f"{key} = {before[key]!r} (received {after.get(key)!r})"
-            for key in before
-            if after.get(key) != before[key]
-            and not key.startswith("logging.")
-            and key not in _CHANGEABLE
+            for key in sorted(before.keys() - _CHANGEABLE)
+            if after.get(key) != before[key] and not key.startswith("logging.")
         ]
         if differing:
             raise InputError(
@@ -179,12 +158,10 @@ class Run:
         logger.setLevel(logging.DEBUG)
         try:
             yield
-        except TrainerError as error:
-            # The cause of the error, if it has one, was raised in the user's code.
-            logger.debug("ended: %s", error, exc_info=error.__cause__ is not None)
-            raise
-        except BaseException:
-            logger.debug("ended", exc_info=True)
+        except BaseException as error:
+            # The cause of a TrainerError, if it has one, was raised in the user's code.
+            expected = isinstance(error, TrainerError) and error.__cause__ is None
+            logger.debug("ended: %s", error, exc_info=not expected)
             raise
         finally:
             logger.setLevel(level)
@@ -197,15 +174,8 @@ class Run:
         Raises:
             InputError: It is missing or damaged.
         """
-        path = self.path / "config.toml"
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
-        missing = Config.model_fields.keys() - tree.keys()
-        if missing:  # a run's configuration is complete; defaults may have changed since
-            raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-        return parse_config(tree, origin=str(path), stored=True)
+        tree = self._read("config.toml", tomllib.loads)
+        return parse_config(tree, origin=f"{self.path}/config.toml", stored=True)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Reads one of the run's JSON files.
@@ -213,14 +183,14 @@ class Run:
         Raises:
             InputError: It is missing or damaged.
         """
+        return self._read(name, json.loads)
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
         path = self.path / name
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            return dict(parse(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{path}: expected a JSON object, received {type(content).__name__}")
-        return content
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes one of the run's JSON files atomically."""
@@ -246,23 +216,11 @@ def new_runs(directory: str, name: str) -> Iterator[Run]:
 
 
 def make_directory(directory: str, name: str) -> Path:
-    """Creates a directory for the result of a tool. Its name begins with the time.
-
-    Args:
-        directory: Folder that holds the run directories; it is created if necessary.
-        name: Follows the time in the name of the directory.
-
-    Raises:
-        InputError: It cannot be written.
-    """
+    """Creates a directory for the result of a tool. Its name is the time and `name`."""
     for run in new_runs(directory, name):
-        try:
-            run.path.mkdir(parents=True)
-        except OSError as error:
-            if isinstance(error, FileExistsError) and run.path.exists():
-                continue  # another process created it first
-            raise InputError(f"{run.path} cannot be written: {error}") from None
-        break
+        with contextlib.suppress(ExistsError):  # another process created it first
+            run._make()
+            break
     return run.path
 
 
@@ -280,34 +238,25 @@ def open_run(reference: str, *, runs_directory: str = "runs", unfinished: bool =
     """
     paths = sorted(Path(runs_directory).glob("*/config.toml"))
     runs = {path.parent.name: Run(path.parent) for path in paths}
-    named = [name for name in runs if reference in ("latest", name.partition("-")[2])]
-    if named:
-        # An unfinished run that is newer than the newest finished one does not hide it.
-        run = runs[max(named, key=lambda name: (unfinished or runs[name].finished, _order(name)))]
-    elif _is_run(reference):
+    finished = [name for name in runs if runs[name].finished]
+    # A folder that was renamed, so that no time is in its name, is found by its own name only.
+    named = [
+        name
+        for name in runs
+        if reference == name or (_TIME.match(name) and reference in ("latest", _TIME.sub("", name)))
+    ]
+    if (Path(reference) / "config.toml").is_file():
         run = Run(Path(reference))
-    elif reference in runs:
-        run = runs[reference]
+    elif named:
+        # An unfinished run that is newer than the newest finished one does not hide it.
+        run = runs[max(named, key=lambda name: (unfinished or name in finished, name))]
     elif runs:
         known = did_you_mean(reference, [*runs, "latest"])
         raise InputError(f"there is no run {reference!r}: {known}")
     else:
         raise InputError(f"there is no run in {runs_directory}: `trainer fit` creates one")
     if not (run.finished or unfinished):
-        done = [name for name, r in runs.items() if r.finished]
-        newest = f"the newest finished one is {max(done)}" if done else "no run is finished"
+        newest = f"the newest finished one is {max(finished)}" if finished else "no run is finished"
         advice = f"continue it with `{shell_command('fit', '--resume', run.path)}`"
         raise InputError(f"run {run.name} is not finished: {advice}; {newest}")
     return run
-
-
-def _order(name: str) -> tuple[bool, str]:
-    """Returns a sort key: the time in the name. Renamed folders without a time come first."""
-    return re.match(r"\d{8}T\d{6}Z-", name) is not None, name
-
-
-def _is_run(reference: str) -> bool:
-    try:
-        return (Path(reference) / "config.toml").is_file()
-    except OSError:  # a name that is too long for the file system
-        return False

@@ -208,8 +208,7 @@ def predict(
             None: the first such error is raised.
 
     Returns:
-        For each image: file, class name, label, probability, the probability of every class, and
-        the conversions that were necessary.
+        For each image: file, class, label, probability, all probabilities, and conversions.
 
     Raises:
         InputError: There is no such run, or, without `on_error`, a file is not a suitable image.

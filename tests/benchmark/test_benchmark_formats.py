@@ -23,7 +23,7 @@ def test_timings_of_several_processes_are_joined(tmp_path: Path) -> None:
     once = {"import_seconds": 1.0, "load_seconds": 2.0, "first_call_seconds": 3.0}
     measured = [once | {"one": [0.001], "many": [1.0]}, once | {"one": [0.003], "many": [3.0, 2.0]}]
     verified = SimpleNamespace(accuracy=0.9, model_accuracy=0.9, largest_difference=1e-7)
-    row = formats._row("litert", tmp_path / "model.tflite", measured, verified)  # type: ignore[arg-type]
+    row = formats._row("litert", tmp_path / "model.tflite", verified, measured)  # type: ignore[arg-type]
     assert (row["bytes"], row["load_seconds"]) == (5, 2.0)
     assert row["latency_p50_ms"] == pytest.approx(2.0)
     assert row["latency_p95_ms"] == pytest.approx(2.9)
@@ -89,7 +89,7 @@ def test_formats_are_compared(
     code, _, err = command("benchmark", "formats", "--runs", home / "runs", "--json", out)
     assert (code, err) == (
         2,
-        f"trainer: --json: {out} exists already and is not overwritten: use another name\n",
+        f"trainer: --json: {out} cannot be written: File exists\n",
     )
     code, _, err = command("benchmark", "formats", folder, "--runs", home / "runs")
     assert code == 2

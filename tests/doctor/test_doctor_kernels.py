@@ -55,7 +55,7 @@ def own_config(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 def check_findings(kernels: tuple[str, ...], xla: tuple[str, ...]) -> None:
     assert kernels[0] == "note"
     assert "3 of the " in kernels[1]
-    assert "GatherV2 in loss (" in kernels[1]
+    assert "GatherV2 in the step (" in kernels[1]
     assert "RandomShuffle in layer 'shift'" in kernels[1]
     assert "PyFunc in layer 'outside'" in kernels[1]
     value = "cannot compile PyFunc in layer 'outside' (any type)"

@@ -147,6 +147,9 @@ def test_higher_orders_gradient_hessian_and_jacobian() -> None:
     assert derivatives("exp(2*w)", "w=0.5", order=4) == pytest.approx(16 * math.e)
     assert derivatives("w**2", "w=0", order=3) == 0  # where 0 * inf lies in wait
     assert derivatives("a*w**2 + b*w", "a=1,b=2,w=3", "a,w") == [9, 8]
+    assert derivatives("a*w", "a=1,w=3") == [3, 1]  # by all variables
+    third = derivatives("sum(x**3)", "x=[1,2]", order=3)
+    assert third == [[[6, 0], [0, 0]], [[0, 0], [0, 6]]]
     hessian = derivatives("a*w**2 + b*w", "a=1,b=2,w=3", "a,b,w", order=2)
     assert hessian == [[0, 0, 6], [0, 0, 1], [6, 1, 2]]
     assert derivatives("A@x", "A=[[1,2],[3,4],[5,6]],x=[1,2]", "x") == [[1, 2], [3, 4], [5, 6]]
@@ -211,7 +214,7 @@ def test_independence_is_reported_and_never_none(
         ("1 + log(w)", "w=-1", 1, "column 5: invalid value encountered in log"),
         ("1/w", "w=0", 1, "column 1: divide by zero encountered in divide"),
         ("exp(w)", "w=1000", 1, "column 1: overflow encountered in exp"),
-        ("(-w)**0.5", "w=2", 1, "column 1: invalid value encountered in power"),
+        ("(-w)**0.5", "w=2", 1, "column 1: invalid value encountered in scalar power"),
     ],
 )
 def test_bad_points_are_refused(text: str, at: str, order: int, said: str) -> None:
@@ -269,7 +272,7 @@ def test_differences_are_correct_beside_a_singularity(
     text: str, at: str, order: int, exact: Any
 ) -> None:
     expression = parse(text, parse_values(at))
-    found = differences.derive(expression, list(expression.at), order)
+    found = differences.derive(expression, order)
     np.testing.assert_allclose(found.squeeze(), exact, rtol=1e-9, atol=1e-9)
     assert derive(text, at=at, wrt=",".join(expression.at), order=order).passed
 
@@ -324,8 +327,8 @@ HOSTILE = [
     "exp(" * 40 + "9" + ")" * 40,
     "(" * 10_000 + "w" + ")" * 10_000,
     "(" * 400 + "w" + ")" * 400,
-    "-" * 900 + "w",
-    "w" + "+w" * 490,
+    "sin(" * 190 + "w" + ")" * 190,
+    "w" + "**w" * 240,
     "w" * 1_000_000,
     "*".join(f"sin(w+{i})" for i in range(90)),
     "A" + "@A" * 12,
@@ -351,50 +354,48 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
     [
         (["w +* 2", "--at", "w=1"], "column 4: invalid syntax"),
         (["  (w + 2", "--at", "w=1"], "column 1: '(' was never closed"),
-        (["2*w^2", "--at", "w=1"], "column 1: ^ is not a power here: write **"),
-        (["1 + sine(w)", "--at", "w=1"], "column 5: unknown function 'sine': did you mean 'sin'?"),
-        (["rate*w", "--at", "rat=1,w=2"], "'rate' has no value: expected --at rate=...; did you"),
-        (["w"], "'w' has no value: expected --at w=..."),
-        (["w", "--at", "w=1,b=2"], "--at: b: expected names of the expression"),
+        (["2*w^2", "--at", "w=1"], "** (not ^) @, parentheses and functions; received '2 * w ^ 2'"),
         (
-            ["w*b", "--at", "w=1,b=2"],
-            "--wrt: expected the variables to differentiate by; available: b, w",
+            ["1 + sine(w)", "--at", "w=1"],
+            "received 'sine(w)'; did you mean 'sin'? available: abs, acos",
+        ),
+        (["rate*w", "--at", "rat=1,w=2"], "received 'rate'; did you mean 'rat'?"),
+        (
+            ["w"],
+            "names with a value (--at), + - * / ** (not ^) @, parentheses and functions; received",
         ),
         (
             ["w", "--at", "w=1", "--wrt", "v"],
-            "expected names with a value, each once; received v; available: w",
+            "expected names with a value, each once, received v; available: w",
         ),
         (
             ["w", "--at", "w=1", "--wrt", "w,w"],
-            "expected names with a value, each once; received w,w",
+            "expected names with a value, each once, received w,w",
         ),
-        (["sin(w, w)", "--at", "w=1"], "sin takes 1 argument(s), received 2"),
-        (["sin*w", "--at", "w=1"], "sin is a function: expected sin(...)"),
+        (["sin(w, w)", "--at", "w=1"], "received 'sin(w, w)'"),
+        (["sin*w", "--at", "w=1"], "received 'sin'"),
         (
             ["x*y", "--at", "x=[1,2],y=[1,2,3]", "--wrt", "x"],
             "column 1: operands could not be broadcast together",
         ),
         (["A@x", "--at", "A=[[1,2]],x=[1]", "--wrt", "x"], "column 1: matmul: "),
-        (["w", "--at", "w"], "received 'w' (a value without a name)"),
+        (["w", "--at", "w"], "each name once, received 'w'"),
         (["w", "--at", "w=nan"], "expected NAME=VALUE,... where VALUE is a finite number"),
         (["w", "--at", "w=[1,[2]]"], "received 'w=[1,[2]]'"),
-        (["w", "--at", "w=[True]"], "(w is not a finite number)"),
-        (["w", "--at", "w=1e999"], "(w is not a finite number)"),
-        (["w", "--at", "w=[]"], "(w is not a finite number)"),
-        (["w", "--at", "w=[[[1]]]"], "or 3 dimensions: at most 64 and 2"),
+        (["w", "--at", "w=[True]"], "(w)"),
+        (["w", "--at", "w=1e999"], "(w)"),
+        (["w", "--at", "w=[]"], "(w)"),
+        (["w", "--at", "w=[[[1]]]"], "[1,2,...] or [[1,2],[3,4]], received 'w=[[[1]]]'"),
         (["w", "--at", "w=" + "[" * 900], "too many nested parentheses"),
         (["w", "--at", "w=" + "-" * 90_000 + "1"], "expected NAME=VALUE,..."),
         (["w", "--at", "w=print(1)"], "received 'w=print(1)'"),
-        (["w", "--at", "w=1,w=2"], "w is repeated, not a name, a function or a constant"),
-        (["w", "--at", "sum=1,w=1"], "sum is repeated, not a name, a function or a constant"),
+        (["w", "--at", "w=1,w=2"], "each name once, received 'w=1,w=2'"),
+        (["w", "--at", "sum=1,w=1"], "names that are no function or constant, received sum"),
         (["w", "--at", "lambda=1,w=1"], "received 'lambda=1,w=1'"),
-        (["w", "--at", f"w={[1] * 65}"], "65 elements, or 3 dimensions: at most 64 and 2"),
-        (
-            ["w", "--at", "w=1", "--order", "5"],
-            "expected 1 to 4 (3 and 4 only for one scalar variable",
-        ),
-        (["-w", "--at", "v=1"], "column 2: 'w' has no value"),
-        (["w", "--at", "w=[1,2]", "--order", "3"], "expected 1 to 2 (3 and 4 only for one scalar"),
+        (["w", "--at", f"w={[1] * 65}"], "at most 64 elements, received 65"),
+        (["w", "--at", "w=1", "--order", "5"], "--order: expected 1 to 4, and at most 256"),
+        (["-w", "--at", "v=1"], "expression, column 2: expected numbers"),
+        (["x", "--at", f"x={[1] * 7}", "--order", "3"], "received 3 for 7 elements of --wrt"),
         (["w", "--model", "x.toml"], "--model uses the network's loss"),
         (["--model", "x.toml"], "x.toml"),
     ],

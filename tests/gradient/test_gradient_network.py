@@ -110,8 +110,8 @@ def test_a_layer_with_a_wrong_gradient_is_found(
     code, out, err = command("gradient", "--model", "correct.toml")
     assert (code, err) == (0, "")
     assert "dropout is off" in out
-    assert "20 of 720" in out
-    assert "0 (None)" in out
+    (row,) = (line.split() for line in out.splitlines() if "not_connected/unused" in line)
+    assert row[-4:] == ["0", "0", "False", "True"]  # largest, relative error, connected, passed
 
 
 def test_kinks_are_found_without_the_gradient_under_test() -> None:
@@ -133,7 +133,7 @@ def test_networks_that_cannot_be_checked_are_refused() -> None:
     own_type = {"name": "Dense", "options": {"units": 3, "dtype": "float32"}}
     with pytest.raises(InputError, match="weights of float32 under every dtype policy"):
         network.check(configured("layers", layers=["Flatten", own_type]))
-    with pytest.raises(InputError, match="differs from call to call"):
+    with pytest.raises(InputError, match="loss: expected the same in each call"):
         network.check(configured("layers", layers=["Flatten", "test_gradient>AlwaysRandom"]))
     with pytest.raises(CheckError, match="the loss is nan: expected a finite number"):
         network.check(configured("layers", layers=["Flatten", "test_gradient>NotFinite"]))

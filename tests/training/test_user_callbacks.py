@@ -135,7 +135,7 @@ def test_harmful_callbacks_are_refused_from_python(callback: Any, in_tmp_path: P
 def test_a_callback_that_cannot_start_is_one_line() -> None:
     logger = {"name": "CSVLogger", "options": {"filename": "missing/log.csv"}}
     config = Config().with_changes(TINY | {"training.callbacks": [logger]})
-    with pytest.raises(InputError, match="a callback cannot start: "):
+    with pytest.raises(InputError, match="a callback failed: "):
         trainer.fit(config)
 
 
@@ -179,3 +179,11 @@ def test_metrics_with_a_reserved_name_are_refused(
     metrics = {"training.metrics": [{"name": name, "options": options}]}
     with pytest.raises(InputError, match="is reserved: choose another"):
         build_experiment(Config().with_changes(TINY | metrics), PhaseTimer())
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_a_wrong_option_is_one_line_when_keras_uses_it() -> None:
+    options = {"name": "EarlyStopping", "options": {"start_from_epoch": "x"}}
+    config = Config().with_changes(TINY | {"training.callbacks": [options]})
+    with pytest.raises(InputError, match=r"a callback failed: .*'<' not supported"):
+        trainer.fit(config)

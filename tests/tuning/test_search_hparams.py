@@ -8,8 +8,8 @@ from typing import Any
 import trainer
 from trainer import report
 from trainer.run import Run
-from trainer.tuning import results
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.trial import write_session
 
 
 def test_every_column_of_the_hparams_page_can_be_sorted(
@@ -44,12 +44,16 @@ def test_every_column_of_the_hparams_page_can_be_sorted(
             record = TrialRecord(
                 trial=str(trial), status="completed", values={key: value}, epochs=1, score=0.5
             )
-            results.write_session(directory, record, 0.0)
+            write_session(directory, record)
     address = tensorboard(in_tmp_path)
     deadline = time.monotonic() + 60
     while len(groups := session_groups(address)) < 17:
         assert time.monotonic() < deadline, [group["name"] for group in groups]
         time.sleep(0.2)
+    sessions = {group["name"]: group for group in groups}
+    assert sessions["e-1"]["hparams"][option] == 16.5
+    session = sessions["e-1"]["sessions"][0]
+    assert session["startTimeSecs"] <= session["endTimeSecs"]
     columns = {key for group in groups for key in group["hparams"]}
     for column in columns:
         for order in ("ORDER_ASC", "ORDER_DESC"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.benchmark.timing import Budget, Measurement, run_interleaved
+from trainer.benchmark.timing import Budget, Measurement
 from trainer.saving.runtimes import RUNTIMES
 
 _BATCH_SECONDS = 1.0
@@ -32,10 +32,12 @@ def main(kind: str, path: str, images_file: str, calls: str) -> None:
     loaded = time.perf_counter()
     # Blocks are short, usually one call: a percentile is that of requests, not of means.
     one = Measurement(lambda: predict(images[:1]), budget=Budget(block_seconds=1e-4))
-    run_interleaved([one.run_block], blocks=int(calls), seed=0)
+    for _ in range(int(calls)):
+        one.run_block()
     many = Measurement(lambda: predict(images), budget=Budget(block_seconds=0.05))
     blocks = max(_MIN_BLOCKS, int(_BATCH_SECONDS / (many.call_seconds * many.calls_per_block)))
-    run_interleaved([many.run_block], blocks=blocks, seed=0)
+    for _ in range(blocks):
+        many.run_block()
     measured = {
         "import_seconds": imported - start,
         "load_seconds": loaded - imported,

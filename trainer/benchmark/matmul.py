@@ -1,170 +1,110 @@
-"""`trainer benchmark matmul`: the textbook's demonstration, with a clock that waits."""
+"""`trainer benchmark matmul`: matrix products of growing size; other benchmarks use the largest.
 
+Two shapes: "dot" ([1, n] x [n, 1]) does two operations for eight bytes and is limited by memory;
+"square" ([n, n] x [n, n]) is limited by arithmetic.
+"""
+
+import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+import psutil
+import tensorflow as tf
+from numpy.typing import NDArray
 
-from trainer.benchmark.cases import baselines_of, check_share, measure, synchronize
-from trainer.benchmark.curves import crossover_notes, draw_curves, find_crossovers
-from trainer.benchmark.devices import select_each
-from trainer.benchmark.products import (
-    fastest,
-    multiply_on,
-    place_operands,
-    product_cases,
-    product_row,
+from trainer.benchmark.cases import (
+    Case,
+    check_device,
+    complete_row,
+    measure,
+    select_each,
+    synchronize,
 )
-from trainer.benchmark.result import BenchmarkResult, Columns, spread_text, time_text
+from trainer.benchmark.result import RATES, BenchmarkResult
 from trainer.benchmark.timing import Budget, Measurement
+from trainer.errors import CheckError, InputError
 
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
 QUICK = Budget(7, 0.004, 0.05, tuple(4**k for k in range(6)), (1, 100, 10**4, 10**6, 10**7))
-_COLUMNS: Columns = {
-    "shape": ("shape", ""),
-    "n": ("n", ","),
-    "device": ("device", ""),
-    "type": ("dtype", ""),
-    "time": ("seconds", time_text),
-    "IQR": ("timing", spread_text),
-    "GFLOP/s": ("gflop_per_s", ".3g"),
-    "GB/s": ("gbyte_per_s", ".3g"),
-    "share": ("share", ".1%"),
-}
-_TEXTBOOK_COLUMNS: Columns = {
-    "n": ("n", ","),
-    "device": ("device", ""),
-    "tensors": ("tensors", ", ".join),
-    "warm-up": ("warm_up_seconds", time_text),
-    "book": ("book_seconds", time_text),
-    "awaited": ("waited_seconds", time_text),
-    "book's GFLOP/s": ("book_gflop_per_s", ".3g"),
-}
-_TEXTBOOK_NOTE = (
-    "book: the clock stops after the last call; awaited: after the device has finished. A GPU "
-    "executes calls later, so the book's time is only that of the calls, the same at every size. "
-    "A CPU finishes before the call returns: both times agree."
-)
+_MAX_CALL_SECONDS = 1.0  # longer products are skipped, and the skip is recorded
+_LEAST_PEAK_SIZE = 512  # squares of at least this size have baselines
+# Largest error of a product relative to |a||b|. Rounding alone causes less than half of it.
+_LARGEST_ERROR = {"float32": 1e-5, "tf32": 2e-3, "bfloat16": 1e-2, "float16": 2e-3}
+
+Pair = list[tf.Tensor]  # the two operands of a product
 
 
 def benchmark_matmul(
-    words: list[str],
+    words: list[str] | None,
     *,
-    shapes: list[str],
-    dtypes: list[str],
+    products: dict[str, list[str]],
     largest: int | None = None,
+    textbook: bool = False,
     quick: bool = False,
     seed: int = 0,
 ) -> BenchmarkResult:
     """Measures matrix products of growing size.
 
-    The arguments are the options of `trainer benchmark matmul`; `words` are those of `--device`.
+    The arguments are the options of `trainer benchmark matmul`; `words` are those of `--device`,
+    and `products` are the types of each shape.
 
     Raises:
-        InputError: A device is unknown.
-        MissingError: A device is not available.
         CheckError: A rate is impossible, a product is wrong, or a tensor is on another device.
     """
-    names = select_each(words)
-    budget = _budget(largest, quick=quick)
-    cases = product_cases(names, shapes, dtypes, budget, seed=seed)
-    measured, skipped = measure(cases, budget, seed=seed)
-    baselines = baselines_of(measured)
-    rows = [_complete(each, measured) for each in measured if each not in baselines]
-    crossovers = find_crossovers(rows, "n", first=names[0])
+    names, budget = select_each(words), QUICK if quick else FULL
+    if largest is not None:
+        sizes = (budget.square_sizes, budget.dot_sizes)
+        squares, dots = ((*(n for n in each if n < largest), largest) for each in sizes)
+        budget = replace(budget, square_sizes=squares, dot_sizes=dots)
+    cases = product_cases(names, products, budget, seed=seed)
+    measured, baselines, skipped = measure(cases, budget, seed=seed)
+    for each in measured if textbook else ():
+        _seconds_of_ten(each.call, synchronize)  # as the book does: ten calls to warm up
+        each.row["waited_seconds"] = _seconds_of_ten(each.call, synchronize)
+        each.row["book_seconds"] = _seconds_of_ten(each.call, lambda: None)
+    columns = ("n", "device", "dtype", "book_seconds", "waited_seconds")
     return BenchmarkResult(
-        name="matmul",
+        name="textbook" if textbook else "matmul",
         subject=f"matrix products on {', '.join(names)}",
-        rows=rows,
-        columns=_COLUMNS,
-        notes=crossover_notes(crossovers),
-        skipped=skipped,
-        settings={"seed": seed, "dtypes": dtypes, **asdict(budget)},
+        rows=[complete_row(each, measured, baselines, **_limit(each.row)) for each in measured],
+        columns=columns if textbook else ("shape", "n", "device", "dtype", *RATES),
+        settings={"seed": seed, "products": products, **asdict(budget)},
         devices=names,
-        facts={"crossovers": crossovers},
-        baselines=baselines,
-        figure=_figure(rows, shapes, crossovers),
-        size="n",
+        x="n",
+        panel="shape",
         scalars=_scalars,
+        skipped=skipped,
+        baselines=baselines,
     )
 
 
-def textbook_matmul(
-    words: list[str], *, largest: int | None = None, quick: bool = False, seed: int = 0
-) -> BenchmarkResult:
-    """Times the dot product as the textbook does, and again with a clock that waits.
+def _seconds_of_ten(call: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Returns the mean seconds of ten calls.
 
-    The book makes ten calls to warm up, and reports the mean of ten more calls. The arguments are
-    those of `benchmark_matmul`.
+    A GPU executes calls later. Without waiting for it, this is only the time of the calls.
     """
-    names, generator, rows = select_each(words), np.random.default_rng(seed), []
-    for device, n in itertools.product(names, _budget(largest, quick=quick).dot_sizes):
-        row = product_row("dot", n, device, "float32")
-        pair, _, _ = place_operands(row, generator)
-        multiply = multiply_on(device, pair)
-        tensors = [str(t.device).rpartition("device:")[2] for t in (*pair, multiply())]
-        warm_up, book = (_seconds_of_ten(multiply, wait=False) for _ in range(2))
-        waited = _seconds_of_ten(multiply, wait=True)
-        row |= {"tensors": tensors, "warm_up_seconds": warm_up, "book_seconds": book}
-        rows.append(row | {"waited_seconds": waited, "book_gflop_per_s": 2 * n / book / 1e9})
-    return BenchmarkResult(
-        name="textbook",
-        subject=f"[1, n] x [n, 1] as the textbook times it, on {', '.join(names)}",
-        rows=rows,
-        columns=_TEXTBOOK_COLUMNS,
-        notes=[_TEXTBOOK_NOTE],
-        settings={"seed": seed, "calls": 10},
-        devices=names,
-    )
-
-
-def _seconds_of_ten(call: Callable[[], Any], *, wait: bool) -> float:
-    """Returns the mean seconds of ten calls."""
-    synchronize()
     start = time.perf_counter()
     for _ in range(10):
         call()
-    if wait:
-        synchronize()
+    wait()
     return (time.perf_counter() - start) / 10
 
 
-def _budget(largest: int | None, *, quick: bool) -> Budget:
-    """Returns the budget with sizes up to `largest`, which is measured even between two steps."""
-    budget = QUICK if quick else FULL
-    if largest is None:
-        return budget
-    sizes = (budget.square_sizes, budget.dot_sizes)
-    squares, dots = (tuple(sorted({*(n for n in s if n < largest), largest})) for s in sizes)
-    return replace(budget, square_sizes=squares, dot_sizes=dots)
-
-
-def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
-    """Adds timing, rates and the share of the limit to the row of a product.
+def _limit(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns what limits a product, for `complete_row`.
 
     The limit of a square is the GFLOP/s of its device and type. That of a dot product is the GB/s
     of its device for operands that are at least as large.
-
-    Raises:
-        CheckError: The rate is far above the baselines.
     """
-    row, baselines = each.complete_row(), baselines_of(measured)
+    same = {"shape": row["shape"], "device": row["device"]}
     if row["shape"] == "square":
-        work, rate, least = "flops", row["gflop_per_s"], 0
-        same = {key: row[key] for key in ("shape", "device", "dtype")}
-    else:
-        work, rate, least = "bytes", row["gbyte_per_s"], row["bytes"]
-        same = {key: row[key] for key in ("shape", "device")}
-    row["label"], row["most"], row["share"] = f"{row['shape']}/{row['dtype']}", None, None
-    if limit := fastest(baselines, work, at_least=least, **same):
-        check_share(rate, limit, row["key"])
-        row["most"] = fastest(measured, work, at_least=least, **same)
-        row["share"] = rate / row["most"]
-    return row
+        return {"work": "flops", "dtype": row["dtype"], **same}
+    return {"work": "bytes", "at_least": row["bytes"], **same}
 
 
 def _scalars(row: dict[str, Any]) -> dict[str, float]:
@@ -173,12 +113,131 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
     return {f"{tag}/microseconds": row["seconds"] * 1e6, f"{tag}/{rate}": row[rate]}
 
 
-def _figure(rows: list[dict[str, Any]], shapes: list[str], crossovers: dict[str, Any]) -> Figure:
-    """Draws time against n, one panel for each shape."""
-    figure = Figure(figsize=(8 * len(shapes), 5.5), layout="constrained")
-    titles = {"dot": "[1, n] x [n, 1]", "square": "[n, n] x [n, n]"}
-    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        shown = {k: v for k, v in crossovers.items() if k.startswith(f"{shape}/float32/")}
-        draw_curves(axes, [row for row in rows if row["shape"] == shape], "n", shown)
-        axes.set_title(titles[shape])
-    return figure
+def _product_row(shape: str, n: int, device: str, dtype: str) -> dict[str, Any]:
+    """Returns the description of a product, its flops (2 m n k) and the bytes of both operands.
+
+    The types are "float32", "bfloat16", "float16" and "tf32" (float32 operands, TF32 arithmetic).
+    """
+    return {
+        # Results of earlier versions also had products with operands outside the caches ("cold").
+        "key": f"{shape}/{n}/{device}/{dtype}/hot",
+        "label": dtype,
+        "shape": shape,
+        "n": n,
+        "device": device,
+        "dtype": dtype,
+        "flops": 2 * n if shape == "dot" else 2 * n**3,
+        "bytes": (8 if dtype in ("float32", "tf32") else 4) * (n if shape == "dot" else n**2),
+    }
+
+
+def product_cases(
+    devices: list[str], products: dict[str, list[str]], budget: Budget, *, seed: int
+) -> Iterator[Case]:
+    """Yields the products and their baselines, in ascending size.
+
+    `products` are the types of each shape. A GPU also multiplies float32 operands as TF32.
+    """
+    generator = np.random.default_rng(seed)
+    for (shape, dtypes), device in itertools.product(products.items(), devices):
+        has_tf32 = "float32" in dtypes and device.startswith("GPU")
+        for dtype in [*dtypes, "tf32"] if has_tf32 else dtypes:
+            smaller: list[Measurement] = []
+            for n in budget.dot_sizes if shape == "dot" else budget.square_sizes:
+                row = _product_row(shape, n, device, dtype)
+                yield row["key"], functools.partial(_prepare, row, smaller, budget, generator)
+
+
+def _prepare(
+    row: dict[str, Any], smaller: list[Measurement], budget: Budget, generator: np.random.Generator
+) -> list[Measurement]:
+    """Warms up a product and its baselines, and checks its result.
+
+    Raises:
+        InputError: It is too large.
+        CheckError: A tensor is on another device, or the product is wrong.
+    """
+    # The host needs operands of the type, in float32 and in float64.
+    if 8 * row["bytes"] > psutil.virtual_memory().available:
+        raise InputError(f"{row['bytes']:,} bytes of operands do not fit in memory")
+    if smaller:
+        seconds = smaller[-1].call_seconds * row["flops"] / smaller[-1].row["flops"]
+        if seconds > _MAX_CALL_SECONDS:
+            raise InputError(f"one call would take about {seconds:.0f} s")
+    pair = _place_operands(row, generator)
+    multiply, tf32 = _multiply_on(row["device"], pair), row["dtype"] == "tf32"
+    measurement = Measurement(multiply, lambda: synchronize(tf32=tf32), budget, row)
+    tensors = [*pair, multiply()]
+    for tensor in tensors:
+        check_device(tensor, row["device"], row["key"])
+    a, b, product = (tensor.numpy() for tensor in tensors)
+    row["error"] = _check_product(a, b, product, row["dtype"])
+    smaller.append(measurement)
+    if row["shape"] == "dot" or row["n"] >= min(_LEAST_PEAK_SIZE, budget.square_sizes[-1]):
+        return [measurement, *_baselines(row, multiply, pair, budget)]
+    return [measurement]
+
+
+def _place_operands(row: dict[str, Any], generator: np.random.Generator) -> Pair:
+    """Draws random normal operands for a product, on its device."""
+    n, dtype = row["n"], "float32" if row["dtype"] == "tf32" else row["dtype"]
+    shapes = ((1, n), (n, 1)) if row["shape"] == "dot" else ((n, n), (n, n))
+    drawn = [generator.standard_normal(shape, np.float32) for shape in shapes]
+    with tf.device(row["device"]):
+        return [tf.identity(tf.cast(tf.constant(array), dtype)) for array in drawn]
+
+
+def _multiply_on(device: str, pair: Pair) -> Callable[[], tf.Tensor]:
+    """Returns a call that multiplies two operands on a device."""
+
+    def multiply() -> tf.Tensor:
+        with tf.device(device):
+            return tf.matmul(*pair)
+
+    return multiply
+
+
+def _baselines(
+    row: dict[str, Any], multiply: Callable[[], tf.Tensor], pair: Pair, budget: Budget
+) -> list[Measurement]:
+    """Measures the same product with another wait, and in numpy."""
+    last: deque[tf.Tensor] = deque(maxlen=1)
+
+    def read_back() -> None:
+        """Reads one value of the last result. A device executes its operations in order."""
+        for tensor in last:
+            tensor[0, 0].numpy()
+        tf.config.experimental.enable_tensor_float_32_execution(row["dtype"] == "tf32")
+
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "product": (lambda: last.append(multiply()), read_back)
+    }
+    if row["dtype"] == "float32" and row["device"].startswith("CPU"):
+        left, right = (tensor.numpy() for tensor in pair)
+        calls["numpy"] = (lambda: left @ right, lambda: None)
+    longer = replace(budget, block_seconds=3 * budget.block_seconds)  # reading takes time, too
+    return [
+        Measurement(*each, longer, row | {"key": f"{row['key']}/{name}", "baseline": name})
+        for name, each in calls.items()
+    ]
+
+
+def _check_product(a: NDArray[Any], b: NDArray[Any], product: NDArray[Any], dtype: str) -> float:
+    """Compares eight rows of a matrix product with the float64 product of the same operands.
+
+    Returns:
+        The largest error, relative to |a||b|.
+
+    Raises:
+        CheckError: The error is too large for the type.
+    """
+    rows = np.linspace(0, len(a) - 1, min(len(a), 8)).astype(int)
+    left, right = a[rows].astype(np.float64), b.astype(np.float64)
+    error = abs(product[rows].astype(np.float64) - left @ right)
+    relative = error / (abs(left) @ np.abs(right, out=right))
+    if not (relative <= _LARGEST_ERROR[dtype]).all():
+        raise CheckError(
+            f"the {dtype} product of {list(a.shape)} and {list(b.shape)} is wrong: its relative "
+            f"error is {relative.max():.3g}"
+        )
+    return float(relative.max())

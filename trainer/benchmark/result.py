@@ -6,24 +6,27 @@ runs/<UTC time>-benchmark-<name>/
     tensorboard/     table, figure and scalars
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainer.benchmark.devices import select_each
 from trainer.benchmark.timing import Measurement
 from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.run import make_directory
 
-# The key of a row, and the format of its value: for `format`, or a function that returns the text.
-Columns = dict[str, tuple[str, str | Callable[[Any], str]]]
+RATES = ("seconds", "timing", "gflop_per_s", "gbyte_per_s", "share")  # columns
+# The titles of columns. The others are the keys of a row.
+_TITLES = {"timing": "IQR", "batches": "IQR", "gflop_per_s": "GFLOP/s", "gbyte_per_s": "GB/s"}
+_STYLES = (".-", "x--", "+-.", "1:")  # marker and line of each label in the figure
 
 
 @dataclass
@@ -33,32 +36,44 @@ class BenchmarkResult:
     name: str
     subject: str  # title of the table
     rows: list[dict[str, Any]]  # plain values, one dictionary for each measured thing
-    columns: Columns  # of the printed table, by title
+    columns: tuple[str, ...]  # of the printed table: keys of a row
     settings: dict[str, Any]
     devices: list[str]
+    x: str  # the column that the figure draws the times against: a size or a name
+    panel: str = ""  # the figure has one panel for each value of this column; "": only one panel
+    scalars: Callable[[dict[str, Any]], dict[str, float]] | None = None  # by tag, if x is a size
     fingerprint: str = ""  # of the data
     skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped thing
-    notes: list[str] = field(default_factory=list)  # results that are sentences
-    facts: dict[str, Any] = field(default_factory=dict)  # further results
     baselines: list[Measurement] = field(default_factory=list)  # they make two results comparable
-    figure: Figure | None = None
-    size: str = ""  # the column that TensorBoard draws the scalars against
-    scalars: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}  # by tag, of a row
-    transposed: bool = False  # whether the printed table has a column for each row
 
     def __post_init__(self) -> None:
-        """Adds the conditions of the measurement, and the reason if no GPU is measured."""
+        """Adds the conditions, the reason if no GPU is measured, and how devices compare.
+
+        Raises:
+            InputError: There are no rows.
+        """
+        if not self.rows:
+            reasons = "; ".join(map(": ".join, self.skipped.items()))
+            raise InputError(f"nothing was measured: {reasons}")
+        if len(self.devices) > 1:  # how many times as fast as the first device
+            self.columns += ("speedup",)
+            seconds = {row["key"]: row["seconds"] for row in self.rows}
+            for row in self.rows:
+                key = row["key"].replace(row["device"], self.devices[0])
+                # Only GPUs have TF32. It is compared with the CPU's float32.
+                first = seconds.get(key.replace("tf32", "float32"))
+                row["speedup"] = first / row["seconds"] if first else None
         self.environment = describe_environment(tuple(self.devices), self.fingerprint)
         self.settings["devices"] = self.devices
-        if not any(name.startswith("GPU") for name in self.devices) and self.name != "formats":
-            reason = "TensorFlow finds none on this machine; `trainer doctor` explains why"
-            found = any(name.startswith("GPU") for name in select_each([]))
-            self.skipped["GPU"] = "--device does not name it" if found else reason
+        if self.name != "formats" and not any(name.startswith("GPU") for name in self.devices):
+            self.skipped["GPU"] = (
+                "--device names none, or `trainer doctor` explains what is missing"
+            )
 
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
-        names = ("subject", "settings", "rows", "facts", "skipped", "environment")
-        baselines = {entry.row["key"]: entry.timing() for entry in self.baselines}
+        names = ("subject", "settings", "rows", "skipped", "environment")
+        baselines = {each.row["key"]: each.timing() for each in self.baselines}
         plain = {name: getattr(self, name) for name in names}
         return {"benchmark": self.name, **plain, "baselines": baselines}
 
@@ -69,16 +84,15 @@ class BenchmarkResult:
 
     def table(self) -> list[list[str]]:
         """Returns the printed table; the first line has the titles."""
-        lines = [list(self.columns)]
-        for row in self.rows:
-            cells = [(row[key], spec) for key, spec in self.columns.values()]
-            lines.append([_text(value, spec) for value, spec in cells])
-        return [list(line) for line in zip(*lines, strict=True)] if self.transposed else lines
+        lines = [[_TITLES.get(key, key.replace("_", " ")) for key in self.columns]]
+        lines += [[_text(key, row[key]) for key in self.columns] for row in self.rows]
+        # The formats are few and have many columns: each is a column.
+        return [*map(list, zip(*lines, strict=True))] if self.name == "formats" else lines
 
     def lines(self) -> list[str]:
         """Returns the lines below the table."""
         skipped = [f"skipped: {key}: {reason}" for key, reason in self.skipped.items()]
-        return [*self.notes, *skipped, "docs/benchmark.md explains the columns"]
+        return [*skipped, "docs/benchmark.md explains the columns"]
 
     def write(self, runs: str) -> Path:
         """Writes a new directory for the result into the folder `runs`, and returns its path.
@@ -89,38 +103,50 @@ class BenchmarkResult:
         path = make_directory(runs, f"benchmark-{self.name}")
         try:
             write_text(path / f"{self.name}.json", self.json())
-            if self.figure is not None:
-                self.figure.savefig(path / f"{self.name}.png", dpi=150)
-            self._write_tensorboard(path / "tensorboard")
+            self._write_charts(path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from None
         return path
 
-    def _write_tensorboard(self, path: Path) -> None:
+    def _write_charts(self, path: Path) -> None:
         import tensorflow as tf
 
         from trainer.report import write_figure
 
+        board = path / "tensorboard"
         titles, *rows = self.table()
         lines = [titles, ["---"] * len(titles), *rows]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        with tf.summary.create_file_writer(str(path)).as_default(step=0):
+        with tf.summary.create_file_writer(str(board)).as_default(step=0):
             text = "\n\n".join([table, *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
-            if self.figure is not None:
-                write_figure(f"benchmark/{self.name}", self.figure)
+            figure = draw_times(self.rows, self.x, self.panel)
+            figure.savefig(path / f"{self.name}.png", dpi=150)
+            write_figure(f"benchmark/{self.name}", figure)
+        if self.scalars is None:
+            return
         # One TensorBoard run for each device: devices are drawn in the same charts.
-        for device in dict.fromkeys(row["device"] for row in self.rows if self.size):
-            with tf.summary.create_file_writer(str(path / device.replace(":", ""))).as_default():
+        for device in self.devices:
+            with tf.summary.create_file_writer(str(board / device.replace(":", ""))).as_default():
                 for row in (row for row in self.rows if row["device"] == device):
                     for tag, value in self.scalars(row).items():
-                        tf.summary.scalar(tag, value, step=row[self.size])
+                        tf.summary.scalar(tag, value, step=row[self.x])
 
 
-def _text(value: Any, spec: str | Callable[[Any], str]) -> str:
+def _text(key: str, value: Any) -> str:
+    """Returns a cell of the printed table."""
     if value is None:
         return ""
-    return format(value, spec) if isinstance(spec, str) else spec(value)
+    if isinstance(value, dict):  # the interquartile range of a timing, relative to its median
+        low, high = value["quartiles_seconds"]
+        return f"{(high - low) / value['median_seconds']:.0%}"
+    if key.endswith("seconds"):
+        return time_text(value)
+    if key.endswith(("share", "overhead")):
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def time_text(seconds: float) -> str:
@@ -128,7 +154,37 @@ def time_text(seconds: float) -> str:
     return str(EngFormatter("s")(float(f"{seconds:.3g}"))).replace("\N{MICRO SIGN}", "u")
 
 
-def spread_text(timing: dict[str, Any]) -> str:
-    """Returns the interquartile range of a timing, relative to its median."""
-    low, high = timing["quartiles_seconds"]
-    return f"{(high - low) / timing['median_seconds']:.0%}"
+def draw_times(rows: list[dict[str, Any]], x: str, panel: str) -> Figure:
+    """Draws medians and quartiles, one color for each device, one style for each "label"."""
+    panels, devices, labels = (
+        list(dict.fromkeys(row.get(key, "") for row in rows)) for key in (panel, "device", "label")
+    )
+    figure = Figure(figsize=(8 * len(panels), 6), layout="constrained")
+    is_size = isinstance(rows[0][x], int)
+    for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for device, label in itertools.product(devices, labels):
+            wanted = (title, device, label)
+            curve = [r for r in rows if (r.get(panel, ""), r["device"], r["label"]) == wanted]
+            if not curve:
+                continue
+            timings = [row["timing"] for row in curve]
+            median = np.array([timing["median_seconds"] for timing in timings])
+            low, high = np.transpose([timing["quartiles_seconds"] for timing in timings])
+            style = _STYLES[labels.index(label) % len(_STYLES)]
+            axes.errorbar(
+                [row[x] for row in curve],
+                median,
+                [median - low, high - median],
+                fmt=style if is_size else style[0],
+                color=f"C{devices.index(device)}",
+                label=f"{device} {label}",
+            )
+        axes.set(xlabel=x.replace("_", " "), ylabel="seconds: median and quartiles", title=title)
+        axes.set_yscale("log")
+        if is_size:
+            axes.set_xscale("log")
+        else:
+            axes.tick_params("x", rotation=90)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize=9)
+    return figure

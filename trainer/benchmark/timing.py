@@ -47,7 +47,7 @@ class Measurement:
             row: The row of the result: key, device, the work in flops and bytes, and so on.
             parts: Blocks are timings of one of so many equal parts of a call.
         """
-        self._call, self._wait, self._parts, self.row = call, wait, parts, row or {}
+        self.call, self._wait, self._parts, self.row = call, wait, parts, row or {}
         self.block_seconds: list[float] = []  # mean duration of a call or part, for each block
         self.calls_per_block = 1
         self.first_seconds = self._time_block()  # tracing, compiling, allocating memory
@@ -73,17 +73,9 @@ class Measurement:
             "warmup_blocks": self.warmup_blocks,
         }
 
-    def complete_row(self) -> dict[str, Any]:
-        """Adds timing and rates to the row, and returns it."""
-        self.row["seconds"] = self.median
-        self.row["gflop_per_s"] = self.row["flops"] / self.median / 1e9
-        self.row["gbyte_per_s"] = self.row["bytes"] / self.median / 1e9
-        self.row["timing"] = self.timing()
-        return self.row
-
     def _time_block(self) -> float:
         """Returns the mean seconds of the calls of one block."""
-        call, calls = self._call, range(self.calls_per_block)
+        call, calls = self.call, range(self.calls_per_block)
         self._wait()
         start = time.perf_counter()
         for _ in calls:

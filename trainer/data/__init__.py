@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.config import DataConfig, call_with_options
-from trainer.errors import InputError, expect
+from trainer.errors import InputError, expect, explain_user_code
 from trainer.images import Images as Images
 from trainer.images import Preprocessing, border_brightness, fit_array
 
@@ -185,7 +185,11 @@ def load(config: DataConfig) -> Dataset:
         InputError: The data set is unknown, damaged or not available.
     """
     where, function = f"data set {config.name!r}", _find(config)
-    source = call_with_options(function, config, options=config.arguments, where="data.options")
+    try:
+        source = call_with_options(function, config, options=config.arguments, where="data.options")
+    except OSError as error:
+        reason = explain_user_code(error) or error
+        raise InputError(f"{where} cannot be read: {reason}") from error
     expect(isinstance(source, Source), where, "load() to return a Source", type(source).__name__)
     _check_class_names(source.class_names, where)
     checked: Any = {split: _checked(source, split) for split in SPLITS}

@@ -1,20 +1,9 @@
 """The verb `doctor`."""
 
-from dataclasses import asdict
-
 import typer
 from rich.text import Text
 
-from trainer.console import (
-    DEFAULT_CONFIG,
-    ConfigArgument,
-    JsonOption,
-    SetOption,
-    load_config,
-    print_json,
-    print_rows,
-    stdout_to_stderr,
-)
+from trainer import console
 
 app = typer.Typer()
 _STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -22,23 +11,28 @@ _STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 @app.command()
 def doctor(
-    config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
+    config: console.ConfigArgument = console.DEFAULT_CONFIG,
+    *,
+    set_: console.SetOption = None,
+    json_: console.JsonOption = False,
 ) -> None:
     """Check the machine, the installation, the data and the GPU kernels of a configuration."""
     from trainer.config import Config
     from trainer.doctor.checks import examine
 
-    is_default = config == DEFAULT_CONFIG and not config.exists() and not set_
-    with stdout_to_stderr():
-        findings = examine(Config() if is_default else load_config(config, set_))
+    is_default = config == console.DEFAULT_CONFIG and not config.exists() and not set_
+    with console.stdout_to_stderr():
+        found = examine(Config() if is_default else console.load_config(config, set_))
     if json_:
-        print_json([asdict(finding) for finding in findings])
+        keys = ("subject", "status", "value", "remedy")
+        rows = [(name, *each) for name, each in found.items()]
+        console.print_json([dict(zip(keys, row, strict=True)) for row in rows])
         return
-    print_rows(
+    console.print_rows(
         (
-            Text(finding.status, _STYLES[finding.status]),
-            Text(finding.subject, "bold"),
-            finding.value + (f"\n-> {finding.remedy}" if finding.remedy else ""),
+            Text(each.status, _STYLES[each.status]),
+            Text(name, "bold"),
+            each.value + (f"\n-> {each.remedy}" if each.remedy else ""),
         )
-        for finding in findings
+        for name, each in found.items()
     )

@@ -53,7 +53,7 @@ def gradient(
     else:
         console.print_line(result.title)
         console.print_rows((row.values() for row in result.table), titles=result.table[0])
-        for line in (result.verdict, *result.notes):
+        for line in (result.verdict, *result.document["notes"]):
             console.print_line(line)
         console.print_run(folder, tensorboard=True)
     if not result.passed:

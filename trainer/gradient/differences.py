@@ -1,14 +1,12 @@
 """Numeric differentiation: central differences with so many digits that rounding does not matter.
 
-mpmath computes with any number of digits. The step can therefore be much shorter than the distance
-from a float64 point to a singularity beside it. scipy.differentiate computes in float64: it accepts
-abs(w) at 0, fails beside a singularity, and has first derivatives only.
+`mpmath.diff` computes with any number of digits. Its step can therefore be much shorter than the
+distance from a float64 point to a singularity beside it.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import mpmath
@@ -16,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
-from trainer.gradient.expression import Array, Expression, element_operations
+from trainer.gradient.expression import Array, Expression, Library, element_operations
 
-STEP = mpmath.mpf(2) ** -176  # about 1e-53; relative to the point, or absolute at 0
-DIGITS = 60  # and 60 more for each order, because a difference of this step cancels 53 of them
-_LEFT, _CENTRAL, _RIGHT = -1, -0.5, 0  # where a difference begins, in steps from the point
-_OPERATIONS = element_operations(mpmath, mpmath.sign)
+# Bits of the result. mpmath takes a step of 2**-342, about 1e-103, and computes with 704 bits for
+# the first order and 352 more for each further one, because a difference cancels that many.
+PRECISION = 332
+_LIBRARY = Library(
+    element_operations(mpmath, mpmath.sign), {"pi": mpmath.pi, "e": mpmath.e}, mpmath.mpf
+)
 
 
-def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
+def derive(expression: Expression, order: int) -> Array:
     """Differentiates an expression at its point from values near it.
 
     Returns:
@@ -34,68 +34,47 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> Array:
     Raises:
         InputError: The derivatives from the left and from the right differ.
     """
-    labels = expression.labels(wrt)
-    derivative = np.empty((expression.value.size, *[len(labels)] * order))
-    with mpmath.workdps(DIGITS * (1 + order)):
-        function = _Function(expression, wrt)
-        for i, lower in itertools.product(range(len(labels)), range(1, order + 1)):
-            function.require_smooth((i,) * lower, labels[i])
-        for index in itertools.combinations_with_replacement(range(len(labels)), order):
-            found = function.quotient(index, STEP, _CENTRAL)
-            for permuted in itertools.permutations(index):
-                place: Any = (slice(None), *permuted)
-                derivative[place] = found
+    point = [mpmath.mpf(number) for number in expression.point.tolist()]
+    units = [abs(x) or 1 for x in point]  # the step is relative to the point, or absolute at 0
+
+    def value(*offsets: Any) -> NDArray[Any]:
+        """Returns the outputs beside the point, [outputs]; nan if one is not real."""
+        moved = [x + unit * t for x, unit, t in zip(point, units, offsets, strict=True)]
+        try:
+            found = expression.evaluate(np.array(moved, object), _LIBRARY)
+        except (ArithmeticError, TypeError):  # division by 0, comparison of complex numbers
+            found = np.full(expression.value.shape, mpmath.nan)
+        outputs = [x if isinstance(x, mpmath.mpf) else mpmath.nan for x in np.ravel(found)]
+        return np.array(outputs, object)
+
+    @functools.cache
+    def quotient(index: tuple[int, ...], direction: int = 0) -> NDArray[Any]:
+        """Returns the difference quotient by each input of `index` in turn, [outputs]."""
+        orders = [index.count(i) for i in range(len(point))]
+        difference = mpmath.diff(value, [0] * len(point), orders, direction=direction)
+        return np.asarray(difference / math.prod(units[i] for i in index))
+
+    derivative = np.empty((expression.value.size, *[len(point)] * order))
+    with mpmath.workprec(PRECISION):
+        for (i, label), lower in itertools.product(enumerate(expression.labels), range(order)):
+            left, right = (quotient((i,) * (lower + 1), direction) for direction in (-1, 1))
+            _require_smooth(left, right, f"{label} = {float(point[i])!r}", lower + 1)
+        for index in np.ndindex(*derivative.shape[1:]):
+            derivative[:, *index] = quotient(tuple(sorted(index)))
     return derivative
 
 
-class _Function:
-    """An expression as a function of the elements of some variables, with mpmath numbers."""
+def _require_smooth(left: NDArray[Any], right: NDArray[Any], where: str, order: int) -> None:
+    """Refuses a kink, a pole or an edge at the point: the derivatives on the two sides differ.
 
-    def __init__(self, expression: Expression, wrt: Sequence[str]) -> None:
-        self.expression, self.wrt = expression, wrt
-        self.point = [mpmath.mpf(number) for number in expression.point(wrt).tolist()]
-        self.value = functools.cache(self._value)  # all quotients need the value at the point
-
-    def require_smooth(self, index: tuple[int, ...], label: str) -> None:
-        """Refuses a kink, a pole or an edge at the point.
-
-        The jump from the derivative on the left to that on the right is proportional to the step at
-        a smooth point. At a kink it does not depend on the step.
-        """
-        left, right = (self.quotient(index, STEP, side) for side in (_LEFT, _RIGHT))
-        near_left, near_right = (
-            self.quotient(index, STEP / 1024, side) for side in (_LEFT, _RIGHT)
+    At a smooth point they differ by the step times the next derivative.
+    """
+    smooth = abs(right - left) <= 1e-30 * abs(right) + 1e-40  # False for nan
+    if not smooth.all():
+        output = int(np.argmin(smooth))
+        what = "slope" if order == 1 else f"derivative of order {order}"
+        raise InputError(
+            f"the expression is not differentiable at {where}: its {what} is "
+            f"{float(left[output]):.4g} on the left and {float(right[output]):.4g} on the right "
+            "(nan: not defined there); choose another point"
         )
-        jump = abs(near_right - near_left)
-        smooth = (jump <= abs(right - left) / 2) | (jump < 1e-40)  # False for nan
-        if not smooth.all():
-            output = int(np.argmin(smooth))
-            what = "slope" if len(index) == 1 else f"derivative of order {len(index)}"
-            raise InputError(
-                f"the expression is not differentiable at {label} = "
-                f"{float(self.point[index[0]])!r}: its {what} is {float(near_left[output]):.4g} on "
-                f"the left and {float(near_right[output]):.4g} on the right (nan: not defined "
-                "there); choose another point"
-            )
-
-    def quotient(self, index: tuple[int, ...], step: Any, start: float) -> NDArray[Any]:
-        """Returns the difference quotient by each input of `index` in turn, [outputs]."""
-        steps = [step * (abs(self.point[i]) or 1) for i in index]
-        total: Any = 0
-        for ends in itertools.product((0, 1), repeat=len(index)):
-            moved = self.point.copy()
-            for i, h, end in zip(index, steps, ends, strict=True):
-                moved[i] += (start + end) * h
-            total = total + (-1) ** (len(index) - sum(ends)) * self.value(tuple(moved))
-        return np.asarray(total / math.prod(steps))
-
-    def _value(self, point: tuple[Any, ...]) -> NDArray[Any]:
-        """Returns the outputs, [outputs]; nan if one is not real."""
-        values = self.expression.split(self.wrt, np.array(point, object), np.reshape)
-        values |= {"pi": mpmath.pi, "e": mpmath.e}
-        try:
-            value = self.expression.evaluate(_OPERATIONS, values, mpmath.mpf)
-        except (ArithmeticError, TypeError):  # division by 0, comparison of complex numbers
-            value = np.full(self.expression.value.shape, mpmath.nan)
-        outputs = [x if isinstance(x, mpmath.mpf) else mpmath.nan for x in np.ravel(value)]
-        return np.array(outputs, object)

@@ -1,15 +1,15 @@
 """Symbolic differentiation by sympy, with one scalar symbol for each element."""
 
 import functools
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from trainer.errors import InputError
-from trainer.gradient.expression import Array, Expression, element_operations
+from trainer.errors import InputError, expect
+from trainer.gradient.expression import Array, Expression, Library, element_operations
 
 _DIGITS = 40  # decimal; results are exact after rounding to float64
 MAX_PARTS = 5_000  # operations of all formulas; sympy needs seconds for this many
@@ -32,16 +32,15 @@ class Sign(sympy.Function):
         return sympy.Integer(0)
 
 
-_OPERATIONS = {
-    **element_operations(sympy, Sign),
-    "mean": lambda x: np.sum(x) / sympy.Integer(np.size(x)),
-}
-_CONSTANTS = {"pi": sympy.pi, "e": sympy.E}
+def _number(value: float) -> Any:
+    """Returns an exact number, so that 2 is shown as 2 and 0.1 as 0.1."""
+    return sympy.Integer(value) if isinstance(value, int) else sympy.Float(repr(value), _DIGITS)
 
 
-def derive(
-    expression: Expression, wrt: Sequence[str], order: int
-) -> tuple[Array, Array, NDArray[Any]]:
+_LIBRARY = Library(element_operations(sympy, Sign), {"pi": sympy.pi, "e": sympy.E}, _number)
+
+
+def derive(expression: Expression, order: int) -> tuple[Array, Array, NDArray[Any]]:
     """Differentiates an expression by rules, then inserts the numbers of its point.
 
     Returns:
@@ -51,11 +50,10 @@ def derive(
     Raises:
         InputError: The formulas are too long, or not finite at the point.
     """
-    names = list(expression.at)
-    elements = np.array([sympy.Symbol(label) for label in expression.labels(names)], object)
-    symbols = expression.split(names, elements, np.reshape)
-    exact = [sympy.Float(number, _DIGITS) for number in expression.point(names).tolist()]
-    numbers = dict(zip(elements, exact, strict=True))
+    every = replace(expression, wrt=list(expression.at))
+    symbols = np.array([sympy.Symbol(label) for label in every.labels], object)
+    exact = [sympy.Float(number, _DIGITS) for number in every.point.tolist()]
+    numbers = dict(zip(symbols, exact, strict=True))
 
     @functools.cache  # a Jacobian can have many equal elements
     def insert(formula: Any) -> float:
@@ -69,22 +67,12 @@ def derive(
 
     to_float = np.vectorize(insert, otypes=[np.float64])
     differentiate = np.frompyfunc(functools.cache(sympy.diff), 2, 1)  # a Hessian is symmetric
-    value = np.asarray(expression.evaluate(_OPERATIONS, _CONSTANTS | symbols, _number), object)
-    inputs = np.array([sympy.Symbol(label) for label in expression.labels(wrt)], object)
+    value = np.asarray(every.evaluate(symbols, _LIBRARY), object)
+    inputs = [sympy.Symbol(label) for label in expression.labels]
     formulas = value.ravel()
     for _ in range(order):
         parts = sum(1 + sympy.count_ops(formula) for formula in formulas.flat)
-        if parts > MAX_PARTS:
-            raise InputError(
-                f"the formulas have {parts:,} parts: expected at most {MAX_PARTS:,}; choose a "
-                "shorter expression, fewer elements or a lower --order"
-            )
+        shorter = "choose a shorter expression, fewer elements or a lower --order"
+        expect(parts <= MAX_PARTS, "formulas", f"at most {MAX_PARTS} parts", f"{parts}; {shorter}")
         formulas = differentiate.outer(formulas, inputs)
     return to_float(value), to_float(formulas), formulas
-
-
-def _number(value: float) -> Any:
-    """Returns an exact number, so that 2 is shown as 2 and 0.1 as 0.1."""
-    if isinstance(value, int) and abs(value) <= 2**53:
-        return sympy.Integer(value)
-    return sympy.Float(repr(float(value)), _DIGITS)

@@ -1,13 +1,12 @@
 """Automatic differentiation by tf.GradientTape, in float64, in a graph that TensorBoard shows."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.gradient.expression import ARITHMETIC, CONSTANTS, FUNCTIONS, Array, Expression
+from trainer.gradient.expression import CONSTANTS, ELEMENTARY, OPERATORS, Array, Expression, Library
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -17,23 +16,21 @@ def _power(base: Any, exponent: Any) -> Any:
     return tf.pow(base, exponent)
 
 
-def _product(left: Any, right: Any) -> Any:
-    return tf.tensordot(left, right, 1)
-
-
-_NAMES = (*ARITHMETIC, *FUNCTIONS, "abs", "sigmoid", "softplus", "minimum", "maximum")
-_OPERATIONS = {name: getattr(tf.math, name) for name in _NAMES} | {
-    "pow": _power,
+_NAMES = (*ELEMENTARY, "abs", "sigmoid", "softplus", "minimum", "maximum")
+_OPERATIONS = {
+    **OPERATORS,
+    **{name: getattr(tf.math, name) for name in _NAMES},
+    **dict.fromkeys(("@", "dot", "matmul"), functools.partial(tf.tensordot, axes=1)),
+    "**": _power,
     "relu": tf.nn.relu,
     "sum": tf.reduce_sum,
     "mean": tf.reduce_mean,
     "transpose": tf.transpose,
-    "dot": _product,
-    "matmul": _product,
 }
+_LIBRARY = Library(_OPERATIONS, CONSTANTS, np.float64, tf.reshape)
 
 
-def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Array, Array, Any]:
+def derive(expression: Expression, order: int) -> tuple[Array, Array, Any]:
     """Differentiates an expression at its point.
 
     Returns:
@@ -45,8 +42,7 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
         """Returns value and derivative by all elements, with one tape around another."""
         if level == 0:
             with tf.name_scope("expression"):
-                values = CONSTANTS | expression.split(wrt, x, tf.reshape)
-                value = expression.evaluate(_OPERATIONS, values, np.float64)
+                value = expression.evaluate(x, _LIBRARY)
                 return value, tf.reshape(value, [-1])
         with tf.GradientTape() as tape:
             tape.watch(x)  # a tape records a tensor, unlike a tf.Variable, only if it watches it
@@ -54,10 +50,9 @@ def derive(expression: Expression, wrt: Sequence[str], order: int) -> tuple[Arra
         with tf.name_scope(f"derivative_{level}"):
             return value, tape.jacobian(target, x, unconnected_gradients="zero")
 
-    point = tf.constant(expression.point(wrt))
-    function = tf.function(lambda x: differentiate(x, order), autograph=False)
-    traced = function.get_concrete_function(
-        tf.TensorSpec(point.shape, tf.float64, name="_".join(wrt))
+    point = tf.constant(expression.point)
+    traced = tf.function(lambda x: differentiate(x, order), autograph=False).get_concrete_function(
+        tf.TensorSpec.from_tensor(point, name="_".join(expression.wrt))
     )
     value, derivative = (np.array(tensor) for tensor in traced(point))
     return value, derivative, traced.graph

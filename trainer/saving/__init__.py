@@ -5,6 +5,6 @@ from typing import Final
 PUBLIC: Final = {
     "export": "trainer.saving.export",
     "load": "trainer.saving.loading",
-    "save": "trainer.saving.files",
+    "save": "trainer.saving.loading",
     "verify": "trainer.saving.versions",
 }

@@ -16,15 +16,16 @@ from trainer.console import (
     start_logging,
     stdout_to_stderr,
 )
+from trainer.saving import PUBLIC
 
 app = typer.Typer()
 
 
-def _call(module: str, function: str, *arguments: Any, **options: Any) -> Any:
-    """Calls a function of this package that imports TensorFlow. Its prints go to stderr."""
+def _call(verb: str, *arguments: Any, **options: Any) -> Any:
+    """Calls the function of a verb, which imports TensorFlow. Its prints go to stderr."""
     start_logging()
     with stdout_to_stderr():
-        return getattr(import_module(f"trainer.saving.{module}"), function)(*arguments, **options)
+        return getattr(import_module(PUBLIC[verb]), verb)(*arguments, **options)
 
 
 @app.command()
@@ -32,32 +33,26 @@ def save(
     run: RunArgument,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="name.keras or name.weights.h5")],
     *,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file")] = False,
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
     """Write the model of a run into one Keras file."""
     require("cpu", run, runs)
-    result = _call("files", "save", run, path, overwrite=overwrite, runs_directory=runs)
+    result = _call("save", run, path, overwrite=overwrite, runs_directory=runs)
     print_table(result, as_json=json_)
 
 
 @app.command()
 def load(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run, a saved or an exported model")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, saved or exported model")],
     *,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score it on the test images of its data")
-    ] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Score its test images")] = False,
     trust: TrustOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Print format, input, output, size and origin of a model in any format."""
-    loaded = _call("loading", "load", path, trust=trust)
+    loaded = _call("load", path, trust=trust)
     with stdout_to_stderr():
         result = loaded.describe() | (loaded.evaluate() if evaluate else {})
     print_table(result, as_json=json_)
@@ -71,19 +66,16 @@ def export(
         str, typer.Option("--format", help="saved_model | litert | litert_int8 | onnx")
     ] = "saved_model",
     name: Annotated[
-        str | None,
-        typer.Option(help="Name of the model (default: data-network); other formats add -FORMAT"),
+        str | None, typer.Option(help="Name of the model (default: data-network)")
     ] = None,
-    directory: Annotated[
-        str, typer.Option("--directory", help="Folder of the exported models")
-    ] = "saved_models",
+    directory: Annotated[str, typer.Option(help="Folder of the exported models")] = "saved_models",
     runs: RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
     """Write a new version of a model for deployment, verified in another process."""
     require("cpu", run, runs)
     options = {"name": name, "directory": directory, "runs_directory": runs}
-    folder, record = _call("export", "export", run, format_, **options)
+    folder, record = _call("export", run, format_, **options)
     facts = {"path": str(folder), "format": record.format, **record.verified.model_dump()}
     print_table(facts, as_json=json_)
 
@@ -96,7 +88,7 @@ def verify(
     json_: JsonOption = False,
 ) -> None:
     """Check an exported model: its checksums, and its predictions in another process."""
-    folder, verified = _call("versions", "verify", path, trust=trust)
+    folder, verified = _call("verify", path, trust=trust)
     result = "unchanged, and the same predictions for the stored images"
     facts = {"path": str(folder), "result": result, **verified.model_dump()}
     print_table(facts, as_json=json_)

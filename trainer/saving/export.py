@@ -1,7 +1,6 @@
 """Exports the model of a run, verifies the result in another process, and publishes it."""
 
 import contextlib
-import itertools
 import math
 import re
 import shlex
@@ -9,27 +8,26 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from trainer import data as datasets
-from trainer import keras_objects
 from trainer.data import Dataset
-from trainer.errors import InputError, shell_command
+from trainer.errors import CheckError, InputError, expect, shell_command
 from trainer.experiment import require_data, restore
 from trainer.files import require_writable
+from trainer.images import read_image
 from trainer.report import markdown_text
-from trainer.run import Run, open_run
-from trainer.saving.files import Origin
-from trainer.saving.formats import ExportFormat, ExportSource, find_format
+from trainer.run import open_run
+from trainer.saving.formats import ExportFormat, find_format
 from trainer.saving.runtimes import of_keras, predict_in_batches
+from trainer.saving.safety import explained
 from trainer.saving.versions import (
-    CARD,
-    CHECK,
-    RECORD,
     ExportRecord,
+    FileComparison,
+    Origin,
     compare,
     compute_checksums,
     list_versions,
@@ -38,6 +36,8 @@ from trainer.saving.versions import (
 _MAX_VERIFIED_IMAGES = 10_000
 _MAX_STORED_IMAGES = 256  # for `verify`
 _CALIBRATION_IMAGES = 500
+_MAX_COMPARED_FILES = 500
+_MIN_AGREEMENT = 0.98  # of the classes by serving_files and by predict
 
 
 def export(
@@ -70,112 +70,128 @@ def export(
     run = open_run(reference, runs_directory=runs_directory)
     origin = Origin.of(run)
     name = name or re.sub(r"[^\w.-]+", "-", f"{origin.spec.name}-{origin.config.model.name}")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise InputError(f"--name: expected letters, digits, '.', '_' and '-', received {name!r}")
+    valid = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
+    expect(valid, "--name", "letters, digits, '.', '_' and '-'", repr(name))
     require_writable(directory, "--directory")
     data = datasets.load(origin.config.data)
     require_data(run, origin.spec.fingerprint, data.spec)
-    model = restore(run, precision="float32")  # before a folder is created
+    model = restore(run, precision="float32")
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-            record = _write(run, model, origin, data, export_format, Path(partial))
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as partial:
+            record = _write(model, origin, data, export_format, Path(partial))
             return _publish(Path(partial), folder, record), record
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if it is empty
 
 
 def _write(
-    run: Run,
-    model: keras.Model,
-    origin: Origin,
-    data: Dataset,
-    export_format: ExportFormat,
-    folder: Path,
+    model: keras.Model, origin: Origin, data: Dataset, export_format: ExportFormat, folder: Path
 ) -> ExportRecord:
     """Writes and verifies an exported model in an empty folder that is not published yet."""
-    precision, seed = origin.config.training.precision, origin.config.data.split_seed
+    seed = origin.config.data.split_seed
     # Sampled at random, because the data may be sorted by class.
     images, labels = data.test.sample(_MAX_VERIFIED_IMAGES, seed).read()
     calibration = data.train.sample(_CALIBRATION_IMAGES, seed).read()[0]
-    expected, difference = predict_in_batches(of_keras(model), images), 0.0
-    check = {"images": images, "labels": labels, "probabilities": expected}
-    if precision != "float32":
-        trained = predict_in_batches(of_keras(restore(run)), images)
-        difference = float(abs(trained - expected).max())
-    try:
-        source = ExportSource(model, origin.spec, calibration)
-        export_format.write(source, folder / export_format.file)
-    except OSError:
-        raise
-    except Exception as error:  # each converter raises its own errors
-        reason = keras_objects.explain(error)
-        raise InputError(
-            f"{run.name} cannot be written as {export_format.name}: {reason}"
-        ) from error
+    check: dict[str, Any] = {"images": images, "labels": labels}
+    check["probabilities"] = predict_in_batches(of_keras(model), images)
+    with explained(f"{origin.run} cannot be written as {export_format.name}"):
+        export_format.write(model, origin.spec, calibration, folder / export_format.file)
     record = ExportRecord(
         **dict(origin),
         format=export_format.name,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         parameters=model.count_params(),
-        precision=precision,
-        precision_difference=difference,
         verified=compare(export_format, folder, check),
+        files=_compare_files(model, data, folder) if export_format.name == "saved_model" else None,
         sha256=compute_checksums(folder),
     )
-    step = slice(None, None, math.ceil(len(images) / _MAX_STORED_IMAGES))
-    np.savez(folder / CHECK, **{key: array[step] for key, array in check.items()})
-    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    step = math.ceil(len(images) / _MAX_STORED_IMAGES)
+    np.savez(folder / "check.npz", **{key: array[::step] for key, array in check.items()})
+    (folder / "export.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return record
+
+
+def _compare_files(model: keras.Model, data: Dataset, folder: Path) -> FileComparison | None:
+    """Sends original files of the test split through `serving_files` and through `predict`.
+
+    Raises:
+        CheckError: The classes of more than a few files differ.
+    """
+    how, test = data.spec.preprocessing, data.test.sample(_MAX_COMPARED_FILES, 0)
+    if how is None or test.files is None:
+        return None
+    signature = tf.saved_model.load(str(folder)).signatures["serving_files"]
+    served, predicted, labels = [], [], []
+    for row in test.rows:
+        file = Path(test.files[row])
+        with contextlib.suppress(tf.errors.InvalidArgumentError):  # for example TIFF
+            served.append(int(signature(image_bytes=tf.constant([file.read_bytes()]))["class"][0]))
+            pixels = read_image(file, how)[0]
+            predicted.append(int(np.argmax(model(pixels[np.newaxis], training=False))))
+            labels.append(int(test.labels[row]))
+    if not labels:
+        return None
+    by_server, by_predict, truth = map(np.array, (served, predicted, labels))
+    agreement = float((by_server == by_predict).mean())
+    if agreement < _MIN_AGREEMENT and (by_server != by_predict).sum() > 1:
+        raise CheckError(
+            f"serving_files and predict agree on {agreement:.1%} of {len(truth)} test files: "
+            f"expected {_MIN_AGREEMENT:.0%} or more"
+        )
+    return FileComparison(
+        images=len(truth),
+        unsupported=len(test) - len(truth),
+        agreement=agreement,
+        accuracy=float((by_server == truth).mean()),
+        predict_accuracy=float((by_predict == truth).mean()),
+    )
 
 
 def _publish(partial: Path, folder: Path, record: ExportRecord) -> Path:
     """Renames a finished version to the next free number, which its card contains."""
     partial.chmod(0o755)  # temporary folders are private
-    for number in itertools.count(max(list_versions(folder), default=0) + 1):
-        version = folder / str(number)
-        (partial / CARD).write_text(model_card(record, version), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    while True:
+        version = folder / str(max(list_versions(folder), default=0) + 1)
+        (partial / "README.md").write_text(model_card(record, version), encoding="utf-8")
         try:
             return partial.rename(version)
         except OSError:
             if not version.exists():  # else another process took this number
                 raise
-    raise AssertionError("not reached")
+
+
+def _files_text(files: FileComparison | None) -> str:
+    if files is None:
+        return ""
+    return (
+        f"- Original files ({files.images:,} of the test split): `serving_files` and `predict` "
+        f"agree on {files.agreement:.2%}; accuracy {files.accuracy:.4f} and "
+        f"{files.predict_accuracy:.4f}. "
+        "Other servers than `trainer serve` read no TIFF, and turn only JPEG files by their EXIF "
+        "orientation; resized pixels may differ by one or two of 255 steps\n"
+    )
 
 
 def model_card(record: ExportRecord, version: Path) -> str:
     """Returns the README of an exported model: its facts, and the commands to use it."""
-    spec, model = record.spec, version.parent
-    outside = "Run these commands in the folder where `trainer export` ran.\n\n"
-    classes = ", ".join(map(markdown_text, spec.class_names[:20]))
-    url = f"http://localhost:8501/v1/models/{quote(model.name)}"
-    takes_files = spec.preprocessing is not None
-    serving = _fill(
-        "model_card_serving.txt",
-        variable=shlex.quote(f"MODEL_NAME={model.name}"),
-        here="" if model.is_absolute() else '"$PWD"/',  # Docker accepts absolute paths only
-        mount=shlex.quote(f"{model}:/models/{model.name}"),
-        serve=shell_command("serve", model.name, "--directory", model.parent),
-        # The image is piped: a photo is longer than a command line argument may be.
-        request=_fill("model_card_request.txt", url=url) if takes_files else f"curl {url}/metadata",
-    )
-    return _fill(
-        "model_card.txt",
-        record=record,
-        version=version,
-        shape=", ".join(map(str, spec.image_shape)),
-        classes=classes + (", ..." if spec.class_count > 20 else ""),
-        where="" if version.is_absolute() else outside,
-        path=str(version),
-        serving=serving if record.format == "saved_model" else "",
-        verify=shell_command("verify", version),
-    )
-
-
-def _fill(template: str, **values: Any) -> str:
-    """Returns a text file of this package with values in the place of its fields."""
-    return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)
+    version = version.absolute()  # Docker accepts absolute paths only
+    model = version.parent
+    values = {
+        "record": record,
+        "version": version,
+        "model": model,
+        "path": str(version),
+        "files": _files_text(record.files),
+        "classes": ", ".join(map(markdown_text, record.spec.class_names)),
+        "verify": shell_command("verify", version),
+        "serve": shell_command("serve", model.name, "--directory", model.parent),
+        "mount": shlex.quote(f"{model}:/models/{model.name}"),
+    }
+    names = ["model_card.txt"]
+    if record.format == "saved_model":
+        names.append("model_card_serving.txt")
+    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
+    return "\n".join(texts).format(**values)

@@ -1,29 +1,33 @@
-"""Loads a model of any format: a run, a Keras file, a SavedModel, LiteRT or ONNX."""
+"""Saves the model of a run as a Keras file, and loads a model of any format."""
 
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer import data as datasets
-from trainer import devices, keras_objects, models
+from trainer import devices, models
 from trainer.data import Images
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 from trainer.experiment import restore
+from trainer.files import write_atomic
 from trainer.prediction import predict_files
 from trainer.run import Run, open_run
 from trainer.saving import safety
-from trainer.saving.files import Origin, read_origin
 from trainer.saving.formats import find_format
-from trainer.saving.runtimes import Predict, of_keras, predict_in_batches
-from trainer.saving.versions import artefact_files, find_version, read_record
-from trainer.training.weights import load_weights
+from trainer.saving.runtimes import RUNTIMES, Predict, of_keras, predict_in_batches
+from trainer.saving.versions import Origin, artefact_files, find_version, read_record
+from trainer.training.weights import load_weights, save_weights
 
-_KINDS = {".keras": "keras", ".weights.h5": "weights", ".tflite": "litert", ".onnx": "onnx"}
+_ATTRIBUTE = "trainer.origin"
+_KINDS = {".tflite": "litert", ".onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,7 @@ class LoadedModel:
 
     def __call__(self, images: Images) -> NDArray[np.float32]:
         """Returns probabilities, float32 [n, classes], of uint8 [n, height, width, channels]."""
-        if not len(images):
-            raise InputError("expected at least one image, received none")
-        probabilities: NDArray[np.float32] = predict_in_batches(self._predict, images)
-        return probabilities
+        return predict_in_batches(self._predict, images)
 
     def predict(self, paths: Sequence[str | Path], **options: Any) -> list[dict[str, Any]]:
         """Predicts the class of image files; see `prediction.predict_files`.
@@ -98,6 +99,51 @@ class LoadedModel:
         }
 
 
+def save(
+    reference: str, path: str | Path, *, overwrite: bool = False, runs_directory: str = "runs"
+) -> dict[str, Any]:
+    """Writes the model of a run into one file.
+
+    Args:
+        reference: A run directory, its name, or "latest".
+        path: Ends in `.keras` (the whole model with its optimizer) or `.weights.h5`.
+        overwrite: Replace an existing file.
+        runs_directory: Folder of the run directories.
+
+    Returns:
+        Path, bytes, parameters and run.
+
+    Raises:
+        InputError: There is no such run, or the path has another suffix, exists, or cannot be
+            written.
+    """
+    path = Path(path)
+    known = path.suffix == ".keras" or path.suffixes[-2:] == [".weights", ".h5"]
+    expect(known, "PATH", "a name that ends in .keras or .weights.h5", path)
+    expect(path.parent.is_dir(), "PATH", "an existing folder", path.parent)
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f"{path} exists already: replace it with --overwrite")
+    run = open_run(reference, runs_directory=runs_directory)
+    model = restore(run, compiled=True)
+    origin = Origin.of(run).model_dump_json()
+    # A zip comment and an HDF5 attribute hold at most 64 KiB.
+    size = len(origin.encode())
+    expect(size < 60_000, "configuration and class names", "under 60000 bytes", size)
+
+    def write_keras(partial: Path) -> None:
+        model.save(partial, overwrite=True)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.comment = origin.encode()
+
+    if path.suffix == ".keras":
+        with safety.explained(f"{path} cannot be written"):
+            write_atomic(path, write_keras)
+    else:
+        save_weights(path, model, attributes={_ATTRIBUTE: origin})
+    size = path.stat().st_size
+    return {"path": str(path), "bytes": size, "parameters": model.count_params(), "run": run.name}
+
+
 def load(path: str | Path, *, trust: bool = False) -> LoadedModel:
     """Loads a model of any format, after checking that loading it runs no other code.
 
@@ -111,64 +157,39 @@ def load(path: str | Path, *, trust: bool = False) -> LoadedModel:
         MissingError: The runtime of the format is not installed.
     """
     path = Path(path)
-    try:
-        if not path.exists() and path.parent == Path():
-            path = open_run(str(path)).path  # the name of a run, or "latest"
-        kind = _identify(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if kind not in _KERAS_LOADERS:
-        return _load_exported(path, kind, trust=trust)
-    model, origin = _KERAS_LOADERS[kind](path, trust)
-    size = (Run(path).weights if kind == "run" else path).stat().st_size
+    if not os.path.lexists(path) and path.parent == Path():
+        path = open_run(str(path)).path  # the name of a run, or "latest"
+    expect(os.path.lexists(path), "load", "a model", f"{path}: there is no such file or folder")
+    if (path / "config.toml").is_file():
+        run = open_run(str(path.absolute()))  # refuses a run that is not finished
+        return _loaded(path, "run", restore(run), Origin.of(run), run.weights)
+    if path.suffix == ".keras":
+        return _loaded(path, "keras", *_load_keras(path, trust=trust), path)
+    if path.suffixes[-2:] == [".weights", ".h5"]:
+        return _loaded(path, "weights", *_load_weights(path, trust=trust), path)
+    return _load_exported(path, trust=trust)
+
+
+def _loaded(
+    path: Path, kind: str, model: keras.Model, origin: Origin | None, file: Path
+) -> LoadedModel:
+    size = file.stat().st_size
     return LoadedModel(path, kind, model.count_params(), size, origin, of_keras(model))
 
 
-def _identify(path: Path) -> str:
-    """Returns "run", "saved_model" for other folders, or the kind of a file by its suffix."""
-    if path.is_dir():
-        return "run" if (path / "config.toml").is_file() else "saved_model"
-    if not path.is_file():
-        raise InputError(f"expected a model, received {path}: there is no such file or folder")
-    for suffix, kind in _KINDS.items():
-        if path.name.endswith(suffix):
-            return kind
-    raise InputError(
-        f"{path} has an unknown format: expected a run, a SavedModel, or a file that ends in "
-        f"{', '.join(_KINDS)}; legacy .h5 models and pickles can contain code and are never loaded"
-    )
+def _load_keras(path: Path, *, trust: bool) -> tuple[keras.Model, Origin | None]:
+    options = {"custom_objects": safety.check_keras(path, trust=trust), "safe_mode": not trust}
+    with safety.explained(f"{path} cannot be loaded by Keras"):
+        model = keras.saving.load_model(path, compile=False, **options)
+    return model, _read_origin(path)
 
 
-def _load_run(path: Path, trust: bool) -> tuple[keras.Model, Origin]:  # noqa: ARG001
-    run = open_run(str(path.absolute()))  # refuses a run that is not finished
-    return restore(run), Origin.of(run)
-
-
-def _load_keras(path: Path, trust: bool) -> tuple[keras.Model, Origin | None]:
-    classes = safety.check_keras(path, trust=trust)
-    try:
-        model = keras.saving.load_model(
-            path, custom_objects=classes, compile=False, safe_mode=not trust
-        )
-    except Exception as error:  # a damaged file raises many types
-        reason = keras_objects.explain(error)
-        raise InputError(f"{path} cannot be loaded by Keras: {reason}") from error
-    return model, read_origin(path)
-
-
-def _load_weights(path: Path, trust: bool) -> tuple[keras.Model, Origin]:
-    try:
-        origin = read_origin(path)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise InputError(f"{path} is not a weights file, or is damaged: {error}") from None
-    run = Run(path.absolute().parent.parent)
+def _load_weights(path: Path, *, trust: bool) -> tuple[keras.Model, Origin]:
+    origin, run = _read_origin(path), Run(path.absolute().parent.parent)
     if origin is None and run.finished and path.absolute().parent == run.checkpoints:
         origin = Origin.of(run)
     if origin is None:
-        raise InputError(
-            f"{path} does not record its network: expected a file made by `trainer save`, or one "
-            "in a run directory"
-        )
+        raise InputError(f"{path} does not record its network: load its run, or use `trainer save`")
     if not trust:
         safety.check_network(path, origin.config.model.options)
     with devices.dtype_policy(origin.config.training.precision):
@@ -177,20 +198,39 @@ def _load_weights(path: Path, trust: bool) -> tuple[keras.Model, Origin]:
     return model, origin
 
 
-_KERAS_LOADERS = {"run": _load_run, "keras": _load_keras, "weights": _load_weights}
+def _read_origin(path: Path) -> Origin | None:
+    """Reads the origin from a `.keras` or `.weights.h5` file. None: the file contains none."""
+    with safety.explained(f"{path} is no Keras file, or is damaged"):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                text: Any = archive.comment
+        else:
+            with h5py.File(path, "r") as file:
+                text = file.attrs.get(_ATTRIBUTE, "")
+        return Origin.model_validate_json(text) if len(text) else None
 
 
-def _load_exported(path: Path, kind: str, *, trust: bool) -> LoadedModel:
+def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
     """Loads an exported model from its version folder, or a file or SavedModel without record."""
-    if kind == "saved_model" and not (path / "saved_model.pb").is_file():
+    if path.is_dir() and not (path / "saved_model.pb").is_file():
         path = find_version(path)
-    record = read_record(path if path.is_dir() else path.parent)
-    if path.is_dir() and record is not None:
-        kind = record.format
-        path = path / find_format(kind).file
+    folder = path if path.is_dir() else path.parent
+    kind = "saved_model" if path.is_dir() else _KINDS.get(path.suffix)
+    record = read_record(folder)
+    if record is not None and path in (folder, folder / find_format(record.format).file):
+        path, kind = folder / find_format(record.format).file, record.format
+    else:
+        record = None  # of another file in this folder
+    if kind is None:
+        raise InputError(
+            f"{path}: expected a run, a SavedModel, or a .keras, .weights.h5, .tflite or .onnx "
+            "file; legacy .h5 models and pickles can contain code and are never loaded"
+        )
+    find_format(kind)  # its packages are installed
     if path.is_dir():
         safety.check_saved_model(path, trust=trust)
-    predict = find_format(kind).open(path)
+    with safety.explained(f"{path} cannot be read as {kind}"):
+        predict = RUNTIMES[kind][1](path)
     size = sum(file.stat().st_size for file in artefact_files(path))
-    kind, parameters = (record.format, record.parameters) if record else (kind, None)
+    parameters = None if record is None else record.parameters
     return LoadedModel(path, kind, parameters, size, record, predict)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 SMALL_BATCHES = 64  # images that are also scored in batches of 1 and of 7
 # Maps images, uint8 [n, height, width, channels], to probabilities, float32 [n, classes].
@@ -29,10 +30,9 @@ def open_saved_model(path: Path) -> Predict:
     loaded = tf.saved_model.load(str(path))
     signature = loaded.signatures["serving_default"]
 
-    def predict(images: Any) -> Any:
+    def predict(images: Any, _loaded: Any = loaded) -> Any:  # keeps the variables alive
         return signature(images=tf.constant(images))["probabilities"].numpy()
 
-    predict.loaded = loaded  # type: ignore[attr-defined]  # keeps the variables alive
     return predict
 
 
@@ -68,7 +68,7 @@ RUNTIMES: dict[str, tuple[str, Callable[[Path], Predict]]] = {
 }
 
 
-def predict_in_batches(predict: Predict, images: Any, batch_size: int = 256) -> Any:
+def predict_in_batches(predict: Predict, images: Any, batch_size: int = 256) -> NDArray[np.float32]:
     """Returns the probabilities of all images. The last batch may be smaller."""
     starts = range(0, len(images), batch_size)
     return np.concatenate([predict(images[i : i + batch_size]) for i in starts], dtype=np.float32)

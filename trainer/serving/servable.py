@@ -37,7 +37,7 @@ class Servable:
         """Checks and loads a version. A damaged SavedModel raises many types of errors."""
         self.name, self.version = folder.parent.name, int(folder.name)
         record = read_record(folder)
-        self._how = record and record.spec.preprocessing
+        self._how = None if record is None else record.spec.preprocessing
         if record is not None:
             verify_checksums(folder, record)
         graph = check_saved_model(folder, trust=trust).meta_graphs[0]

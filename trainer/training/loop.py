@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
-from trainer.keras_objects import explain, nested_layers
+from trainer.keras_objects import KERAS_ERRORS, explain, nested_layers, raised_in_keras_callback
 from trainer.tensorflow_internals import profiler_step
 from trainer.training.batches import Batches
 from trainer.training.call import Call, Logs
@@ -172,7 +172,7 @@ class Loop:
             The value of each metric after each epoch, by name.
 
         Raises:
-            InputError: A callback cannot start: its file or an option is wrong.
+            InputError: A callback of Keras fails: its file or an option is wrong.
             CheckError: The loss is infinite or NaN; the message names the step.
         """
         model, facts = self.model, {"epochs": epochs, "steps": train.steps, "verbose": 0}
@@ -181,10 +181,7 @@ class Loop:
         )
         model.stop_training = False
         self._calls_run, self._warmup_calls, self._epochs = 0, warmup_calls, epochs
-        try:
-            self._timed("callbacks", hooks.on_train_begin)
-        except (OSError, TypeError, ValueError) as error:  # of a file or an option
-            raise InputError(f"a callback cannot start: {explain(error)}") from error
+        self._timed("callbacks", hooks.on_train_begin)
         try:
             logs = self._train(train, validation, hooks, start or Progress())
         except CheckError:
@@ -444,6 +441,10 @@ class Loop:
         start, before = time.perf_counter(), sum(asdict(self.seconds).values())
         try:
             return function(*arguments, **options)
+        except KERAS_ERRORS as error:
+            if raised_in_keras_callback(error):
+                raise InputError(f"a callback failed: {explain(error)}") from error
+            raise
         finally:
             counted_inside = sum(asdict(self.seconds).values()) - before
             seconds = time.perf_counter() - start - counted_inside

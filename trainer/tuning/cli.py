@@ -1,5 +1,6 @@
 """The verb of the tuning tool: tune."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,13 +38,14 @@ def tune(
     json_: console.JsonOption = False,
 ) -> None:
     """Search for better settings. The same command continues an interrupted search."""
-    from trainer.tuning.space import check_space
+    from trainer.tuning.config import check_space
 
-    flags = {"tuning.max_trials": trials, "logging.name": name}
-    loaded = console.load_config(config, set_, flags)
+    loaded = console.load_config(config, set_, {"tuning.max_trials": trials, "logging.name": name})
     check_space(loaded)
     console.require(loaded.training.device)
     terminal = console.start_logging()
+    for handler in logging.getLogger("trainer").handlers:  # shows trials, but not their trainings
+        handler.addFilter(lambda each: each.levelno > logging.INFO or ".tuning." in each.name)
     with console.stdout_to_stderr():
         search = console.import_module("trainer.tuning.search")
         result = search.tune(loaded, workers=workers, refit=refit, console=terminal)
@@ -56,28 +58,22 @@ def tune(
 
 
 def _print_search(result: dict[str, Any]) -> None:
-    from trainer.tuning.space import short_names
-
     sign, trials = -1 if result["direction"] == "max" else 1, result["trials"]
-    names = short_names(dict.fromkeys(key for trial in trials for key in trial["values"]))
+    keys = list(dict.fromkeys(key for trial in trials for key in trial["values"]))
     scored = [trial for trial in trials if trial["score"] is not None]
     rows = []
     for trial in sorted(scored, key=lambda trial: sign * trial["score"])[:_TABLE_ROWS]:
-        values = [trial["values"].get(key, "") for key in names]
+        values = [trial["values"].get(key, "") for key in keys]
         row = [trial["trial"], f"{trial['score']:.5g}"]
         row += [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
         row += [f"{trial['trained_epochs']}/{trial['epochs']}", f"{trial['seconds']:.1f}"]
         rows.append(row)
-    console.print_rows(rows, titles=("trial", result["objective"], *names.values(), "epochs", "s"))
+    console.print_rows(rows, titles=("trial", result["objective"], *keys, "epochs", "s"))
     status = [trial["status"] for trial in trials]
     counts = f"{status.count('pruned')} pruned, {status.count('failed')} failed"
     console.print_line(f"{len(trials)} trials, {counts}; {result['seconds']:.0f} s")
-    importance = result["importance"] or {}
-    shares = ", ".join(f"{names.get(key, key)} {share:.0%}" for key, share in importance.items())
-    console.print_line(f"importance: {shares}{' ' if shares else ''}({result['importance_note']})")
     if "refit" in result:
-        scores = console.format_scores(result["refit"])
-        run = result["refit"]["run"]
+        scores, run = console.format_scores(result["refit"]), result["refit"]["run"]
         console.print_line(f"refit on train and validation: {scores}; saved in {run}")
     search = Path(result["search"])
     console.print_line(f"the best: `{shell_command('fit', search / 'best.toml')}`; see all with")

@@ -1,18 +1,30 @@
-"""The table [tuning] of a configuration: the search space, and how `trainer tune` searches it."""
+"""The table [tuning] of a configuration: the search space, and how `trainer tune` searches it.
+
+Nothing here imports TensorFlow: an invalid space is refused within a second.
+"""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config import Section
-from trainer.errors import did_you_mean
+from trainer.config import Config, Section
+from trainer.errors import InputError, MissingError, did_you_mean, expect
 
 # Keys of earlier versions: refused in files, translated in stored configurations.
 RENAMED = {"trials": "max_trials", "executions": "executions_per_trial", "seconds": "max_seconds"}
 _MAX_VALUES = 10_000  # of a range with a step
+# Trials are compared by the same metrics on the same images, so these keys cannot be searched.
+# The best of several seeds would be luck: tuning.executions_per_trial averages over seeds instead.
+_FIXED = ("data.", "logging.", "tuning.", "training.limit_", "training.metrics.", "training.seed.")
+_FREE = ("data.augmentation.", "data.image_size.")  # the images stay the same
+# How the names of metrics end.
+_DIRECTIONS = {
+    "max": ("acc", "accuracy", "auc", "precision", "recall", "f1_score"),
+    "min": ("loss", "error", "divergence", "crossentropy", "mse", "mae", "mape", "msle"),
+}
 
 
 class Parameter(Section):
@@ -29,7 +41,7 @@ class Parameter(Section):
     choices: list[Any] | None = None
     """Values, instead of a range."""
     when: dict[str, list[Any]] = Field(default={})
-    """Set this key only if other keys have one of these choices."""
+    """Set this key only if other keys, which have no `when`, have one of these choices."""
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> Self:
@@ -41,8 +53,9 @@ class Parameter(Section):
                 raise ValueError(f"choices: expected different values, received {self.choices}")
             return self
         if low is None or high is None or low >= high:
-            received = f"low = {low}, high = {high}"
-            raise ValueError(f"expected low < high, or choices; received {received}")
+            raise ValueError(
+                f"expected low < high, or choices; received low = {low}, high = {high}"
+            )
         if self.scale == "log" and (low <= 0 or (step or math.inf) <= 1):
             raise ValueError(
                 f"scale = 'log' expects low > 0 and step > 1, received low = {low}, step = {step}"
@@ -50,11 +63,6 @@ class Parameter(Section):
         if len(self.values() or ()) == _MAX_VALUES:
             raise ValueError(f"step = {step}: expected fewer than {_MAX_VALUES} values")
         return self
-
-    @property
-    def whole(self) -> bool:
-        """Whether a range has whole values only."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
 
     def values(self) -> list[Any] | None:
         """Returns all possible values; None for a range without a step."""
@@ -104,42 +112,27 @@ class TuningConfig(Section):
 
     @model_validator(mode="after")
     def _check_space(self) -> Self:
-        choices = {key: each.choices for key, each in self.space.items() if each.choices}
+        usable = {key: p.choices for key, p in self.space.items() if p.choices and not p.when}
         for key, parameter in self.space.items():
             for other, values in parameter.when.items():
-                if other not in choices:
+                if other not in usable:
                     raise ValueError(
-                        f"space.{key}.when: expected keys of the space that have choices, "
-                        f"received {other!r}: {did_you_mean(other, choices)}"
+                        f"space.{key}.when: expected keys of the space that have choices and no "
+                        f"`when`, received {other!r}: {did_you_mean(other, usable)}"
                     )
-                if not values or any(value not in choices[other] for value in values):
+                if not values or any(value not in usable[other] for value in values):
                     raise ValueError(
-                        f"space.{key}.when.{other}: expected some of {choices[other]}, "
+                        f"space.{key}.when.{other}: expected some of {usable[other]}, "
                         f"received {values}"
                     )
             inner = [other for other in self.space if other.startswith(f"{key}.")]
             if inner:
                 raise ValueError(f"space: {key!r} and {inner[0]!r} set the same: expected one")
-        self.in_order()
         return self
 
     def in_order(self) -> dict[str, Parameter]:
         """Returns the space, each key after the keys that its conditions name."""
-
-        def depth(key: str, path: tuple[str, ...] = ()) -> int:
-            if key in path:
-                raise ValueError(f"space: the conditions of {', '.join(path)} form a cycle")
-            others = self.space[key].when
-            return max((1 + depth(other, (*path, key)) for other in others), default=0)
-
-        return {key: self.space[key] for key in sorted(self.space, key=depth)}
-
-    def conditions(self, key: str) -> dict[str, list[int]]:
-        """Returns the other keys that a key depends on, and the indices of their choices."""
-        return {
-            other: [(self.space[other].choices or []).index(value) for value in values]
-            for other, values in self.space[key].when.items()
-        }
+        return dict(sorted(self.space.items(), key=lambda item: bool(item[1].when)))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,3 +145,75 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 TABLE = TuningConfig
+
+
+def check_space(config: Config) -> None:
+    """Refuses a space that is empty, or that the configuration or the algorithm cannot use."""
+    tuning = config.table(TuningConfig)
+    example = '"optimizer.learning_rate" = { low = 0.001, high = 0.1, scale = "log" }'
+    expect(tuning.space, "tuning.space is empty", f"keys to search over, as {example}", "none")
+    if config.data.train_on_validation:
+        reason = "the validation images select the best trial"
+        raise InputError(f"data.train_on_validation: expected false, because {reason}")
+    fixed = [*_FIXED]
+    fixed += ["training.loss."] if tuning.objective == "val_loss" else []
+    fixed += ["training.epochs."] if tuning.algorithm == "hyperband" else []  # it chooses them
+    for key, parameter in tuning.space.items():
+        if f"{key}.".startswith(tuple(fixed)) and not f"{key}.".startswith(_FREE):
+            raise InputError(
+                f"tuning.space: {key} must be the same for all trials of a search by "
+                f"{tuning.algorithm} for {tuning.objective}"
+            )
+        if tuning.algorithm == "grid" and parameter.values() is None:
+            raise InputError(f"tuning.space.{key}: a grid expects choices, or a range with a step")
+    check_extremes(config, lambda _: None)
+
+
+def check_extremes(config: Config, build: Callable[[Config], Any]) -> None:
+    """Calls a function with a configuration for each end and each choice of the space.
+
+    An error of the configuration or of the function names the value.
+    """
+    for key, parameter in config.table(TuningConfig).space.items():
+        conditions = {other: values[0] for other, values in parameter.when.items()}
+        for value in parameter.values() or [parameter.low, parameter.high]:
+            try:
+                build(trial_config(config, conditions | {key: value}))
+            except (InputError, MissingError) as error:
+                reason = str(error).removeprefix("the changed configuration: ")
+                raise type(error)(f"tuning.space.{key} = {value!r}: {reason}") from None
+
+
+def direction_of(tuning: TuningConfig) -> str:
+    """Returns "min" or "max"; the name of the objective must show it if the key is "auto"."""
+    if tuning.direction != "auto":
+        return tuning.direction
+    for direction, endings in _DIRECTIONS.items():
+        if tuning.objective.endswith(endings):
+            return direction
+    raise InputError(
+        f"tuning.objective = {tuning.objective!r}: is a higher or a lower value better? Set "
+        "tuning.direction to 'max' or 'min'"
+    )
+
+
+def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the configuration of a trial from its values by dotted key, without tools' tables.
+
+    Another name of optimizer or model drops the options of the configured one, as `--set` does.
+    """
+    tuning = config.table(TuningConfig)
+    core = Config.model_validate(config.model_dump(include=set(Config.model_fields)))
+    changes: dict[str, Any] = {}
+    for section in ("model", "optimizer"):
+        name = getattr(config, section).name
+        if values.get(f"{section}.name", name) != name:
+            changes[f"{section}.options"] = {}
+    changed = core.with_changes(changes | dict(values))
+    callbacks = changed.training.callbacks
+    if not tuning.patience or "earlystopping" in [each.name.lower() for each in callbacks]:
+        return changed
+    options = {"monitor": tuning.objective, "mode": tuning.direction, "patience": tuning.patience}
+    options["restore_best_weights"] = True  # the trial is scored by its best weights
+    stopping = {"name": "EarlyStopping", "options": options}
+    return changed.with_changes({"training.callbacks": [*callbacks, stopping]})

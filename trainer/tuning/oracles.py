@@ -2,14 +2,18 @@
 
 keras-tuner 1.4.8 writes one file per trial and one for the oracle, and replaces none atomically.
 Its grid forgets its position, and its Bayesian oracle repeats its favourite values.
+
+It supports numbers and strings. A choice here can be any TOML value, for example a list of layer
+sizes, so keras-tuner receives its index. Values of a range with a step are indices, too.
 """
 
 import contextlib
 import io
 import itertools
 import json
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras_tuner
@@ -21,66 +25,11 @@ from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.search_directory import SearchDirectory
-from trainer.tuning.space import hyperparameters
+
+_DIGITS = 6  # significant digits of a sampled value: best.toml shows exactly what was tried
 
 
-class _Stored(keras_tuner.Oracle):
-    """Keeps the whole state in one file that is replaced atomically.
-
-    Attributes:
-        seconds: The time of the search so far, interruptions excluded.
-    """
-
-    def __init__(self, search: SearchDirectory, **options: Any) -> None:
-        super().__init__(**options)
-        self.tuning = search.tuning
-        self.max_trials = search.tuning.max_trials
-        self.verbose = 0
-        self.seconds = 0.0
-        self._search = search
-        # This constructor sets the directory of the oracle.
-        BaseTuner(oracle=self, directory=str(search.path), project_name=search.oracle.name)
-
-    @property
-    def late(self) -> bool:
-        """Whether the time of the search is used up."""
-        return self.tuning.max_seconds is not None and self.seconds > self.tuning.max_seconds
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the state including all trials."""
-        trials = [trial.get_state() for trial in self.trials.values()]
-        state: dict[str, Any] = super().get_state()
-        return state | {"trials": trials, "seconds": round(self.seconds, 1)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Restores the state. Every trial without a record is ongoing."""
-        self.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
-        self.seconds = state["seconds"]
-        ended = [each for each in state["end_order"] if self._search.record_file(each).exists()]
-        ongoing = {each: each for each in state["start_order"] if each not in ended}
-        for trial in ongoing:
-            self.trials[trial].status = TrialStatus.RUNNING
-        super().set_state(
-            state | {"ongoing_trials": ongoing, "end_order": ended, "retry_queue": []}
-        )
-
-    def save(self) -> None:
-        """Writes the state atomically."""
-        write_text(self._search.oracle / "oracle.json", json.dumps(self.get_state()))
-
-    def add_records(self) -> None:
-        """Ends the ongoing trials that have a record by now."""
-        for trial in list(self.ongoing_trials.values()):
-            if self._search.record_file(trial.trial_id).exists():
-                score = self._search.record(trial.trial_id).score
-                trial.status = TrialStatus.FAILED
-                if score is not None:
-                    self.update_trial(trial.trial_id, {self.tuning.objective: score})
-                    trial.status = TrialStatus.COMPLETED
-                self.end_trial(trial)
-
-
-class _Bayesian(BayesianOptimizationOracle, RandomSearchOracle):
+class _Bayesian(BayesianOptimizationOracle):
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """Returns the most promising values; random ones if these were tried before."""
         response: dict[str, Any] = super().populate_space(trial_id)
@@ -95,23 +44,18 @@ class _Grid(keras_tuner.Oracle):
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:  # noqa: ARG002
         """Returns the next combination."""
-        following = itertools.islice(combinations(self.tuning), len(self.start_order), None)
+        following = itertools.islice(self._combinations(), len(self.start_order), None)
         values = next(following, None)
         return {"status": TrialStatus.RUNNING if values else TrialStatus.STOPPED, "values": values}
 
-
-def combinations(tuning: TuningConfig) -> Iterator[dict[str, int]]:
-    """Yields the index of each value for all points of a grid; inactive keys are missing."""
-    space = tuning.in_order()
-    for indices in itertools.product(*(range(len(p.values() or ())) for p in space.values())):
-        point: dict[str, int] = {}
-        for key, index in zip(space, indices, strict=True):
-            if all(point.get(k) in allowed for k, allowed in tuning.conditions(key).items()):
-                point[key] = index
-            elif index:
-                break  # an inactive key does not multiply the points
-        else:
-            yield point
+    def _combinations(self) -> Iterator[dict[str, int]]:
+        space = self.get_space()
+        names = [choice.name for choice in space.space]
+        for indices in itertools.product(*(choice.values for choice in space.space)):
+            space.values = dict(zip(names, indices, strict=True))
+            inactive = {choice.name for choice in space.space if not space.is_active(choice)}
+            if not any(space.values[name] for name in inactive):  # once without these keys
+                yield {name: space.values[name] for name in names if name not in inactive}
 
 
 _ORACLES = {
@@ -122,55 +66,93 @@ _ORACLES = {
 }
 
 
-def make_oracle(search: SearchDirectory) -> Any:
-    """Creates the oracle of a search and restores its state.
+@contextlib.contextmanager
+def restored_oracle(search: SearchDirectory) -> Iterator[Any]:
+    """Locks the search, restores its oracle with the results of all processes, and saves it.
 
-    Raises:
-        InputError: The files of the oracle are damaged.
+    The oracle has one more attribute: `seconds`, the time of the search without interruptions.
     """
-    tuning, base = search.tuning, _ORACLES[search.tuning.algorithm]
+    with (
+        search.lock,
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),  # keras-tuner prints for debugging
+        tempfile.TemporaryDirectory() as folder,  # for its own files, which are not used
+    ):
+        try:
+            oracle = _restore(search, folder)
+        except Exception as error:  # keras-tuner raises anything on a damaged state
+            damage = f"{search.path} is damaged: {type(error).__name__}: {error}"
+            raise InputError(f"{damage}; choose another --name") from None
+        yield oracle
+        trials = [trial.get_state() for trial in oracle.trials.values()]
+        state = oracle.get_state() | {"trials": trials, "seconds": round(oracle.seconds, 1)}
+        write_text(search.oracle, json.dumps(state))
+
+
+def _restore(search: SearchDirectory, folder: str) -> Any:
+    """Creates an oracle, sets its state, and ends the trials that have a record by now."""
+    tuning, records = search.tuning, search.records()
+    new = not search.oracle.exists() and not records
+    state: dict[str, Any] = {"trials": [], "seconds": 0.0}
+    state = state if new else json.loads(search.oracle.read_bytes())
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
-        "hyperparameters": hyperparameters(tuning),
-        "max_consecutive_failed_trials": 10**9,  # trainer.tuning.workers counts failures
-    }
-    if tuning.algorithm == "hyperband":
-        # One bracket follows another until max_trials.
-        options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
-    kind: Any = type(base.__name__, (_Stored, base), {})
-    try:
-        state = _read_state(search)
+        "hyperparameters": _hyperparameters(tuning),
+        "max_consecutive_failed_trials": 10**9,  # trainer.tuning.search counts failures
         # keras-tuner replaces seed 0 by a random one. The restored state brings the seed of the
         # search back, except where the Gaussian process starts its optimizer: that differs for
         # each trial, but it is the same after an interruption.
-        oracle = kind(search, seed=tuning.seed + 1 + len(state.get("trials", ())), **options)
-        if state:
-            oracle.set_state(state)
-    except Exception as error:  # keras-tuner raises anything on a damaged state
-        raise InputError(
-            f"{search.oracle} is damaged ({type(error).__name__}: {error}): restore the files, or "
-            "choose another --name"
-        ) from None
+        "seed": tuning.seed + 1 + len(state["trials"]),
+    }
+    if tuning.algorithm == "hyperband":  # one bracket follows another until max_trials
+        options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
+    oracle: Any = _ORACLES[tuning.algorithm](**options)
+    oracle.max_trials, oracle.verbose, oracle.seconds = tuning.max_trials, 0, state["seconds"]
+    BaseTuner(oracle=oracle, directory=folder)  # sets the directory of the oracle
+    if new:
+        return oracle
+    oracle.trials = {each["trial_id"]: Trial.from_state(each) for each in state["trials"]}
+    ongoing = {each: each for each in state["start_order"] if each not in state["end_order"]}
+    oracle.set_state(state | {"ongoing_trials": ongoing})
+    for trial in [each for each in oracle.ongoing_trials.values() if each.trial_id in records]:
+        score = records[trial.trial_id].score
+        if score is not None:
+            oracle.update_trial(trial.trial_id, {tuning.objective: score})
+        trial.status = TrialStatus.FAILED if score is None else TrialStatus.COMPLETED
+        oracle.end_trial(trial)
     return oracle
 
 
-def _read_state(search: SearchDirectory) -> dict[str, Any]:
-    """Returns the content of oracle.json; nothing for a new search."""
-    file = search.oracle / "oracle.json"
-    if not file.exists():
-        return {}
-    state: dict[str, Any] = json.loads(file.read_bytes())
-    if "trials" not in state:  # the first version wrote a file for each trial
-        files = [search.oracle / f"trial_{each}" / "trial.json" for each in state["start_order"]]
-        state |= {"trials": [json.loads(each.read_bytes()) for each in files], "seconds": 0.0}
-        for seconds in search.path.glob("seconds.json"):
-            state |= json.loads(seconds.read_bytes())
-    return state
+def _hyperparameters(tuning: TuningConfig) -> keras_tuner.HyperParameters:
+    """Returns the space as an object of keras-tuner."""
+    space = keras_tuner.HyperParameters()
+    for key, parameter in tuning.in_order().items():
+        with contextlib.ExitStack() as scopes:
+            for other, values in parameter.when.items():
+                choices = tuning.space[other].choices or []
+                indices = [choices.index(value) for value in values]
+                scopes.enter_context(space.conditional_scope(other, indices))
+            if (possible := parameter.values()) is not None:
+                space.Choice(key, list(range(len(possible))))
+            else:
+                whole = isinstance(parameter.low, int) and isinstance(parameter.high, int)
+                add = space.Int if whole else space.Float
+                add(key, parameter.low, parameter.high, sampling=parameter.scale)
+    return space
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppresses what keras-tuner prints for debugging, and its warnings."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def decode(tuning: TuningConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that keras-tuner chose, by dotted key; inactive keys are missing."""
+    found: dict[str, Any] = {}
+    for key, parameter in tuning.in_order().items():
+        if key not in chosen:
+            continue
+        values = parameter.values()
+        if values is not None:
+            found[key] = values[int(chosen[key])]
+        elif isinstance(chosen[key], int):
+            found[key] = chosen[key]
+        else:
+            rounded = float(f"{chosen[key]:.{_DIGITS}g}")
+            found[key] = min(max(rounded, float(parameter.low or 0)), float(parameter.high or 0))
+    return found

@@ -1,41 +1,46 @@
-"""`trainer tune`: checks the configuration, runs the search, writes the results."""
+"""`trainer tune`: checks the configuration, runs the search, writes the results.
+
+Each process of a search runs the same loop, and none leads the others. They share the state of the
+search by files. A process locks the search for a moment, restores the oracle with the results of
+other processes, and takes a trial. Then it trains this trial and holds a lock of it. If the process
+dies, the operating system releases the lock, and another process continues the trial from its
+checkpoint.
+"""
 
 import contextlib
 import logging
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import filelock
 import keras
 import numpy as np
+from keras_tuner.engine.trial import TrialStatus
 from rich.console import Console
 
 from trainer import devices
 from trainer.config import Config, load_config
-from trainer.errors import InputError, MissingError, StoppedError, did_you_mean
-from trainer.experiment import (
-    Experiment,
-    PhaseTimer,
-    build_experiment,
-    compiled_model,
-)
-from trainer.files import require_writable
-from trainer.training.augmentation import make_augmentation
-from trainer.training.optimizer import try_optimizer
+from trainer.errors import CheckError, InputError, StoppedError, did_you_mean, expect
+from trainer.experiment import PhaseTimer, build_experiment
 from trainer.training.user_callbacks import make_callbacks
-from trainer.tuning import results
-from trainer.tuning.config import TuningConfig
-from trainer.tuning.oracles import combinations
-from trainer.tuning.search_directory import SearchDirectory
-from trainer.tuning.space import check_space, direction_of, extremes
-from trainer.tuning.trial import train_or_resume
-from trainer.tuning.workers import Worker, started_workers, stop_with_parent
+from trainer.tuning.config import TuningConfig, check_extremes, check_space, direction_of
+from trainer.tuning.oracles import restored_oracle
+from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.trial import run_trial, train_or_resume
 
 _log = logging.getLogger(__name__)
+
+_VARIABLE = "TRAINER_TUNE_WORKER"  # set in a process that _started_workers() has started
+_WAIT_SECONDS = 0.5  # until a process without a trial asks again
+# So many failures in a row have a common cause, for example a full disk.
+_MAX_FAILURES_IN_A_ROW = 5
 
 
 def tune(
@@ -62,151 +67,194 @@ def tune(
         The content of results.json; None in a process that another `tune` has started.
 
     Raises:
-        InputError: The space does not fit the configuration, or the directory is damaged or holds
-            another search.
+        InputError: The space cannot be searched, or the directory belongs to another search.
         CheckError: No trial has a score, or too many failed.
-        MissingError: A device of the space is missing.
-        StoppedError: A signal stopped the search; the state is saved.
+        MissingError, StoppedError: As `trainer.fit`.
     """
-    if devices.read_cluster() is not None:
-        raise InputError(
-            "each process of a search trains its own trials: expected no TF_CONFIG and no SLURM "
-            "job step of several tasks, which join all processes in one training"
-        )
-    if chief := [variable for variable in sorted(os.environ) if variable.startswith("KERASTUNER_")]:
-        raise InputError(
-            f"expected no {', '.join(chief)}: a search has no chief. Start the same `trainer tune` "
-            "command on each machine; the machines share the folder of the runs"
-        )
+    single = "no TF_CONFIG and no SLURM job step of several tasks"
+    expect(devices.read_cluster() is None, "each process of a search trains alone", single, "one")
     check_space(config)
-    require_writable(config.logging.directory)
-    search = SearchDirectory(config, name)
-    if stop_with_parent():
-        with _explained(search):
+    search, is_worker = SearchDirectory(config, name), _stop_with_parent()
+    if not is_worker:
+        search = SearchDirectory(_resolved(config), search.name)
+        if not search.config_file.exists():  # a continued search was checked before
+            check_extremes(search.config, _build)
+    try:
+        if is_worker:
             Worker(search).run()
-        return None
-    search = SearchDirectory(_check_extremes(config), search.name)
-    with _explained(search):
-        search.path.mkdir(parents=True, exist_ok=True)
-        with search.lock:
-            search.create()
+            return None
+        search.create()
+        seconds = _run_trials(search, workers)
         if refit and search.ranked():
-            _require_one_refit(search)  # before more trials are run
-        oracle = _run_trials(search, workers)
-        if refit and search.ranked():
-            with filelock.FileLock(search.path / ".refit.lock"):  # other processes wait
+            with search.trial_lock("refit"):  # other processes wait
                 _refit(search, console)
         with search.lock:
-            return results.write_results(search, oracle.seconds)
+            return search.write_results(seconds)
+    except StoppedError as stop:  # its advice is about a run of the search
+        advice = f"continue with the same `trainer tune` command ({search.path})"
+        raise StoppedError(stop.exit_code - 128, advice) from None
+    except OSError as error:
+        raise InputError(f"{search.path} cannot be written: {error}") from None
 
 
-def _run_trials(search: SearchDirectory, workers: int) -> Any:
-    """Runs the remaining trials and returns the oracle."""
-    limit, done = search.tuning.max_trials, len(search.records())
-    if done:
-        _log.info("continuing %s: %d of %d trials are done", search.path, done, limit)
-    beyond = islice(combinations(search.tuning), limit, None)
-    if search.tuning.algorithm == "grid" and next(beyond, None) is not None:
-        _log.warning("the grid has more points than tuning.max_trials = %d", limit)
-    with started_workers(search, workers - 1):
+def _run_trials(search: SearchDirectory, workers: int) -> float:
+    """Runs the remaining trials, and returns the seconds of the search."""
+    with _started_workers(search, workers - 1):
         oracle = Worker(search).run()
-    with search.lock:
-        results.write_best(search)
-    done = len(oracle.end_order)
+    done, limit = len(oracle.end_order), search.tuning.max_trials
     if done < limit:
-        late, space = "tuning.max_seconds is used up", "the space has no more values"
-        _log.info("%s: %d of %d trials", late if oracle.late else space, done, limit)
-    return oracle
+        _log.info("%d of %d trials: the space or tuning.max_seconds is used up", done, limit)
+    return float(oracle.seconds)
 
 
-def _check_extremes(config: Config) -> Config:
-    """Builds the objects of every end and choice of the space before any of them is trained.
-
-    Returns:
-        The configuration with the direction and a fallback of the data set resolved.
-
-    Raises:
-        InputError: Something does not fit together.
-    """
-    experiment = build_experiment(config, PhaseTimer())
+def _resolved(config: Config) -> Config:
+    """Checks the objective; resolves the direction and a fallback of the data set."""
+    experiment, tuning = build_experiment(config, PhaseTimer()), config.table(TuningConfig)
     found = experiment.model.get_metrics_result().items()
     metrics = [f"val_{name}" for name, value in found if np.ndim(value) == 0]
-    tuning = config.table(TuningConfig)
-    if tuning.objective not in metrics:
-        available = did_you_mean(tuning.objective, metrics)
-        raise InputError(f"tuning.objective = {tuning.objective!r}: {available}")
-    resolved = {
-        "tuning.direction": direction_of(tuning),
-        "data.name": experiment.config.data.name,
-    }
-    config = config.with_changes(resolved)
-    built = []
-    for name, extreme in extremes(config):
-        parts = (extreme.model, extreme.optimizer, extreme.training, extreme.data.augmentation)
-        if parts not in built and extreme.data.image_size == config.data.image_size:
-            built.append(parts)
-            try:
-                _build(extreme, experiment)
-            except (InputError, MissingError) as error:
-                raise type(error)(f"tuning.space, {name}: {error}") from None
-    keras.utils.clear_session()
-    return config
+    known = f"a metric of the validation ({did_you_mean(tuning.objective, metrics)})"
+    expect(tuning.objective in metrics, "tuning.objective", known, tuning.objective)
+    data = experiment.config.data.name
+    return config.with_changes({"tuning.direction": direction_of(tuning), "data.name": data})
 
 
-def _build(config: Config, experiment: Experiment) -> None:
-    """Builds every object that a trial's configuration names, except its data."""
-    size, images = config.training.batch_size, experiment.data.spec.train
-    if size > images:
-        raise InputError(f"expected batches of at most {images} training images, received {size}")
-    chosen = devices.select(config.training.device)
-    with devices.dtype_policy(devices.choose_precision(config.training.precision, chosen)):
-        compiled_model(config, experiment.data.spec)
-        make_augmentation(config.data.augmentation, experiment.data)
+def _build(config: Config) -> None:
+    """Builds all objects of a configuration, before any other is trained."""
+    experiment = build_experiment(config, PhaseTimer())
+    experiment.batches("train", shuffled=True)
     make_callbacks(config, experiment.model, Path("run"))
-    try_optimizer(config.optimizer)
+    keras.utils.clear_session()
 
 
 def _refit(search: SearchDirectory, console: Console | None) -> None:
     """Trains the best trial on train and validation together, and scores the test images once."""
-    _require_one_refit(search)
-    best = load_config(search.best, stored=True)
+    run, best = search.refit_run(), load_config(search.best, stored=True)
+    others = [str(path) for path in search.path.glob("refit-*") if path != run.path]
+    expect(not others, "--refit scores the test images", "one refit per search", others)
     # Without early stopping, because no validation images are left.
-    callbacks = [
-        callback.model_dump()
-        for callback in best.training.callbacks
-        if callback.name.lower() != "earlystopping"
-    ]
+    callbacks = [each for each in best.training.callbacks if each.name.lower() != "earlystopping"]
     config = best.with_changes({"data.train_on_validation": True, "training.callbacks": callbacks})
     _log.info("refit    of %s on train and validation", search.best)
-    train_or_resume(search.refit_run(), config, console=console)
+    train_or_resume(run, config, console=console)
 
 
-def _require_one_refit(search: SearchDirectory) -> None:
-    """Checks that no other trial was refitted."""
-    path = search.refit_run().path
-    others = [str(other) for other in search.path.glob("refit*") if other != path]
-    if others:
-        raise InputError(
-            f"expected no {', '.join(others)}: a search scores the test images once, and another "
-            "trial was refitted; without --refit the same command shows the results"
-        )
+class Worker:
+    """The part of this process in a search: it takes trials, trains them and logs the results."""
+
+    def __init__(self, search: SearchDirectory) -> None:
+        """Starts the clock of this process, which continues the time of the search."""
+        self._search = search
+        with restored_oracle(search) as oracle:
+            self._start = time.monotonic() - oracle.seconds
+        self._earlier = search.records().keys()
+
+    def run(self) -> Any:
+        """Runs trials until all processes have finished, and returns the oracle."""
+        try:
+            while self._run_next():
+                pass
+        finally:
+            with self._oracle() as oracle:  # saves the time of the search
+                self._search.write_best()
+        return oracle
+
+    def _run_next(self) -> bool:
+        """Runs one trial, or waits for other processes; returns False after the last trial."""
+        with self._oracle() as oracle:
+            self._check_failures(oracle.end_order)
+            taken = self._take(oracle)
+        if taken is None:
+            waiting = bool(oracle.ongoing_trials)  # of other processes
+            time.sleep(_WAIT_SECONDS if waiting else 0)
+            return waiting
+        trial, lock = taken
+        with lock:
+            record = run_trial(self._search, trial.trial_id, trial.hyperparameters.values)
+        with self._search.lock:
+            self._search.remove_weights()
+            self._search.write_best()
+        self._log_result(record)
+        return True
+
+    @contextlib.contextmanager
+    def _oracle(self) -> Iterator[Any]:
+        """Restores the oracle and updates the time of the search."""
+        with restored_oracle(self._search) as oracle:
+            # Other processes may search at the same time: the longest time counts.
+            oracle.seconds = max(oracle.seconds, time.monotonic() - self._start)
+            yield oracle
+
+    def _take(self, oracle: Any) -> tuple[Any, Any] | None:
+        """Returns a trial and its lock: one that lost its process, else a new one, or None."""
+        for trial in oracle.ongoing_trials.values():
+            with contextlib.suppress(filelock.Timeout):
+                return trial, self._search.trial_lock(trial.trial_id).acquire(timeout=0)
+        limit = self._search.tuning.max_seconds
+        if limit is not None and oracle.seconds > limit and oracle.trials:
+            return None
+        trial = oracle.create_trial("")
+        running = trial.status == TrialStatus.RUNNING
+        return (trial, self._search.trial_lock(trial.trial_id).acquire()) if running else None
+
+    def _check_failures(self, ended: list[str]) -> None:
+        """Raises CheckError if too many trials failed in a row since this process started."""
+        limit = 1 if self._search.tuning.stop_on_failure else _MAX_FAILURES_IN_A_ROW
+        records, failures = self._search.records(), 0
+        for record in (records[trial] for trial in ended if trial not in self._earlier):
+            failures = failures + 1 if record.score is None else 0
+            if failures == limit:
+                last = (record.error or "").strip().splitlines()[-1]
+                raise CheckError(f"the search ends after {limit} failed trials in a row: {last}")
+
+    def _log_result(self, record: TrialRecord) -> None:
+        tuning, count = self._search.tuning, len(self._search.records())
+        values = "  ".join(f"{key} {value}" for key, value in record.values.items())
+        title = f"trial {record.trial} ({count} of {tuning.max_trials})"
+        if record.score is None:
+            _log.warning("%s failed: %s\n%s", title, record.error, values)
+            return
+        best = self._search.ranked()[0]
+        scores = f"{record.score:.5g} {record.status}  best {best.score:.5g} (trial {best.trial})"
+        end = f"epochs {record.trained_epochs}, {record.seconds:.1f} s"
+        _log.info("%s  %s %s  %s  %s", title, tuning.objective, scores, values, end)
 
 
 @contextlib.contextmanager
-def _explained(search: SearchDirectory) -> Iterator[None]:
-    """Adds how to continue the search to the error of a signal, and explains failed writes."""
-    try:
-        yield
-    except (StoppedError, KeyboardInterrupt, SystemExit) as stop:
-        # The advice of StoppedError is about a run of the search.
-        code = getattr(stop, "exit_code", getattr(stop, "code", 128 + signal.SIGINT))
-        if code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+def _started_workers(search: SearchDirectory, count: int) -> Iterator[None]:
+    """Starts processes that run the same search, and waits for them; an error here stops them."""
+    command = [sys.executable, "-m", "trainer", "tune", str(search.config_file)]
+    command += ["--name", search.name]
+    variables = {_VARIABLE: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,  # its end stops the worker if this process is killed
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, **variables},
+                    process_group=0,  # only this process receives control-C; it stops the others
+                )
+            )
+            for _ in range(count)
+        ]
+        try:
+            yield
+            if -signal.SIGKILL in [process.wait() for process in processes]:
+                _log.warning("A worker was killed. Another process continued its trial.")
+        except BaseException:
+            for process in processes:
+                process.terminate()
             raise
-        advice = f"continue with the same `trainer tune` command ({search.path})"
-        raise StoppedError(code - 128, advice) from None
-    except OSError as error:
-        path = error.filename2 or error.filename or search.path
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): move it away, or choose another folder "
-            "with --set logging.directory=..."
-        ) from None
+
+
+def _stop_with_parent() -> bool:
+    """Returns whether another process has started this worker; if so, this one stops with it."""
+
+    def wait_for_end() -> None:
+        os.read(sys.stdin.fileno(), 1)  # returns when the parent has ended
+        os.kill(os.getpid(), signal.SIGTERM)  # the training saves its state
+
+    if _VARIABLE in os.environ:
+        threading.Thread(target=wait_for_end, daemon=True).start()
+    return _VARIABLE in os.environ

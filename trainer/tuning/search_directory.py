@@ -10,21 +10,22 @@ runs/tune-<name>/
     results.json  best.toml  refit-<id>/
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from trainer.config import Config, Section, load_config
-from trainer.errors import InputError
+from trainer.errors import CheckError, InputError
 from trainer.files import write_text
 from trainer.run import Run
-from trainer.tuning.config import TuningConfig
+from trainer.tuning.config import TuningConfig, trial_config
 
-# Keys of [tuning] that can change when a search is continued.
-_CHANGEABLE = {"max_trials", "max_seconds", "keep", "stop_on_failure"}
+# How the keys begin that can change when a search is continued.
+_CHANGEABLE = ("logging.", "tuning.max_", "tuning.keep", "tuning.stop_on_failure")
 
 
 class TrialRecord(Section):
@@ -56,11 +57,6 @@ class TrialRecord(Section):
     runs: list[str] = Field(default=[])
     error: str | None = None
 
-    @property
-    def shown_values(self) -> dict[str, Any]:
-        """The tried values and the epochs, which hyperband chooses."""
-        return {**self.values, "training.epochs": self.epochs}
-
 
 class SearchDirectory:
     """The directory of one search, and its configuration."""
@@ -78,83 +74,49 @@ class SearchDirectory:
         self.name = name or config.logging.name or default
         self.path = Path(config.logging.directory) / f"tune-{self.name}"
         self.config_file = self.path / "search.toml"
-        self.oracle = self.path / "oracle"
+        self.oracle = self.path / "oracle" / "oracle.json"
         self.trials = self.path / "trials"
         self.tensorboard = self.path / "tensorboard"
         self.best = self.path / "best.toml"
         self._records = self.path / "records"
-        # Held while a process changes the state. The operating system releases it if a process
-        # dies. (Earlier versions hold it during the whole search.)
+        # Held while a process changes the state; the system releases it if the process dies.
         self.lock = filelock.FileLock(self.path / ".lock")
 
     def create(self) -> None:
-        """Creates the directory if necessary, and writes the configuration.
-
-        Raises:
-            InputError: The directory holds a search with another configuration, or search.toml is
-                missing.
-        """
-        if self.config_file.exists():
-            before = _compared(load_config(self.config_file, stored=True))
-            after = _compared(self.config)
-            differences = [
-                f"{key} = {before.get(key)!r} (received {after.get(key)!r})"
-                for key in before | after
-                if before.get(key) != after.get(key)
-            ]
-            if differences:
-                raise InputError(
-                    f"{self.path} is a search with another configuration: "
-                    f"{', '.join(differences)}; choose another --name for a new search"
-                )
-        elif any(self._records.glob("*")) or any(self.oracle.glob("oracle.json")):
-            raise InputError(
-                f"{self.path} holds a search without its search.toml: restore the file, or "
-                "choose another --name"
-            )
-        for folder in (self.oracle, self.trials, self.tensorboard, self._records):
+        """Creates the directory and writes the configuration, unless it has another search."""
+        for folder in (self.oracle.parent, self.trials, self.tensorboard, self._records):
             folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.config_file, self.config.to_toml())
+        with self.lock:
+            if self.config_file.exists() or self.oracle.exists():
+                before = load_config(self.config_file, stored=True).flat()
+                after = self.config.flat()
+                fixed = [key for key in after if not key.startswith(_CHANGEABLE)]
+                changed = [key for key in fixed if before.get(key) != after[key]]
+                if changed:
+                    raise InputError(
+                        f"{self.path} belongs to another search: {', '.join(changed)} differ from "
+                        f"{self.config_file.name}; choose another --name"
+                    )
+            write_text(self.config_file, self.config.to_toml())
 
     def trial_lock(self, trial: str) -> filelock.BaseFileLock:
         """Returns the lock that a process holds while it trains a trial."""
         return filelock.FileLock(self.trials / f"{trial}.lock")
 
-    def record_file(self, trial: str) -> Path:
-        """Returns the file of a trial's record. The trial is finished if the file exists."""
-        return self._records / f"{trial}.json"
-
-    def records(self) -> list[TrialRecord]:
-        """Returns the records of all finished trials, in the order of their numbers."""
-        names = [path.stem for path in self._records.glob("*.json") if path.stem.isdecimal()]
-        return [self.record(trial) for trial in sorted(names, key=int)]
-
-    def record(self, trial: str) -> TrialRecord:
-        """Returns the record of a finished trial.
-
-        Raises:
-            InputError: The record is damaged.
-        """
-        path = self.record_file(trial)
-        try:
-            record = TrialRecord.model_validate_json(path.read_bytes())
-            reason = "" if record.trial == trial else f"it belongs to trial {record.trial}"
-        except ValidationError as error:
-            fault = error.errors()[0]
-            reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
-        if reason:
-            raise InputError(
-                f"{path} is damaged ({reason}): restore the file, or choose another --name"
-            )
-        return record
+    def records(self) -> dict[str, TrialRecord]:
+        """Returns the records of all finished trials by trial, in the order of their numbers."""
+        paths = [path for path in self._records.glob("*.json") if path.stem.isdecimal()]
+        paths.sort(key=lambda path: int(path.stem))
+        return {path.stem: TrialRecord.model_validate_json(path.read_bytes()) for path in paths}
 
     def write_record(self, record: TrialRecord) -> None:
         """Writes the record of a finished trial."""
-        write_text(self.record_file(record.trial), record.model_dump_json(indent=2) + "\n")
+        text = record.model_dump_json(indent=2) + "\n"
+        write_text(self._records / f"{record.trial}.json", text)
 
     def ranked(self) -> list[TrialRecord]:
         """Returns the trials that have a score, the best first, equal ones in their order."""
-        scored = [record for record in self.records() if record.score is not None]
+        scored = [record for record in self.records().values() if record.score is not None]
         highest_first = self.tuning.direction == "max"
         return sorted(scored, key=lambda record: record.score or 0.0, reverse=highest_first)
 
@@ -165,15 +127,35 @@ class SearchDirectory:
     def remove_weights(self) -> None:
         """Removes the weights and checkpoints of all trials except the best `tuning.keep`."""
         kept = self.ranked()[: self.tuning.keep]
-        for record in self.records():
+        for record in self.records().values():
             for run in record.runs if record not in kept else ():
                 for file in (self.path / run / "checkpoints").glob("*"):
                     file.unlink(missing_ok=True)
 
+    def write_best(self) -> None:
+        """Writes best.toml, the configuration of the best trial, if a trial has a score."""
+        for best in self.ranked()[:1]:
+            score = f"{self.tuning.objective} {best.score:.6g}"
+            head = f"# Trial {best.trial} of tune-{self.name}, the best trial: {score}.\n"
+            config = trial_config(self.config, best.values | {"training.epochs": best.epochs})
+            write_text(self.best, head + config.to_toml())
 
-def _compared(config: Config) -> dict[str, Any]:
-    """Returns the keys that must not change during a search, by dotted key."""
-    tree = config.model_dump(exclude={"logging": True, "tuning": _CHANGEABLE})
-    flat = {f"{s}.{k}": v for s, table in tree.items() for k, v in table.items()}
-    space = flat.pop("tuning.space")
-    return flat | {f"tuning.space.{key}": parameter for key, parameter in space.items()}
+    def write_results(self, seconds: float) -> dict[str, Any]:
+        """Writes results.json after `seconds` of search, and returns its content."""
+        records, ranked = self.records().values(), self.ranked()
+        if not ranked:
+            raise CheckError(f"none of {len(records)} trials has a score")
+        document: dict[str, Any] = {
+            "search": str(self.path),
+            **self.tuning.model_dump(include={"objective", "direction", "algorithm"}),
+            "best": ranked[0].model_dump() | {"config": str(self.best)},
+            "seconds": round(seconds, 1),
+            "trials": [record.model_dump() for record in records],
+        }
+        run = self.refit_run()
+        if run.finished:
+            summary = run.read_json("summary.json")
+            document["refit"] = {key: summary[key] for key in ("run", "test", "test_images")}
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        write_text(self.path / "results.json", text)
+        return document

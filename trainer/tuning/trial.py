@@ -1,25 +1,25 @@
-"""Training of one trial."""
+"""Training of one trial, its record and its session on TensorBoard's HParams page."""
 
 import json
 import shutil
 import statistics
-import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
+import tensorflow as tf
+from tensorboard.plugins.hparams import api
 
 from trainer import workflow
 from trainer.config import Config
-from trainer.errors import CheckError, InputError, StoppedError, TrainerError
+from trainer.errors import CheckError, StoppedError, TrainerError
 from trainer.run import Run
 from trainer.tensorflow_internals import released_gradients
 from trainer.training.call import Logs
-from trainer.tuning import results
+from trainer.tuning.config import Parameter, trial_config
+from trainer.tuning.oracles import decode
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
-from trainer.tuning.space import decode, trial_config
 
 _MIN_TRIALS = 5  # the median of fewer trials is not reliable
 
@@ -29,118 +29,96 @@ class Pruning(keras.callbacks.Callback):
 
     The median stopping rule of Golovin et al. (2017), "Google Vizier". It compares best values
     instead of means, because the first epochs would dominate a mean.
+
+    Attributes:
+        pruned: Whether it has ended the training.
     """
 
-    def __init__(self, search: SearchDirectory, mark: Path) -> None:
-        """Creates the callback.
-
-        Args:
-            search: Holds the objective and the curves of other trials.
-            mark: File to create when the training is pruned. A continued search finds it.
-        """
+    def __init__(self, search: SearchDirectory) -> None:
+        """Takes the search, which has the objective and the curves of other trials."""
         super().__init__()
+        self.pruned = False
         self._search = search
         self._choose: Callable[..., float] = max if search.tuning.direction == "max" else min
-        self._mark = mark
         self._values: list[float] = []
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Compares. Pruning at the last epoch would save nothing."""
-        self._values.append((logs or {})[self._search.tuning.objective])
-        curves = [record.curve for record in self._search.records()]
+        self._values[epoch:] = [(logs or {})[self._search.tuning.objective]]
+        curves = [record.curve for record in self._search.records().values()]
         others = [self._choose(curve[: epoch + 1]) for curve in curves if len(curve) > epoch]
         if len(others) < _MIN_TRIALS or epoch + 1 >= self.params["epochs"]:
             return
         best, median = self._choose(self._values), statistics.median(others)
         if self._choose(best, median) != best:
-            self._mark.touch()
-            self.model.stop_training = True
+            self.pruned = self.model.stop_training = True
 
 
 def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> TrialRecord:
-    """Trains one trial. An interrupted trial continues from its checkpoint.
+    """Trains a trial and returns its record. An interrupted trial continues from its checkpoint.
 
     Args:
         search: The search.
-        trial: Number of the trial.
+        trial: Number of the trial. A finished one is not trained again.
         chosen: Hyperparameters of keras-tuner.
-
-    Returns:
-        The record. A finished trial is not trained again: its record is read.
-
-    Raises:
-        InputError: The trial has a record with other values.
-        StoppedError: A signal stopped the training; the state is saved.
     """
-    values, begin = decode(search.tuning, chosen), time.time()
-    if search.record_file(trial).exists():
-        done = search.record(trial)
-        if done.values != values:
-            raise InputError(
-                f"{search.path} is damaged: records/ and oracle/ have different values for trial "
-                f"{trial}: restore the files, or choose another --name"
-            )
+    if (done := search.records().get(trial)) is not None:
         return done
+    values, count = decode(search.tuning, chosen), search.tuning.executions_per_trial
     # A promoted trial of hyperband starts again instead of continuing from earlier weights. Its
     # learning-rate schedule then covers its own epochs, and a plain `trainer fit` of best.toml
     # gives the same result. Continuing would save 12 of 94 epochs in configs/mnist_tune.toml.
     configured = values.get("training.epochs", search.config.training.epochs)
     epochs = chosen.get("tuner/epochs", configured)
+    names = [trial if count == 1 else f"{trial}-{number + 1}" for number in range(count)]
+    runs = [Run(search.trials / name) for name in names]
     try:
         with released_gradients():
-            record = _train(search, trial, values, epochs)
+            result = _train(search, runs, values | {"training.epochs": epochs})
     except StoppedError:
         raise
     except Exception as error:  # other trials may succeed
         text = str(error) if isinstance(error, TrainerError) else traceback.format_exc()
-        runs = _runs_of(search, trial)
-        record = TrialRecord(
-            trial=trial, status="failed", values=values, epochs=epochs, error=text, runs=runs
-        )
+        result = {"status": "failed", "error": text}
     keras.utils.clear_session()
+    begun = [str(run.path.relative_to(search.path)) for run in runs if run.path.is_dir()]
+    record = TrialRecord(trial=trial, values=values, epochs=epochs, runs=begun, **result)
+    write_session(search, record)
     # The record is written last: a trial with a record is complete.
-    results.write_session(search, record, begin)
     search.write_record(record)
     return record
 
 
-def _train(search: SearchDirectory, trial: str, values: dict[str, Any], epochs: int) -> TrialRecord:
-    """Runs all executions of a trial and returns its record."""
-    tuning, count = search.tuning, search.tuning.executions_per_trial
-    config = trial_config(search.config, {"training.epochs": epochs} | values)
+def _train(search: SearchDirectory, runs: list[Run], values: dict[str, Any]) -> dict[str, Any]:
+    """Runs all executions of a trial and returns the results for its record."""
+    tuning, pruning = search.tuning, Pruning(search)
+    config = trial_config(search.config, values)
     # Hyperband ends trials itself: it compares short trials with each other.
-    prunes = tuning.pruning and tuning.algorithm != "hyperband"
+    callbacks = [pruning] if tuning.pruning and tuning.algorithm != "hyperband" else []
     summaries: list[dict[str, Any]] = []
-    pruned = False
-    for execution in range(count):
-        run = Run(search.trials / (trial if count == 1 else f"{trial}-{execution + 1}"))
-        mark = run.path / "pruned"
+    for execution, run in enumerate(runs):
         seed = (config.training.seed + execution) % 2**31
         changed = config.with_changes({"training.seed": seed})
-        if not run.finished:
-            mark.unlink(missing_ok=True)  # the training continues from before the pruning
-        callbacks = [Pruning(search, mark)] if prunes else []
         summaries.append(train_or_resume(run, changed, callbacks=callbacks, score_test=False))
-        if pruned := mark.exists():
+        if pruning.pruned:
             break
-    scores = _mean_scores([summary["validation"] for summary in summaries])
+    scores: dict[str, float | None] = {}
+    for name, first in summaries[0]["validation"].items():
+        if not isinstance(first, list):  # a number, to be averaged over the executions
+            found = [summary["validation"][name] for summary in summaries]
+            scores[f"val_{name}"] = None if None in found else statistics.fmean(found)
     if scores[tuning.objective] is None:
         raise CheckError(f"{tuning.objective} is not a number")
-    runs = _runs_of(search, trial)
-    lines = Run(search.path / runs[0]).metrics.read_text(encoding="utf-8").splitlines()
+    lines = runs[0].metrics.read_text(encoding="utf-8").splitlines()
     curve = [json.loads(line).get(tuning.objective) for line in lines]
-    return TrialRecord(
-        trial=trial,
-        status="pruned" if pruned else "completed",
-        score=scores[tuning.objective],
-        scores=scores,
-        values=values,
-        epochs=config.training.epochs,
-        trained_epochs=summaries[0]["epochs"],
-        seconds=sum(summary["seconds"]["total"] for summary in summaries),
-        curve=[value for value in curve if value is not None],
-        runs=runs,
-    )
+    return {
+        "status": "pruned" if pruning.pruned else "completed",
+        "score": scores[tuning.objective],
+        "scores": scores,
+        "trained_epochs": summaries[0]["epochs"],
+        "seconds": sum(summary["seconds"]["total"] for summary in summaries),
+        "curve": [value for value in curve if value is not None],
+    }
 
 
 def train_or_resume(run: Run, config: Config, **options: Any) -> dict[str, Any]:
@@ -154,17 +132,35 @@ def train_or_resume(run: Run, config: Config, **options: Any) -> dict[str, Any]:
     return workflow.fit(config, run=run, **options).summary
 
 
-def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Returns the mean of each scalar metric over the executions, with the prefix "val_"."""
-    means: dict[str, float | None] = {}
-    for name, first in scores[0].items():
-        values = [each[name] for each in scores]
-        if not isinstance(first, list):
-            means[f"val_{name}"] = None if None in values else statistics.fmean(values)
-    return means
-
-
-def _runs_of(search: SearchDirectory, trial: str) -> list[str]:
-    """Returns the run directories of a trial, relative to the search."""
-    paths = [search.trials / trial, *sorted(search.trials.glob(f"{trial}-*"))]
-    return [str(path.relative_to(search.path)) for path in paths if path.is_dir()]
+def write_session(search: SearchDirectory, record: TrialRecord) -> None:
+    """Writes a trial as a row of the HParams page, and replaces an existing row."""
+    path, space = search.tensorboard / record.trial, search.tuning.space
+    shutil.rmtree(path, ignore_errors=True)
+    if search.tuning.algorithm == "hyperband":
+        space = space | {"training.epochs": Parameter(low=0, high=record.epochs)}
+    columns, row = [], {}
+    for key, parameter in space.items():
+        values = parameter.values()
+        numeric = values is None or all(type(value) in (int, float) for value in values)
+        # The page shows all searches together and cannot sort numbers with text, but an option may
+        # be a number in one search and text in another.
+        columns.append(f"{key} (text)" if ".options." in key and not numeric else key)
+        value = (record.values | {"training.epochs": record.epochs}).get(key)
+        if value is not None:
+            text = value if isinstance(value, str) else json.dumps(value)
+            row[columns[-1]] = float(value) if numeric else text
+    scores = {search.tuning.objective: record.score, **record.scores, "seconds": record.seconds}
+    writer = tf.summary.create_file_writer(str(path))
+    with writer.as_default(step=record.trained_epochs):
+        # TensorBoard reads the columns of one trial, so every trial has all of them.
+        metrics = [api.Metric(name) for name in scores]
+        api.hparams_config(hparams=[api.HParam(name) for name in columns], metrics=metrics)
+        # The name of the search is part of the ID: the page can show several searches together.
+        session = api.KerasCallback(writer, row, trial_id=f"{search.name}-{record.trial}")
+        session.on_train_begin()
+        if record.status == "failed":
+            return  # a row without metrics and without an end
+        for name, value in scores.items():
+            if value is not None:
+                tf.summary.scalar(name, value)
+        session.on_train_end()

@@ -22,7 +22,10 @@ import process
 
 SIZE = 224
 CLASSES = 10
-LAYERS = '[{name = "Conv2D", options = {filters = 8, kernel_size = 3, strides = 4}}, {name = "GlobalMaxPooling2D"}]'
+LAYERS = (
+    '[{name = "Conv2D", options = {filters = 8, kernel_size = 3, strides = 4}}, '
+    '{name = "GlobalMaxPooling2D"}]'
+)
 
 
 def write_images(folder: Path, label: int, count: int) -> None:
@@ -76,8 +79,9 @@ def main(
     try:
         for name, count in (("all", images), ("tenth", images // 10)):
             generate(folder / name, count)
-            options = [word for each in settings(folder, name, "stream") for word in ("--set", each)]
-            command = ["data", "prepare", "configs/mnist.toml", *options, "--json"]
+            command = ["data", "prepare", "configs/mnist.toml", "--json"]
+            for setting in settings(folder, name, "stream"):
+                command += ["--set", setting]
             ended = process.run([sys.executable, "-m", "trainer", *command])
             results[f"prepare {name}"] = {
                 "images_per_second": round(count / ended.seconds),

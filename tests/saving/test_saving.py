@@ -143,7 +143,7 @@ def test_evaluate_refuses_unsupported_options_for_a_saved_model(
     result = command("evaluate", exported["onnx"], "--split", "all")
     assert "expected a split: train, validation or test; received 'all'" in refused(result)
     result = command("evaluate", exported["onnx"], "--device", "cpu")
-    assert "is not a run; a saved model is scored by its own runtime" in refused(result)
+    assert "is not a run; a saved model has its own runtime" in refused(result)
 
 
 def test_saved_model_cli_runs_the_saved_model(

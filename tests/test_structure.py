@@ -19,6 +19,7 @@ TOOLS = {
     "benchmark": "benchmark",
     "doctor": "doctor",
     "gradient": "gradient",
+    "runs": "runs",
     "saving": "save",
     "serving": "serve",
     "tuning": "tune",

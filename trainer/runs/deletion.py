@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -55,12 +56,21 @@ def find_prunable(records: Sequence[RunRecord], keep_best: int) -> list[RunRecor
 
 
 def prune(run: Run) -> None:
-    """Deletes checkpoints except the final weights, which lose the state of the optimizer."""
+    """Deletes checkpoints; compresses the final weights, without the state of the optimizer."""
 
     def copy_model(partial: Path) -> None:
-        with h5py.File(run.weights) as old, h5py.File(partial, "w") as new:
-            for name in old.keys() - {"optimizer"}:
-                old.copy(name, new)
+        with h5py.File(run.weights) as old, h5py.File(partial, "w", libver="latest") as new:
+
+            def copy(name: str, item: Any) -> None:
+                if name.partition("/")[0] == "optimizer":
+                    return
+                if isinstance(item, h5py.Dataset):
+                    options = {"compression": "gzip", "shuffle": True} if item.size > 1000 else {}
+                    new.create_dataset(name, data=item[()], **options).attrs.update(item.attrs)
+                else:
+                    new.require_group(name).attrs.update(item.attrs)
+
+            old.visititems(copy)
             new.attrs.update(old.attrs)
 
     with run.locked():

@@ -79,10 +79,10 @@ def compare(names: _Names, *, runs: RunsOption = "runs", json_: JsonOption = Fal
         rows += [[f"[{part}]", *("" for _ in labels)]] if result[part] else []
         for key, values in result[part].items():
             rows.append([key, *(_cell(value, 60 // len(labels)) for value in values)])
-    console.print_rows(rows, titles=("", *labels), wrap_only_first=True)
+    console.print_rows(rows, titles=("", *labels), dense=True)
     tests = zip(labels, result["test_accuracy"], strict=True)
     rows = [[label, *(_cell(row.get(key)) for key in _TESTS)] for label, row in tests]
-    console.print_rows(rows, titles=("test", *_TESTS))
+    console.print_rows(rows, titles=("test", *_TESTS), dense=True)
 
 
 @_runs.command()
@@ -134,7 +134,7 @@ def _delete(records: list[Any], delete: Callable[..., None], *, yes: bool, as_js
 def _print_records(records: Sequence[Any], keys: Sequence[str]) -> None:
     rows = [[_cell(each.columns.get(k, each.config.get(k))) for k in keys] for each in records]
     titles = [key.replace("_", "\n", 1) for key in keys]  # narrow columns
-    console.print_rows(rows, titles=titles, wrap_only_first=True)
+    console.print_rows(rows, titles=titles, dense=True)
     size = sum(record.columns["size_mb"] for record in records)
     console.print_line(f"{size:.1f} MB, runs: {len(records)}")
 
@@ -142,5 +142,7 @@ def _print_records(records: Sequence[Any], keys: Sequence[str]) -> None:
 def _cell(value: Any, characters: int = 60) -> str:
     from trainer.runs.records import to_text
 
-    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else to_text(value)
+    text = "" if value is None else to_text(value)
+    if isinstance(value, float):
+        text = f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return text if len(text) <= characters else f"{text[: characters - 1]}…"

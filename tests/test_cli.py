@@ -70,6 +70,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
                 found[f"{path}{name}"] = " ".join(names)
 
     walk(typer.main.get_command(cli.app), "")
+    found = {verb: names for verb, names in found.items() if not verb.startswith("runs ")}
     assert found == {
         "benchmark formats": "run --quick --compare --tolerance --runs --json",
         "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --compare "
@@ -106,7 +107,7 @@ def test_fit_evaluate_and_predict_agree(run: Run, tmp_path: Path) -> None:
     assert folder.name.endswith("-story")
     assert {p.name for p in folder.iterdir()} == {
         *("README.md", "checkpoints", "classes.json", "config.toml", "environment.json"),
-        *("log.txt", "metrics.jsonl", "summary.json", "tensorboard", ".lock"),
+        *("log.txt", "metrics.jsonl", "predictions.npz", "summary.json", "tensorboard", ".lock"),
     }
     seconds = summary["seconds"]
     assert {"import", "data", "tracing", "training", "evaluation", "total"} <= seconds.keys()
@@ -115,6 +116,15 @@ def test_fit_evaluate_and_predict_agree(run: Run, tmp_path: Path) -> None:
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     assert f"accuracy {summary['test']['accuracy']:.4f}" in (folder / "README.md").read_text()
     assert "epoch 2/2" in (folder / "log.txt").read_text()
+    with np.load(folder / "predictions.npz") as saved:
+        assert {key: str(saved[key].dtype) for key in saved} == {
+            "labels": "int32",
+            "predicted": "int32",
+            "probability": "float32",
+        }
+        hits = saved["labels"] == saved["predicted"]
+        assert hits.mean() == pytest.approx(summary["test"]["accuracy"])
+        assert (saved["probability"] > 1 / summary["data"]["test"]).all()
 
     for reference in ("latest", folder.name, str(folder)):
         again = run("evaluate", reference, "--json")

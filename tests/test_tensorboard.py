@@ -133,7 +133,9 @@ def test_hparams_page_has_the_run_with_its_metrics(
     assert groups[0]["hparams"]["model.name"] == "mlp"
     assert groups[0]["hparams"]["training.epochs"] == 2
     values = {metric["name"]["tag"]: metric["value"] for metric in groups[0]["metricValues"]}
-    assert values["test/accuracy"] == pytest.approx(fitted.summary["test"]["accuracy"])
+    for split in ("validation", "test"):
+        expected = fitted.summary[split]["accuracy"]
+        assert values[f"{split}/accuracy"] == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")

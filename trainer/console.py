@@ -160,20 +160,24 @@ def print_table(facts: dict[str, Any], *, as_json: bool = False) -> None:
     print_rows(rows)
 
 
-def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] = ()) -> None:
+def print_rows(
+    rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] = (), dense: bool = False
+) -> None:
     """Prints a table on stdout. A terminal wraps long cells; a pipe gets them on one line.
 
     Args:
         rows: The cells. Strings are printed without rich's markup.
         titles: Titles of the columns; empty: a table without a header.
+        dense: Columns are close together, and a terminal wraps only cells of the first.
     """
     columns = [Column(Text(title)) for title in titles]
     box = SIMPLE_HEAD if titles else None
-    table = Table(*columns, box=box, show_header=bool(titles), padding=(0, 2, 0, 0))
+    table = Table(*columns, box=box, show_header=bool(titles), padding=(0, 0 if dense else 2, 0, 0))
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    for column in table.columns:
+    for number, column in enumerate(table.columns):
         column.overflow = "fold"
+        column.no_wrap = dense and number > 0
     Console(width=None if sys.stdout.isatty() else 1_000_000).print(table)
 
 

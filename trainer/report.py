@@ -14,6 +14,7 @@ from trainer import figures
 from trainer.config import Config
 from trainer.data import Dataset, DataSpec, Labels, Split
 from trainer.errors import shell_command
+from trainer.files import write_atomic
 from trainer.run import Run
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def write_results(
     probabilities: NDArray[Any],
     graph: tf.Graph | None,
 ) -> None:
-    """Writes classes.json, the model card and, if configured, the results in TensorBoard.
+    """Writes classes.json, predictions.npz, the model card and the results in TensorBoard.
 
     Args:
         run: The run.
@@ -89,6 +90,12 @@ def write_results(
     matrix = np.bincount(cells, minlength=spec.class_count**2).reshape(spec.class_count, -1)
     classes = class_table(matrix, spec.class_names)
     run.write_json("classes.json", classes)
+    predictions = {
+        "labels": labels.astype(np.int32),
+        "predicted": predicted.astype(np.int32),
+        "probability": probabilities.max(axis=1).astype(np.float32),  # of the predicted class
+    }
+    write_atomic(run.path / "predictions.npz", lambda p: np.savez_compressed(p, **predictions))
     run.write_text("README.md", model_card(run.path, summary, classes, config))
     if not config.logging.tensorboard:
         return
@@ -96,7 +103,7 @@ def write_results(
         with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
             tf.summary.graph(_without_loop(graph.as_graph_def()))
     scores = _numbers(summary["test"])
-    write_hparams(run, config, scores)
+    write_hparams(run, config, {"validation": _numbers(summary["validation"]), "test": scores})
     writer = tf.summary.create_file_writer(str(run.tensorboard / "test"))
     with writer.as_default(step=summary["epochs"]):
         for name, value in scores.items():
@@ -161,8 +168,14 @@ def class_table(matrix: NDArray[Any], class_names: Sequence[str]) -> dict[str, d
     }
 
 
-def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
-    """Writes the row of the run on TensorBoard's HParams page."""
+def write_hparams(run: Run, config: Config, scores: dict[str, dict[str, float]]) -> None:
+    """Writes the row of the run on TensorBoard's HParams page.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        scores: Scores by split, "validation" first: runs should be chosen by those.
+    """
     from tensorboard.plugins.hparams import api
 
     included: Any = {
@@ -185,10 +198,15 @@ def write_hparams(run: Run, config: Config, scores: dict[str, float]) -> None:
         # value has no cell, because TensorBoard cannot sort a column of numbers and text.
         api.hparams_config(
             hparams=[api.HParam(name) for name in values],
-            metrics=[api.Metric(f"test/{name}", display_name=f"test {name}") for name in scores],
+            metrics=[
+                api.Metric(f"{split}/{name}", display_name=f"{split} {name}")
+                for split, numbers in scores.items()
+                for name in numbers
+            ],
         )
-        for name, value in scores.items():
-            tf.summary.scalar(f"test/{name}", value)
+        for split, numbers in scores.items():
+            for name, value in numbers.items():
+                tf.summary.scalar(f"{split}/{name}", value)
         cells = {name: value for name, value in values.items() if value is not None}
         session = api.KerasCallback(writer, cells, trial_id=run.name)
         session.on_train_begin()

@@ -5,6 +5,7 @@ runs/<UTC time>-<name>/
     environment.json   versions, CPU, GPU, git revision, data fingerprint
     metrics.jsonl      one line per epoch
     classes.json       precision, recall and F1 of each class
+    predictions.npz    label, predicted class and its probability, for each test image
     summary.json       scores and times; a run without it is not finished
     checkpoints/  tensorboard/  log.txt  README.md
 """
@@ -41,7 +42,14 @@ _CHANGEABLE = {
     "training.jit_compile",
 }
 _TIME = re.compile(r"\d{8}T\d{6}Z-")  # the start of the name of a run directory
-_FILES = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
+_FILES = (
+    "config.toml",
+    "environment.json",
+    "summary.json",
+    "classes.json",
+    "predictions.npz",
+    "README.md",
+)
 
 
 class ExistsError(InputError):

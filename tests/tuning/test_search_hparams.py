@@ -26,7 +26,7 @@ def test_every_column_of_the_hparams_page_can_be_sorted(
     runs["d"] = {"optimizer.schedule.name": "CosineDecay", "model.options": {"units": [8]}}
     for name, changes in runs.items():
         config = trainer.Config().with_changes(changes)
-        report.write_hparams(Run(in_tmp_path / "runs" / name), config, {"accuracy": 0.5})
+        report.write_hparams(Run(in_tmp_path / "runs" / name), config, {"test": {"accuracy": 0.5}})
     option, compiled = "model.options.units", "training.jit_compile"
     searches: list[tuple[str, str, list[Any]]] = [
         ("e", option, [8, 16.5]),

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,10 +61,13 @@ def load_weights(path: Path, model: keras.Model) -> None:
     """
     try:
         with h5py.File(path, "r") as file:
-            saved = file.attrs[_PARAMETERS]
+            saved, only_model = file.attrs[_PARAMETERS], "optimizer" not in file
         if saved != model.count_params():
             raise ValueError(f"expected {model.count_params()} parameters, found {saved}")
-        model.load_weights(path)
+        with warnings.catch_warnings():
+            if only_model:  # Keras warns that the optimizer has no state in the file
+                warnings.simplefilter("ignore")
+            model.load_weights(path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read into this model: {reason}") from None

@@ -1,0 +1,3 @@
+"""The tool `trainer runs`, which lists, compares and removes runs."""
+
+PUBLIC: dict[str, str] = {}

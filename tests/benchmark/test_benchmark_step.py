@@ -177,8 +177,8 @@ def test_a_rate_above_the_peak_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json", "/proc/no/file"], "--json: /proc/no/file cannot be written: No such file"),
-        (["--json", "a" * 300], "cannot be written: File name too long"),
+        (["--json", "/proc/no/file"], "No such file or directory: '/proc/no/file'"),
+        (["--json", "a" * 300], "File name too long"),
         (["--precision", "bfloat16"], "--precision: expected float32 or mixed_bfloat16 or"),
         (["--device", "tpu"], "--device: expected cpu, cpu:N, gpu, gpu:N or all"),
     ],

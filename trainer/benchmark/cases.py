@@ -94,7 +94,7 @@ def fastest(measured: list[Measurement], work: str, *, at_least: int = 0, **want
     rates = (
         each.row[work] / min(each.block_seconds) / 1e9
         for each in measured
-        if each.row[work] >= at_least and wanted.items() <= each.row.items()
+        if (each.row[work] or -1) >= at_least and wanted.items() <= each.row.items()
     )
     return max(rates, default=0.0)
 
@@ -121,7 +121,7 @@ def complete_row(
     """
     row = each.row | {"seconds": each.median, "timing": each.timing(), "share": None}
     for name, column in _RATES.items():
-        row[column] = None if row.get(name) is None else row[name] / each.median / 1e9
+        row[column] = row[name] / each.median / 1e9 if row.get(name) else None
     rate, most = row[_RATES[work]], fastest(baselines, work, **limit)
     if rate is None or not most:
         return row
@@ -131,14 +131,3 @@ def complete_row(
             "the two timings is wrong"
         )
     return row | {"share": rate / fastest([*measured, *baselines], work, **limit)}
-
-
-def check_device(tensor: tf.Tensor, device: str, name: str) -> None:
-    """Requires an eager tensor to be on a device, for example "GPU:0".
-
-    Raises:
-        CheckError: It is on another one.
-    """
-    found = str(tensor.device).rpartition("/device:")[2]
-    if found != device:
-        raise CheckError(f"{name}: expected on {device}, found on {found or 'no device'}")

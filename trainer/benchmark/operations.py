@@ -11,8 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer import devices
 from trainer.benchmark import cases
 from trainer.benchmark.cases import fastest, select_each
+from trainer.benchmark.flops import count_flops
 from trainer.benchmark.matmul import product_cases
 from trainer.benchmark.result import RATES, BenchmarkResult
 from trainer.benchmark.timing import Budget, Measurement
@@ -20,8 +22,6 @@ from trainer.benchmark.timing import Budget, Measurement
 # Dot products that fit each cache, and one that fits none, show the bandwidth.
 _DOTS = (10_000, 1_000_000, 10_000_000)
 FULL, QUICK = Budget(15, 0.02, 0.3, (1024, 2048), _DOTS), Budget(7, 0.004, 0.05, (1024,), _DOTS)
-# The gradient of a matrix product takes two more products of the same size.
-_PRODUCTS = ("matmul", "conv2d", "depthwise_conv2d", "dense", "lstm", "attention")
 
 
 class Operation(NamedTuple):
@@ -30,40 +30,37 @@ class Operation(NamedTuple):
     name: str
     function: Callable[..., tf.Tensor]  # of the inputs, or a layer
     shapes: tuple[tuple[int, ...], ...]  # of the inputs
-    flops: float  # multiplications and additions of the forward pass
 
 
 def operations(size: str) -> list[Operation]:
     """Returns the operations at a "small" size (an MNIST network, batch 128) or a "large" one."""
     batch, side, inner, width = (128, 12, 16, 128) if size == "small" else (64, 56, 64, 1024)
     image, wide = (batch, side, side, inner), (batch, width)
-    pixels, elements, wide_elements = batch * side**2, batch * side**2 * inner, batch * width
     steps, units, words = (28, 32, 1000) if size == "small" else (64, 256, 30_000)
     words_in, sequence = (batch, steps), (batch, steps, units)
     labels = tf.one_hot(tf.range(batch) % width, width)
     entropy = functools.partial(tf.nn.softmax_cross_entropy_with_logits, labels)
-    layers, product = keras.layers, 2 * batch * width**2
+    layers = keras.layers
     conv = layers.Conv2D(inner, 3, padding="same")
     depthwise = layers.DepthwiseConv2D(3, padding="same")
     attention = layers.MultiHeadAttention(4, units // 4)
-    attended = 2 * batch * steps * (4 * units**2 + 2 * steps * units)
     return [
-        Operation("add", tf.add, (image, image), elements),
-        Operation("matmul", tf.matmul, (wide, (width, width)), product),
-        Operation("conv2d", conv, (image,), 2 * 9 * pixels * inner**2),
-        Operation("depthwise_conv2d", depthwise, (image,), 2 * 9 * elements),
-        Operation("max_pooling", layers.MaxPooling2D(), (image,), elements),
-        Operation("relu", tf.nn.relu, (image,), elements),
-        Operation("gelu", tf.nn.gelu, (image,), 8 * elements),
-        Operation("softmax", tf.nn.softmax, (wide,), 5 * wide_elements),
-        Operation("cross_entropy", entropy, (wide,), 6 * wide_elements),
-        Operation("batch_normalization", layers.BatchNormalization(), (image,), 8 * elements),
-        Operation("layer_normalization", layers.LayerNormalization(), (wide,), 8 * wide_elements),
-        Operation("dropout", layers.Dropout(0.5), (image,), 2 * elements),
-        Operation("dense", layers.Dense(width), (wide,), product),
-        Operation("embedding", layers.Embedding(words, units), (words_in,), 0),
-        Operation("lstm", layers.LSTM(units), (sequence,), 16 * batch * steps * units**2),
-        Operation("attention", attention, (sequence, sequence), attended),
+        Operation("add", tf.add, (image, image)),
+        Operation("matmul", tf.matmul, (wide, (width, width))),
+        Operation("conv2d", conv, (image,)),
+        Operation("depthwise_conv2d", depthwise, (image,)),
+        Operation("max_pooling", layers.MaxPooling2D(), (image,)),
+        Operation("relu", tf.nn.relu, (image,)),
+        Operation("gelu", tf.nn.gelu, (image,)),
+        Operation("softmax", tf.nn.softmax, (wide,)),
+        Operation("cross_entropy", entropy, (wide,)),
+        Operation("batch_normalization", layers.BatchNormalization(), (image,)),
+        Operation("layer_normalization", layers.LayerNormalization(), (wide,)),
+        Operation("dropout", layers.Dropout(0.5), (image,)),
+        Operation("dense", layers.Dense(width), (wide,)),
+        Operation("embedding", layers.Embedding(words, units), (words_in,)),
+        Operation("lstm", layers.LSTM(units), (sequence,)),
+        Operation("attention", attention, (sequence, sequence)),
     ]
 
 
@@ -119,17 +116,21 @@ def _prepare(
         inputs = [tf.identity(tf.constant(draw(size=shape))) for shape in operation.shapes]
         result = function(*inputs)  # a layer creates its weights now
         weights = [weight.value for weight in made.trainable_variables] if is_layer else []
-        compiled = tf.function(_derivative(function, weights) if gradient else function)
+        traced = tf.function(_derivative(function, weights) if gradient else function)
+        compiled = cast("Any", traced).get_concrete_function(*inputs)
 
     def call() -> Any:
         with tf.device(device):
             return compiled(*inputs)
 
     for tensor in tf.nest.flatten(call()):
-        cases.check_device(tensor, device, row["key"])
-    factor = (3 if operation.name in _PRODUCTS else 2) if gradient else 1
+        devices.check_placement([tensor], devices.single(device))
+    # None: elementwise operations have no products, and those of a loop (LSTM) are not counted.
+    flops = count_flops(compiled.graph)
     moved = sum(t.dtype.size * math.prod(t.shape) for t in [*inputs, *weights, result])
-    row |= {"flops": factor * operation.flops, "bytes": factor * moved}
+    # The gradient of a product takes two more products of the same size.
+    factor = (2 if flops == 0 else 3) if gradient else 1
+    row |= {"flops": flops or None, "bytes": factor * moved}
     return [Measurement(call, cases.synchronize, budget, row)]
 
 
@@ -163,4 +164,4 @@ def _complete(
     row = cases.complete_row(each, measured, baselines, "flops", device=device)
     least = {"at_least": row["bytes"], "device": device}
     bandwidth = fastest([*measured, *baselines], "bytes", **least)
-    return row | {"share": max(row["share"], row["gbyte_per_s"] / bandwidth)}
+    return row | {"share": max(row["share"] or 0.0, row["gbyte_per_s"] / bandwidth)}

@@ -115,8 +115,8 @@ class BenchmarkResult:
 
         board = path / "tensorboard"
         titles, *rows = self.table()
-        lines = [titles, ["---"] * len(titles), *rows]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        cells = (titles, ["---"] * len(titles), *rows)
+        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
         with tf.summary.create_file_writer(str(board)).as_default(step=0):
             text = "\n\n".join([table, *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
@@ -165,11 +165,10 @@ def draw_times(rows: list[dict[str, Any]], x: str, panel: str) -> Figure:
         for device, label in itertools.product(devices, labels):
             wanted = (title, device, label)
             curve = [r for r in rows if (r.get(panel, ""), r["device"], r["label"]) == wanted]
+            timings = [(row["seconds"], *row["timing"]["quartiles_seconds"]) for row in curve]
             if not curve:
                 continue
-            timings = [row["timing"] for row in curve]
-            median = np.array([timing["median_seconds"] for timing in timings])
-            low, high = np.transpose([timing["quartiles_seconds"] for timing in timings])
+            median, low, high = np.transpose(timings)
             style = _STYLES[labels.index(label) % len(_STYLES)]
             axes.errorbar(
                 [row[x] for row in curve],
@@ -179,12 +178,9 @@ def draw_times(rows: list[dict[str, Any]], x: str, panel: str) -> Figure:
                 color=f"C{devices.index(device)}",
                 label=f"{device} {label}",
             )
-        axes.set(xlabel=x.replace("_", " "), ylabel="seconds: median and quartiles", title=title)
-        axes.set_yscale("log")
-        if is_size:
-            axes.set_xscale("log")
-        else:
-            axes.tick_params("x", rotation=90)
+        axes.set(title=title, xlabel=x.replace("_", " "), xscale="log" if is_size else "linear")
+        axes.set(ylabel="seconds: median and quartiles", yscale="log")
+        axes.tick_params("x", rotation=0 if is_size else 90)
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=9)
     return figure

@@ -125,7 +125,7 @@ def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measur
         "bare": _repeat(bare, train, steps, device),
         "batches": _repeat(batches, train, steps, device),
     }
-    cases.check_device(next(calls["bare"]), device, row["key"])
+    places.check_placement([next(calls["bare"])], places.single(device))
     return [
         Measurement(
             functools.partial(next, results), synchronize, budget, row | {"part": name}, parts=steps

@@ -5,11 +5,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import layers
 
 from trainer import devices
 from trainer.benchmark import cases
@@ -22,17 +23,11 @@ from trainer.benchmark.timing import Budget, Measurement
 # Dot products that fit each cache, and one that fits none, show the bandwidth.
 _DOTS = (10_000, 1_000_000, 10_000_000)
 FULL, QUICK = Budget(15, 0.02, 0.3, (1024, 2048), _DOTS), Budget(7, 0.004, 0.05, (1024,), _DOTS)
+# A function of tensors, or a layer; and the shapes of its inputs.
+Operation = tuple[Callable[..., tf.Tensor], list[tuple[int, ...]]]
 
 
-class Operation(NamedTuple):
-    """An operation at one size."""
-
-    name: str
-    function: Callable[..., tf.Tensor]  # of the inputs, or a layer
-    shapes: tuple[tuple[int, ...], ...]  # of the inputs
-
-
-def operations(size: str) -> list[Operation]:
+def operations(size: str) -> dict[str, Operation]:
     """Returns the operations at a "small" size (an MNIST network, batch 128) or a "large" one."""
     batch, side, inner, width = (128, 12, 16, 128) if size == "small" else (64, 56, 64, 1024)
     image, wide = (batch, side, side, inner), (batch, width)
@@ -40,28 +35,24 @@ def operations(size: str) -> list[Operation]:
     words_in, sequence = (batch, steps), (batch, steps, units)
     labels = tf.one_hot(tf.range(batch) % width, width)
     entropy = functools.partial(tf.nn.softmax_cross_entropy_with_logits, labels)
-    layers = keras.layers
-    conv = layers.Conv2D(inner, 3, padding="same")
-    depthwise = layers.DepthwiseConv2D(3, padding="same")
-    attention = layers.MultiHeadAttention(4, units // 4)
-    return [
-        Operation("add", tf.add, (image, image)),
-        Operation("matmul", tf.matmul, (wide, (width, width))),
-        Operation("conv2d", conv, (image,)),
-        Operation("depthwise_conv2d", depthwise, (image,)),
-        Operation("max_pooling", layers.MaxPooling2D(), (image,)),
-        Operation("relu", tf.nn.relu, (image,)),
-        Operation("gelu", tf.nn.gelu, (image,)),
-        Operation("softmax", tf.nn.softmax, (wide,)),
-        Operation("cross_entropy", entropy, (wide,)),
-        Operation("batch_normalization", layers.BatchNormalization(), (image,)),
-        Operation("layer_normalization", layers.LayerNormalization(), (wide,)),
-        Operation("dropout", layers.Dropout(0.5), (image,)),
-        Operation("dense", layers.Dense(width), (wide,)),
-        Operation("embedding", layers.Embedding(words, units), (words_in,)),
-        Operation("lstm", layers.LSTM(units), (sequence,)),
-        Operation("attention", attention, (sequence, sequence)),
-    ]
+    return {
+        "add": (tf.add, [image, image]),
+        "matmul": (tf.matmul, [wide, (width, width)]),
+        "conv2d": (layers.Conv2D(inner, 3, padding="same"), [image]),
+        "depthwise_conv2d": (layers.DepthwiseConv2D(3, padding="same"), [image]),
+        "max_pooling": (layers.MaxPooling2D(), [image]),
+        "relu": (tf.nn.relu, [image]),
+        "gelu": (tf.nn.gelu, [image]),
+        "softmax": (tf.nn.softmax, [wide]),
+        "cross_entropy": (entropy, [wide]),
+        "batch_normalization": (layers.BatchNormalization(), [image]),
+        "layer_normalization": (layers.LayerNormalization(), [wide]),
+        "dropout": (layers.Dropout(0.5), [image]),
+        "dense": (layers.Dense(width), [wide]),
+        "embedding": (layers.Embedding(words, units), [words_in]),
+        "lstm": (layers.LSTM(units), [sequence]),
+        "attention": (layers.MultiHeadAttention(4, units // 4), [sequence, sequence]),
+    }
 
 
 def benchmark_operations(
@@ -81,10 +72,10 @@ def benchmark_operations(
     for device, size in itertools.product(names, ("small",) if quick else ("small", "large")):
         with tf.device(device):
             made = operations(size)
-        for operation, passed in itertools.product(made, ("forward", "gradient")):
-            row = {"key": f"{operation.name}/{size}/{device}/{passed}", "operation": operation.name}
+        for name, passed in itertools.product(made, ("forward", "gradient")):
+            row = {"key": f"{name}/{size}/{device}/{passed}", "operation": name}
             row |= {"size": size, "device": device, "pass": passed, "label": passed}
-            found.append((row["key"], functools.partial(_prepare, operation, row, budget, seed)))
+            found.append((row["key"], functools.partial(_prepare, made[name], row, budget, seed)))
     measured, baselines, skipped = cases.measure(found, budget, seed=seed)
     return BenchmarkResult(
         name="operations",
@@ -105,19 +96,18 @@ def _prepare(
 ) -> list[Measurement]:
     """Creates the inputs of an operation, checks the device of its results, and warms up."""
     generator, device = np.random.default_rng(seed), row["device"]
-    gradient, made = row["pass"] == "gradient", cast("Any", operation.function)
+    gradient, (made, shapes) = row["pass"] == "gradient", cast("Any", operation)
     is_layer = isinstance(made, keras.Layer)
     function = functools.partial(made, training=True) if is_layer else made
     draw = functools.partial(generator.standard_normal, dtype=np.float32)
-    if isinstance(made, keras.layers.Embedding):
+    if isinstance(made, layers.Embedding):
         draw = functools.partial(generator.integers, 0, made.input_dim, dtype=np.int32)
     with tf.device(device):
         keras.utils.set_random_seed(seed)
-        inputs = [tf.identity(tf.constant(draw(size=shape))) for shape in operation.shapes]
+        inputs = [tf.identity(tf.constant(draw(size=shape))) for shape in shapes]
         result = function(*inputs)  # a layer creates its weights now
         weights = [weight.value for weight in made.trainable_variables] if is_layer else []
-        traced = tf.function(_derivative(function, weights) if gradient else function)
-        compiled = cast("Any", traced).get_concrete_function(*inputs)
+        compiled: Any = tf.function(_derivative(function, weights) if gradient else function)
 
     def call() -> Any:
         with tf.device(device):
@@ -126,7 +116,7 @@ def _prepare(
     for tensor in tf.nest.flatten(call()):
         devices.check_placement([tensor], devices.single(device))
     # None: elementwise operations have no products, and those of a loop (LSTM) are not counted.
-    flops = count_flops(compiled.graph)
+    flops = count_flops(compiled.get_concrete_function(*inputs).graph)
     moved = sum(t.dtype.size * math.prod(t.shape) for t in [*inputs, *weights, result])
     # The gradient of a product takes two more products of the same size.
     factor = (2 if flops == 0 else 3) if gradient else 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -21,6 +22,7 @@ from trainer.benchmark.timing import Measurement
 from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import write_text
+from trainer.report import write_figure
 from trainer.run import make_directory
 
 RATES = ("seconds", "timing", "gflop_per_s", "gbyte_per_s", "share")  # columns
@@ -66,9 +68,7 @@ class BenchmarkResult:
         self.environment = describe_environment(tuple(self.devices), self.fingerprint)
         self.settings["devices"] = self.devices
         if self.name != "formats" and not any(name.startswith("GPU") for name in self.devices):
-            self.skipped["GPU"] = (
-                "--device names none, or `trainer doctor` explains what is missing"
-            )
+            self.skipped["GPU"] = "--device names none, or `trainer doctor` states the reason"
 
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
@@ -95,24 +95,9 @@ class BenchmarkResult:
         return [*skipped, "docs/benchmark.md explains the columns"]
 
     def write(self, runs: str) -> Path:
-        """Writes a new directory for the result into the folder `runs`, and returns its path.
-
-        Raises:
-            InputError: It cannot be written.
-        """
+        """Writes a new directory for the result into the folder `runs`, and returns its path."""
         path = make_directory(runs, f"benchmark-{self.name}")
-        try:
-            write_text(path / f"{self.name}.json", self.json())
-            self._write_charts(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error}") from None
-        return path
-
-    def _write_charts(self, path: Path) -> None:
-        import tensorflow as tf
-
-        from trainer.report import write_figure
-
+        write_text(path / f"{self.name}.json", self.json())
         board = path / "tensorboard"
         titles, *rows = self.table()
         cells = (titles, ["---"] * len(titles), *rows)
@@ -124,13 +109,14 @@ class BenchmarkResult:
             figure.savefig(path / f"{self.name}.png", dpi=150)
             write_figure(f"benchmark/{self.name}", figure)
         if self.scalars is None:
-            return
+            return path
         # One TensorBoard run for each device: devices are drawn in the same charts.
         for device in self.devices:
             with tf.summary.create_file_writer(str(board / device.replace(":", ""))).as_default():
                 for row in (row for row in self.rows if row["device"] == device):
                     for tag, value in self.scalars(row).items():
                         tf.summary.scalar(tag, value, step=row[self.x])
+        return path
 
 
 def _text(key: str, value: Any) -> str:
@@ -165,10 +151,11 @@ def draw_times(rows: list[dict[str, Any]], x: str, panel: str) -> Figure:
         for device, label in itertools.product(devices, labels):
             wanted = (title, device, label)
             curve = [r for r in rows if (r.get(panel, ""), r["device"], r["label"]) == wanted]
-            timings = [(row["seconds"], *row["timing"]["quartiles_seconds"]) for row in curve]
             if not curve:
                 continue
-            median, low, high = np.transpose(timings)
+            timings = [row["timing"] for row in curve]
+            median = np.array([each["median_seconds"] for each in timings])
+            low, high = np.transpose([each["quartiles_seconds"] for each in timings])
             style = _STYLES[labels.index(label) % len(_STYLES)]
             axes.errorbar(
                 [row[x] for row in curve],

@@ -58,23 +58,15 @@ def derive(expression: Expression, order: int) -> Array:
     with mpmath.workprec(PRECISION):
         for (i, label), lower in itertools.product(enumerate(expression.labels), range(order)):
             left, right = (quotient((i,) * (lower + 1), direction) for direction in (-1, 1))
-            _require_smooth(left, right, f"{label} = {float(point[i])!r}", lower + 1)
+            # At a smooth point they differ by the step times the next derivative.
+            smooth = abs(right - left) <= 1e-30 * abs(right) + 1e-40  # False for nan
+            if not smooth.all():  # a kink, a pole or an edge
+                k = int(np.argmin(smooth))
+                raise InputError(
+                    f"the expression is not differentiable at {label} = {float(point[i])!r}: its "
+                    f"derivative of order {lower + 1} is {float(left[k]):.4g} on the left and "
+                    f"{float(right[k]):.4g} on the right (nan: not defined there)"
+                )
         for index in np.ndindex(*derivative.shape[1:]):
             derivative[:, *index] = quotient(tuple(sorted(index)))
     return derivative
-
-
-def _require_smooth(left: NDArray[Any], right: NDArray[Any], where: str, order: int) -> None:
-    """Refuses a kink, a pole or an edge at the point: the derivatives on the two sides differ.
-
-    At a smooth point they differ by the step times the next derivative.
-    """
-    smooth = abs(right - left) <= 1e-30 * abs(right) + 1e-40  # False for nan
-    if not smooth.all():
-        output = int(np.argmin(smooth))
-        what = "slope" if order == 1 else f"derivative of order {order}"
-        raise InputError(
-            f"the expression is not differentiable at {where}: its {what} is "
-            f"{float(left[output]):.4g} on the left and {float(right[output]):.4g} on the right "
-            "(nan: not defined there); choose another point"
-        )

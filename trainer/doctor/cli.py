@@ -24,7 +24,8 @@ def doctor(
     with console.stdout_to_stderr():
         found = examine(Config() if is_default else console.load_config(config, set_))
     if json_:
-        console.print_json([{"subject": name} | each._asdict() for name, each in found.items()])
+        keys, rows = ("subject", "status", "value", "remedy"), found.items()
+        console.print_json([dict(zip(keys, (name, *each), strict=True)) for name, each in rows])
         return
     console.print_rows(
         (Text(status, _STYLES[status]), Text(name, "bold"), value + (remedy and f"\n-> {remedy}"))

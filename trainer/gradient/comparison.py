@@ -99,11 +99,11 @@ def _differentiate(
         f"{order} for {inputs} elements of --wrt",
     )
     # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
-    from trainer.gradient import differences, symbols, tape
+    from trainer.gradient import methods
 
-    numeric = differences.derive(expression, order)
-    symbolic_value, symbolic, formulas = symbols.derive(expression, order)
-    taped_value, taped, graph = tape.derive(expression, order)
+    numeric = methods.by_differences(expression, order)
+    symbolic_value, symbolic, formulas = methods.by_symbols(expression, order)
+    taped_value, taped, graph = methods.by_tape(expression, order)
     # A scalar expression has no axis of outputs, and one scalar variable no axes of inputs.
     outputs = numeric.shape[:1] if expression.value.shape else ()
     shape = outputs + (numeric.shape[1:] if expression.labels != expression.wrt[:1] else ())

@@ -76,18 +76,18 @@ def benchmark_operations(
             row = {"key": f"{name}/{size}/{device}/{passed}", "operation": name}
             row |= {"size": size, "device": device, "pass": passed, "label": passed}
             found.append((row["key"], functools.partial(_prepare, made[name], row, budget, seed)))
-    measured, baselines, skipped = cases.measure(found, budget, seed=seed)
+    measured, skipped = cases.measure(found, budget, seed=seed)
     return BenchmarkResult(
         name="operations",
         subject=f"operations on {', '.join(names)}",
-        rows=[_complete(e, measured, baselines) for e in measured if "operation" in e.row],
+        rows=[_complete(e, measured) for e in measured if "operation" in e.row],
         columns=("operation", "size", "device", "pass", *RATES),
         settings={"seed": seed, **asdict(budget)},
         devices=names,
         x="operation",
         panel="size",
         skipped=skipped,
-        baselines=baselines,
+        measured=measured,
     )
 
 
@@ -141,9 +141,7 @@ def _derivative(
     return derive
 
 
-def _complete(
-    each: Measurement, measured: list[Measurement], baselines: list[Measurement]
-) -> dict[str, Any]:
+def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     """Returns a complete row.
 
     The limit is the peak of arithmetic, or the fastest GB/s for as many bytes times
@@ -151,7 +149,6 @@ def _complete(
     Roofline, Communications of the ACM 52(4).
     """
     device = each.row["device"]
-    row = cases.complete_row(each, measured, baselines, "flops", device=device)
-    least = {"at_least": row["bytes"], "device": device}
-    bandwidth = fastest([*measured, *baselines], "bytes", **least)
+    row = cases.complete_row(each, measured, "flops", device=device)
+    bandwidth = fastest(measured, "bytes", at_least=row["bytes"], device=device)
     return row | {"share": max(row["share"] or 0.0, row["gbyte_per_s"] / bandwidth)}

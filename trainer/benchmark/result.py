@@ -46,7 +46,7 @@ class BenchmarkResult:
     scalars: Callable[[dict[str, Any]], dict[str, float]] | None = None  # by tag, if x is a size
     fingerprint: str = ""  # of the data
     skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped thing
-    baselines: list[Measurement] = field(default_factory=list)  # they make two results comparable
+    measured: list[Measurement] = field(default_factory=list)  # its baselines make two comparable
 
     def __post_init__(self) -> None:
         """Adds the conditions, the reason if no GPU is measured, and how devices compare.
@@ -73,7 +73,7 @@ class BenchmarkResult:
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
         names = ("subject", "settings", "rows", "skipped", "environment")
-        baselines = {each.row["key"]: each.timing() for each in self.baselines}
+        baselines = {m.row["key"]: m.timing() for m in self.measured if "baseline" in m.row}
         plain = {name: getattr(self, name) for name in names}
         return {"benchmark": self.name, **plain, "baselines": baselines}
 

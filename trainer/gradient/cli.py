@@ -14,7 +14,6 @@ import typer
 from trainer import console
 from trainer.errors import CheckError, InputError
 from trainer.files import write_text
-from trainer.run import make_directory
 
 app = typer.Typer()
 
@@ -71,6 +70,8 @@ def gradient(
 def _write(result: Any, runs: str) -> Path:
     """Writes a GradientResult to a new run directory in the folder `runs`, and returns its path."""
     import tensorflow as tf
+
+    from trainer.run import make_directory
 
     path = make_directory(runs, "gradient")
     write_text(path / "gradient.json", json.dumps(result.document, indent=2) + "\n")

@@ -89,7 +89,7 @@ def test_formats_are_compared(
     code, _, err = command("benchmark", "formats", "--runs", home / "runs", "--json", out)
     assert (code, err) == (
         2,
-        f"trainer: --json: {out} cannot be written: File exists\n",
+        f"trainer: [Errno 17] File exists: '{out}'; TRAINER_TRACEBACK=1 prints the traceback\n",
     )
     code, _, err = command("benchmark", "formats", folder, "--runs", home / "runs")
     assert code == 2

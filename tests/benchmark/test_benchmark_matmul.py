@@ -88,9 +88,14 @@ def test_a_clock_that_does_not_wait_is_rejected(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_wrong_device_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply_on = matmul._multiply_on
-    monkeypatch.setattr(matmul, "_multiply_on", lambda _, pair: multiply_on("CPU:0", pair))
-    with pytest.raises(CheckError, match="expected on CPU:1, found on CPU:0"):
+    multiply = tf.matmul
+
+    def elsewhere(*pair: tf.Tensor) -> tf.Tensor:
+        with tf.device("CPU:0"):
+            return multiply(*pair)
+
+    monkeypatch.setattr(tf, "matmul", elsewhere)
+    with pytest.raises(CheckError, match="expected outputs on CPU:1, found them on CPU:0"):
         measured(["cpu:1"], ["dot"])
 
 

@@ -166,7 +166,8 @@ def test_a_rate_above_the_peak_is_rejected() -> None:
         row |= {"key": "step/128", "device": "CPU:0", "batch_size": 128}
         return SimpleNamespace(row=row, median=1.0, block_seconds=[1.0], timing=dict)
 
-    baselines = [measured(dtype="float32", flops=1e9), measured(dtype="bfloat16", flops=5e9)]
+    kinds = {"float32": 1e9, "bfloat16": 5e9}
+    baselines = [measured(dtype=dtype, flops=n, baseline="") for dtype, n in kinds.items()]
     parts = [measured(precision="float32", flops=1.2e9), *baselines]
     assert step._complete(parts, baselines)["share"] == pytest.approx(1.2)
     parts[0].row["flops"] = 2e9
@@ -177,8 +178,8 @@ def test_a_rate_above_the_peak_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json", "/proc/no/file"], "--json: /proc/no/file cannot be written: No such file"),
-        (["--json", "a" * 300], "cannot be written: File name too long"),
+        (["--json", "/proc/no/file"], "No such file or directory: '/proc/no/file'"),
+        (["--json", "a" * 300], "File name too long"),
         (["--precision", "bfloat16"], "--precision: expected float32 or mixed_bfloat16 or"),
         (["--device", "tpu"], "--device: expected cpu, cpu:N, gpu, gpu:N or all"),
     ],

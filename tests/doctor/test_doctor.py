@@ -90,7 +90,7 @@ def test_the_other_checks_run_with_a_broken_tensorflow(
     assert "pip install --force-reinstall" in found["TensorFlow"].remedy
     assert found["packages"].status == "ok"
     for subject in ("GPU", "GPU kernels", "XLA"):
-        assert found[subject].value.startswith("not checked: MissingError: TensorFlow cannot")
+        assert found[subject].value.startswith("not checked: TensorFlow cannot")
 
 
 def test_a_missing_package_ends_one_check_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_versions_are_compared_with_the_ranges_of_the_distribution(
     folder = tmp_path / "site" / "doctor_example-1.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: doctor-example\nVersion: 1\nRequires-Python: <3.9\n"
+        "Metadata-Version: 2.1\nName: doctor-example\nVersion: 1\n"
         "Requires-Dist: numpy>=1\nRequires-Dist: keras<2\nRequires-Dist: no-such-package>=4\n"
         "Requires-Dist: importlib_resources\nRequires-Dist: optional; extra == 'gpu'\n"
     )
@@ -117,9 +117,9 @@ def test_versions_are_compared_with_the_ranges_of_the_distribution(
     status, value, remedy = checks._packages("doctor-example")
     assert status == "problem"
     unmet = [part.partition(":")[0] for part in value.split("; ")]
-    assert unmet == ["python", "keras", "no-such-package"]
+    assert unmet == ["keras", "no-such-package"]
     assert value.endswith("no-such-package: found none, needs >=4")
-    assert remedy == "`pip install -e .` with a supported Python"
+    assert remedy == "`pip install -e .`"
 
 
 def test_a_driver_without_a_usable_gpu_is_a_problem(

@@ -50,11 +50,11 @@ def select_each(words: list[str] | None) -> list[str]:
 
 def measure(
     cases: Iterable[Case], budget: Budget, *, seed: int
-) -> tuple[list[Measurement], list[Measurement], dict[str, str]]:
+) -> tuple[list[Measurement], dict[str, str]]:
     """Prepares all cases, then times them in turns. A case that raises InputError is skipped.
 
     Returns:
-        The measurements, their baselines (with a "baseline" in their row), and the reason for
+        The measurements, among them baselines with a "baseline" in their row; and the reason for
         each case that was skipped, by key.
     """
     prepared: list[Measurement] = []
@@ -71,8 +71,7 @@ def measure(
             skipped[key] = "not enough memory on the device"
     _logger.info("measuring %d blocks of each call, in turns", budget.blocks)
     run_interleaved([each.run_block for each in prepared], blocks=budget.blocks, seed=seed)
-    measured = [each for each in prepared if "baseline" not in each.row]
-    return measured, [each for each in prepared if "baseline" in each.row], skipped
+    return prepared, skipped
 
 
 def synchronize(*, tf32: bool = True) -> None:
@@ -94,25 +93,20 @@ def fastest(measured: list[Measurement], work: str, *, at_least: int = 0, **want
     rates = (
         each.row[work] / min(each.block_seconds) / 1e9
         for each in measured
-        if each.row[work] >= at_least and wanted.items() <= each.row.items()
+        if (each.row[work] or -1) >= at_least and wanted.items() <= each.row.items()
     )
     return max(rates, default=0.0)
 
 
 def complete_row(
-    each: Measurement,
-    measured: list[Measurement],
-    baselines: list[Measurement],
-    work: str,
-    **limit: Any,
+    each: Measurement, measured: list[Measurement], work: str, **limit: Any
 ) -> dict[str, Any]:
     """Returns a row with its timing, its rates and its share of the highest rate in the same run.
 
     Args:
         each: The measurement of the row.
-        measured: Further measurements of the same run.
-        baselines: Independent measurements. A clock that does not wait for the device is wrong by
-            factors, so a rate far above theirs is rejected.
+        measured: The measurements of the run. A clock that does not wait for the device is wrong
+            by factors, so a rate far above their baselines is rejected.
         work: The work that limits it, "flops" or "bytes".
         **limit: See `fastest`.
 
@@ -121,7 +115,8 @@ def complete_row(
     """
     row = each.row | {"seconds": each.median, "timing": each.timing(), "share": None}
     for name, column in _RATES.items():
-        row[column] = None if row.get(name) is None else row[name] / each.median / 1e9
+        row[column] = row[name] / each.median / 1e9 if row.get(name) else None
+    baselines = [other for other in measured if "baseline" in other.row]
     rate, most = row[_RATES[work]], fastest(baselines, work, **limit)
     if rate is None or not most:
         return row
@@ -130,15 +125,4 @@ def complete_row(
             f"{row['key']}: {rate / most:.0%} of the best rate measured in the same run: one of "
             "the two timings is wrong"
         )
-    return row | {"share": rate / fastest([*measured, *baselines], work, **limit)}
-
-
-def check_device(tensor: tf.Tensor, device: str, name: str) -> None:
-    """Requires an eager tensor to be on a device, for example "GPU:0".
-
-    Raises:
-        CheckError: It is on another one.
-    """
-    found = str(tensor.device).rpartition("/device:")[2]
-    if found != device:
-        raise CheckError(f"{name}: expected on {device}, found on {found or 'no device'}")
+    return row | {"share": rate / fastest(measured, work, **limit)}

@@ -19,6 +19,14 @@ DevicesOption = Annotated[
     list[str] | None,
     typer.Option("--device", help="cpu | cpu:N | gpu | gpu:N | all; repeatable; default: all"),
 ]
+BatchSizesOption = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="Repeatable; default: 32 to 2048 and the file's own"),
+]
+PrecisionsOption = Annotated[
+    list[str] | None,
+    typer.Option(help=f'{" | ".join(_PRECISIONS)}; repeatable; default: float32 and "auto"'),
+]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Measure less, in under a minute")]
 CompareOption = Annotated[
     Path | None, typer.Option("--compare", metavar="OLD.json", help="Print changes beyond noise")
@@ -59,15 +67,10 @@ def matmul(
     if textbook and (shape or dtype or compare):
         raise InputError("--textbook cannot be combined with --shape, --dtype or --compare")
     shapes, dtypes = _choose("--shape", shape, _SHAPES), _choose("--dtype", dtype, _DTYPES)
-    options = {
-        "words": device,
-        "products": {"dot": ["float32"]} if textbook else dict.fromkeys(shapes, dtypes),
-        "largest": largest,
-        "textbook": textbook,
-        "quick": quick,
-        "seed": seed,
-    }
-    _run("matmul.benchmark_matmul", options, (runs, json_, compare, tolerance))
+    products = {"dot": ["float32"]} if textbook else dict.fromkeys(shapes, dtypes)
+    options = {"largest": largest, "textbook": textbook, "quick": quick, "seed": seed}
+    output = (runs, json_, compare, tolerance)
+    _run("matmul", output, words=device, products=products, **options)
 
 
 @verbs.command("operations")
@@ -82,8 +85,7 @@ def operations(
     json_: JsonFileOption = None,
 ) -> None:
     """Time operations and layers of networks, forward and with gradient."""
-    options = {"words": device, "quick": quick, "seed": seed}
-    _run("operations.benchmark_operations", options, (runs, json_, compare, tolerance))
+    _run("operations", (runs, json_, compare, tolerance), words=device, quick=quick, seed=seed)
 
 
 @verbs.command("step")
@@ -91,17 +93,8 @@ def step(
     config: console.ConfigArgument = console.DEFAULT_CONFIG,
     *,
     device: DevicesOption = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Repeatable; default: 32 to 2048 and the file's own"),
-    ] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="float32 | mixed_bfloat16 | mixed_float16; repeatable; default: float32 and the "
-            'choice of "auto"',
-        ),
-    ] = None,
+    batch_size: BatchSizesOption = None,
+    precision: PrecisionsOption = None,
     jit_compile: Annotated[bool | None, typer.Option(help="Use XLA or not; default: both")] = None,
     set_: console.SetOption = None,
     quick: QuickOption = False,
@@ -111,15 +104,10 @@ def step(
     json_: JsonFileOption = None,
 ) -> None:
     """Time the training step of a configuration, and its parts."""
-    options = {
-        "config": console.load_config(config, set_),
-        "words": device,
-        "batch_sizes": batch_size,
-        "precisions": precision and _choose("--precision", precision, _PRECISIONS),
-        "jit_compile": jit_compile,
-        "quick": quick,
-    }
-    _run("step.benchmark_step", options, (runs, json_, compare, tolerance))
+    loaded, output = console.load_config(config, set_), (runs, json_, compare, tolerance)
+    precision = precision and _choose("--precision", precision, _PRECISIONS)
+    options = {"precisions": precision, "jit_compile": jit_compile, "quick": quick}
+    _run("step", output, config=loaded, words=device, batch_sizes=batch_size, **options)
 
 
 @verbs.command("formats")
@@ -134,8 +122,8 @@ def formats(
 ) -> None:
     """Compare the export formats of a model: size, loading time, speed, accuracy."""
     console.require("cpu", run, runs)
-    options = {"reference": run, "runs_directory": runs, "quick": quick}
-    _run("formats.benchmark_formats", options, (runs, json_, compare, tolerance))
+    output = (runs, json_, compare, tolerance)
+    _run("formats", output, reference=run, runs_directory=runs, quick=quick)
 
 
 def _choose(option: str, values: list[str] | None, choices: tuple[str, ...]) -> list[str]:
@@ -145,15 +133,13 @@ def _choose(option: str, values: list[str] | None, choices: tuple[str, ...]) -> 
     return values or [*choices]
 
 
-def _run(
-    function: str, options: dict[str, Any], output: tuple[str, Path | None, Path | None, float]
-) -> None:
+def _run(name: str, output: tuple[str, Path | None, Path | None, float], **options: Any) -> None:
     """Measures, writes and prints the result, and compares it with the earlier one.
 
     Args:
-        function: The function of the benchmark, as "module.function".
-        options: Its arguments. A GPU among the "words", the values of --device, needs a driver.
+        name: The name of the benchmark.
         output: The values of --runs, --json, --compare and --tolerance.
+        **options: The arguments of its function. A GPU among the "words" needs a driver.
     """
     from trainer.benchmark.compare import compare, read_document
     from trainer.files import require_writable, write_text
@@ -164,16 +150,12 @@ def _run(
     before = None if earlier is None else read_document(earlier)
     require_writable(runs, "--runs")
     if file is not None and file != Path("-"):
-        try:
-            file.touch(exist_ok=False)
-            file.unlink()
-        except OSError as error:
-            raise InputError(f"--json: {file} cannot be written: {error.strerror}") from None
+        file.touch(exist_ok=False)  # an OSError now, not after minutes
+        file.unlink()
     console.start_logging()
     with console.stdout_to_stderr():
-        module, name = function.split(".")
-        imported = console.import_module(f"trainer.benchmark.{module}")
-        result = getattr(imported, name)(**options)
+        module = console.import_module(f"trainer.benchmark.{name}")
+        result = getattr(module, f"benchmark_{name}")(**options)
         folder = result.write(runs)
     if file == Path("-"):
         console.print_line(result.json(), end="")

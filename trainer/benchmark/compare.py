@@ -21,8 +21,7 @@ def read_document(path: Path) -> dict[str, Any]:
         _timings(document)
         str(document["benchmark"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"missing key {error}" if isinstance(error, KeyError) else error
-        message = f"--compare: {path} is not the result of a benchmark of this version ({reason})"
+        message = f"--compare: {path} is not the result of a benchmark of this version ({error!r})"
         raise InputError(message) from None
     return document
 
@@ -67,6 +66,4 @@ def _timings(document: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
     for key, timing in timings.items():
         low, high = timing["quartiles_seconds"]
         found[key] = np.array([low, timing["median_seconds"], high], float)
-        if not (found[key] > 0).all():
-            raise ValueError(f"{key} took no time")
     return found

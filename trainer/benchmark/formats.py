@@ -3,9 +3,6 @@
 import functools
 import json
 import logging
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import open_run
 from trainer.saving.export import export
 from trainer.saving.formats import FORMATS
-from trainer.saving.versions import Verification, artefact_files
+from trainer.saving.versions import Verification, artefact_files, run_python
 
 _logger = logging.getLogger(__name__)
 
@@ -81,20 +78,11 @@ def benchmark_formats(
 
 
 def _measure(arguments: list[str], processes: list[dict[str, Any]]) -> None:
-    """Measures a format once, in a new process that has the module path of this one."""
+    """Measures a format once, in a new process."""
     _logger.info("process %d of %s", len(processes) + 1, arguments[0])
-    settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "trainer.benchmark.format_process", *arguments],
-        env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise CheckError(f"{arguments[0]} cannot be measured: {last[0]}")
-    processes.append(json.loads(done.stdout.splitlines()[-1]))
+    program = ["-m", "trainer.benchmark.format_process", *arguments]
+    printed = run_python(program, f"{arguments[0]} cannot be measured")
+    processes.append(json.loads(printed.splitlines()[-1]))
 
 
 def _row(

@@ -7,6 +7,7 @@ Two shapes: "dot" ([1, n] x [n, 1]) does two operations for eight bytes and is l
 import functools
 import itertools
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -17,14 +18,8 @@ import psutil
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer.benchmark.cases import (
-    Case,
-    check_device,
-    complete_row,
-    measure,
-    select_each,
-    synchronize,
-)
+from trainer import devices
+from trainer.benchmark.cases import Case, complete_row, measure, select_each, synchronize
 from trainer.benchmark.result import RATES, BenchmarkResult
 from trainer.benchmark.timing import Budget, Measurement
 from trainer.errors import CheckError, InputError
@@ -35,8 +30,6 @@ _MAX_CALL_SECONDS = 1.0  # longer products are skipped, and the skip is recorded
 _LEAST_PEAK_SIZE = 512  # squares of at least this size have baselines
 # Largest error of a product relative to |a||b|. Rounding alone causes less than half of it.
 _LARGEST_ERROR = {"float32": 1e-5, "tf32": 2e-3, "bfloat16": 1e-2, "float16": 2e-3}
-
-Pair = list[tf.Tensor]  # the two operands of a product
 
 
 def benchmark_matmul(
@@ -62,16 +55,21 @@ def benchmark_matmul(
         squares, dots = ((*(n for n in each if n < largest), largest) for each in sizes)
         budget = replace(budget, square_sizes=squares, dot_sizes=dots)
     cases = product_cases(names, products, budget, seed=seed)
-    measured, baselines, skipped = measure(cases, budget, seed=seed)
-    for each in measured if textbook else ():
-        _seconds_of_ten(each.call, synchronize)  # as the book does: ten calls to warm up
-        each.row["waited_seconds"] = _seconds_of_ten(each.call, synchronize)
-        each.row["book_seconds"] = _seconds_of_ten(each.call, lambda: None)
+    measured, skipped = measure(cases, budget, seed=seed)
+    own = [each for each in measured if "baseline" not in each.row]
+    for each in own if textbook else ():
+        timeit.timeit(each.call, number=10)  # as the book does: ten calls to warm up
+        synchronize()
+        start = time.perf_counter()
+        # A GPU executes calls later. Without waiting for it, this is only the time of the calls.
+        each.row["book_seconds"] = timeit.timeit(each.call, number=10) / 10
+        synchronize()
+        each.row["waited_seconds"] = (time.perf_counter() - start) / 10
     columns = ("n", "device", "dtype", "book_seconds", "waited_seconds")
     return BenchmarkResult(
         name="textbook" if textbook else "matmul",
         subject=f"matrix products on {', '.join(names)}",
-        rows=[complete_row(each, measured, baselines, **_limit(each.row)) for each in measured],
+        rows=[_complete(each, measured) for each in own],
         columns=columns if textbook else ("shape", "n", "device", "dtype", *RATES),
         settings={"seed": seed, "products": products, **asdict(budget)},
         devices=names,
@@ -79,32 +77,21 @@ def benchmark_matmul(
         panel="shape",
         scalars=_scalars,
         skipped=skipped,
-        baselines=baselines,
+        measured=measured,
     )
 
 
-def _seconds_of_ten(call: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Returns the mean seconds of ten calls.
-
-    A GPU executes calls later. Without waiting for it, this is only the time of the calls.
-    """
-    start = time.perf_counter()
-    for _ in range(10):
-        call()
-    wait()
-    return (time.perf_counter() - start) / 10
-
-
-def _limit(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns what limits a product, for `complete_row`.
+def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
+    """Returns a complete row.
 
     The limit of a square is the GFLOP/s of its device and type. That of a dot product is the GB/s
     of its device for operands that are at least as large.
     """
+    row = each.row
     same = {"shape": row["shape"], "device": row["device"]}
     if row["shape"] == "square":
-        return {"work": "flops", "dtype": row["dtype"], **same}
-    return {"work": "bytes", "at_least": row["bytes"], **same}
+        return complete_row(each, measured, "flops", dtype=row["dtype"], **same)
+    return complete_row(each, measured, "bytes", at_least=row["bytes"], **same)
 
 
 def _scalars(row: dict[str, Any]) -> dict[str, float]:
@@ -132,14 +119,14 @@ def _product_row(shape: str, n: int, device: str, dtype: str) -> dict[str, Any]:
 
 
 def product_cases(
-    devices: list[str], products: dict[str, list[str]], budget: Budget, *, seed: int
+    names: list[str], products: dict[str, list[str]], budget: Budget, *, seed: int
 ) -> Iterator[Case]:
     """Yields the products and their baselines, in ascending size.
 
     `products` are the types of each shape. A GPU also multiplies float32 operands as TF32.
     """
     generator = np.random.default_rng(seed)
-    for (shape, dtypes), device in itertools.product(products.items(), devices):
+    for (shape, dtypes), device in itertools.product(products.items(), names):
         has_tf32 = "float32" in dtypes and device.startswith("GPU")
         for dtype in [*dtypes, "tf32"] if has_tf32 else dtypes:
             smaller: list[Measurement] = []
@@ -157,6 +144,7 @@ def _prepare(
         InputError: It is too large.
         CheckError: A tensor is on another device, or the product is wrong.
     """
+    n, device, dtype = row["n"], row["device"], row["dtype"]
     # The host needs operands of the type, in float32 and in float64.
     if 8 * row["bytes"] > psutil.virtual_memory().available:
         raise InputError(f"{row['bytes']:,} bytes of operands do not fit in memory")
@@ -164,41 +152,31 @@ def _prepare(
         seconds = smaller[-1].call_seconds * row["flops"] / smaller[-1].row["flops"]
         if seconds > _MAX_CALL_SECONDS:
             raise InputError(f"one call would take about {seconds:.0f} s")
-    pair = _place_operands(row, generator)
-    multiply, tf32 = _multiply_on(row["device"], pair), row["dtype"] == "tf32"
-    measurement = Measurement(multiply, lambda: synchronize(tf32=tf32), budget, row)
-    tensors = [*pair, multiply()]
-    for tensor in tensors:
-        check_device(tensor, row["device"], row["key"])
-    a, b, product = (tensor.numpy() for tensor in tensors)
-    row["error"] = _check_product(a, b, product, row["dtype"])
-    smaller.append(measurement)
-    if row["shape"] == "dot" or row["n"] >= min(_LEAST_PEAK_SIZE, budget.square_sizes[-1]):
-        return [measurement, *_baselines(row, multiply, pair, budget)]
-    return [measurement]
-
-
-def _place_operands(row: dict[str, Any], generator: np.random.Generator) -> Pair:
-    """Draws random normal operands for a product, on its device."""
-    n, dtype = row["n"], "float32" if row["dtype"] == "tf32" else row["dtype"]
     shapes = ((1, n), (n, 1)) if row["shape"] == "dot" else ((n, n), (n, n))
     drawn = [generator.standard_normal(shape, np.float32) for shape in shapes]
-    with tf.device(row["device"]):
-        return [tf.identity(tf.cast(tf.constant(array), dtype)) for array in drawn]
-
-
-def _multiply_on(device: str, pair: Pair) -> Callable[[], tf.Tensor]:
-    """Returns a call that multiplies two operands on a device."""
+    with tf.device(device):
+        kind = "float32" if dtype == "tf32" else dtype
+        pair = [tf.identity(tf.cast(tf.constant(array), kind)) for array in drawn]
 
     def multiply() -> tf.Tensor:
         with tf.device(device):
             return tf.matmul(*pair)
 
-    return multiply
+    wait = functools.partial(synchronize, tf32=dtype == "tf32")
+    measurement = Measurement(multiply, wait, budget, row)
+    tensors = [*pair, multiply()]
+    for tensor in tensors:
+        devices.check_placement([tensor], devices.single(device))
+    a, b, product = (tensor.numpy() for tensor in tensors)
+    row["error"] = _check_product(a, b, product, dtype)
+    smaller.append(measurement)
+    if row["shape"] == "dot" or n >= min(_LEAST_PEAK_SIZE, budget.square_sizes[-1]):
+        return [measurement, *_baselines(row, multiply, (a, b), budget)]
+    return [measurement]
 
 
 def _baselines(
-    row: dict[str, Any], multiply: Callable[[], tf.Tensor], pair: Pair, budget: Budget
+    row: dict[str, Any], multiply: Callable[[], tf.Tensor], operands: Any, budget: Budget
 ) -> list[Measurement]:
     """Measures the same product with another wait, and in numpy."""
     last: deque[tf.Tensor] = deque(maxlen=1)
@@ -213,8 +191,7 @@ def _baselines(
         "product": (lambda: last.append(multiply()), read_back)
     }
     if row["dtype"] == "float32" and row["device"].startswith("CPU"):
-        left, right = (tensor.numpy() for tensor in pair)
-        calls["numpy"] = (lambda: left @ right, lambda: None)
+        calls["numpy"] = (functools.partial(np.matmul, *operands), lambda: None)
     longer = replace(budget, block_seconds=3 * budget.block_seconds)  # reading takes time, too
     return [
         Measurement(*each, longer, row | {"key": f"{row['key']}/{name}", "baseline": name})

@@ -5,14 +5,17 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import layers
 
+from trainer import devices
 from trainer.benchmark import cases
 from trainer.benchmark.cases import fastest, select_each
+from trainer.benchmark.flops import count_flops
 from trainer.benchmark.matmul import product_cases
 from trainer.benchmark.result import RATES, BenchmarkResult
 from trainer.benchmark.timing import Budget, Measurement
@@ -20,51 +23,36 @@ from trainer.benchmark.timing import Budget, Measurement
 # Dot products that fit each cache, and one that fits none, show the bandwidth.
 _DOTS = (10_000, 1_000_000, 10_000_000)
 FULL, QUICK = Budget(15, 0.02, 0.3, (1024, 2048), _DOTS), Budget(7, 0.004, 0.05, (1024,), _DOTS)
-# The gradient of a matrix product takes two more products of the same size.
-_PRODUCTS = ("matmul", "conv2d", "depthwise_conv2d", "dense", "lstm", "attention")
+# A function of tensors, or a layer; and the shapes of its inputs.
+Operation = tuple[Callable[..., tf.Tensor], list[tuple[int, ...]]]
 
 
-class Operation(NamedTuple):
-    """An operation at one size."""
-
-    name: str
-    function: Callable[..., tf.Tensor]  # of the inputs, or a layer
-    shapes: tuple[tuple[int, ...], ...]  # of the inputs
-    flops: float  # multiplications and additions of the forward pass
-
-
-def operations(size: str) -> list[Operation]:
+def operations(size: str) -> dict[str, Operation]:
     """Returns the operations at a "small" size (an MNIST network, batch 128) or a "large" one."""
     batch, side, inner, width = (128, 12, 16, 128) if size == "small" else (64, 56, 64, 1024)
     image, wide = (batch, side, side, inner), (batch, width)
-    pixels, elements, wide_elements = batch * side**2, batch * side**2 * inner, batch * width
     steps, units, words = (28, 32, 1000) if size == "small" else (64, 256, 30_000)
     words_in, sequence = (batch, steps), (batch, steps, units)
     labels = tf.one_hot(tf.range(batch) % width, width)
     entropy = functools.partial(tf.nn.softmax_cross_entropy_with_logits, labels)
-    layers, product = keras.layers, 2 * batch * width**2
-    conv = layers.Conv2D(inner, 3, padding="same")
-    depthwise = layers.DepthwiseConv2D(3, padding="same")
-    attention = layers.MultiHeadAttention(4, units // 4)
-    attended = 2 * batch * steps * (4 * units**2 + 2 * steps * units)
-    return [
-        Operation("add", tf.add, (image, image), elements),
-        Operation("matmul", tf.matmul, (wide, (width, width)), product),
-        Operation("conv2d", conv, (image,), 2 * 9 * pixels * inner**2),
-        Operation("depthwise_conv2d", depthwise, (image,), 2 * 9 * elements),
-        Operation("max_pooling", layers.MaxPooling2D(), (image,), elements),
-        Operation("relu", tf.nn.relu, (image,), elements),
-        Operation("gelu", tf.nn.gelu, (image,), 8 * elements),
-        Operation("softmax", tf.nn.softmax, (wide,), 5 * wide_elements),
-        Operation("cross_entropy", entropy, (wide,), 6 * wide_elements),
-        Operation("batch_normalization", layers.BatchNormalization(), (image,), 8 * elements),
-        Operation("layer_normalization", layers.LayerNormalization(), (wide,), 8 * wide_elements),
-        Operation("dropout", layers.Dropout(0.5), (image,), 2 * elements),
-        Operation("dense", layers.Dense(width), (wide,), product),
-        Operation("embedding", layers.Embedding(words, units), (words_in,), 0),
-        Operation("lstm", layers.LSTM(units), (sequence,), 16 * batch * steps * units**2),
-        Operation("attention", attention, (sequence, sequence), attended),
-    ]
+    return {
+        "add": (tf.add, [image, image]),
+        "matmul": (tf.matmul, [wide, (width, width)]),
+        "conv2d": (layers.Conv2D(inner, 3, padding="same"), [image]),
+        "depthwise_conv2d": (layers.DepthwiseConv2D(3, padding="same"), [image]),
+        "max_pooling": (layers.MaxPooling2D(), [image]),
+        "relu": (tf.nn.relu, [image]),
+        "gelu": (tf.nn.gelu, [image]),
+        "softmax": (tf.nn.softmax, [wide]),
+        "cross_entropy": (entropy, [wide]),
+        "batch_normalization": (layers.BatchNormalization(), [image]),
+        "layer_normalization": (layers.LayerNormalization(), [wide]),
+        "dropout": (layers.Dropout(0.5), [image]),
+        "dense": (layers.Dense(width), [wide]),
+        "embedding": (layers.Embedding(words, units), [words_in]),
+        "lstm": (layers.LSTM(units), [sequence]),
+        "attention": (layers.MultiHeadAttention(4, units // 4), [sequence, sequence]),
+    }
 
 
 def benchmark_operations(
@@ -84,22 +72,22 @@ def benchmark_operations(
     for device, size in itertools.product(names, ("small",) if quick else ("small", "large")):
         with tf.device(device):
             made = operations(size)
-        for operation, passed in itertools.product(made, ("forward", "gradient")):
-            row = {"key": f"{operation.name}/{size}/{device}/{passed}", "operation": operation.name}
+        for name, passed in itertools.product(made, ("forward", "gradient")):
+            row = {"key": f"{name}/{size}/{device}/{passed}", "operation": name}
             row |= {"size": size, "device": device, "pass": passed, "label": passed}
-            found.append((row["key"], functools.partial(_prepare, operation, row, budget, seed)))
-    measured, baselines, skipped = cases.measure(found, budget, seed=seed)
+            found.append((row["key"], functools.partial(_prepare, made[name], row, budget, seed)))
+    measured, skipped = cases.measure(found, budget, seed=seed)
     return BenchmarkResult(
         name="operations",
         subject=f"operations on {', '.join(names)}",
-        rows=[_complete(e, measured, baselines) for e in measured if "operation" in e.row],
+        rows=[_complete(e, measured) for e in measured if "operation" in e.row],
         columns=("operation", "size", "device", "pass", *RATES),
         settings={"seed": seed, **asdict(budget)},
         devices=names,
         x="operation",
         panel="size",
         skipped=skipped,
-        baselines=baselines,
+        measured=measured,
     )
 
 
@@ -108,28 +96,31 @@ def _prepare(
 ) -> list[Measurement]:
     """Creates the inputs of an operation, checks the device of its results, and warms up."""
     generator, device = np.random.default_rng(seed), row["device"]
-    gradient, made = row["pass"] == "gradient", cast("Any", operation.function)
+    gradient, (made, shapes) = row["pass"] == "gradient", cast("Any", operation)
     is_layer = isinstance(made, keras.Layer)
     function = functools.partial(made, training=True) if is_layer else made
     draw = functools.partial(generator.standard_normal, dtype=np.float32)
-    if isinstance(made, keras.layers.Embedding):
+    if isinstance(made, layers.Embedding):
         draw = functools.partial(generator.integers, 0, made.input_dim, dtype=np.int32)
     with tf.device(device):
         keras.utils.set_random_seed(seed)
-        inputs = [tf.identity(tf.constant(draw(size=shape))) for shape in operation.shapes]
+        inputs = [tf.identity(tf.constant(draw(size=shape))) for shape in shapes]
         result = function(*inputs)  # a layer creates its weights now
         weights = [weight.value for weight in made.trainable_variables] if is_layer else []
-        compiled = tf.function(_derivative(function, weights) if gradient else function)
+        compiled: Any = tf.function(_derivative(function, weights) if gradient else function)
 
     def call() -> Any:
         with tf.device(device):
             return compiled(*inputs)
 
     for tensor in tf.nest.flatten(call()):
-        cases.check_device(tensor, device, row["key"])
-    factor = (3 if operation.name in _PRODUCTS else 2) if gradient else 1
+        devices.check_placement([tensor], devices.single(device))
+    # None: elementwise operations have no products, and those of a loop (LSTM) are not counted.
+    flops = count_flops(compiled.get_concrete_function(*inputs).graph)
     moved = sum(t.dtype.size * math.prod(t.shape) for t in [*inputs, *weights, result])
-    row |= {"flops": factor * operation.flops, "bytes": factor * moved}
+    # The gradient of a product takes two more products of the same size.
+    factor = (2 if flops == 0 else 3) if gradient else 1
+    row |= {"flops": flops or None, "bytes": factor * moved}
     return [Measurement(call, cases.synchronize, budget, row)]
 
 
@@ -150,9 +141,7 @@ def _derivative(
     return derive
 
 
-def _complete(
-    each: Measurement, measured: list[Measurement], baselines: list[Measurement]
-) -> dict[str, Any]:
+def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     """Returns a complete row.
 
     The limit is the peak of arithmetic, or the fastest GB/s for as many bytes times
@@ -160,7 +149,6 @@ def _complete(
     Roofline, Communications of the ACM 52(4).
     """
     device = each.row["device"]
-    row = cases.complete_row(each, measured, baselines, "flops", device=device)
-    least = {"at_least": row["bytes"], "device": device}
-    bandwidth = fastest([*measured, *baselines], "bytes", **least)
-    return row | {"share": max(row["share"], row["gbyte_per_s"] / bandwidth)}
+    row = cases.complete_row(each, measured, "flops", device=device)
+    bandwidth = fastest(measured, "bytes", at_least=row["bytes"], device=device)
+    return row | {"share": max(row["share"] or 0.0, row["gbyte_per_s"] / bandwidth)}

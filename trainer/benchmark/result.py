@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -21,6 +22,7 @@ from trainer.benchmark.timing import Measurement
 from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import write_text
+from trainer.report import write_figure
 from trainer.run import make_directory
 
 RATES = ("seconds", "timing", "gflop_per_s", "gbyte_per_s", "share")  # columns
@@ -44,7 +46,7 @@ class BenchmarkResult:
     scalars: Callable[[dict[str, Any]], dict[str, float]] | None = None  # by tag, if x is a size
     fingerprint: str = ""  # of the data
     skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped thing
-    baselines: list[Measurement] = field(default_factory=list)  # they make two results comparable
+    measured: list[Measurement] = field(default_factory=list)  # its baselines make two comparable
 
     def __post_init__(self) -> None:
         """Adds the conditions, the reason if no GPU is measured, and how devices compare.
@@ -66,14 +68,12 @@ class BenchmarkResult:
         self.environment = describe_environment(tuple(self.devices), self.fingerprint)
         self.settings["devices"] = self.devices
         if self.name != "formats" and not any(name.startswith("GPU") for name in self.devices):
-            self.skipped["GPU"] = (
-                "--device names none, or `trainer doctor` explains what is missing"
-            )
+            self.skipped["GPU"] = "--device names none, or `trainer doctor` states the reason"
 
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
         names = ("subject", "settings", "rows", "skipped", "environment")
-        baselines = {each.row["key"]: each.timing() for each in self.baselines}
+        baselines = {m.row["key"]: m.timing() for m in self.measured if "baseline" in m.row}
         plain = {name: getattr(self, name) for name in names}
         return {"benchmark": self.name, **plain, "baselines": baselines}
 
@@ -95,28 +95,13 @@ class BenchmarkResult:
         return [*skipped, "docs/benchmark.md explains the columns"]
 
     def write(self, runs: str) -> Path:
-        """Writes a new directory for the result into the folder `runs`, and returns its path.
-
-        Raises:
-            InputError: It cannot be written.
-        """
+        """Writes a new directory for the result into the folder `runs`, and returns its path."""
         path = make_directory(runs, f"benchmark-{self.name}")
-        try:
-            write_text(path / f"{self.name}.json", self.json())
-            self._write_charts(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error}") from None
-        return path
-
-    def _write_charts(self, path: Path) -> None:
-        import tensorflow as tf
-
-        from trainer.report import write_figure
-
+        write_text(path / f"{self.name}.json", self.json())
         board = path / "tensorboard"
         titles, *rows = self.table()
-        lines = [titles, ["---"] * len(titles), *rows]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        cells = (titles, ["---"] * len(titles), *rows)
+        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
         with tf.summary.create_file_writer(str(board)).as_default(step=0):
             text = "\n\n".join([table, *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
@@ -124,13 +109,14 @@ class BenchmarkResult:
             figure.savefig(path / f"{self.name}.png", dpi=150)
             write_figure(f"benchmark/{self.name}", figure)
         if self.scalars is None:
-            return
+            return path
         # One TensorBoard run for each device: devices are drawn in the same charts.
         for device in self.devices:
             with tf.summary.create_file_writer(str(board / device.replace(":", ""))).as_default():
                 for row in (row for row in self.rows if row["device"] == device):
                     for tag, value in self.scalars(row).items():
                         tf.summary.scalar(tag, value, step=row[self.x])
+        return path
 
 
 def _text(key: str, value: Any) -> str:
@@ -168,8 +154,8 @@ def draw_times(rows: list[dict[str, Any]], x: str, panel: str) -> Figure:
             if not curve:
                 continue
             timings = [row["timing"] for row in curve]
-            median = np.array([timing["median_seconds"] for timing in timings])
-            low, high = np.transpose([timing["quartiles_seconds"] for timing in timings])
+            median = np.array([each["median_seconds"] for each in timings])
+            low, high = np.transpose([each["quartiles_seconds"] for each in timings])
             style = _STYLES[labels.index(label) % len(_STYLES)]
             axes.errorbar(
                 [row[x] for row in curve],
@@ -179,12 +165,9 @@ def draw_times(rows: list[dict[str, Any]], x: str, panel: str) -> Figure:
                 color=f"C{devices.index(device)}",
                 label=f"{device} {label}",
             )
-        axes.set(xlabel=x.replace("_", " "), ylabel="seconds: median and quartiles", title=title)
-        axes.set_yscale("log")
-        if is_size:
-            axes.set_xscale("log")
-        else:
-            axes.tick_params("x", rotation=90)
+        axes.set(title=title, xlabel=x.replace("_", " "), xscale="log" if is_size else "linear")
+        axes.set(ylabel="seconds: median and quartiles", yscale="log")
+        axes.tick_params("x", rotation=0 if is_size else 90)
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=9)
     return figure

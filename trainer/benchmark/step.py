@@ -66,12 +66,12 @@ def benchmark_step(
     dtypes = list(dict.fromkeys(row["precision"].removeprefix("mixed_") for row in rows.values()))
     products = product_cases(names, {"square": dtypes}, budget, seed=own.seed)
     steps = [(key, functools.partial(_prepare, config, rows[key], budget)) for key in rows]
-    measured, baselines, skipped = cases.measure([*products, *steps], budget, seed=own.seed)
+    measured, skipped = cases.measure([*products, *steps], budget, seed=own.seed)
     parts = [each for each in measured if "part" in each.row]
     return BenchmarkResult(
         name="step",
         subject=f"training step of {config.model.name} on {spec.name}",
-        rows=[_complete(parts[i : i + 3], baselines) for i in range(0, len(parts), 3)],
+        rows=[_complete(parts[i : i + 3], measured) for i in range(0, len(parts), 3)],
         columns=_COLUMNS,
         settings={"config": config.model_dump(mode="json"), **asdict(budget)},
         devices=names,
@@ -81,7 +81,7 @@ def benchmark_step(
         },
         fingerprint=spec.fingerprint,
         skipped=skipped,
-        baselines=baselines,
+        measured=measured,
     )
 
 
@@ -125,7 +125,7 @@ def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measur
         "bare": _repeat(bare, train, steps, device),
         "batches": _repeat(batches, train, steps, device),
     }
-    cases.check_device(next(calls["bare"]), device, row["key"])
+    places.check_placement([next(calls["bare"])], places.single(device))
     return [
         Measurement(
             functools.partial(next, results), synchronize, budget, row | {"part": name}, parts=steps
@@ -203,13 +203,13 @@ def trace_gradients(experiment: Experiment, batch: tuple[tf.Tensor, tf.Tensor]) 
     return cast("Any", function).get_concrete_function(*batch).graph
 
 
-def _complete(parts: list[Measurement], baselines: list[Measurement]) -> dict[str, Any]:
+def _complete(parts: list[Measurement], measured: list[Measurement]) -> dict[str, Any]:
     """Returns a complete row. The parts are the loop, the bare epoch and the batches."""
     loop, bare, batches = parts
     device, dtype = loop.row["device"], loop.row["precision"].removeprefix("mixed_")
     if dtype == "float32" and device.startswith("GPU"):
         dtype = "tf32"  # TensorFlow's default
-    row = cases.complete_row(loop, [], baselines, "flops", device=device, dtype=dtype)
+    row = cases.complete_row(loop, measured, "flops", device=device, dtype=dtype)
     # The ratio of interleaved blocks: a slow phase of the machine cancels out.
     ratios = np.divide(loop.block_seconds, bare.block_seconds)
     return row | {

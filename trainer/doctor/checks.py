@@ -22,7 +22,6 @@ from trainer.files import require_writable
 
 _TIMEOUT_SECONDS = 120.0
 _LOW_BYTES = 1e9
-_SHOWN = ("tensorflow", "keras", "numpy", "tensorboard", "tensorflow-datasets", "keras-tuner")
 _EXTRAS = {"litert": "ai_edge_litert", "onnx": "tf2onnx", "profile": "xprof", "serve": "uvicorn"}
 _CPU_FLAGS = {"avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16"}
 _GPU_REMEDY = (
@@ -32,18 +31,11 @@ _GPU_REMEDY = (
 
 
 class Result(NamedTuple):
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        status: "problem": something will fail; "note": something works less well than it could;
-            "ok": nothing to do.
-        value: What was found, in one line.
-        remedy: A command or a step that solves the problem; may be empty.
-    """
-
-    status: str
-    value: str
-    remedy: str = ""
+    status: str  # "problem": something will fail; "note": something works less well; "ok"
+    value: str  # what was found, in one line
+    remedy: str = ""  # a command or a step that solves the problem
 
 
 def examine(config: Config) -> dict[str, Result]:
@@ -60,11 +52,12 @@ def examine(config: Config) -> dict[str, Result]:
         "GPU kernels": partial(_kernels, config),
         "XLA": partial(_xla, config),
     }
+    if fault:
+        skipped = partial(Result, "note", "not checked: TensorFlow cannot be imported")
+        checks |= dict.fromkeys(("GPU", "GPU kernels", "XLA"), skipped)
     results = {}
     for subject, check in checks.items():
         try:
-            if fault and subject in ("GPU", "GPU kernels", "XLA"):
-                raise MissingError("TensorFlow cannot be imported")
             results[subject] = check()
         except InputError as error:  # the message states the remedy
             results[subject] = Result("problem", str(error))
@@ -77,23 +70,18 @@ def examine(config: Config) -> dict[str, Result]:
 def _packages(distribution: str = "trainer") -> Result:
     """Compares the installed versions with the ranges that this package requires."""
     from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
 
-    found = {str(canonicalize_name(d.name)): d.version for d in metadata.distributions()}
-    found["python"] = platform.python_version()
-    texts = [f"python{metadata.metadata(distribution)['Requires-Python']}"]
-    unmet = []
-    for each in map(Requirement, texts + (metadata.requires(distribution) or [])):
-        version = found.get(canonicalize_name(each.name), "none")
-        needed = each.marker is None or each.marker.evaluate({"extra": ""})
-        if needed and (version == "none" or not each.specifier.contains(version, True)):
-            unmet.append(f"{each.name}: found {version}, needs {each.specifier}")
+    found, unmet = [f"python {platform.python_version()}"], []
+    for each in map(Requirement, metadata.requires(distribution) or ()):
+        if each.marker is None or each.marker.evaluate({"extra": ""}):
+            version = next((d.version for d in metadata.distributions(name=each.name)), "none")
+            found.append(f"{each.name} {version}")
+            if version == "none" or not each.specifier.contains(version, True):
+                unmet.append(f"{each.name}: found {version}, needs {each.specifier}")
     if unmet:
-        remedy = f"`{install_command()}` with a supported Python"
-        return Result("problem", "; ".join(unmet), remedy)
-    versions = ", ".join(f"{name} {found[name]}" for name in ("python", *_SHOWN))
+        return Result("problem", "; ".join(unmet), f"`{install_command()}`")
     extras = ", ".join(name for name, module in _EXTRAS.items() if find_spec(module)) or "none"
-    return Result("ok", f"{versions}; optional packages: {extras}")
+    return Result("ok", f"{', '.join(found)}; optional packages: {extras}")
 
 
 def _cpu() -> Result:
@@ -139,17 +127,13 @@ def _import_elsewhere() -> tuple[str, list[str]]:
     Returns:
         Why the import fails, empty if it does not; and the libraries that TensorFlow cannot load.
     """
-    code = "import tensorflow as tf; tf.config.list_physical_devices('GPU')"
-    # At this level, TensorFlow logs the name of each library that it cannot load.
-    variables = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "dso_loader=1"}
+    program = "import tensorflow as tf; tf.config.list_physical_devices('GPU')"
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "0"}
+    variables["TF_CPP_VMODULE"] = "dso_loader=1"  # logs each library that cannot be loaded
+    options: dict[str, Any] = {"env": os.environ | variables, "timeout": _TIMEOUT_SECONDS}
+    command = [sys.executable, "-P", "-c", program]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}; {code}"],
-            env=os.environ | variables,
-            capture_output=True,
-            errors="replace",
-            timeout=_TIMEOUT_SECONDS,
-        )
+        done = subprocess.run(command, capture_output=True, errors="replace", **options)
     except subprocess.TimeoutExpired:
         return f"it takes more than {_TIMEOUT_SECONDS:.0f} s", []
     fault = done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
@@ -216,11 +200,10 @@ def _traced_step(config: Config, *, jit_compile: bool) -> Any:
     changes: dict[str, Any] = {"training.device": "cpu", "training.jit_compile": jit_compile}
     if config.training.precision == "auto":
         changes["training.precision"] = "mixed_bfloat16"  # on GPUs from compute capability 8.0
-    name = config.data.name
-    if name not in names() and not tfds.prepared_folder(config.data).exists():
-        if name.partition(":")[0] != "mnist":
-            raise MissingError(f"{name} is not prepared")
-        changes["data.name"] = "mnist_sample"
+    if (name := config.data.name).partition(":")[0] == "mnist":
+        changes["data.name"] = "mnist_sample"  # always there
+    elif name not in names() and not tfds.prepared_folder(config.data).exists():
+        raise MissingError(f"{name} is not prepared")
     keras.utils.clear_session()  # layers get the same names as in `trainer fit`
     experiment = build_experiment(config.with_changes(changes), PhaseTimer())
     experiment.loop.trace(experiment.batches("train", shuffled=True))

@@ -24,15 +24,10 @@ def doctor(
     with console.stdout_to_stderr():
         found = examine(Config() if is_default else console.load_config(config, set_))
     if json_:
-        keys = ("subject", "status", "value", "remedy")
-        rows = [(name, *each) for name, each in found.items()]
-        console.print_json([dict(zip(keys, row, strict=True)) for row in rows])
+        keys, rows = ("subject", "status", "value", "remedy"), found.items()
+        console.print_json([dict(zip(keys, (name, *each), strict=True)) for name, each in rows])
         return
     console.print_rows(
-        (
-            Text(each.status, _STYLES[each.status]),
-            Text(name, "bold"),
-            each.value + (f"\n-> {each.remedy}" if each.remedy else ""),
-        )
-        for name, each in found.items()
+        (Text(status, _STYLES[status]), Text(name, "bold"), value + (remedy and f"\n-> {remedy}"))
+        for name, (status, value, remedy) in found.items()
     )

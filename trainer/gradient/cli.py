@@ -1,5 +1,11 @@
-"""The command `trainer gradient`."""
+"""The command `trainer gradient`: prints a result and writes its directory.
 
+runs/<UTC time>-gradient/
+    gradient.json    all numbers
+    tensorboard/     the table as text and, for an expression, the recorded graph
+"""
+
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +13,7 @@ import typer
 
 from trainer import console
 from trainer.errors import CheckError, InputError
+from trainer.files import write_text
 
 app = typer.Typer()
 
@@ -47,7 +54,7 @@ def gradient(
             result = console.import_module("trainer.gradient.network").check(
                 console.load_config(model, None)
             )
-        folder = result.write(runs)
+        folder = _write(result, runs)
     if json_:
         console.print_json(result.document | {"run": str(folder)})
     else:
@@ -58,3 +65,22 @@ def gradient(
         console.print_run(folder, tensorboard=True)
     if not result.passed:
         raise CheckError(result.verdict)
+
+
+def _write(result: Any, runs: str) -> Path:
+    """Writes a GradientResult to a new run directory in the folder `runs`, and returns its path."""
+    import tensorflow as tf
+
+    from trainer.run import make_directory
+
+    path = make_directory(runs, "gradient")
+    write_text(path / "gradient.json", json.dumps(result.document, indent=2) + "\n")
+    titles = list(result.table[0])
+    rows = [titles, ["---"] * len(titles), *map(dict.values, result.table)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    lines = (f"`{line}`" for line in (result.title, result.verdict, *result.document["notes"]))
+    with tf.summary.create_file_writer(str(path / "tensorboard")).as_default(step=0):
+        tf.summary.text("gradient", "\n\n".join((table, *lines)))
+        if result.graph is not None:
+            tf.summary.graph(result.graph)
+    return path

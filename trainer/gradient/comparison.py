@@ -1,14 +1,15 @@
 """Compares the derivative of an expression by three methods."""
 
+import ast
 import itertools
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from trainer.errors import InputError, expect
-from trainer.gradient.expression import Array, Expression, parse, parse_values
-from trainer.gradient.result import GradientResult
+from trainer.gradient.expression import CONSTANTS, Array, Expression, parse, parse_values
 
 DEFAULT_EXPRESSION, DEFAULT_AT, DEFAULT_WRT = "a*w**2 + b*w + c", "a=1,b=2,c=3,w=4", "w"
 MAX_DERIVATIVES = 256  # of each output, each by three methods
@@ -18,6 +19,18 @@ _WATCH = (
     "tape.watch: a tape records a tf.Variable automatically, but a tensor, as these values are, "
     "only after tape.watch(tensor)"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientResult:
+    """A comparison of gradients, of an expression or of a network."""
+
+    title: str  # what was compared
+    passed: bool  # whether the methods agree
+    verdict: str  # a line that states whether and how well they agree
+    table: list[dict[str, str]]  # rows of column title and text
+    document: dict[str, Any]  # the JSON document; "notes" are more lines
+    graph: Any = None  # the recorded operations, a tf.Graph; None for a network
 
 
 def derive(
@@ -48,12 +61,6 @@ def derive(
     agree = disagreement <= TOLERANCE  # False for nan
     heading = f"derivative by {', '.join(expression.wrt)}"
     forms = _closed_forms(expression, formulas)
-    notes = [f"{name} = {formula[:150]}" for name, formula in forms.items()]
-    notes += [
-        f"the expression does not depend on {name}: GradientTape returns None instead of 0"
-        for name in expression.wrt
-        if name not in expression.used
-    ]
     facts = {
         "expression": expression.text,
         "wrt": expression.wrt,
@@ -62,7 +69,7 @@ def derive(
         "agree": agree,
         "largest_relative_disagreement": disagreement,
         "tolerance": TOLERANCE,
-        "notes": [*notes, _WATCH],
+        "notes": [*(f"{name} = {formula[:150]}" for name, formula in forms.items()), _WATCH],
     }
     methods = {name: to_json(each) for name, each in found.items()}
     groups = {"at": to_json(expression.at), "formulas": forms, "methods": methods}
@@ -92,11 +99,11 @@ def _differentiate(
         f"{order} for {inputs} elements of --wrt",
     )
     # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
-    from trainer.gradient import differences, symbols, tape
+    from trainer.gradient import methods
 
-    numeric = differences.derive(expression, order)
-    symbolic_value, symbolic, formulas = symbols.derive(expression, order)
-    taped_value, taped, graph = tape.derive(expression, order)
+    numeric = methods.by_differences(expression, order)
+    symbolic_value, symbolic, formulas = methods.by_symbols(expression, order)
+    taped_value, taped, graph = methods.by_tape(expression, order)
     # A scalar expression has no axis of outputs, and one scalar variable no axes of inputs.
     outputs = numeric.shape[:1] if expression.value.shape else ()
     shape = outputs + (numeric.shape[1:] if expression.labels != expression.wrt[:1] else ())
@@ -115,7 +122,10 @@ def _disagreement(expression: Expression, found: dict[str, dict[str, Array]]) ->
     instead: they can consist of the rounding of float64, or of the step of the differences.
     """
     rows = np.array([[*each["value"].flat, *each["derivative"].flat] for each in found.values()])
-    largest = max(abs(array).max() for array in (rows, *expression.at.values()))
+    nodes = list(ast.walk(expression.tree))
+    written: list[Any] = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    written += [CONSTANTS.get(node.id, 0.0) for node in nodes if isinstance(node, ast.Name)]
+    largest = max(np.max(np.abs(each)) for each in (rows, *expression.at.values(), *written))
     scales = np.maximum(abs(rows).max(0), max(1e-6 * largest, 1e-40))
     return float((np.ptp(rows, 0) / scales).max())  # nan if a result is not finite
 

@@ -5,6 +5,7 @@ and accepts only numbers, names, and the operators and functions in `NUMPY`.
 """
 
 import ast
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -46,40 +47,23 @@ MAX_EXPONENT = 1000  # sympy writes out (3*x)**n: it computes all digits of 3**n
 
 
 class Library(NamedTuple):
-    """A library that evaluates expressions.
+    """A library that evaluates expressions."""
 
-    Attributes:
-        operations: Its functions by the names in `NUMPY`.
-        constants: Its "pi" and "e".
-        number: Converts a number of the text.
-        reshape: Its function of an array and a shape.
-    """
-
-    operations: Mapping[str, Callable[..., Any]]
-    constants: Mapping[str, Any]
-    number: Callable[[Any], Any]
-    reshape: Callable[..., Any] = np.reshape
+    operations: Mapping[str, Callable[..., Any]]  # by the names in `NUMPY`
+    constants: Mapping[str, Any]  # "pi" and "e"
+    number: Callable[[Any], Any]  # converts a number of the text
+    reshape: Callable[..., Any] = np.reshape  # of an array and a shape
 
 
 @dataclass(frozen=True)
 class Expression:
-    """An expression, the point at which it is evaluated, and the variables to differentiate by.
-
-    Attributes:
-        text: The text of the expression.
-        tree: Its syntax tree.
-        at: float64 arrays by name; shape (), (n,) or (rows, columns).
-        wrt: Names of the variables to differentiate by. Their elements are the inputs.
-        value: Its value at the point, float64.
-        used: Names of the variables that it contains.
-    """
+    """An expression, the point at which it is evaluated, and the variables to differentiate by."""
 
     text: str
     tree: ast.expr
-    at: dict[str, Array]
-    wrt: list[str]
-    value: Array
-    used: list[str]
+    at: dict[str, Array]  # shape (), (n,) or (rows, columns), by name
+    wrt: list[str]  # names of the variables to differentiate by; their elements are the inputs
+    value: Array  # at the point
 
     @property
     def labels(self) -> list[str]:
@@ -188,7 +172,7 @@ def parse(text: str, at: dict[str, Array], wrt: str | None = None) -> Expression
     received = f"{wrt}; {did_you_mean(wrt or '', at)}"
     expect(known, "--wrt", "names with a value, each once", received)
     at = {name: value for name, value in at.items() if name in {*used, *names}}
-    return Expression(text.strip(), tree, at, names, value, used)
+    return Expression(text.strip(), tree, at, names, value)
 
 
 def parse_values(text: str) -> dict[str, Array]:
@@ -197,20 +181,22 @@ def parse_values(text: str) -> dict[str, Array]:
     Raises:
         InputError: The text has another form, or there are more than 64 elements.
     """
-    form = "NAME=VALUE,... where VALUE is a finite number, [1,2,...] or [[1,2],[3,4]]"
     try:
         call: Any = ast.parse(f"f({text})", mode="eval").body
         values = {str(k.arg): np.array(ast.literal_eval(k.value)) for k in call.keywords}
-    except (AttributeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        reason = getattr(error, "msg", error)
-        raise InputError(f"--at: expected {form}; received {text[:40]!r} ({reason})") from None
-    named = not call.args and len(values) == len(call.keywords)
-    expect(named, "--at", f"{form}, each name once", repr(text[:40]))
-    for name, array in values.items():
-        is_new = name.isascii() and name[0].isalpha() and name not in NUMPY | CONSTANTS
-        expect(is_new, "--at", "names that are no function or constant", name)
-        fits = array.dtype.kind in "iuf" and array.ndim <= 2 and np.isfinite(array).all()
-        expect(fits and array.size, "--at", form, f"{text[:40]!r} ({name})")
+        fits = not call.args and len(values) == len(call.keywords)
+        fits = fits and all(itertools.starmap(_is_variable, values.items()))
+    except (AttributeError, SyntaxError, ValueError, RecursionError, MemoryError):
+        values, fits = {}, False
+    form = "NAME=VALUE,..., each NAME once and no function or constant, each VALUE a finite number,"
+    expect(fits, "--at", f"{form} [1,2,...] or [[1,2],[3,4]]", repr(text[:40]))
     elements = sum(array.size for array in values.values())
     expect(elements <= MAX_ELEMENTS, "--at", f"at most {MAX_ELEMENTS} elements", elements)
     return {name: array.astype(np.float64) for name, array in values.items()}
+
+
+def _is_variable(name: str, array: NDArray[Any]) -> bool:
+    """Returns whether a name and its value can be used in an expression."""
+    is_new = name.isascii() and name[0].isalpha() and name not in NUMPY | CONSTANTS
+    is_real = array.dtype.kind in "iuf" and array.size > 0 and array.ndim <= 2
+    return is_new and is_real and bool(np.isfinite(array).all())

@@ -16,9 +16,9 @@ import tensorflow as tf
 from trainer import data as datasets
 from trainer import devices
 from trainer.config import Config
-from trainer.errors import CheckError, InputError, expect
+from trainer.errors import expect
 from trainer.experiment import compiled_model
-from trainer.gradient.result import GradientResult
+from trainer.gradient.comparison import GradientResult
 from trainer.keras_objects import nested_layers
 from trainer.training.callbacks import to_json
 from trainer.training.step import compute_loss
@@ -43,8 +43,7 @@ def check(config: Config) -> GradientResult:
 
     Raises:
         InputError: The configuration does not fit together, the network cannot compute in float64,
-            or its loss differs from call to call.
-        CheckError: The loss is not finite.
+            or its loss is not finite or differs from call to call.
     """
     seed = config.training.seed
     data = datasets.load(config.data)
@@ -71,10 +70,9 @@ def check(config: Config) -> GradientResult:
 
         loss = tf.function(compute).get_concrete_function()
         gradients = tf.function(differentiate).get_concrete_function()()
-        value = float(loss())
-        if not np.isfinite(value):
-            raise CheckError(f"the loss is {value}: expected a finite number")
-        expect(float(loss()) == value, "loss", "the same in each call for training=False", value)
+        value, again = float(loss()), float(loss())
+        expected = "the same finite number in each call for training=False"
+        expect(np.isfinite(value) and again == value, "loss", expected, f"{value} and {again}")
         pairs = zip(weights, gradients, strict=True)
         rows = [check_weight(loss, weight, gradient, random) for weight, gradient in pairs]
     facts = {"model": config.model.name, "data": data.spec.name, "images": len(labels)}
@@ -158,10 +156,8 @@ def _text(value: Any) -> str:
 def _use_float64(model: keras.Model) -> None:
     """Changes layers without weights that chose another type, such as a softmax in float32."""
     for layer in nested_layers(model.layers):
-        if any(w.dtype in _OTHER_FLOATS for w in layer.weights):
-            raise InputError(
-                f"layer {layer.name!r} has weights of {layer.variable_dtype} under every dtype "
-                "policy: expected a layer that follows the policy and can be checked in float64"
-            )
+        follows = all(weight.dtype not in _OTHER_FLOATS for weight in layer.weights)
+        expected = "weights that follow the dtype policy, to be checked in float64"
+        expect(follows, f"layer {layer.name!r}", expected, layer.variable_dtype)
         if layer.compute_dtype in _OTHER_FLOATS:
             layer.dtype_policy = keras.DTypePolicy("float64")

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -218,19 +219,24 @@ def compare(export_format: ExportFormat, folder: Path, check: dict[str, Any]) ->
 
 def _predict_in_process(export_format: ExportFormat, folder: Path, images: Any) -> Any:
     """Runs runtimes.py as a program and returns the probabilities that it writes."""
-    settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    program = [sys.executable, "-P", runtimes.__file__, export_format.name]
+    program = [runtimes.__file__, export_format.name, str(folder / export_format.file)]
     with tempfile.TemporaryDirectory() as scratch:
         arrays = [f"{scratch}/images.npy", f"{scratch}/probabilities.npy"]
         np.save(arrays[0], images)
-        done = subprocess.run(
-            [*program, folder / export_format.file, *arrays],
-            env=os.environ | settings,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-            raise CheckError(f"{export_format.name}: its runtime fails: {reason}")
+        run_python([*program, *arrays], f"{export_format.name}: its runtime fails")
         return np.load(arrays[1])
+
+
+def run_python(arguments: Sequence[str], failure: str) -> str:
+    """Runs Python in another process, which cannot use a GPU, and returns what it prints.
+
+    Raises:
+        CheckError: The process fails: `failure`, and the last line that it writes to stderr.
+    """
+    settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    environment, command = os.environ | settings, [sys.executable, "-P", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        raise CheckError(f"{failure}: {last}")
+    return done.stdout

@@ -13,7 +13,7 @@ from samples import model_options, sample_shape, skip_if_refused
 
 from trainer import models
 from trainer.config import Config
-from trainer.errors import InputError
+from trainer.errors import CheckError, InputError
 from trainer.gradient import network
 
 SYNTHETIC = {"examples": 100, "height": 12, "width": 12, "classes": 4}
@@ -137,5 +137,5 @@ def test_networks_that_cannot_be_checked_are_refused() -> None:
         network.check(configured("layers", layers=["Flatten", own_type]))
     with pytest.raises(InputError, match="loss: expected the same number in each call"):
         network.check(configured("layers", layers=["Flatten", "test_gradient>AlwaysRandom"]))
-    with pytest.raises(InputError, match="received nan and nan"):
+    with pytest.raises(CheckError, match="expected a finite number, received nan"):
         network.check(configured("layers", layers=["Flatten", "test_gradient>NotFinite"]))

@@ -16,7 +16,7 @@ import tensorflow as tf
 from trainer import data as datasets
 from trainer import devices
 from trainer.config import Config
-from trainer.errors import expect
+from trainer.errors import CheckError, expect
 from trainer.experiment import compiled_model
 from trainer.gradient.comparison import GradientResult
 from trainer.keras_objects import nested_layers

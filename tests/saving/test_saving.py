@@ -818,3 +818,16 @@ def test_files_of_earlier_versions_are_loaded(
     for path in old.values():
         assert load(path).evaluate()["accuracy"] > 0.5
     assert verify(old["onnx"])[0] == old["onnx"]
+
+
+def test_truncated_weights_in_a_keras_file_are_refused(run: Run, in_tmp_path: Path) -> None:
+    """In another process: opened in memory, such weights crash it at its end."""
+    save(str(run.path), "whole.keras")
+    with zipfile.ZipFile("whole.keras") as whole, zipfile.ZipFile("cut.keras", "w") as cut:
+        for name in whole.namelist():
+            content = whole.read(name)
+            cut.writestr(name, content[:4000] if name.endswith(".h5") else content)
+    command = [sys.executable, "-m", "trainer", "load", str(in_tmp_path / "cut.keras")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cut.keras cannot be loaded by Keras: " in done.stderr.splitlines()[-1]

@@ -221,6 +221,8 @@ def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
 
 def _check_class_names(class_names: Sequence[str], where: str) -> None:
     """Refuses names that cannot be printed (a line break, half of a surrogate pair)."""
+    listed = isinstance(class_names, Sequence) and not isinstance(class_names, str)
+    expect(listed, where, "a list of class names", type(class_names).__name__)
     for name in class_names:
         text = name.translate(_JOINERS) if isinstance(name, str) else ""
         printable = text.strip() and text.isprintable()
@@ -320,8 +322,11 @@ def _checked(source: Source, split: str) -> Examples | None:
     """Returns the examples of a split if they fit; None if it has none or only negative labels."""
     if getattr(source, split) is None:
         return None
-    images, labels = map(np.asanyarray, getattr(source, split))
     where, classes = f"data set {source.name!r}, {split}", len(source.class_names)
+    for given in (source.train, getattr(source, split)):
+        pair = isinstance(given, Sequence) and len(given) == 2
+        expect(pair, where, "a pair of images and labels", type(given).__name__)
+    images, labels = map(np.asanyarray, getattr(source, split))
     fits = (
         (images.dtype == np.uint8 and images.ndim == 4 and images.size > 0)
         and images.shape[1:] == np.shape(source.train[0])[1:]

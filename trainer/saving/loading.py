@@ -1,6 +1,7 @@
 """Saves the model of a run as a Keras file, and loads a model of any format."""
 
 import os
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -180,8 +181,17 @@ def _loaded(
 def _load_keras(path: Path, *, trust: bool) -> tuple[keras.Model, Origin | None]:
     options = {"custom_objects": safety.check_keras(path, trust=trust), "safe_mode": not trust}
     with safety.explained(f"{path} cannot be loaded by Keras"):
+        _check_weights(path)
         model = keras.saving.load_model(path, compile=False, **options)
     return model, _read_origin(path)
+
+
+def _check_weights(path: Path) -> None:
+    """Opens the weights of a .keras archive from a file: damaged in memory, they crash h5py."""
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+        for name in archive.namelist():
+            if name.endswith(".h5"):
+                h5py.File(archive.extract(name, folder), "r").close()
 
 
 def _load_weights(path: Path, *, trust: bool) -> tuple[keras.Model, Origin]:

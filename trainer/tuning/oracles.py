@@ -21,6 +21,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.oracles import BayesianOptimizationOracle, HyperbandOracle, RandomSearchOracle
 
+from trainer import keras_objects
 from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.tuning.config import TuningConfig
@@ -81,7 +82,7 @@ def restored_oracle(search: SearchDirectory) -> Iterator[Any]:
         try:
             oracle = _restore(search, folder)
         except Exception as error:  # keras-tuner raises anything on a damaged state
-            damage = f"{search.path} is damaged: {type(error).__name__}: {error}"
+            damage = f"{search.path} is damaged: {keras_objects.explain(error)}"
             raise InputError(f"{damage}; choose another --name") from None
         yield oracle
         trials = [trial.get_state() for trial in oracle.trials.values()]

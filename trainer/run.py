@@ -10,7 +10,6 @@ runs/<UTC time>-<name>/
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import re
@@ -44,10 +43,6 @@ _TIME = re.compile(r"\d{8}T\d{6}Z-")  # the start of the name of a run directory
 _FILES = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
 
 
-class ExistsError(InputError):
-    """A run directory exists already."""
-
-
 class Run:
     """A run directory.
 
@@ -57,7 +52,7 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        """Stores paths, without a check; see `new_runs` and `open_run`."""
+        """Stores paths, without a check; see `make_directory` and `open_run`."""
         self.path = path
         self.name = path.name
         self.tensorboard = path / "tensorboard"
@@ -81,23 +76,13 @@ class Run:
         own = (self.path, self.metrics, self.log, *(self.path / name for name in _FILES))
         return path.absolute() in [each.absolute() for each in own]
 
-    def create(self, config: Config) -> None:
-        """Makes the directory and writes the resolved configuration to its config.toml.
-
-        Raises:
-            ExistsError: The directory exists.
-        """
-        self._make()
-        self.checkpoints.mkdir()
+    def begin(self, config: Config) -> None:
+        """Writes the configuration of a new or resumed run. A finished run is unfinished then."""
+        if self.finished:
+            old = self.path / f"summary-{self.trained_epochs}-epochs.json"
+            (self.path / "summary.json").rename(old)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.write_text("config.toml", config.to_toml())
-
-    def _make(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-        except FileExistsError:
-            message = f"{self.path} exists already and is not changed: choose another --name"
-            raise ExistsError(message) from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -121,7 +106,8 @@ class Run:
                 trained, or fewer epochs are requested than were trained.
         """
         own, trained = self.config(), self.trained_epochs
-        least = own.training.epochs + 1 if self.finished else trained
+        asked = own.training.epochs
+        least = asked + 1 if self.finished else min(asked, trained + 1)
         if changed.training.epochs < least:
             state = "is finished, after" if self.finished else "has trained"
             raise InputError(
@@ -139,13 +125,6 @@ class Run:
                 f"--resume: {self.name} cannot change {', '.join(differing)}; "
                 f"may change: logging.*, {', '.join(sorted(_CHANGEABLE))}"
             )
-
-    def reopen(self, config: Config) -> None:
-        """Writes the configuration of a resumed run, and renames the summary of a finished one."""
-        if self.finished:
-            old = self.path / f"summary-{self.trained_epochs}-epochs.json"
-            (self.path / "summary.json").rename(old)
-        self.write_text("config.toml", config.to_toml())
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -202,26 +181,18 @@ class Run:
         files.write_text(self.path / name, text)
 
 
-def new_runs(directory: str, name: str) -> Iterator[Run]:
-    """Yields new run directories in order of preference; another process may create one first.
-
-    Args:
-        directory: Folder that holds the run directories.
-        name: The part of the new name after the time.
-    """
-    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    path = Path(directory) / f"{time}-{name}"
-    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return (Run(each) for each in itertools.chain([path], others) if not each.exists())
-
-
 def make_directory(directory: str, name: str) -> Path:
-    """Creates a directory for the result of a tool. Its name is the time and `name`."""
-    for run in new_runs(directory, name):
-        with contextlib.suppress(ExistsError):  # another process created it first
-            run._make()
-            break
-    return run.path
+    """Creates a directory for a result. Its name is the time, `name`, and a number if it exists."""
+    stem = f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{name}"
+    path, number = Path(directory) / stem, 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{stem}-{number}")
 
 
 def open_run(reference: str, *, runs_directory: str = "runs", unfinished: bool = False) -> Run:

@@ -246,8 +246,8 @@ class Config(Section):
 
     def table(self, kind: type[SectionT]) -> SectionT:
         """Returns the table of a tool, of the class `TABLE` of its module `config`."""
-        found = [table for table in (self.model_extra or {}).values() if isinstance(table, kind)]
-        return found[0] if found else kind()
+        tables = (self.model_extra or {}).values()
+        return next((table for table in tables if isinstance(table, kind)), kind())
 
     def flat(self) -> dict[str, Any]:
         """Returns the value of every key, by dotted name."""
@@ -255,11 +255,7 @@ class Config(Section):
         return {f"{t}.{key}": value for t, table in tables.items() for key, value in table.items()}
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
-        """Returns a validated copy with some keys changed.
-
-        Args:
-            changes: Values by dotted key, for example `{"training.epochs": 1}`.
-        """
+        """Returns a validated copy with changed keys, for example `{"training.epochs": 1}`."""
         tree = self.model_dump()
         for key, value in changes.items():
             _put(tree, key, value)
@@ -267,14 +263,12 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """Returns the whole configuration as a TOML file that `load_config` reads back."""
-        return "\n".join(
-            f"[{name}]\n"
-            + "".join(
-                f"# {key} is not set\n" if value is None else f"{key} = {_toml(value)}\n"
-                for key, value in section.items()
-            )
-            for name, section in self.model_dump().items()
-        )
+        lines: list[str] = []
+        for name, section in self.model_dump().items():
+            lines += ["", f"[{name}]"]
+            for key, value in section.items():
+                lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml(value)}")
+        return "\n".join([*lines[1:], ""])
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
@@ -313,21 +307,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) -> Config:
-    """Checks tables and returns them as a configuration.
+    """Checks the tables of a TOML file, and returns them as a configuration.
 
     Args:
-        tree: The tables of a TOML file.
+        tree: The tables.
         origin: The name of the source in error messages.
-        stored: The tables were written by an earlier version: old names of keys are accepted, and
-            tables of removed tools are ignored.
-
-    Raises:
-        InputError: One line about the first fault.
+        stored: An earlier version may have written them: old names of keys are accepted, and tables
+            of removed tools are ignored.
     """
     modules = tools.config_modules()
     known = [*Config.model_fields, *modules]
     tables = {name: copy.deepcopy(tree[name]) for name in tree if name in known or not stored}
-    where = ""
+    tools_given: Any = {name: (modules[name].TABLE, ...) for name in modules if name in tables}
     try:
         _require_known(tables, known)
         renamed = _RENAMED | {name: module.RENAMED for name, module in modules.items()}
@@ -337,12 +328,10 @@ def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) 
                 if not stored:
                     raise ValueError(f"{section}.{old} was renamed to {section}.{names[old]}")
                 table[names[old]] = table.pop(old)
-        for where in modules.keys() & tables.keys():
-            tables[where] = modules[where].TABLE.model_validate(tables[where])
-        where = ""
-        return Config.model_validate(tables)
+        whole = create_model("Config", __base__=Config, **tools_given)
+        return Config.model_validate(dict(whole.model_validate(tables)))
     except ValueError as error:
-        raise InputError(f"{origin}: {_explain(error, where)}") from None
+        raise InputError(f"{origin}: {_explain(error)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -381,14 +370,9 @@ def call_with_options(
 ) -> Any:
     """Calls `function(*arguments, **options)` after checking the options against its signature.
 
-    Args:
-        function: Its other parameters, with their annotations, are the schema of the options.
-        arguments: Passed on unchanged.
-        options: A table of the configuration.
-        where: The name of the table, for the message.
-
     Raises:
-        InputError: An option is unknown, missing, of the wrong type or out of range.
+        InputError: An option is unknown, missing, of the wrong type or out of range. The message
+            begins with `where`, the name of the table.
     """
     call: Any = functools.partial(function, *arguments)
     try:
@@ -402,22 +386,19 @@ def call_with_options(
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *tables, last = key.split(".")
     for name in tables:
-        child = tree.setdefault(name, {})
-        if child is None:
-            child = tree[name] = {}
-        if not isinstance(child, dict):
-            raise InputError(f"{key}: {name} is a value, not a table; received {child!r}")
-        tree = child
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise InputError(f"{key}: {name} is a value, not a table; received {tree!r}")
     tree[last] = value
 
 
 def _explain(error: ValueError, where: str = "", options: Iterable[str] = ()) -> str:
     """Returns the key of an error, what was expected and what was received.
 
-    Args:
-        error: A pydantic ValidationError, or an error with a message of this module.
-        where: Name of the table that was checked; "" for the whole file.
-        options: Names of the known keys, if the table has the options of a function.
+    `where` is the table that was checked; "" for the whole file. `options` are the known keys of a
+    table with the options of a function.
     """
     if not isinstance(error, ValidationError):
         return f"{where}: {error}".removeprefix(": ")

@@ -59,9 +59,9 @@ def flags_as_overrides(flags: dict[str, Any]) -> list[str]:
 
 
 def require(device: str | None, run: str | None = None, runs: str = "runs") -> str:
-    """Checks that a device and a run exist, before the slow import of TensorFlow.
+    """Checks that a device and a run, if given, exist, before the slow import of TensorFlow.
 
-    Returns the device; None becomes "auto". If `run` is None, no run is needed.
+    Returns the device; None becomes "auto".
     """
     from trainer.devices import require_driver
     from trainer.run import open_run
@@ -161,11 +161,9 @@ def print_table(facts: dict[str, Any], *, as_json: bool = False) -> None:
 
 
 def print_rows(rows: Iterable[Iterable[str | Text]], *, titles: Collection[str] = ()) -> None:
-    """Prints a table on stdout. A terminal wraps long cells; a pipe gets them on one line.
+    """Prints a table on stdout, without a header if there are no titles.
 
-    Args:
-        rows: The cells. Strings are printed without rich's markup.
-        titles: Titles of the columns; empty: a table without a header.
+    A terminal wraps long cells; a pipe gets them on one line. Strings contain no markup of rich.
     """
     columns = [Column(Text(title)) for title in titles]
     box = SIMPLE_HEAD if titles else None

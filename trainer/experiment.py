@@ -276,14 +276,12 @@ def restore(
 ) -> keras.Model:
     """Builds the model of a finished run with its weights.
 
-    If it is not compiled, only its module of `trainer/models` is needed: the user's losses, metrics
-    and optimizers may be missing.
-
     Args:
         run: A finished run.
         selected: Devices that hold the model; None: the default device.
         precision: Precision of the model; None: the precision it was trained with.
-        compiled: Also restore loss, metrics and the optimizer with its state.
+        compiled: Also restore loss, metrics and the optimizer with its state. False: only the
+            module of `trainer/models` is needed.
 
     Raises:
         InputError: The run is damaged, or its model cannot be built any more.
@@ -308,11 +306,7 @@ def restore(
 
 
 def spec_of(run: Run) -> DataSpec:
-    """Returns the description of the data of a finished run, without loading the data.
-
-    Raises:
-        InputError: Its summary.json is damaged.
-    """
+    """Returns the description of the data of a finished run; InputError if it is damaged."""
     try:
         return DataSpec.model_validate(run.read_json("summary.json")["data"])
     except (KeyError, ValidationError) as error:

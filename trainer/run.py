@@ -27,18 +27,9 @@ from trainer.errors import InputError, TrainerError, did_you_mean, shell_command
 
 # Keys besides [logging] that may change on resume: they do not define what is trained. Options of
 # the data are among them, because they can name a folder: the fingerprint of the data is compared.
-_CHANGEABLE = {
-    "data.archives",
-    "data.device_limit_mb",
-    "data.directory",
-    "data.options",
-    "data.placement",
-    "training.checkpoint_seconds",
-    "training.cluster_timeout_seconds",
-    "training.device",
-    "training.epochs",
-    "training.jit_compile",
-}
+_CHANGEABLE = {"data.archives", "data.device_limit_mb", "data.directory", "data.options"}
+_CHANGEABLE |= {"data.placement", "training.checkpoint_seconds", "training.epochs"}
+_CHANGEABLE |= {"training.cluster_timeout_seconds", "training.device", "training.jit_compile"}
 _TIME = re.compile(r"\d{8}T\d{6}Z-")  # the start of the name of a run directory
 _FILES = ("config.toml", "environment.json", "summary.json", "classes.json", "README.md")
 
@@ -99,15 +90,13 @@ class Run:
             yield
 
     def check_changes(self, changed: Config) -> None:
-        """Checks that the run can be resumed with a changed configuration.
+        """Raises InputError if the run cannot be resumed with a changed configuration.
 
-        Raises:
-            InputError: The run is finished and gets no more epochs, a change concerns what is
-                trained, or fewer epochs are requested than were trained.
+        A finished run needs more epochs, others at least the epochs that they have begun. Settings
+        of what is trained cannot change.
         """
         own, trained = self.config(), self.trained_epochs
-        asked = own.training.epochs
-        least = asked + 1 if self.finished else min(asked, trained + 1)
+        least = own.training.epochs + 1 if self.finished else min(trained + 1, own.training.epochs)
         if changed.training.epochs < least:
             state = "is finished, after" if self.finished else "has trained"
             raise InputError(
@@ -148,20 +137,12 @@ class Run:
             handler.close()
 
     def config(self) -> Config:
-        """Reads the run's own configuration.
-
-        Raises:
-            InputError: It is missing or damaged.
-        """
+        """Reads the run's own configuration; InputError if it is missing or damaged."""
         tree = self._read("config.toml", tomllib.loads)
         return parse_config(tree, origin=f"{self.path}/config.toml", stored=True)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Reads one of the run's JSON files.
-
-        Raises:
-            InputError: It is missing or damaged.
-        """
+        """Reads one of the run's JSON files; InputError if it is missing or damaged."""
         return self._read(name, json.loads)
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:

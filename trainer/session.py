@@ -17,7 +17,7 @@ from trainer.errors import CheckError, shell_command
 from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
 from trainer.run import Run
-from trainer.training.averaging import AveragedWeights, averages_weights
+from trainer.training.averaging import AveragedWeights
 from trainer.training.batches import Batches
 from trainer.training.callbacks import (
     Callback,
@@ -89,8 +89,8 @@ class Training:
             InputError: The images do not fit on the device, a callback is refused, or the
                 checkpoint has the states of other callbacks.
         """
-        experiment, model = self.experiment, self.experiment.model
-        self._callbacks = make_callbacks(experiment.config, model, self.run.path, self.given)
+        experiment, config = self.experiment, self.experiment.config
+        self._callbacks = make_callbacks(config, experiment.model, self.run.path, self.given)
         with self.timer.phase("to_device"):
             self._train = experiment.batches("train", shuffled=True)
             self._validation = experiment.batches("validation")
@@ -101,18 +101,21 @@ class Training:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
         self._averaging, self._history = AveragedWeights(), keras.callbacks.History()
-        self._saved_objects: dict[str, Any] = {"history": self._history}
-        if averages_weights(model.optimizer):  # else it has no state
-            self._saved_objects["averaged_weights"] = self._averaging
+        self._saved_objects: dict[str, Any] = {
+            "history": self._history,
+            "averaged_weights": self._averaging,
+        }
         for callback in self._callbacks:
             # The second callback of a class gets the suffix "-2".
             name = f"callbacks.{type(callback).__name__}"
             same = sum(each.partition("-")[0] == name for each in self._saved_objects)
             self._saved_objects[f"{name}-{same + 1}" if same else name] = callback
-        self._saved_objects["step_times"] = self._times
-        self._saved_objects["metrics"] = MetricsFile(self.run.metrics)
-        self._saved_objects["tensorboard"] = None  # opened when training begins
-        self._saved_objects["seconds"] = experiment.loop.seconds
+        self._saved_objects |= {
+            "step_times": self._times,
+            "metrics": MetricsFile(self.run.metrics),
+            "tensorboard": None,  # opened when training begins
+            "seconds": experiment.loop.seconds,
+        }
         if self.saved is not None:
             states = self.saved.named_states(list(self._saved_objects))
             self.saved = replace(self.saved, states=states)

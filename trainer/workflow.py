@@ -120,23 +120,14 @@ def resume(
 ) -> FitResult:
     """Continues a training from its newest checkpoint, as if it had never been interrupted.
 
-    Args:
-        reference: A run directory, its name, or "latest".
-        changed: The run's configuration with more epochs or on other devices, as
-            `Run.check_changes` allows; None: unchanged.
-        callbacks: The same as for `fit`.
-        console: As in `fit`.
-        import_seconds: As in `fit`.
-        runs_directory: Folder that holds the run directories.
-        score_test: As in `fit`.
-
-    Returns:
-        As `fit`.
+    `reference` is a run directory, its name in `runs_directory`, or "latest". `changed` is the
+    run's configuration with more epochs or on other devices, as `Run.check_changes` allows; None:
+    unchanged. The other arguments are those of `fit`, with the same callbacks.
 
     Raises:
         InputError: There is no such run, it is finished, another process trains it, or data,
             model or configuration are not the same.
-        MissingError, CheckError, StoppedError: As `fit`.
+        MissingError, CheckError, StoppedError: As in `fit`.
     """
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
@@ -265,7 +256,7 @@ def watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContex
 
 
 def _temporary_run(stack: ExitStack) -> Run:
-    """Returns a run that is removed with the stack, so that other code need not distinguish it."""
+    """Returns a run for a dry run, or for a worker other than the chief; removed with the stack."""
     return Run(Path(stack.enter_context(TemporaryDirectory())))
 
 

@@ -38,18 +38,15 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, value: Any) -> Any:
+        known = cls.model_fields
         if isinstance(value, dict) and cls.model_config["extra"] == "forbid":
-            _require_known(value, cls.model_fields)
+            for key in value:
+                if key not in known:
+                    raise ValueError(f"unknown key {key!r}: {did_you_mean(key, known)}")
         return value
 
 
 SectionT = TypeVar("SectionT", bound=Section)
-
-
-def _require_known(keys: Iterable[str], known: Iterable[str]) -> None:
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
 
 
 class KerasObject(Section):
@@ -276,10 +273,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
     Args:
         path: A TOML file.
-        overrides: Changes as `"section.key=value"`, the value written in TOML. A word that is not
-            a TOML value is read as a string, so `data.name=fashion_mnist` needs no quotes.
-            Changing `model.name`, `data.name` or `optimizer.name` drops the file's options for
-            the old name.
+        overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
+            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
         stored: As in `parse_config`.
 
     Raises:
@@ -315,30 +310,26 @@ def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) 
         stored: An earlier version may have written them: old names of keys are accepted, and tables
             of removed tools are ignored.
     """
-    modules = tools.config_modules()
-    known = [*Config.model_fields, *modules]
+    known = _whole_file().model_fields
     tables = {name: copy.deepcopy(tree[name]) for name in tree if name in known or not stored}
-    tools_given: Any = {name: (modules[name].TABLE, ...) for name in modules if name in tables}
+    renamed = _RENAMED | {name: each.RENAMED for name, each in tools.config_modules().items()}
     try:
-        _require_known(tables, known)
-        renamed = _RENAMED | {name: module.RENAMED for name, module in modules.items()}
         for section, names in renamed.items():
             table: Any = tables.get(section)
             for old in names.keys() & table if isinstance(table, dict) else ():
                 if not stored:
                     raise ValueError(f"{section}.{old} was renamed to {section}.{names[old]}")
                 table[names[old]] = table.pop(old)
-        whole = create_model("Config", __base__=Config, **tools_given)
-        return Config.model_validate(dict(whole.model_validate(tables)))
+        whole = _whole_file().model_validate(tables)
+        return Config.model_validate({name: getattr(whole, name) for name in tables})
     except ValueError as error:
         raise InputError(f"{origin}: {_explain(error)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Splits `section.key=value` and reads the value as TOML (or as a bare word).
+    """Splits `section.key=value` and reads the value as TOML.
 
-    Raises:
-        InputError: There is no `=`, or the value is neither TOML nor a word.
+    A word is read as a string, so `data.name=fashion_mnist` needs no quotes.
     """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
@@ -357,12 +348,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def config_schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration file, for editors."""
-    tables: dict[str, Any] = {
-        name: (module.TABLE, module.TABLE()) for name, module in tools.config_modules().items()
-    }
+    return _whole_file().model_json_schema()
+
+
+@functools.cache
+def _whole_file() -> type[Config]:
+    """Returns the class of a file: a configuration with the tables of all tools."""
+    modules = tools.config_modules().items()
+    tables: Any = {name: (module.TABLE, module.TABLE()) for name, module in modules}
     whole = create_model("Config", __base__=Config, __doc__=Config.__doc__, **tables)
     whole.model_config["extra"] = "forbid"
-    return whole.model_json_schema()
+    return whole
 
 
 def call_with_options(

@@ -180,11 +180,7 @@ def build_experiment(
 
 
 def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
-    """Builds and compiles the model of a configuration for a data set.
-
-    Raises:
-        InputError: A name is unknown, or an option is refused.
-    """
+    """Builds and compiles the model of a configuration; InputError if a name or option is wrong."""
     training = config.training
     model = models.build(config.model, spec)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:

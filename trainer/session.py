@@ -1,7 +1,7 @@
 """The training of one process: the loop with its callbacks, the scores and the report."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -266,14 +266,10 @@ class Training:
 
 
 def score(
-    loop: Loop,
-    batches: Batches,
-    *,
-    collect: bool = False,
-    between: Callable[[], None] | None = None,
+    loop: Loop, batches: Batches, **options: Any
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """Evaluates batches as `Loop.evaluate`. Raises CheckError if the loss is not finite."""
-    scores, probabilities = loop.evaluate(batches, collect=collect, between=between)
+    scores, probabilities = loop.evaluate(batches, **options)
     if not np.isfinite(scores["loss"]):
         raise CheckError(f"expected a finite loss, received {scores['loss']}: the model is broken")
     return scores, probabilities

@@ -53,7 +53,7 @@ def fit(
     """Trains a network, scores it once on the test images, and writes a run directory.
 
     If the environment describes a cluster (TF_CONFIG or a SLURM job step), its processes train
-    together. The first process is the chief. It writes the run directory.
+    together. The first one, the chief, writes the run directory.
 
     Args:
         config: The experiment.
@@ -84,14 +84,8 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(watched(cluster))
         experiment = build_experiment(config, timer, cluster=cluster)
-        if dry_run or not chief:
-            run = _temporary_run(stack)
-        elif run is not None:
-            run.path.mkdir(parents=True)
-        else:
-            names = f"{experiment.data.spec.name}-{config.model.name}"
-            name = config.logging.name or re.sub(r"[^\w.-]+", "-", names)
-            run = Run(make_directory(config.logging.directory, name))
+        temporary = dry_run or not chief
+        run = _temporary_run(stack) if temporary else _create_run(experiment, run)
         try:
             resumable = experiment.devices.broadcast(str(run.path))
             training = Training(
@@ -253,6 +247,17 @@ def watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContex
         return nullcontext()
     how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
     return cluster.watched(f"start every worker again{how}")
+
+
+def _create_run(experiment: Experiment, given: Run | None) -> Run:
+    """Creates the given run directory; None: one whose name begins with the time."""
+    config = experiment.config
+    if given is not None:
+        given.path.mkdir(parents=True)
+        return given
+    names = f"{experiment.data.spec.name}-{config.model.name}"
+    name = config.logging.name or re.sub(r"[^\w.-]+", "-", names)
+    return Run(make_directory(config.logging.directory, name))
 
 
 def _temporary_run(stack: ExitStack) -> Run:

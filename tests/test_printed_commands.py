@@ -33,7 +33,7 @@ def test_a_command_is_quoted_for_the_shell(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_that_resumes_a_run_names_it(name: str, in_tmp_path: Path) -> None:
     run = in_tmp_path / name / "20260102T030405Z-a"
-    Run(run).create(Config())
+    Run(run).begin(Config())
     with pytest.raises(InputError, match="is not finished: continue it with `trainer") as error:
         open_run("latest", runs_directory=name)
     ((verb, option, path),) = words(str(error.value))

@@ -21,7 +21,7 @@ from trainer.config import Config
 from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import require_writable, write_atomic
-from trainer.run import Run, make_directory, new_runs, open_run
+from trainer.run import Run, make_directory, open_run
 
 CONFIG = Config().with_changes({"logging.directory": "runs", "training.epochs": 7})
 Create = Callable[..., Run]
@@ -58,8 +58,8 @@ def create(monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> Create:
                 return moment.astimezone(tz or timezone(timedelta(hours=5)))
 
         monkeypatch.setattr(run_module, "datetime", Frozen)
-        run = next(new_runs(config.logging.directory, name))
-        run.create(config)
+        run = Run(make_directory(config.logging.directory, name))
+        run.begin(config)
         if finished:
             run.write_json("summary.json", {"accuracy": 0.5})
         return run
@@ -85,8 +85,7 @@ def test_a_new_run_has_its_layout(create: Create) -> None:
 
 def test_the_time_of_a_run_is_now(in_tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
-    run = next(new_runs(CONFIG.logging.directory, "x"))
-    run.create(CONFIG)
+    run = Run(make_directory(CONFIG.logging.directory, "x"))
     time = datetime.strptime(run.name, "%Y%m%dT%H%M%SZ-x").replace(tzinfo=UTC)
     assert before <= time <= datetime.now(UTC)
     assert (in_tmp_path / "runs" / run.name).is_dir()
@@ -99,14 +98,6 @@ def test_an_existing_run_is_left_as_it_is(create: Create) -> None:
     others = [create() for _ in range(2)]  # the same second, the same name
     assert [other.name for other in others] == [f"{run.name}-2", f"{run.name}-3"]
     assert content(run.path) == before
-    message = refused(run.create, CONFIG)  # another process was quicker
-    assert message.startswith(f"{run.path} exists already and is not changed")
-    assert "--name" in message
-    assert content(run.path) == before
-    shutil.rmtree(run.path)
-    run.path.write_text("a file")
-    assert "exists already" in refused(run.create, CONFIG)
-    assert run.path.read_text() == "a file"
 
 
 def test_processes_that_start_in_the_same_second_get_directories_of_their_own(

@@ -64,11 +64,6 @@ class NoFile(keras.callbacks.Callback):
         open("there-is-none")  # HERE NoFile
 
 
-class Exits(keras.callbacks.Callback):
-    def on_epoch_begin(self, epoch, logs=None):
-        raise SystemExit(3)  # HERE Exits
-
-
 class Refuses(keras.callbacks.Callback):
     def __init__(self, patience=1):
         super().__init__()
@@ -110,7 +105,6 @@ CASES: dict[str, tuple[list[str], str]] = {
     "InPython": (layer("InPython"), "UnknownError: KeyError: 'in python'"),
     "AutoGraph": (layer("AutoGraph"), "RuntimeError: in a graph"),
     "NoFile": (part("callbacks", "NoFile"), "FileNotFoundError: [Errno 2] No such file or dir"),
-    "Exits": (part("callbacks", "Exits"), "SystemExit: 3"),
     "Refuses": (part("callbacks", "Refuses"), "ValueError: patience is 1"),
     "loss": (part("loss", "loss"), "AssertionError: no labels"),
     "Metric": (part("metrics", "Metric"), "AttributeError: no attribute"),
@@ -170,9 +164,7 @@ def test_an_error_of_the_user_is_one_line_with_its_location(
     assert "Traceback" not in err
     logs = [path.read_text() for path in Path().glob("runs/*/log.txt")]
     # Errors before the training create no run.
-    assert bool(logs) == (
-        name in ("Traced", "AtRunTime", "InPython", "AutoGraph", "NoFile", "Exits")
-    )
+    assert bool(logs) == (name in ("Traced", "AtRunTime", "InPython", "AutoGraph", "NoFile"))
     assert all("Traceback (most recent call last)" in log for log in logs)
 
 

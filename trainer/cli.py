@@ -265,11 +265,10 @@ def _explained(error: Exception) -> TrainerError | None:
 
     if isinstance(error, TrainerError):
         return error
+    if (exhausted := memory_error(error)) is not None:
+        return exhausted
     reason = explain_user_code(error) or (str(error) if isinstance(error, OSError) else None)
-    found = memory_error(error)
-    if found is None and reason is not None:
-        return InputError(f"{reason}; TRAINER_TRACEBACK=1 prints the traceback")
-    return found
+    return InputError(f"{reason}; TRAINER_TRACEBACK=1 prints the traceback") if reason else None
 
 
 def _load_resumed(reference: str, overrides: list[str]) -> tuple[str, "Config"]:

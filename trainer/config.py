@@ -46,18 +46,15 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, value: Any) -> Any:
+        known = cls.model_fields
         if isinstance(value, dict) and cls.model_config["extra"] == "forbid":
-            _require_known(value, cls.model_fields)
+            for key in value:
+                if key not in known:
+                    raise ValueError(f"unknown key {key!r}: {did_you_mean(key, known)}")
         return value
 
 
 SectionT = TypeVar("SectionT", bound=Section)
-
-
-def _require_known(keys: Iterable[str], known: Iterable[str]) -> None:
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
 
 
 class KerasObject(Section):
@@ -271,8 +268,8 @@ class Config(Section):
 
     def table(self, kind: type[SectionT]) -> SectionT:
         """Returns the table of a tool, of the class `TABLE` of its module `config`."""
-        found = [table for table in (self.model_extra or {}).values() if isinstance(table, kind)]
-        return found[0] if found else kind()
+        tables = (self.model_extra or {}).values()
+        return next((table for table in tables if isinstance(table, kind)), kind())
 
     def flat(self) -> dict[str, Any]:
         """Returns the value of every key, by dotted name."""
@@ -280,11 +277,7 @@ class Config(Section):
         return {f"{t}.{key}": value for t, table in tables.items() for key, value in table.items()}
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
-        """Returns a validated copy with some keys changed.
-
-        Args:
-            changes: Values by dotted key, for example `{"training.epochs": 1}`.
-        """
+        """Returns a validated copy with changed keys, for example `{"training.epochs": 1}`."""
         tree = self.model_dump()
         for key, value in changes.items():
             _put(tree, key, value)
@@ -292,14 +285,12 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """Returns the whole configuration as a TOML file that `load_config` reads back."""
-        return "\n".join(
-            f"[{name}]\n"
-            + "".join(
-                f"# {key} is not set\n" if value is None else f"{key} = {_toml(value)}\n"
-                for key, value in section.items()
-            )
-            for name, section in self.model_dump().items()
-        )
+        lines: list[str] = []
+        for name, section in self.model_dump().items():
+            lines += ["", f"[{name}]"]
+            for key, value in section.items():
+                lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml(value)}")
+        return "\n".join([*lines[1:], ""])
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
@@ -307,10 +298,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
     Args:
         path: A TOML file.
-        overrides: Changes as `"section.key=value"`, the value written in TOML. A word that is not
-            a TOML value is read as a string, so `data.name=fashion_mnist` needs no quotes.
-            Changing `model.name`, `data.name` or `optimizer.name` drops the file's options for
-            the old name.
+        overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
+            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
         stored: As in `parse_config`.
 
     Raises:
@@ -338,43 +327,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) -> Config:
-    """Checks tables and returns them as a configuration.
+    """Checks the tables of a TOML file, and returns them as a configuration.
 
     Args:
-        tree: The tables of a TOML file.
+        tree: The tables.
         origin: The name of the source in error messages.
-        stored: The tables were written by an earlier version: old names of keys are accepted, and
-            tables of removed tools are ignored.
-
-    Raises:
-        InputError: One line about the first fault.
+        stored: An earlier version may have written them: old names of keys are accepted, and tables
+            of removed tools are ignored.
     """
-    modules = tools.config_modules()
-    known = [*Config.model_fields, *modules]
+    known = _whole_file().model_fields
     tables = {name: copy.deepcopy(tree[name]) for name in tree if name in known or not stored}
-    where = ""
+    renamed = _RENAMED | {name: each.RENAMED for name, each in tools.config_modules().items()}
     try:
-        _require_known(tables, known)
-        renamed = _RENAMED | {name: module.RENAMED for name, module in modules.items()}
         for section, names in renamed.items():
             table: Any = tables.get(section)
             for old in names.keys() & table if isinstance(table, dict) else ():
                 if not stored:
                     raise ValueError(f"{section}.{old} was renamed to {section}.{names[old]}")
                 table[names[old]] = table.pop(old)
-        for where in modules.keys() & tables.keys():
-            tables[where] = modules[where].TABLE.model_validate(tables[where])
-        where = ""
-        return Config.model_validate(tables)
+        whole = _whole_file().model_validate(tables)
+        return Config.model_validate({name: getattr(whole, name) for name in tables})
     except ValueError as error:
-        raise InputError(f"{origin}: {_explain(error, where)}") from None
+        raise InputError(f"{origin}: {_explain(error)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Splits `section.key=value` and reads the value as TOML (or as a bare word).
+    """Splits `section.key=value` and reads the value as TOML.
 
-    Raises:
-        InputError: There is no `=`, or the value is neither TOML nor a word.
+    A word is read as a string, so `data.name=fashion_mnist` needs no quotes.
     """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
@@ -393,12 +373,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def config_schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration file, for editors."""
-    tables: dict[str, Any] = {
-        name: (module.TABLE, module.TABLE()) for name, module in tools.config_modules().items()
-    }
+    return _whole_file().model_json_schema()
+
+
+@functools.cache
+def _whole_file() -> type[Config]:
+    """Returns the class of a file: a configuration with the tables of all tools."""
+    modules = tools.config_modules().items()
+    tables: Any = {name: (module.TABLE, module.TABLE()) for name, module in modules}
     whole = create_model("Config", __base__=Config, __doc__=Config.__doc__, **tables)
     whole.model_config["extra"] = "forbid"
-    return whole.model_json_schema()
+    return whole
 
 
 def call_with_options(
@@ -406,14 +391,9 @@ def call_with_options(
 ) -> Any:
     """Calls `function(*arguments, **options)` after checking the options against its signature.
 
-    Args:
-        function: Its other parameters, with their annotations, are the schema of the options.
-        arguments: Passed on unchanged.
-        options: A table of the configuration.
-        where: The name of the table, for the message.
-
     Raises:
-        InputError: An option is unknown, missing, of the wrong type or out of range.
+        InputError: An option is unknown, missing, of the wrong type or out of range. The message
+            begins with `where`, the name of the table.
     """
     call: Any = functools.partial(function, *arguments)
     try:
@@ -427,22 +407,19 @@ def call_with_options(
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *tables, last = key.split(".")
     for name in tables:
-        child = tree.setdefault(name, {})
-        if child is None:
-            child = tree[name] = {}
-        if not isinstance(child, dict):
-            raise InputError(f"{key}: {name} is a value, not a table; received {child!r}")
-        tree = child
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise InputError(f"{key}: {name} is a value, not a table; received {tree!r}")
     tree[last] = value
 
 
 def _explain(error: ValueError, where: str = "", options: Iterable[str] = ()) -> str:
     """Returns the key of an error, what was expected and what was received.
 
-    Args:
-        error: A pydantic ValidationError, or an error with a message of this module.
-        where: Name of the table that was checked; "" for the whole file.
-        options: Names of the known keys, if the table has the options of a function.
+    `where` is the table that was checked; "" for the whole file. `options` are the known keys of a
+    table with the options of a function.
     """
     if not isinstance(error, ValidationError):
         return f"{where}: {error}".removeprefix(": ")

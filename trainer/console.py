@@ -59,9 +59,9 @@ def flags_as_overrides(flags: dict[str, Any]) -> list[str]:
 
 
 def require(device: str | None, run: str | None = None, runs: str = "runs") -> str:
-    """Checks that a device and a run exist, before the slow import of TensorFlow.
+    """Checks that a device and a run, if given, exist, before the slow import of TensorFlow.
 
-    Returns the device; None becomes "auto". If `run` is None, no run is needed.
+    Returns the device; None becomes "auto".
     """
     from trainer.devices import require_driver
     from trainer.run import open_run

@@ -52,7 +52,7 @@ class Devices:
 
     @property
     def type(self) -> str:
-        """TensorFlow's type of the devices: "CPU" or "GPU"."""
+        """The type of the devices: "CPU" or "GPU"."""
         return self.names[0].partition(":")[0]
 
     @property
@@ -84,11 +84,8 @@ class Devices:
     def on_each(self, make: Callable[[int], Any]) -> Any:
         """Calls `make(replica)` once for each device of this process, in the scope of that device.
 
-        The strategy's function opens no device scope: all values would be on the default device.
-
-        Returns:
-            The result for one device; for several, a `PerReplica` of the results. `strategy.run`
-            passes each replica its own result.
+        Returns the result for one device; for several, a `PerReplica` of the results, from which
+        `strategy.run` passes each replica its own.
         """
         import tensorflow as tf
 
@@ -211,7 +208,7 @@ def choose(device: str, gpus: list[str], cpus: list[str]) -> tuple[str, ...]:
 
 
 def check_placement(tensors: list[Any], devices: Devices) -> list[str]:
-    """Returns the devices of the outputs of each replica, which must be the requested devices.
+    """Returns the devices of the outputs of each replica; CheckError if others were requested.
 
     TensorFlow runs an operation on the CPU without a message if the GPU has no kernel for it.
     """

@@ -5,7 +5,7 @@ Parts that do not fit together are refused before anything is trained or written
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,38 +34,17 @@ from trainer.training.weights import load_weights
 if TYPE_CHECKING:
     from trainer.cluster import Cluster
 
-# Names that a metric must not have, because logs and results already contain them.
-_RESERVED = frozenset(
-    [
-        "data",
-        "devices",
-        "epoch",
-        "gradient_norms",
-        "images",
-        "images_per_second",
-        "learning_rate",
-        "loss",
-        "outputs",
-        "precision",
-        "run",
-        "split",
-        "step",
-        "step_ms",
-        "step_ms_quartiles",
-        "windows",
-    ]
-)
+# Names that a metric must not have: logs, and results of `evaluate`, already contain them.
+_IN_LOGS = {"epoch", "images_per_second", "learning_rate", "step", "step_ms", "step_ms_quartiles"}
+_IN_RESULTS = {"data", "devices", "images", "precision", "run", "split"}
+_RESERVED = {"gradient_norms", "loss", "outputs", "windows"} | _IN_LOGS | _IN_RESULTS
 
 
 class PhaseTimer:
     """Seconds of each phase of a command."""
 
     def __init__(self, import_seconds: float | None = None) -> None:
-        """Starts the timer.
-
-        Args:
-            import_seconds: Seconds that imports took before the start.
-        """
+        """Starts the timer; imports took `import_seconds` before, if they are known."""
         self.seconds: dict[str, float] = {}
         self.import_seconds = import_seconds
         self._start = time.perf_counter()
@@ -202,11 +181,7 @@ def build_experiment(
 
 
 def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
-    """Builds and compiles the model of a configuration for a data set.
-
-    Raises:
-        InputError: A name is unknown, or an option is refused.
-    """
+    """Builds and compiles the model of a configuration; InputError if a name or option is wrong."""
     training = config.training
     model = models.build(config.model, spec)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -215,7 +190,7 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
     metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
-    _refuse_reserved(metric.name for metric in metrics)
+    _refuse_reserved({metric.name for metric in metrics})
     steps = steps_per_epoch(spec.train, training.batch_size, training.limit_batches)
     model.compile(
         optimizer=make_optimizer(config.optimizer, steps * training.epochs),
@@ -275,10 +250,10 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
     # Not as many images as classes, so that no loss fits only by broadcasting.
     images, labels = data.train.read(slice(4 if data.spec.class_count == 3 else 3))
     what = "the model cannot be run on images of the data"
+    logging.disable(logging.WARNING)  # TensorFlow warns that strategy.run is slow outside a graph
     try:
         with selected.scope():
-            with _without_warnings():
-                results = selected.strategy.run(lambda: model(images, training=False))
+            results = selected.strategy.run(lambda: model(images, training=False))
             outputs = selected.strategy.experimental_local_results(results)
             what = (
                 "training.loss or training.metrics does not fit: expected one that accepts labels "
@@ -290,36 +265,17 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
             model.reset_metrics()
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"{what}: {keras_objects.explain(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     placed = devices.check_placement(outputs, selected)
     _refuse_reserved(logs.keys() - {"loss"})
-    for metric in keras_objects.compiled_metrics(model):
-        if isinstance(result := metric.result(), dict):  # a key "loss" would replace the loss
-            _refuse_reserved(metric_tensors(result))
-    text = [name for name, value in logs.items() if value.dtype == tf.string]
-    expect(not text, "training.metrics", "numbers", f"text in {text}")
     sums = outputs[0].numpy().sum(axis=1)
     expected = "probabilities, each row with the sum 1 (does it end in a softmax?)"
     received = f"sums of {sums.round(3).tolist()}"
     expect(np.allclose(sums, 1, atol=0.01), "the output of the model", expected, received)
-    expect(
-        loss.shape == (),
-        "training.loss",
-        "one number for a batch",
-        f"shape {list(loss.shape)}: its reduction is 'none'",
-    )
+    received = f"shape {list(loss.shape)}: its reduction is 'none'"
+    expect(loss.shape == (), "training.loss", "one number for a batch", received)
     return placed
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hides the warning that `strategy.run` is slow outside a graph: here it runs only once."""
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def restore(
@@ -331,14 +287,12 @@ def restore(
 ) -> keras.Model:
     """Builds the model of a finished run with its weights.
 
-    If it is not compiled, only its module of `trainer/models` is needed: the user's losses, metrics
-    and optimizers may be missing.
-
     Args:
         run: A finished run.
         selected: Devices that hold the model; None: the default device.
         precision: Precision of the model; None: the precision it was trained with.
-        compiled: Also restore loss, metrics and the optimizer with its state.
+        compiled: Also restore loss, metrics and the optimizer with its state. False: only the
+            module of `trainer/models` is needed.
 
     Raises:
         InputError: The run is damaged, or its model cannot be built any more.
@@ -363,11 +317,7 @@ def restore(
 
 
 def spec_of(run: Run) -> DataSpec:
-    """Returns the description of the data of a finished run, without loading the data.
-
-    Raises:
-        InputError: Its summary.json is damaged.
-    """
+    """Returns the description of the data of a finished run; InputError if it is damaged."""
     try:
         return DataSpec.model_validate(run.read_json("summary.json")["data"])
     except (KeyError, ValidationError) as error:
@@ -376,23 +326,12 @@ def spec_of(run: Run) -> DataSpec:
 
 
 def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
-    """Checks that the data is the data that a run was trained on.
-
-    Args:
-        run: The run, for its name in the message.
-        expected: Fingerprint of the data that the run was trained on.
-        found: The data.
-
-    Raises:
-        InputError: The fingerprints differ.
-    """
+    """Raises InputError if data has another fingerprint than the data that a run trained on."""
     what = f"the data differs from the data that {run.name} was trained on"
     received = f"{found.fingerprint} ({found.origin})"
     expect(found.fingerprint == expected, what, f"fingerprint {expected}", received)
 
 
-def _refuse_reserved(names: Iterable[str]) -> None:
-    """Raises InputError if the name of a metric is reserved."""
-    taken = sorted(_RESERVED.intersection(names))
-    if taken:
-        raise InputError(f"training.metrics: {', '.join(taken)} is reserved: choose another name")
+def _refuse_reserved(names: set[str]) -> None:
+    if taken := ", ".join(sorted(names & _RESERVED)):
+        raise InputError(f"training.metrics: {taken} is reserved: choose another name")

@@ -72,28 +72,22 @@ def confusion_image(matrix: NDArray[Any], names: list[str]) -> NDArray[np.uint8]
 
 
 def drawn_names(spec: DataSpec, characters: int) -> list[str]:
-    """Returns the class names for a picture.
+    """Returns the class names for a picture, with at most `characters` characters.
 
     A long name is cut. A name with characters that the font lacks is left out. Both get their
     label, for example "tench, Ti… #0" or "#3", so that different classes look different.
-
-    Args:
-        spec: Contains the names.
-        characters: Maximum length of a name.
     """
     from matplotlib.font_manager import get_font
 
     font = get_font(_font_path())
-    names = []
-    for label, name in enumerate(spec.class_names):
+
+    def drawn(label: int, name: str) -> str:
         if not all(font.get_char_index(ord(character)) for character in name):
-            names.append(f"#{label}")
-        elif len(name) > characters:
-            number = f"… #{label}"
-            names.append(name[: characters - len(number)] + number)
-        else:
-            names.append(name)
-    return names
+            return f"#{label}"
+        number = f"… #{label}"
+        return name if len(name) <= characters else name[: characters - len(number)] + number
+
+    return [drawn(label, name) for label, name in enumerate(spec.class_names)]
 
 
 def image_grid(images: Images, titles: list[str]) -> NDArray[np.uint8]:

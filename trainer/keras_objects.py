@@ -34,7 +34,7 @@ def find(kind: str, name: str) -> Any:
     """Returns the class that a configuration names.
 
     Args:
-        kind: "layer", "loss", "metric", "optimizer", "schedule" or "callback".
+        kind: A key of `_KINDS`.
         name: A Keras name in any case ("adam", "Conv2D"), one of this package
             ("SmoothedCrossentropy"), the name of a class registered with
             `keras.saving.register_keras_serializable`, or "package.module:Name".
@@ -47,29 +47,23 @@ def find(kind: str, name: str) -> Any:
         found = import_object(kind, name)
         if kind == "loss" and inspect.isfunction(found):
             return lambda: found  # Keras also accepts a function of labels and outputs as a loss
-        received = getattr(found, "__name__", found)
-        expected = f"a subclass of keras {base.__name__}"
         fits = inspect.isclass(found) and issubclass(found, base)
-        expect(fits, f"{kind} {name!r}", expected, received)
+        expect(fits, f"{kind} {name!r}", f"a subclass of keras {base.__name__}", found)
         return found
     registered = keras.saving.get_custom_objects().items()
     # The package of our own classes can be omitted.
     classes = vars(module) | {key.removeprefix("trainer>"): value for key, value in registered}
     classes = {n: c for n, c in classes.items() if inspect.isclass(c) and issubclass(c, base)}
     lower = {n.lower(): c for n, c in classes.items()}
-    found = classes.get(name) or lower.get(name.lower())
-    if found is None:
+    if name not in classes and name.lower() not in lower:
         raise InputError(f"unknown {kind} {name!r}: {did_you_mean(name, classes)}")
-    return found
+    return classes.get(name) or lower[name.lower()]
 
 
 def make(kind: str, config: KerasObject, **defaults: Any) -> Any:
-    """Creates the object that a configuration describes.
+    """Creates the object of a kind (see `find`) that a configuration describes.
 
-    Args:
-        kind: As in `find`.
-        config: The name and the keyword arguments of the constructor.
-        defaults: Keyword arguments that the configuration overrides.
+    `defaults` are keyword arguments that the configuration overrides.
     """
     return call(find(kind, config.name), f"{kind} {config.name!r}", defaults | config.options)
 

@@ -101,7 +101,7 @@ def write_results(
         return
     if graph is not None:
         with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
-            tf.summary.graph(_without_loop(graph.as_graph_def()))
+            tf.summary.graph(graph.as_graph_def())
     scores = _numbers(summary["test"])
     write_hparams(run, config, {"validation": _numbers(summary["validation"]), "test": scores})
     writer = tf.summary.create_file_writer(str(run.tensorboard / "test"))
@@ -137,10 +137,7 @@ def most_confident_mistakes(
 ) -> NDArray[np.int64]:
     """Returns the positions of the `count` mistakes with the highest probabilities, highest first.
 
-    Args:
-        labels: int [n].
-        probabilities: float [n, classes].
-        count: Maximum number of positions.
+    `labels` is int [n], `probabilities` float [n, classes].
     """
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     confidence = probabilities[wrong].max(axis=1)
@@ -150,9 +147,7 @@ def most_confident_mistakes(
 def class_table(matrix: NDArray[Any], class_names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Returns precision, recall, F1 and the number of images of each class, by class name.
 
-    Args:
-        matrix: Confusion matrix, int [classes, classes]: true classes by predicted classes.
-        class_names: In the order of the labels.
+    `matrix` is the confusion matrix, int [classes, classes]: true by predicted classes.
     """
     correct, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     # A class without images or predictions has the score 0.
@@ -245,18 +240,6 @@ def markdown_text(text: str) -> str:
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
     """Returns the scores that are single numbers. A metric may have several, or null."""
     return {name: value for name, value in scores.items() if isinstance(value, int | float)}
-
-
-def _without_loop(graph: Any) -> Any:
-    """Removes "while/", the scope of the loop around the step, from the names of a GraphDef.
-
-    Otherwise TensorBoard draws one box named "while" that hides the network.
-    """
-    for node in graph.node:
-        node.name = re.sub(r"\bwhile/", "", node.name)
-        node.input[:] = [re.sub(r"\bwhile/", "", name) for name in node.input]
-        node.attr.pop("_class", None)  # colocations, which contain names of nodes too
-    return graph
 
 
 def _code_block(text: str) -> str:

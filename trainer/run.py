@@ -11,7 +11,6 @@ runs/<UTC time>-<name>/
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import re
@@ -29,18 +28,9 @@ from trainer.errors import InputError, TrainerError, did_you_mean, shell_command
 
 # Keys besides [logging] that may change on resume: they do not define what is trained. Options of
 # the data are among them, because they can name a folder: the fingerprint of the data is compared.
-_CHANGEABLE = {
-    "data.archives",
-    "data.device_limit_mb",
-    "data.directory",
-    "data.options",
-    "data.placement",
-    "training.checkpoint_seconds",
-    "training.cluster_timeout_seconds",
-    "training.device",
-    "training.epochs",
-    "training.jit_compile",
-}
+_CHANGEABLE = {"data.archives", "data.device_limit_mb", "data.directory", "data.options"}
+_CHANGEABLE |= {"data.placement", "training.checkpoint_seconds", "training.epochs"}
+_CHANGEABLE |= {"training.cluster_timeout_seconds", "training.device", "training.jit_compile"}
 _TIME = re.compile(r"\d{8}T\d{6}Z-")  # the start of the name of a run directory
 _FILES = (
     "config.toml",
@@ -52,10 +42,6 @@ _FILES = (
 )
 
 
-class ExistsError(InputError):
-    """A run directory exists already."""
-
-
 class Run:
     """A run directory.
 
@@ -65,7 +51,7 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        """Stores paths, without a check; see `new_runs` and `open_run`."""
+        """Stores paths, without a check; see `make_directory` and `open_run`."""
         self.path = path
         self.name = path.name
         self.tensorboard = path / "tensorboard"
@@ -89,23 +75,13 @@ class Run:
         own = (self.path, self.metrics, self.log, *(self.path / name for name in _FILES))
         return path.absolute() in [each.absolute() for each in own]
 
-    def create(self, config: Config) -> None:
-        """Makes the directory and writes the resolved configuration to its config.toml.
-
-        Raises:
-            ExistsError: The directory exists.
-        """
-        self._make()
-        self.checkpoints.mkdir()
+    def begin(self, config: Config) -> None:
+        """Writes the configuration of a new or resumed run. A finished run is unfinished then."""
+        if self.finished:
+            old = self.path / f"summary-{self.trained_epochs}-epochs.json"
+            (self.path / "summary.json").rename(old)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.write_text("config.toml", config.to_toml())
-
-    def _make(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-        except FileExistsError:
-            message = f"{self.path} exists already and is not changed: choose another --name"
-            raise ExistsError(message) from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -122,14 +98,13 @@ class Run:
             yield
 
     def check_changes(self, changed: Config) -> None:
-        """Checks that the run can be resumed with a changed configuration.
+        """Raises InputError if the run cannot be resumed with a changed configuration.
 
-        Raises:
-            InputError: The run is finished and gets no more epochs, a change concerns what is
-                trained, or fewer epochs are requested than were trained.
+        A finished run needs more epochs, others at least the epochs that they have begun. Settings
+        of what is trained cannot change.
         """
         own, trained = self.config(), self.trained_epochs
-        least = own.training.epochs + 1 if self.finished else trained
+        least = own.training.epochs + 1 if self.finished else min(trained + 1, own.training.epochs)
         if changed.training.epochs < least:
             state = "is finished, after" if self.finished else "has trained"
             raise InputError(
@@ -147,13 +122,6 @@ class Run:
                 f"--resume: {self.name} cannot change {', '.join(differing)}; "
                 f"may change: logging.*, {', '.join(sorted(_CHANGEABLE))}"
             )
-
-    def reopen(self, config: Config) -> None:
-        """Writes the configuration of a resumed run, and renames the summary of a finished one."""
-        if self.finished:
-            old = self.path / f"summary-{self.trained_epochs}-epochs.json"
-            (self.path / "summary.json").rename(old)
-        self.write_text("config.toml", config.to_toml())
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -177,20 +145,12 @@ class Run:
             handler.close()
 
     def config(self) -> Config:
-        """Reads the run's own configuration.
-
-        Raises:
-            InputError: It is missing or damaged.
-        """
+        """Reads the run's own configuration; InputError if it is missing or damaged."""
         tree = self._read("config.toml", tomllib.loads)
         return parse_config(tree, origin=f"{self.path}/config.toml", stored=True)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Reads one of the run's JSON files.
-
-        Raises:
-            InputError: It is missing or damaged.
-        """
+        """Reads one of the run's JSON files; InputError if it is missing or damaged."""
         return self._read(name, json.loads)
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -210,26 +170,18 @@ class Run:
         files.write_text(self.path / name, text)
 
 
-def new_runs(directory: str, name: str) -> Iterator[Run]:
-    """Yields new run directories in order of preference; another process may create one first.
-
-    Args:
-        directory: Folder that holds the run directories.
-        name: The part of the new name after the time.
-    """
-    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    path = Path(directory) / f"{time}-{name}"
-    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return (Run(each) for each in itertools.chain([path], others) if not each.exists())
-
-
 def make_directory(directory: str, name: str) -> Path:
-    """Creates a directory for the result of a tool. Its name is the time and `name`."""
-    for run in new_runs(directory, name):
-        with contextlib.suppress(ExistsError):  # another process created it first
-            run._make()
-            break
-    return run.path
+    """Creates a directory for a result. Its name is the time, `name`, and a number if it exists."""
+    stem = f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{name}"
+    path, number = Path(directory) / stem, 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{stem}-{number}")
 
 
 def open_run(reference: str, *, runs_directory: str = "runs", unfinished: bool = False) -> Run:

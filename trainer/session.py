@@ -1,8 +1,7 @@
 """The training of one process: the loop with its callbacks, the scores and the report."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from trainer.environment import describe_environment
-from trainer.errors import CheckError, InputError, explain_user_code, shell_command
+from trainer.errors import CheckError, shell_command
 from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
 from trainer.run import Run
-from trainer.training.averaging import AveragedWeights, averages_weights
+from trainer.training.averaging import AveragedWeights
 from trainer.training.batches import Batches
 from trainer.training.callbacks import (
     Callback,
@@ -33,10 +32,10 @@ from trainer.training.callbacks import (
 from trainer.training.checkpoint import Checkpoint, Checkpoints
 from trainer.training.loop import Loop
 from trainer.training.signals import Signals
+from trainer.training.user_callbacks import make_callbacks
 from trainer.training.weights import save_weights
 
 if TYPE_CHECKING:
-    from trainer.cluster import Cluster
     from trainer.kernel_internals import KernelReport
 
 _log = logging.getLogger(__name__)
@@ -67,8 +66,7 @@ class Training:
         experiment: The experiment.
         run: Receives what this process writes.
         resumable: Path of the run to resume after an interruption: the run of the chief.
-        batches: Batches of train and validation.
-        callbacks: Callbacks of the user.
+        given: Callbacks that follow those of the configuration.
         timer: Contains the seconds of earlier phases.
         console: Shows the progress bar; None: no bar.
         saved: Checkpoint to continue from.
@@ -78,20 +76,24 @@ class Training:
     experiment: Experiment
     run: Run
     resumable: str
-    batches: tuple[Batches, Batches]
-    callbacks: list[keras.callbacks.Callback]
+    given: Sequence[keras.callbacks.Callback]
     timer: PhaseTimer
     console: Console | None
     saved: Checkpoint | None = None
     score_test: bool = True
 
     def __post_init__(self) -> None:
-        """Creates the callbacks, and collects the objects whose state is saved.
+        """Creates batches and callbacks, and collects the objects whose state is saved.
 
         Raises:
-            InputError: The checkpoint has the states of other callbacks.
+            InputError: The images do not fit on the device, a callback is refused, or the
+                checkpoint has the states of other callbacks.
         """
-        experiment = self.experiment
+        experiment, config = self.experiment, self.experiment.config
+        self._callbacks = make_callbacks(config, experiment.model, self.run.path, self.given)
+        with self.timer.phase("to_device"):
+            self._train = experiment.batches("train", shuffled=True)
+            self._validation = experiment.batches("validation")
         self._times = StepTimes()
         self._kernels: KernelReport | None = None
         advice = f"continue with `{shell_command('fit', '--resume', Path(self.resumable))}`"
@@ -99,26 +101,28 @@ class Training:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
         self._averaging, self._history = AveragedWeights(), keras.callbacks.History()
-        self._saved_objects: dict[str, Any] = {"history": self._history}
-        if averages_weights(experiment.model.optimizer):  # else it has no state
-            self._saved_objects["averaged_weights"] = self._averaging
-        for callback in self.callbacks:
+        self._saved_objects: dict[str, Any] = {
+            "history": self._history,
+            "averaged_weights": self._averaging,
+        }
+        for callback in self._callbacks:
             # The second callback of a class gets the suffix "-2".
             name = f"callbacks.{type(callback).__name__}"
             same = sum(each.partition("-")[0] == name for each in self._saved_objects)
             self._saved_objects[f"{name}-{same + 1}" if same else name] = callback
-        self._saved_objects["step_times"] = self._times
-        self._saved_objects["metrics"] = MetricsFile(self.run.metrics)
-        self._saved_objects["tensorboard"] = None  # opened when training begins
-        self._saved_objects["seconds"] = experiment.loop.seconds
+        self._saved_objects |= {
+            "step_times": self._times,
+            "metrics": MetricsFile(self.run.metrics),
+            "tensorboard": None,  # opened when training begins
+            "seconds": experiment.loop.seconds,
+        }
         if self.saved is not None:
             states = self.saved.named_states(list(self._saved_objects))
             self.saved = replace(self.saved, states=states)
 
     def run_to_end(self) -> FitResult:
         """Trains, scores and reports."""
-        cluster = self.experiment.devices.cluster
-        with self._signals.noted(), watched(cluster, self.resumable):
+        with self._signals.noted():
             self._begin()
             self._fit()
             result = self._finish()
@@ -134,31 +138,35 @@ class Training:
             _log.info("worker   %s, of %d", worker, experiment.devices.workers)
             if not cluster.chief:
                 return
-        _log.info("run      %s", run.path)
         sizes = f"{spec.train} train, {spec.validation} validation, {spec.test} test images"
-        _log.info("data     %s: %s (%s)", spec.name, sizes, spec.origin)
-        parameters = f"{experiment.model.count_params():,}"
-        _log.info("network  %s, %s parameters", config.model.name, parameters)
-        _log.info("device   %s, %s", ", ".join(experiment.placed), config.training.precision)
+        facts = {
+            "run": run.path,
+            "data": f"{spec.name}: {sizes} ({spec.origin})",
+            "network": f"{config.model.name}, {experiment.model.count_params():,} parameters",
+            "device": f"{', '.join(experiment.placed)}, {config.training.precision}",
+        }
         if config.training.limit_batches is not None:
-            _log.info("limited  %d batches of each split", config.training.limit_batches)
+            facts["limited"] = f"{config.training.limit_batches} batches of each split"
         if self.saved is not None:
             progress = self.saved.progress
-            _log.info("resumed  epoch %d, after %d steps", progress.epoch + 1, progress.step)
+            facts["resumed"] = f"epoch {progress.epoch + 1}, after {progress.step} steps"
+        for name, fact in facts.items():
+            _log.info("%-8s %s", name, fact)
+        if self.saved is not None:
             return
-        facts = describe_environment(experiment.devices.names, spec.fingerprint)
-        run.write_json("environment.json", facts)
+        environment = describe_environment(experiment.devices.names, spec.fingerprint)
+        run.write_json("environment.json", environment)
         if config.logging.tensorboard:
             with self.timer.phase("report"):
                 from trainer import report
 
-                report.write_start(run, config, facts, experiment.data)
+                report.write_start(run, config, environment, experiment.data)
 
     def _fit(self) -> None:
         """Runs the loop with all callbacks, and closes their files in any case."""
         experiment, config, run = self.experiment, self.experiment.config, self.run
         if experiment.devices.type != "CPU":
-            experiment.loop.trace(self.batches[0])
+            experiment.loop.trace(self._train)
             self._kernels = experiment.loop.check_kernels()
             _log.info("kernels  %s", self._kernels)
         own: list[Callback] = [self._times, self._saved_objects["metrics"]]
@@ -167,9 +175,9 @@ class Training:
             self._saved_objects["tensorboard"] = own[-1]
         if config.logging.profile:
             own.append(Profiler(run.tensorboard / "train"))
+        asked = config.training.epochs
         if self.console is not None and experiment.devices.chief:
-            steps, epochs = self.batches[0].steps, config.training.epochs
-            own.append(ProgressBar(self.console, steps=steps, epochs=epochs))
+            own.append(ProgressBar(self.console, steps=self._train.steps, epochs=asked))
         checkpoints = Checkpoints(
             run,
             objects={name: each for name, each in self._saved_objects.items() if each is not None},
@@ -182,33 +190,32 @@ class Training:
             checkpoints.continue_from(self.saved)
         try:
             experiment.loop.fit(
-                *self.batches,
-                epochs=config.training.epochs,
+                self._train,
+                self._validation,
+                epochs=asked,
                 # After the user's callbacks, the history also records the logs that they add.
-                callbacks=[self._averaging, *self.callbacks, self._history, *own, checkpoints],
+                callbacks=[self._averaging, *self._callbacks, self._history, *own, checkpoints],
                 warmup_calls=2 if config.logging.profile else 1,
                 start=None if self.saved is None else self.saved.progress,
             )
-        except SystemExit as end:  # not from a signal: signals are recorded
-            reason = explain_user_code(end) or repr(end)
-            raise InputError(f"a callback ended the program: {reason}") from end
         finally:
             for callback in own:
                 callback.close()
         save_weights(run.weights, experiment.model)
-        epochs, asked = len(experiment.model.history.epoch), config.training.epochs
-        if epochs < asked:
+        if (epochs := len(experiment.model.history.epoch)) < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 
     def _finish(self) -> FitResult:
         """Scores the final weights, which can be those of an earlier epoch, and reports."""
         experiment, run, timer = self.experiment, self.run, self.timer
-        scores, probabilities = {}, None
-        if self.score_test:
-            with self._evaluating():
-                scores, probabilities = self._score(experiment.batches("test"), collect=True)
-        with self._evaluating():
-            validation, _ = self._score(self.batches[1])
+        loop, stop = experiment.loop, self._signals.stop_if_received
+        scores, probabilities, traced = dict[str, Any](), None, loop.seconds.tracing
+        with timer.phase("evaluation"):
+            if self.score_test:
+                test = experiment.batches("test")
+                scores, probabilities = score(loop, test, collect=True, between=stop)
+            validation, _ = score(loop, self._validation, between=stop)
+        timer.seconds["evaluation"] -= loop.seconds.tracing - traced
         summary = self._summary(validation, scores)
         cluster = experiment.devices.cluster
         if cluster is not None and not cluster.chief:
@@ -217,7 +224,7 @@ class Training:
         if probabilities is not None:
             summary["test_images"] = len(probabilities)
             run.write_json("summary.json", summary)  # finished, even if the report fails
-            split, graph = experiment.scored("test"), experiment.loop.step_graph
+            split, graph = experiment.scored("test"), loop.step_graph
             with timer.phase("report"):
                 from trainer import report
 
@@ -252,39 +259,17 @@ class Training:
             "validation": to_json(validation),
             "test": to_json(scores),
             **self._times.summary(),
-            "train_images": self.batches[0].images,  # limit_batches can reduce it
+            "train_images": self._train.images,  # limit_batches can reduce it
             "host_operations": host,
             "seconds": {**self.timer.seconds, **asdict(experiment.loop.seconds)},
         }
 
-    def _score(self, batches: Batches, *, collect: bool = False) -> Any:
-        return score(self.experiment.loop, batches, collect=collect, signals=self._signals)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Measures the final scoring without its tracing, which the loop measures."""
-        seconds = self.experiment.loop.seconds
-        traced = seconds.tracing
-        with self.timer.phase("evaluation"):
-            yield
-        self.timer.seconds["evaluation"] -= seconds.tracing - traced
-
 
 def score(
-    loop: Loop, batches: Batches, *, collect: bool = False, signals: Signals | None = None
+    loop: Loop, batches: Batches, **options: Any
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
-    """Evaluates batches. Raises CheckError if the loss is not finite."""
-    scores, probabilities = loop.evaluate(
-        batches, collect=collect, between=signals.stop_if_received if signals else None
-    )
+    """Evaluates batches as `Loop.evaluate`. Raises CheckError if the loss is not finite."""
+    scores, probabilities = loop.evaluate(batches, **options)
     if not np.isfinite(scores["loss"]):
         raise CheckError(f"expected a finite loss, received {scores['loss']}: the model is broken")
     return scores, probabilities
-
-
-def watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContextManager[None]:
-    """Raises MissingError if a worker is lost, with the command to continue; see `Cluster`."""
-    if cluster is None:
-        return nullcontext()
-    how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
-    return cluster.watched(f"start every worker again{how}")

@@ -2,12 +2,12 @@
 
 import logging
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ from rich.console import Console
 from trainer import devices
 from trainer.config import Config
 from trainer.devices import read_cluster
-from trainer.errors import InputError
+from trainer.errors import InputError, shell_command
 from trainer.experiment import (
     Experiment,
     PhaseTimer,
@@ -28,12 +28,13 @@ from trainer.experiment import (
     spec_of,
 )
 from trainer.files import require_writable
-from trainer.run import ExistsError, Run, new_runs, open_run
-from trainer.session import FitResult, Training, score, watched
-from trainer.training.batches import Batches
+from trainer.run import Run, make_directory, open_run
+from trainer.session import FitResult, Training, score
 from trainer.training.callbacks import to_json
 from trainer.training.checkpoint import Checkpoint, all_variables, newest_checkpoint, roll_back
-from trainer.training.user_callbacks import make_callbacks
+
+if TYPE_CHECKING:
+    from trainer.cluster import Cluster
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def fit(
     """Trains a network, scores it once on the test images, and writes a run directory.
 
     If the environment describes a cluster (TF_CONFIG or a SLURM job step), its processes train
-    together. The first process is the chief. It writes the run directory.
+    together. The first one, the chief, writes the run directory.
 
     Args:
         config: The experiment.
@@ -79,18 +80,23 @@ def fit(
         config = config.with_changes(changes)
     elif chief:
         require_writable(config.logging.directory)
-    with watched(cluster):
+    with ExitStack() as stack:
+        stack.enter_context(watched(cluster))
         experiment = build_experiment(config, timer, cluster=cluster)
-    with _output(experiment, kept=chief and not dry_run) as experiment:
-        batches = _training_batches(experiment, timer)
-        # Everything that can be checked before the first file is written has been checked.
-        run, made = _create_run(experiment, run, callbacks)
-        with watched(cluster):
+        temporary = dry_run or not chief
+        run = _temporary_run(stack) if temporary else _create_run(experiment, run)
+        try:
             resumable = experiment.devices.broadcast(str(run.path))
-        training = Training(
-            experiment, run, resumable, batches, made, timer, console, score_test=score_test
-        )
-        with run.locked(), run.logging():
+            training = Training(
+                experiment, run, resumable, callbacks, timer, console, score_test=score_test
+            )
+        except BaseException:
+            for folder in (run.path, run.path.parent):  # what is refused leaves nothing
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        run.begin(experiment.config)
+        with run.locked(), run.logging(), watched(cluster, resumable):
             result = training.run_to_end()
     return replace(result, run=None) if dry_run else result
 
@@ -107,50 +113,35 @@ def resume(
 ) -> FitResult:
     """Continues a training from its newest checkpoint, as if it had never been interrupted.
 
-    Args:
-        reference: A run directory, its name, or "latest".
-        changed: The run's configuration with more epochs or on other devices, as
-            `Run.check_changes` allows; None: unchanged.
-        callbacks: The same as for `fit`.
-        console: As in `fit`.
-        import_seconds: As in `fit`.
-        runs_directory: Folder that holds the run directories.
-        score_test: As in `fit`.
-
-    Returns:
-        As `fit`.
+    `reference` is a run directory, its name in `runs_directory`, or "latest". `changed` is the
+    run's configuration with more epochs or on other devices, as `Run.check_changes` allows; None:
+    unchanged. The other arguments are those of `fit`, with the same callbacks.
 
     Raises:
         InputError: There is no such run, it is finished, another process trains it, or data,
             model or configuration are not the same.
-        MissingError, CheckError, StoppedError: As `fit`.
+        MissingError, CheckError, StoppedError: As in `fit`.
     """
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
     config = changed or run.config()
     run.check_changes(config)
     chief = cluster is None or cluster.chief  # the other workers only read the run
-    with run.locked() if chief else nullcontext(), run.logging() if chief else nullcontext():
-        with watched(cluster, str(run.path)):
-            experiment = build_experiment(config, timer, cluster=cluster)
-            saved = _checkpoint_that_fits(run, experiment)
-            progress = saved and asdict(saved.progress)
-            experiment.devices.require_same({"the newest checkpoint": progress})
-        with _output(experiment, kept=chief) as experiment:
-            # Workers other than the chief write to a folder that `_output` removes.
-            own = run if chief else next(new_runs(experiment.config.logging.directory, run.name))
-            made = make_callbacks(experiment.config, experiment.model, own.path, callbacks)
-            batches = _training_batches(experiment, timer)
-            training = Training(
-                experiment, own, str(run.path), batches, made, timer, console, saved, score_test
-            )
-            if chief:
-                run.checkpoints.mkdir(exist_ok=True)
-                run.reopen(experiment.config)  # files of the run are changed from here on
-                roll_back(run, saved)
-            else:
-                own.create(experiment.config)
-            return training.run_to_end()
+    with ExitStack() as stack:
+        own = run if chief else _temporary_run(stack)
+        for context in (own.locked(), own.logging(), watched(cluster, str(run.path))):
+            stack.enter_context(context)
+        experiment = build_experiment(config, timer, cluster=cluster)
+        saved = _checkpoint_that_fits(run, experiment)
+        progress = saved and asdict(saved.progress)
+        experiment.devices.require_same({"the newest checkpoint": progress})
+        training = Training(
+            experiment, own, str(run.path), callbacks, timer, console, saved, score_test
+        )
+        own.begin(experiment.config)  # files of the run are changed from here on
+        if chief:
+            roll_back(run, saved)
+        return training.run_to_end()
 
 
 def evaluate(
@@ -228,52 +219,28 @@ def predict(
     return predict_files(probabilities, spec_of(run), paths, invert=invert, on_error=on_error)
 
 
-def _training_batches(experiment: Experiment, timer: PhaseTimer) -> tuple[Batches, Batches]:
-    with timer.phase("to_device"):
-        return experiment.batches("train", shuffled=True), experiment.batches("validation")
+def watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContextManager[None]:
+    """Raises MissingError if a worker is lost, with the command to continue; see `Cluster`."""
+    if cluster is None:
+        return nullcontext()
+    how = "" if run is None else f" with `{shell_command('fit', '--resume', Path(run))}`"
+    return cluster.watched(f"start every worker again{how}")
 
 
-def _create_run(
-    experiment: Experiment, given: Run | None, callbacks: Sequence[keras.callbacks.Callback]
-) -> tuple[Run, list[keras.callbacks.Callback]]:
-    """Creates the callbacks, whose options can name the run directory, and then the directory.
-
-    Args:
-        experiment: The experiment.
-        given: The directory to create; None: the next free one whose name begins with the time.
-        callbacks: Callbacks that follow those of the configuration.
-
-    Raises:
-        ExistsError: The given directory exists.
-        InputError: It cannot be written, or a callback is refused.
-    """
+def _create_run(experiment: Experiment, given: Run | None) -> Run:
+    """Creates the given run directory; None: one whose name begins with the time."""
     config = experiment.config
-    default = re.sub(r"[^\w.-]+", "-", f"{experiment.data.spec.name}-{config.model.name}")
-    free = new_runs(config.logging.directory, config.logging.name or default)
-    for run in [given] if given is not None else free:
-        made = make_callbacks(experiment.config, experiment.model, run.path, callbacks)
-        try:
-            run.create(config)
-        except ExistsError:
-            if given is not None:
-                raise
-            continue  # another process created it first: try the next name
-        break
-    return run, made
+    if given is not None:
+        given.path.mkdir(parents=True)
+        return given
+    names = f"{experiment.data.spec.name}-{config.model.name}"
+    name = config.logging.name or re.sub(r"[^\w.-]+", "-", names)
+    return Run(make_directory(config.logging.directory, name))
 
 
-@contextmanager
-def _output(experiment: Experiment, *, kept: bool) -> Iterator[Experiment]:
-    """Yields the experiment; if it is not `kept`, its runs are written to a temporary folder.
-
-    So a dry run and the workers other than the chief run the same code as the chief.
-    """
-    if kept:
-        yield experiment
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        config = experiment.config.with_changes({"logging.directory": folder})
-        yield replace(experiment, config=config)
+def _temporary_run(stack: ExitStack) -> Run:
+    """Returns a run for a dry run, or for a worker other than the chief; removed with the stack."""
+    return Run(Path(stack.enter_context(TemporaryDirectory())))
 
 
 def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None:
@@ -287,17 +254,9 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
         # One line is possible: that of epoch 1 is written just before the first checkpoint.
         if run.finished or run.trained_epochs > 1:
             raise InputError(f"{run.checkpoints} has no checkpoint any more: it cannot be resumed")
-        if (run.path / "environment.json").exists():
-            fingerprint = run.read_json("environment.json").get("data_fingerprint")
-            require_data(run, fingerprint, experiment.data.spec)
         return None
     require_data(run, saved.fingerprint, experiment.data.spec)
-    begun = saved.progress.epoch + (saved.progress.step > 0)
     epochs = experiment.config.training.epochs
-    if begun > epochs:
-        raise InputError(
-            f"{run.name} is in epoch {begun}: expected as many epochs or more, received {epochs}"
-        )
     if epochs > run.config().training.epochs:
         # A callback may have stopped the run. It must not stop the longer training at once.
         saved = replace(saved, stopped=False)

@@ -656,6 +656,6 @@ TWO = "{choices=[0.01, 0.02]}"
 
 def test_old_runs_know_nothing_of_a_search(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    run.create(Config())
+    run.begin(Config())
     assert "tuning" not in tomllib.loads((run.path / "config.toml").read_text())
     assert run.config() == Config()

@@ -252,11 +252,19 @@ def main() -> NoReturn:
             os._exit(explained.exit_code)  # a normal exit would flush the output and fail again
         sys.exit(explained.exit_code)
     except SystemExit as end:
-        causes = {128 + signal.SIGINT: "control-C", 128 + signal.SIGTERM: "SIGTERM"}
-        if end.code in causes:
-            console.print_line(f"trainer: stopped by {causes[end.code]}", err=True)
-        raise
+        sys.exit(_explain_end(end))
     sys.exit(0)
+
+
+def _explain_end(end: SystemExit) -> Any:
+    """Prints why the program ends, if a signal or the user's code ends it; returns the code."""
+    causes = {128 + signal.SIGINT: "control-C", 128 + signal.SIGTERM: "SIGTERM"}
+    if end.code in causes:
+        console.print_line(f"trainer: stopped by {causes[end.code]}", err=True)
+    elif (reason := explain_user_code(end)) is not None:
+        console.print_line(f"trainer: the program was ended by {reason}", err=True)
+        return InputError.exit_code
+    return end.code
 
 
 def _explained(error: Exception) -> TrainerError | None:

@@ -191,6 +191,10 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
                 layer.synchronized = True
     metrics = [keras_objects.make("metric", metric) for metric in training.metrics]
     _refuse_reserved({metric.name for metric in metrics})
+    one_hot = keras.metrics.CategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy
+    for metric in metrics:  # Keras would compare the labels with nothing, without an error
+        name = f"Sparse{type(metric).__name__}"
+        expect(not isinstance(metric, one_hot), "training.metrics", name, type(metric).__name__)
     steps = steps_per_epoch(spec.train, training.batch_size, training.limit_batches)
     model.compile(
         optimizer=make_optimizer(config.optimizer, steps * training.epochs),
@@ -269,6 +273,9 @@ def _check_forward(model: keras.Model, data: Dataset, selected: Devices) -> list
         logging.disable(logging.NOTSET)
     placed = devices.check_placement(outputs, selected)
     _refuse_reserved(logs.keys() - {"loss"})
+    for metric in keras_objects.compiled_metrics(model):
+        if isinstance(result := metric.result(), dict):  # a key "loss" would replace the loss
+            _refuse_reserved({*metric_tensors(result)})
     sums = outputs[0].numpy().sum(axis=1)
     expected = "probabilities, each row with the sum 1 (does it end in a softmax?)"
     received = f"sums of {sums.round(3).tolist()}"
@@ -321,7 +328,8 @@ def spec_of(run: Run) -> DataSpec:
     try:
         return DataSpec.model_validate(run.read_json("summary.json")["data"])
     except (KeyError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
+        missing = f"missing key {error}" if isinstance(error, KeyError) else None
+        reason = missing or keras_objects.explain(error)
         raise InputError(f"{run.path / 'summary.json'} is damaged: {reason}") from None
 
 
@@ -333,5 +341,6 @@ def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
 
 
 def _refuse_reserved(names: set[str]) -> None:
-    if taken := ", ".join(sorted(names & _RESERVED)):
-        raise InputError(f"training.metrics: {taken} is reserved: choose another name")
+    taken = sorted(name for name in names if name in _RESERVED or name.startswith("val_"))
+    if taken:
+        raise InputError(f"training.metrics: {', '.join(taken)} is reserved: choose another name")

@@ -101,7 +101,7 @@ def write_results(
         return
     if graph is not None:
         with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
-            tf.summary.graph(graph.as_graph_def())
+            tf.summary.graph(_without_loop(graph.as_graph_def()))
     scores = _numbers(summary["test"])
     write_hparams(run, config, {"validation": _numbers(summary["validation"]), "test": scores})
     writer = tf.summary.create_file_writer(str(run.tensorboard / "test"))
@@ -245,3 +245,15 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float]:
 def _code_block(text: str) -> str:
     # Markdown shows lines that start with four spaces as code, unchanged.
     return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _without_loop(graph: Any) -> Any:
+    """Removes "while/", the scope of the loop around the step, from the names of a GraphDef.
+
+    Otherwise TensorBoard draws one box named "while" that hides the network.
+    """
+    for node in graph.node:
+        node.name = re.sub(r"\bwhile/", "", node.name)
+        node.input[:] = [re.sub(r"\bwhile/", "", name) for name in node.input]
+        node.attr.pop("_class", None)  # colocations, which contain names of nodes too
+    return graph

@@ -158,8 +158,9 @@ class Training:
         """Runs the loop with all callbacks, and closes their files in any case."""
         experiment, config, run = self.experiment, self.experiment.config, self.run
         if experiment.devices.type != "CPU":
-            experiment.loop.trace(self.batches[0])
-            self._kernels = experiment.loop.check_kernels()
+            from trainer.kernel_internals import check_step
+
+            self._kernels = check_step(experiment.loop, self.batches[0])
             _log.info("kernels  %s", self._kernels)
         own: list[Callback] = [self._times, self._saved_objects["metrics"]]
         if config.logging.tensorboard:

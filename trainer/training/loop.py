@@ -4,11 +4,10 @@ A call runs many steps in one graph. The host and the device synchronize once pe
 loop reads the logs and runs callbacks.
 """
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,15 +16,12 @@ from numpy.typing import NDArray
 
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
-from trainer.keras_objects import KERAS_ERRORS, explain, nested_layers, raised_in_keras_callback
+from trainer.keras_objects import KERAS_ERRORS, explain, raised_in_keras_callback
 from trainer.tensorflow_internals import profiler_step
 from trainer.training.batches import Batches
 from trainer.training.call import Call, Logs
 from trainer.training.replicas import require_addable
 from trainer.training.step import bind_step, test_step, train_step
-
-if TYPE_CHECKING:
-    from trainer.kernel_internals import HostOperation, KernelReport
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,9 @@ class Loop:
     """Trains and evaluates a compiled model on its devices.
 
     Attributes:
+        model: The model.
+        devices: The devices.
+        augment: Changes training images; None: no augmentation.
         seconds: Time of each part.
         step_graph: The graph of one training step; None until it is traced.
     """
@@ -131,11 +130,11 @@ class Loop:
             InputError: The step does not fit the model and the options, or the results of several
                 devices cannot be added up.
         """
-        self.model, self.devices = model, devices
+        self.model, self.devices, self.augment = model, devices, augment
         self.steps_per_execution = steps_per_execution
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
-        self._augment, self._jit_compile = augment, jit_compile
+        self._jit_compile = jit_compile
         self._calls: dict[tuple[str, Batches], tuple[list[Any], Call]] = {}
         self._calls_run, self._warmup_calls, self._epochs = 0, 1, 0
         self._build()
@@ -188,16 +187,6 @@ class Loop:
         self._timed("callbacks", hooks.on_train_end, logs)
         return dict(model.history.history)
 
-    def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
-        """Trains without validation and callbacks, for benchmarks; yields records without end.
-
-        Each call has `steps` steps, at most as many as an epoch.
-        """
-        for epoch in itertools.count():
-            state = train.start_epoch(epoch)
-            for first in range(0, train.steps - steps + 1, steps):
-                yield self._run_call(train, state, epoch, first, steps)
-
     def evaluate(
         self,
         batches: Batches,
@@ -240,32 +229,8 @@ class Loop:
         return logs, np.concatenate(outputs) if collect else None
 
     def trace(self, train: Batches) -> Call:
-        """Traces the training call if necessary, and returns it. `fit` and `repeat` do this too."""
-        call = self._training_call = self._call("train", train)
-        return call
-
-    def check_kernels(self, device_type: str | None = None) -> "KernelReport":
-        """Finds operations of the traced training step that a type of device has no kernel for.
-
-        The default type is that of the devices in use.
-        """
-        from trainer.kernel_internals import check_kernels
-
-        names = self.devices.names if self.devices.replicas > 1 else ()
-        kind, graph = device_type or self.devices.type, self._training_call.graph
-        return check_kernels(graph, kind, layers=self.layer_names, traced_on=names)
-
-    def check_xla_kernels(self) -> "tuple[HostOperation, ...]":
-        """Returns the operations of the traced training step without an XLA kernel for GPUs."""
-        from trainer.kernel_internals import check_xla
-
-        return check_xla(self.step_graph, self.layer_names)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """Names of the layers that operations of a graph may belong to."""
-        augmenting = getattr(self._augment, "layers", [])
-        return [layer.name for layer in nested_layers([*self.model.layers, *augmenting])]
+        """Returns the training call, and traces it if necessary, as `fit` does."""
+        return self._call("train", train)
 
     def _train(
         self,
@@ -306,7 +271,7 @@ class Loop:
                 break
             count = min(self.steps_per_execution, train.steps - first)
             self._timed("callbacks", hooks.on_train_batch_begin, first)
-            record = self._run_call(train, state, epoch, first, count)
+            record = self.run_call(train, state, epoch, first, count)
             logs = dict(record.logs)
             self._timed("callbacks", hooks.on_train_batch_end, first + count - 1, logs)
             for callback in hooks.callbacks:
@@ -323,10 +288,12 @@ class Loop:
                 "lower optimizer.learning_rate, or set training.clip_norm"
             )
 
-    def _run_call(
+    def run_call(
         self, train: Batches, state: Any, epoch: int, first: int, count: int
     ) -> CallRecord:
-        """Runs `count` steps and waits for the device.
+        """Runs `count` steps from step `first` of an epoch, and waits for the device.
+
+        `state` is the result of `train.start_epoch`.
 
         Raises:
             InputError: XLA cannot compile the step.
@@ -337,14 +304,11 @@ class Loop:
             with profiler_step(first):
                 rows, metrics, _ = call(state, first, count)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            from trainer.kernel_internals import xla_refusal
+            if self._jit_compile:
+                from trainer.kernel_internals import explain_xla_error
 
-            refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
-            if refused is None:
-                raise
-            raise InputError(
-                f"XLA cannot compile {refused}: set training.jit_compile = false"
-            ) from error
+                explain_xla_error(error, self)
+            raise
         for name in self.devices.names:
             with tf.device(name):
                 tf.raw_ops.SyncDevice()
@@ -405,9 +369,9 @@ class Loop:
                 values = test_step(self.model, images, local.labels, batch_fraction=local.fraction)
                 outputs = values.pop("outputs")
                 return values | {"outputs": batches.join(local, outputs)} if collect else values
-            if self._augment is not None:
+            if self.augment is not None:
                 with tf.name_scope("augment"):
-                    images = self._augment(images)
+                    images = self.augment(images)
             return dict(update(images, local.labels, local.fraction))
 
         return Call(self.model, self.devices, batches, step, trains=train, collect=collect)
@@ -433,7 +397,7 @@ class Loop:
         self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Any:
         """Calls a function and adds its seconds to a part, without seconds counted inside it."""
-        start, before = time.perf_counter(), sum(asdict(self.seconds).values())
+        start, before = time.perf_counter(), sum(vars(self.seconds).values())
         try:
             return function(*arguments, **options)
         except KERAS_ERRORS as error:
@@ -441,6 +405,6 @@ class Loop:
                 raise InputError(f"a callback failed: {explain(error)}") from error
             raise
         finally:
-            counted_inside = sum(asdict(self.seconds).values()) - before
+            counted_inside = sum(vars(self.seconds).values()) - before
             seconds = time.perf_counter() - start - counted_inside
             setattr(self.seconds, part, getattr(self.seconds, part) + seconds)

@@ -275,9 +275,11 @@ def score(
     loop: Loop, batches: Batches, *, collect: bool = False, signals: Signals | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """Evaluates batches. Raises CheckError if the loss is not finite."""
-    scores, probabilities = loop.evaluate(
-        batches, collect=collect, between=signals.stop_if_received if signals else None
-    )
+    stop = keras.callbacks.Callback()
+    if signals is not None:
+        stop.on_test_batch_end = lambda *_: signals.stop_if_received()
+    hooks = keras.callbacks.CallbackList([stop])
+    scores, probabilities = loop.evaluate(batches, collect=collect, callbacks=hooks)
     if not np.isfinite(scores["loss"]):
         raise CheckError(f"expected a finite loss, received {scores['loss']}: the model is broken")
     return scores, probabilities

@@ -10,7 +10,7 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.config import KerasObject
 from trainer.data import Dataset
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 
 _TRIED_IMAGES = 8
 _MIN_CONTRAST = 0.05  # smallest fraction of the images' standard deviation that must remain
@@ -26,9 +26,7 @@ class Augmentation:
 
     def __init__(self, chain: keras.Sequential) -> None:
         """Stores a built chain of layers."""
-        self._chain = chain
-        self.layers: list[keras.layers.Layer] = chain.layers
-        self.variables: list[Any] = chain.variables
+        self._chain, self.layers, self.variables = chain, chain.layers, list[Any](chain.variables)
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
         """Takes and returns images, uint8 [rows, H, W, C]."""
@@ -56,12 +54,6 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
     if not layers:
         return None
     made = [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
-    for layer in made:
-        if isinstance(layer, keras.layers.MixUp | keras.layers.CutMix):
-            raise InputError(
-                f"data.augmentation: {type(layer).__name__} mixes images, but each image keeps its "
-                "own label"
-            )
     step = max(1, len(data.train) // _TRIED_IMAGES)
     images = data.train.read(slice(0, None, step))[0][:_TRIED_IMAGES]
     try:
@@ -72,20 +64,15 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from error
     for layer in chain.layers:
+        what = f"data.augmentation: {type(layer).__name__}"
+        if isinstance(layer, keras.layers.MixUp | keras.layers.CutMix):
+            raise InputError(f"{what} mixes images, but each image keeps its own label")
         if layer.trainable_weights or (layer.weights and hasattr(layer, "adapt")):
-            raise InputError(
-                f"data.augmentation: {type(layer).__name__} has weights, but augmentation is not "
-                "trained or adapted: put this layer into the network"
-            )
-    if changed.shape != images.shape:
-        raise InputError(
-            f"data.augmentation: expected images of shape {list(images.shape)}, received "
-            f"{list(changed.shape)}"
-        )
-    if not np.rint(changed).clip(0, 255).std() >= _MIN_CONTRAST * images.std():  # or NaN
-        raise InputError(
-            f"data.augmentation returns pixels from {changed.min():.3g} to {changed.max():.3g}, "
-            "which are nearly constant or not finite when they are rounded: layers receive and "
-            "must return pixels from 0 to 255 (the network scales them)"
-        )
+            raise InputError(f"{what} has weights, but augmentation is not trained or adapted")
+    sizes = [f"images of shape {list(each.shape)}" for each in (images, changed)]
+    expect(images.shape == changed.shape, "data.augmentation", *sizes)
+    contrast = np.rint(changed).clip(0, 255).std() / max(1, images.std())  # or NaN
+    expected = "pixels from 0 to 255, as the layers receive them (the network scales them)"
+    received = f"pixels from {changed.min():.3g} to {changed.max():.3g}, nearly constant"
+    expect(contrast >= _MIN_CONTRAST, "data.augmentation", expected, received)
     return Augmentation(chain)

@@ -28,21 +28,15 @@ _BATCHES_ON_DEVICE = 2
 class LocalBatch(NamedTuple):
     """The rows of a global batch that one replica computes.
 
-    Attributes:
-        images: uint8 [rows, height, width, channels].
-        labels: int64 [rows].
-        first: Position of the first row in the global batch, int32 scalar.
-        count: Rows that belong to this replica, int32 scalar. If it is 0, `images` has one row of
-            another replica, because every replica must take part in the sum of gradients.
-        fraction: `count` divided by the rows of the global batch, float32 scalar; None with one
-            replica.
+    If `count` is 0, there is one row of another replica, because every replica must take part in
+    the sum of gradients.
     """
 
-    images: tf.Tensor
-    labels: tf.Tensor
-    first: Any
-    count: Any
-    fraction: tf.Tensor | None
+    images: tf.Tensor  # uint8 [rows, height, width, channels]
+    labels: tf.Tensor  # int64 [rows]
+    first: Any  # position of the first row in the global batch, int32 scalar
+    count: Any  # rows that belong to this replica, int32 scalar
+    fraction: tf.Tensor | None  # `count` / rows of the global batch; None with one replica
 
 
 class Batches(ABC):
@@ -175,24 +169,25 @@ class ResidentBatches(Batches):
             InputError: They do not fit in the memory of a device.
         """
         super().__init__(split, devices, *options)
+        too_large = InputError(
+            f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than "
+            f"fits in the memory of {devices.names[0]}: set data.placement = 'stream'"
+        )
         # All rows are read into host memory first.
         if split.nbytes > psutil.virtual_memory().available:
-            raise _too_large(split, "CPU:0")
+            raise too_large
         images, labels = split.read()
 
         # Variables, because gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy
         # all images to the host in every step. Variables have one for uint8 and int64, not int32.
-        def store(replica: int) -> tuple[tf.Variable, tf.Variable]:
-            try:
-                return (
-                    tf.Variable(images, trainable=False, name="images"),
-                    tf.Variable(labels.astype(np.int64), trainable=False, name="labels"),
-                )
-            except tf.errors.ResourceExhaustedError:
-                names = devices.names
-                raise _too_large(split, names[replica % len(names)]) from None
+        def store(_: int) -> list[tf.Variable]:
+            arrays = images, labels.astype(np.int64)
+            return [tf.Variable(array, trainable=False) for array in arrays]
 
-        self._data = devices.on_each(store)
+        try:
+            self._data = devices.on_each(store)
+        except tf.errors.ResourceExhaustedError:
+            raise too_large from None
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - any step can be read
         """Returns images, labels and the order of the epoch on each device."""
@@ -245,10 +240,3 @@ class StreamedBatches(Batches):
             return dataset
         prefetch = tf.data.experimental.prefetch_to_device(device, _BATCHES_ON_DEVICE)
         return dataset.apply(prefetch)
-
-
-def _too_large(split: Split, device: str) -> InputError:
-    return InputError(
-        f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than fits "
-        f"in the memory of {device}: set data.placement = 'stream'"
-    )

@@ -26,68 +26,43 @@ from trainer.training.step import bind_step, test_step, train_step
 
 @dataclass(frozen=True)
 class Progress:
-    """Position of a training between two calls.
+    """Position of a training between two calls."""
 
-    Attributes:
-        epoch: Counted from 0.
-        step: Completed steps of the epoch. If all are completed, the validation is next.
-        logs: Loss and metrics since the start of the epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    logs: Logs = field(default_factory=dict)
+    epoch: int = 0  # counted from 0
+    step: int = 0  # completed steps of the epoch; if all are completed, the validation is next
+    logs: Logs = field(default_factory=dict)  # loss and metrics since the start of the epoch
 
 
 @dataclass(frozen=True)
 class CallRecord:
     """The steps of one call.
 
-    Attributes:
-        epoch: Counted from 0.
-        first_step: First step of the call, counted from 0 over the whole run.
-        steps: Steps in the call.
-        images: Images in the call.
-        seconds: Duration. The device is idle at the start and has finished at the end.
-        worker_seconds: Duration on each worker of a cluster, float64 [workers].
-        warm: False for the first calls, which also set up kernels or are traced by the profiler.
-        loss: Loss of the batch of each step, float32 [steps].
-        learning_rate: Learning rate of each step, float32 [steps].
-        metrics: Value of each metric after each step, over the epoch so far, float32 [steps]. Empty
-            with several workers, because reading a metric needs communication.
-        gradient_norms: float32 [steps, weights], or None.
-        logs: Loss and metrics since the start of the epoch, as Keras passes them to callbacks.
+    `metrics` are the values after each step, over the epoch so far. They are empty with several
+    workers, because reading a metric needs communication.
     """
 
-    epoch: int
-    first_step: int
+    epoch: int  # counted from 0
+    first_step: int  # counted from 0 over the whole run
     steps: int
     images: int
-    seconds: float
-    worker_seconds: NDArray[np.float64]
-    warm: bool
-    loss: NDArray[np.float32]
-    learning_rate: NDArray[np.float32]
-    metrics: dict[str, NDArray[np.float32]]
-    gradient_norms: NDArray[np.float32] | None
-    logs: Logs
+    seconds: float  # the device is idle at the start and has finished at the end
+    worker_seconds: NDArray[np.float64]  # of each worker of a cluster, [workers]
+    warm: bool  # False for the first calls, which set up kernels or are traced by the profiler
+    loss: NDArray[np.float32]  # of the batch of each step, [steps]
+    learning_rate: NDArray[np.float32]  # [steps]
+    metrics: dict[str, NDArray[np.float32]]  # each [steps]
+    gradient_norms: NDArray[np.float32] | None  # [steps, weights]
+    logs: Logs  # loss and metrics since the start of the epoch, as Keras passes them to callbacks
 
 
 @dataclass
 class Seconds:
-    """Seconds that the loop spent on each part.
+    """Seconds that the loop spent on each part."""
 
-    Attributes:
-        tracing: Building and optimizing the graphs.
-        training: Running steps.
-        validation: Scoring the validation images, once per epoch.
-        callbacks: Running callbacks, except those of the validation.
-    """
-
-    tracing: float = 0.0
-    training: float = 0.0
-    validation: float = 0.0
-    callbacks: float = 0.0
+    tracing: float = 0.0  # building and optimizing the graphs
+    training: float = 0.0  # running steps
+    validation: float = 0.0  # scoring the validation images, once per epoch
+    callbacks: float = 0.0  # except those of the validation
 
 
 class Loop:
@@ -193,7 +168,6 @@ class Loop:
         *,
         collect: bool = False,
         callbacks: keras.callbacks.CallbackList | None = None,
-        between: Callable[[], None] | None = None,
     ) -> tuple[Logs, NDArray[np.float32] | None]:
         """Scores every image once.
 
@@ -201,7 +175,6 @@ class Loop:
             batches: Batches to score.
             collect: Also return the probabilities, in the order of the batches.
             callbacks: Their `on_test_...` methods are called.
-            between: Called after each call.
 
         Returns:
             Loss and metrics, and float32 [images, classes] if `collect` is set.
@@ -221,8 +194,6 @@ class Loop:
             if probabilities is not None:
                 outputs.append(probabilities.numpy())
             hooks.on_test_batch_end(first + count - 1, logs)
-            if between is not None:
-                between()
             if self.model.stop_evaluating:
                 break
         hooks.on_test_end(logs)

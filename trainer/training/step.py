@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from trainer import keras_objects
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 
 
 def overrides(model: keras.Model, method: str) -> bool:
@@ -126,9 +126,8 @@ def find_step(name: str) -> Callable[..., Any]:
     try:
         inspect.signature(step).bind(None, None, None)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"training.step {name!r}: expected a function of (model, images, labels): {error}"
-        ) from None
+        expected = "expected a function of (model, images, labels)"
+        raise InputError(f"training.step {name!r}: {expected}: {error}") from None
     return step
 
 
@@ -162,12 +161,10 @@ def bind_step(
         result = step(model, images, labels, **accepted)
         logs = metric_tensors(result) if isinstance(result, dict) else {}
         loss = logs.get("loss")
-        if loss is None or loss.shape != () or not loss.dtype.is_floating:
-            shapes = ", ".join(f"{key} {value.shape}" for key, value in logs.items())
-            raise InputError(
-                f"{name}: expected a dictionary of logs with 'loss' (a number), received "
-                f"{shapes or type(result).__name__}"
-            )
+        fits = loss is not None and loss.shape == () and loss.dtype.is_floating
+        shapes = ", ".join(f"{key} {value.shape}" for key, value in logs.items())
+        received = shapes or type(result).__name__
+        expect(fits, name, "a dictionary of logs with 'loss' (a number)", received)
         return logs
 
     return bound
@@ -182,15 +179,12 @@ def metric_tensors(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
     """Returns logs as tensors. As in Keras, each entry of a nested dictionary is a log."""
     found: dict[str, tf.Tensor] = {}
     for name, value in logs.items():
-        found |= metric_tensors(value) if isinstance(value, dict) else {name: _tensor(value)}
+        if isinstance(value, dict):
+            found |= metric_tensors(value)
+        else:  # a list of results becomes one tensor
+            convert = tf.stack if isinstance(value, list | tuple) else tf.convert_to_tensor
+            found[name] = convert(value)
     return found
-
-
-def _tensor(value: Any) -> tf.Tensor:
-    """Returns a result, or a (nested) list of results, as one tensor."""
-    if isinstance(value, list | tuple):
-        return tf.stack([_tensor(part) for part in value])
-    return tf.convert_to_tensor(value)
 
 
 def _mean_loss(
@@ -237,19 +231,17 @@ def _update_metrics(
     batch_fraction: tf.Tensor | None,
 ) -> dict[str, Any]:
     """Updates the metrics of a model, and its loss; returns their results with one replica."""
+    logs: dict[str, Any] = {}
 
-    def update() -> dict[str, Any]:
+    def update() -> None:
         # The property of the base class has the tracker of the loss even if a model overrides it.
         tracker = next(m for m in keras.Model.metrics.fget(model) if m.name == "loss")
         tracker.update_state(mean_loss, sample_weight=tf.shape(data[1])[0])  # by rows
-        logs: dict[str, Any] = model.compute_metrics(*data)
-        return logs
-
-    def update_only() -> None:
-        update()
+        logs.update(model.compute_metrics(*data))
 
     if batch_fraction is None:
-        return update()
+        update()
+        return logs
     # With fraction 0, the only row belongs to another replica.
-    tf.cond(batch_fraction > 0, update_only, lambda: None)
+    tf.cond(batch_fraction > 0, update, lambda: None)
     return {}

@@ -13,10 +13,8 @@ from trainer.training.step import metric_tensors
 
 _CALLBACKS = keras.callbacks
 _REFUSED = {
-    _CALLBACKS.BackupAndRestore: "deletes its folder at the end, with everything in it. It is not "
-    "needed: `trainer fit` writes checkpoints, and `--resume` continues from them",
-    _CALLBACKS.SwapEMAWeights: "is not needed: with use_ema, `trainer fit` scores and saves the "
-    "averaged weights itself",
+    _CALLBACKS.BackupAndRestore: "deletes its folder at the end: use `trainer fit --resume`",
+    _CALLBACKS.SwapEMAWeights: "is not needed: `fit` scores and saves the averaged weights itself",
 }
 
 

@@ -4,8 +4,9 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -46,6 +47,11 @@ def save_weights(
         with h5py.File(partial, "a") as file:
             file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
 
+    write_state(path, write, size)
+
+
+def write_state(path: Path, write: Callable[[Path], Any], size: int) -> None:
+    """Calls `write_atomic`. Raises InputError if a file of about `size` bytes cannot be written."""
     try:
         write_atomic(path, write)
     except OSError as error:

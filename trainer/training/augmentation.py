@@ -44,9 +44,6 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
         layers: Keras layers by name, in order. They receive float32 images from 0 to 255.
         data: The layers are applied once to some of its training images.
 
-    Returns:
-        The augmentation; None if there are no layers.
-
     Raises:
         InputError: A layer is unknown, refuses its options, changes the shape, has weights that
             would not be trained, mixes labels, or returns another range of pixels.
@@ -71,8 +68,8 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
             raise InputError(f"{what} has weights, but augmentation is not trained or adapted")
     sizes = [f"images of shape {list(each.shape)}" for each in (images, changed)]
     expect(images.shape == changed.shape, "data.augmentation", *sizes)
-    contrast = np.rint(changed).clip(0, 255).std() / max(1, images.std())  # or NaN
+    fits = np.rint(changed).clip(0, 255).std() >= _MIN_CONTRAST * images.std()  # False for NaN
     expected = "pixels from 0 to 255, as the layers receive them (the network scales them)"
-    received = f"pixels from {changed.min():.3g} to {changed.max():.3g}, nearly constant"
-    expect(contrast >= _MIN_CONTRAST, "data.augmentation", expected, received)
+    span = f"pixels from {changed.min():.3g} to {changed.max():.3g}"
+    expect(fits, "data.augmentation", expected, f"{span}, which are nearly constant or not finite")
     return Augmentation(chain)

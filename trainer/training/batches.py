@@ -21,9 +21,6 @@ from trainer.data import Split
 from trainer.devices import Devices
 from trainer.errors import InputError
 
-# Batches that are copied ahead to the device. Each needs device memory.
-_BATCHES_ON_DEVICE = 2
-
 
 class LocalBatch(NamedTuple):
     """The rows of a global batch that one replica computes.
@@ -57,26 +54,21 @@ class Batches(ABC):
         limit_batches: int | None,
     ) -> None:
         """Stores the arguments of `make_batches`."""
-        self._split = split
-        self._devices = devices
-        self._seed = seed
+        self._split, self._devices, self._seed = split, devices, seed
         self.batch_size = batch_size
         self.steps = steps_per_epoch(len(split), batch_size, limit_batches)
         self.images = min(len(split), self.steps * batch_size)
 
     @abstractmethod
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
-        """Returns the state to read the batches of an epoch from, starting at a step."""
+        """Returns what `local_batch` reads the batches of an epoch from, starting at a step."""
 
     @abstractmethod
     def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns images and labels of the rows `first` to `last` of the batch of a step."""
 
     def local_batch(self, state: Any, step: tf.Tensor) -> LocalBatch:
-        """Returns the rows of a step's batch for the replica that calls this.
-
-        `state` is the result of `start_epoch` for this replica, `step` an int32 scalar.
-        """
+        """Returns the rows of the batch of a step, an int32 scalar, for the calling replica."""
         size = self.size(step)
         first, last, fraction = 0, size, None
         if self._devices.replicas > 1:
@@ -163,11 +155,7 @@ class ResidentBatches(Batches):
     """All images on each device, gathered inside the graph."""
 
     def __init__(self, split: Split, devices: Devices, *options: Any) -> None:
-        """Copies all images to every device.
-
-        Raises:
-            InputError: They do not fit in the memory of a device.
-        """
+        """Copies all images to every device. Raises InputError if they do not fit there."""
         super().__init__(split, devices, *options)
         too_large = InputError(
             f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than "
@@ -238,5 +226,5 @@ class StreamedBatches(Batches):
             dataset = dataset.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
         if device == "CPU:0":  # tf.data runs there
             return dataset
-        prefetch = tf.data.experimental.prefetch_to_device(device, _BATCHES_ON_DEVICE)
-        return dataset.apply(prefetch)
+        # Two batches are copied ahead to the device. Each needs device memory.
+        return dataset.apply(tf.data.experimental.prefetch_to_device(device, 2))

@@ -130,13 +130,10 @@ class Call:
         """Returns each value summed over the replicas. Gradient norms are equal on all replicas."""
         if self._devices.replicas == 1:
             return dict(values)
-        strategy = self._devices.strategy
-        combined = {
-            name: strategy.experimental_local_results(value)[0]
-            if name == "gradient_norms"
-            else strategy.reduce("SUM", value, axis=None)
-            for name, value in values.items()
-        }
+        strategy, norms = self._devices.strategy, values.pop("gradient_norms", None)
+        combined = {name: strategy.reduce("SUM", v, axis=None) for name, v in values.items()}
+        if norms is not None:
+            combined["gradient_norms"] = strategy.experimental_local_results(norms)[0]
         if self._trains and self._devices.workers == 1:  # several workers would communicate
             combined = metric_tensors(self._model.get_metrics_result()) | combined
         return combined

@@ -69,9 +69,9 @@ class ProgressBar(Callback):
         """Prepares a bar for `epochs` of `steps` each."""
         super().__init__()
         self._epochs = epochs
-        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[text]}"))
-        shown = console.is_terminal
-        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
+        columns, hidden = Progress.get_default_columns(), not console.is_terminal
+        text = TextColumn("{task.fields[text]}")
+        self._bar = Progress(*columns, text, console=console, transient=True, disable=hidden)
         self._task = self._bar.add_task("epoch 1", total=steps * epochs, text="")
 
     def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
@@ -130,9 +130,11 @@ class TensorBoardCurves(Callback):
     def __init__(self, folder: Path, *, histograms: bool) -> None:
         """Opens `folder`/train and `folder`/validation."""
         super().__init__()
-        runs, open_run = ("train", "validation"), tf.summary.create_file_writer
-        self._writers = {name: open_run(str(folder / name)) for name in runs}
-        self._histograms, self._gradient_norms = histograms, list[Any]()
+        self._writers = {
+            run: tf.summary.create_file_writer(str(folder / run)) for run in ("train", "validation")
+        }
+        self._histograms = histograms
+        self._gradient_norms: list[Any] = []  # of each call of the epoch, [steps, weights]
         self._learning_rate = 0.0
         self._write_steps: Callable[..., None] | None = None
 
@@ -168,7 +170,7 @@ class TensorBoardCurves(Callback):
             weights = self.model.trainable_variables if self._histograms else []
             for i, weight in enumerate(weights):
                 tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
-                if self._gradient_norms:  # of each call, [steps, weights]
+                if self._gradient_norms:
                     norms = np.concatenate([each[:, i] for each in self._gradient_norms])
                     tf.summary.histogram(f"gradient_norms/{weight.path}", norms)
         self._gradient_norms.clear()

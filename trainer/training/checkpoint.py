@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,7 @@ class Checkpoint:
     trainable: Sequence[bool] = ()  # each of `nested_layers`; empty in older checkpoints
 
     def named_states(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Returns the attributes of callbacks by name. `names` are the names of all callbacks.
-
-        Raises:
-            InputError: The training had other callbacks.
-        """
+        """Returns the states by name. Raises InputError if the training had other callbacks."""
         states = _name_states(self.states, names) if "0" in self.states else self.states
         if (states.keys() ^ set(names)) - {*_OPTIONAL_STATES}:
             trained, given = (
@@ -175,7 +170,10 @@ class Checkpoints(Callback):
         arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
         folder, steps = self._run.checkpoints, int(_value(self.model.optimizer.iterations))
         size = sum(array.nbytes for array in arrays.values())
-        write = partial(np.savez, allow_pickle=False, **arrays)
+
+        def write(partial: Path) -> None:
+            np.savez(partial, allow_pickle=False, **arrays)
+
         write_state(folder / f"step-{steps:010}.npz", write, size)
         for old in sorted(folder.glob("step-*.npz"))[:-_KEPT]:
             old.unlink()
@@ -198,8 +196,7 @@ class Checkpoints(Callback):
 def newest_checkpoint(run: Run) -> Checkpoint | None:
     """Reads the newest undamaged checkpoint of a run; None if it has none yet.
 
-    Raises:
-        InputError: It has checkpoints, and all of them are damaged.
+    Raises InputError if it has checkpoints and all of them are damaged.
     """
     paths = sorted(run.checkpoints.glob("step-*.npz"), reverse=True)
     for path in paths:

@@ -69,8 +69,6 @@ class Loop:
     """Trains and evaluates a compiled model on its devices.
 
     Attributes:
-        model: The model.
-        devices: The devices.
         augment: Changes training images; None: no augmentation.
         seconds: Time of each part.
         step_graph: The graph of one training step; None until it is traced.
@@ -146,9 +144,7 @@ class Loop:
             CheckError: The loss is infinite or NaN; the message names the step.
         """
         model, facts = self.model, {"epochs": epochs, "steps": train.steps, "verbose": 0}
-        hooks = keras.callbacks.CallbackList(
-            list(callbacks), add_history=True, model=model, **facts
-        )
+        hooks = keras.callbacks.CallbackList([*callbacks], add_history=True, model=model, **facts)
         model.stop_training = False
         self._calls_run, self._warmup_calls, self._epochs = 0, warmup_calls, epochs
         self._timed("callbacks", hooks.on_train_begin)
@@ -183,7 +179,7 @@ class Loop:
         outputs: list[NDArray[np.float32]] = []
         self.model.stop_evaluating = False
         hooks.on_test_begin()
-        call = self._call("collect" if collect else "evaluate", batches)
+        call = self.trace(batches, "collect" if collect else "evaluate")
         self.model.reset_metrics()
         state = batches.start_epoch(0)
         for first in range(0, batches.steps, self.steps_per_execution):
@@ -199,9 +195,24 @@ class Loop:
         hooks.on_test_end(logs)
         return logs, np.concatenate(outputs) if collect else None
 
-    def trace(self, train: Batches) -> Call:
-        """Returns the training call, and traces it if necessary, as `fit` does."""
-        return self._call("train", train)
+    def trace(self, batches: Batches, kind: str = "train") -> Call:
+        """Returns a traced call. It is traced again if an object that it depends on was replaced.
+
+        As in Keras, `make_train_function(force=True)` requests this after other changes.
+
+        Args:
+            batches: Batches of the steps.
+            kind: "train", "evaluate", or "collect": evaluate and return the probabilities.
+        """
+        model = self.model
+        function = model.train_function if kind == "train" else model.test_function
+        parts = [model.optimizer, model.loss, function, *model.metrics, *model.trainable_variables]
+        traced_for, call = self._calls.get((kind, batches), ([], None))
+        if call is None or list(map(id, traced_for)) != list(map(id, parts)):
+            self._build()
+            call = self._timed("tracing", self._trace, kind, batches)
+            self._calls[kind, batches] = parts, call
+        return call
 
     def _train(
         self,
@@ -254,20 +265,16 @@ class Loop:
 
     def _require_finite(self, loss: float, epoch: int, step: int) -> None:
         if not np.isfinite(loss):
-            raise CheckError(
-                f"the loss became {loss} at step {step} (epoch {epoch + 1} of {self._epochs}): "
-                "lower optimizer.learning_rate, or set training.clip_norm"
-            )
+            where = f"at step {step} (epoch {epoch + 1} of {self._epochs})"
+            advice = "lower optimizer.learning_rate, or set training.clip_norm"
+            raise CheckError(f"the loss became {loss} {where}: {advice}")
 
     def run_call(
         self, train: Batches, state: Any, epoch: int, first: int, count: int
     ) -> CallRecord:
         """Runs `count` steps from step `first` of an epoch, and waits for the device.
 
-        `state` is the result of `train.start_epoch`.
-
-        Raises:
-            InputError: XLA cannot compile the step.
+        `state` is the result of `train.start_epoch`. Raises InputError if XLA refuses the step.
         """
         call = self.trace(train)
         start = time.perf_counter()
@@ -303,25 +310,6 @@ class Loop:
             logs=logs,
         )
 
-    def _call(self, kind: str, batches: Batches) -> Call:
-        """Returns a traced call. It is traced again if an object that it depends on was replaced.
-
-        As in Keras, `make_train_function(force=True)` requests this after other changes.
-
-        Args:
-            kind: "train", "evaluate", or "collect": evaluate and return the probabilities.
-            batches: Batches of the steps.
-        """
-        model = self.model
-        function = model.train_function if kind == "train" else model.test_function
-        parts = [model.optimizer, model.loss, function, *model.metrics, *model.trainable_variables]
-        traced_for, call = self._calls.get((kind, batches), ([], None))
-        if call is None or list(map(id, traced_for)) != list(map(id, parts)):
-            self._build()
-            call = self._timed("tracing", self._trace, kind, batches)
-            self._calls[kind, batches] = parts, call
-        return call
-
     def _trace(self, kind: str, batches: Batches) -> Call:
         train, collect = kind == "train", kind == "collect"
 
@@ -335,15 +323,15 @@ class Loop:
         def step(state: Any, number: tf.Tensor) -> dict[str, tf.Tensor]:
             with tf.name_scope("batch"):
                 local = batches.local_batch(state, number)
-            images = local.images
+            images, labels = local.images, local.labels
             if not train:
-                values = test_step(self.model, images, local.labels, batch_fraction=local.fraction)
+                values = test_step(self.model, images, labels, batch_fraction=local.fraction)
                 outputs = values.pop("outputs")
                 return values | {"outputs": batches.join(local, outputs)} if collect else values
             if self.augment is not None:
                 with tf.name_scope("augment"):
                     images = self.augment(images)
-            return dict(update(images, local.labels, local.fraction))
+            return dict(update(images, labels, local.fraction))
 
         return Call(self.model, self.devices, batches, step, trains=train, collect=collect)
 

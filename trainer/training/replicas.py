@@ -8,13 +8,10 @@ from trainer.training.step import overrides
 
 
 def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
-    """Checks for methods, options and losses that work differently on several devices.
+    """Raises InputError for methods, options and losses that differ on several devices.
 
     Keras divides a loss by the number of replicas if it is a mean of one value per image. Only then
     is the sum over the replicas the loss of the batch.
-
-    Raises:
-        InputError: The model has one of them.
     """
     methods = ("train_step", "test_step", "compute_loss", "compute_metrics")
     found = [f"a model with its own {method}" for method in methods if overrides(model, method)]

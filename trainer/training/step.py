@@ -108,9 +108,9 @@ def test_step(
 
 
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
-    """Returns the loss of a model; older models have a `compute_loss` without `training`.
+    """Returns the loss for images, labels, outputs, and sample weights or None.
 
-    The arguments are images, labels, outputs, and sample weights or None.
+    Older models have a `compute_loss` without `training`.
     """
     options = {"training": training} if _accepts(model.compute_loss, "training") else {}
     return model.compute_loss(*arguments, **options)
@@ -136,11 +136,7 @@ def bind_step(
 ) -> Callable[..., dict[str, tf.Tensor]]:
     """Returns the step of a model as a function of images, labels and batch_fraction.
 
-    Args:
-        step: As `find_step` returns it. A model with its own `train_step` uses that instead.
-        model: Compiled.
-        replicas: Number of devices that train together.
-        options: `clip_norm` and `gradient_norms` of `train_step`.
+    A model with its own `train_step` uses that. `options` are `clip_norm` and `gradient_norms`.
 
     Raises:
         InputError: Two steps are given, or the step lacks a parameter that is needed.
@@ -182,7 +178,7 @@ def metric_tensors(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
         if isinstance(value, dict):
             found |= metric_tensors(value)
         else:  # a list of results becomes one tensor
-            convert = tf.stack if isinstance(value, list | tuple) else tf.convert_to_tensor
+            convert = keras.ops.stack if isinstance(value, list | tuple) else tf.convert_to_tensor
             found[name] = convert(value)
     return found
 
@@ -202,9 +198,7 @@ def _sum_and_clip(
 ) -> tuple[list[Any], tf.Tensor]:
     """Sums the gradients of all replicas, and clips the sum by its global norm.
 
-    Returns:
-        The gradients as `optimizer.apply` takes them, and the norm of each before clipping,
-        float32 [weights].
+    Also returns the norm of each gradient before clipping, float32 [weights].
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     present = [tf.convert_to_tensor(g) for g in gradients if g is not None]

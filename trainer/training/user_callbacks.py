@@ -32,9 +32,6 @@ def make_callbacks(
         folder: The run directory, which replaces "{run}" in an option.
         given: Callbacks that follow those of the configuration.
 
-    Returns:
-        All callbacks, in order.
-
     Raises:
         InputError: A callback is unknown, its options are refused, it monitors an unknown log, or
             it would damage the run or conflict with the workflow.
@@ -56,10 +53,9 @@ def make_callbacks(
             break  # a user's callback may add logs for the callbacks after it
         monitor = each.options.get("monitor")
         if monitor is not None and monitor not in logs:
-            raise InputError(
-                f"callback {each.name!r}: monitor = {monitor!r}: {did_you_mean(str(monitor), logs)}"
-                " (a callback that adds a log must come before one that monitors it)"
-            )
+            what = f"callback {each.name!r}: monitor = {monitor!r}"
+            order = "a callback that adds a log must come before one that monitors it"
+            raise InputError(f"{what}: {did_you_mean(str(monitor), logs)} ({order})")
     return [*made, *given]
 
 

@@ -23,12 +23,7 @@ _BYTES_PER_VARIABLE = 2048  # overhead of an HDF5 file
 def save_weights(
     path: Path, model: keras.Model, *, attributes: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the weights of a model and the state of its optimizer.
-
-    Args:
-        path: Ends in `.weights.h5`.
-        model: The model.
-        attributes: Stored in the file as attributes.
+    """Writes the weights of a model and the state of its optimizer, and attributes of the file.
 
     Raises:
         InputError: The disk is full or the folder cannot be written; an older file is unchanged.

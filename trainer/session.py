@@ -277,7 +277,7 @@ def score(
     """Evaluates batches. Raises CheckError if the loss is not finite."""
     stop = keras.callbacks.Callback()
     if signals is not None:
-        stop.on_test_batch_end = lambda *_: signals.stop_if_received()
+        stop.on_test_batch_end = lambda *_, **__: signals.stop_if_received()
     hooks = keras.callbacks.CallbackList([stop])
     scores, probabilities = loop.evaluate(batches, collect=collect, callbacks=hooks)
     if not np.isfinite(scores["loss"]):

@@ -38,11 +38,8 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
     """Builds the augmentation that the loop applies to each training batch.
 
     Random layers use generators seeded by `keras.utils.set_random_seed`, so that resident and
-    streamed batches are changed alike.
-
-    Args:
-        layers: Keras layers by name, in order. They receive float32 images from 0 to 255.
-        data: The layers are applied once to some of its training images.
+    streamed batches are changed alike. All layers receive float32 images from 0 to 255. They are
+    applied once to some training images.
 
     Raises:
         InputError: A layer is unknown, refuses its options, changes the shape, has weights that

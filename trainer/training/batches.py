@@ -64,7 +64,7 @@ class Batches(ABC):
         """Returns what `local_batch` reads the batches of an epoch from, starting at a step."""
 
     @abstractmethod
-    def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def _read(self, state: Any, step: Any, first: Any, last: Any) -> Any:
         """Returns images and labels of the rows `first` to `last` of the batch of a step."""
 
     def local_batch(self, state: Any, step: tf.Tensor) -> LocalBatch:
@@ -165,12 +165,12 @@ class ResidentBatches(Batches):
         if split.nbytes > psutil.virtual_memory().available:
             raise too_large
         images, labels = split.read()
+        arrays = images, labels.astype(np.int64)
 
         # Variables, because gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy
         # all images to the host in every step. Variables have one for uint8 and int64, not int32.
-        def store(_: int) -> list[tf.Variable]:
-            arrays = images, labels.astype(np.int64)
-            return [tf.Variable(array, trainable=False) for array in arrays]
+        def store(_: int) -> tuple[tf.Variable, ...]:
+            return tuple(tf.Variable(array, trainable=False) for array in arrays)
 
         try:
             self._data = devices.on_each(store)
@@ -182,7 +182,7 @@ class ResidentBatches(Batches):
         order = epoch_order(len(self._split), self._seed, epoch)
         return *self._data, self._devices.on_each(lambda _: tf.identity(order))
 
-    def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def _read(self, state: Any, step: Any, first: Any, last: Any) -> Any:
         images, labels, order = state
         start = step * self.batch_size
         rows = order[start + first : start + last]
@@ -197,13 +197,11 @@ class StreamedBatches(Batches):
         order = epoch_order(len(self._split), self._seed, epoch).numpy()
         return self._devices.on_each(lambda replica: iter(self._pipeline(order, step, replica)))
 
-    def _read(self, state: Any, *_: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        images, labels = state.get_next()  # it counts the steps, and has only this replica's rows
-        return images, labels
+    def _read(self, state: Any, *_: Any) -> Any:
+        return state.get_next()  # it counts the steps, and has only the rows of this replica
 
     def _pipeline(self, order: Any, step: int, replica: int) -> tf.data.Dataset:
         """Reads a replica's rows of each batch and copies them to its device."""
-        image_shape = self._split.images.shape[1:]
         device = self._devices.names[replica % len(self._devices.names)]
 
         def read(step: Any) -> tuple[Any, Any]:
@@ -216,7 +214,7 @@ class StreamedBatches(Batches):
         @tf.autograph.experimental.do_not_convert  # the conversion takes a second
         def load(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             images, labels = tf.numpy_function(read, [step], (tf.uint8, tf.int64))
-            images.set_shape((None, *image_shape))
+            images.set_shape((None, *self._split.images.shape[1:]))
             labels.set_shape((None,))
             return images, labels
 

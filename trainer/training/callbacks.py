@@ -3,9 +3,8 @@
 import json
 import logging
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import keras
 import numpy as np
@@ -66,16 +65,13 @@ class ProgressBar(Callback):
     """Shows loss, metrics, images per second and the time left, and logs one line per epoch."""
 
     def __init__(self, console: Console, *, steps: int, epochs: int) -> None:
-        """Prepares a bar for `epochs` of `steps` each."""
+        """Shows a bar for `epochs` of `steps` each."""
         super().__init__()
         self._epochs = epochs
         columns, hidden = Progress.get_default_columns(), not console.is_terminal
         text = TextColumn("{task.fields[text]}")
         self._bar = Progress(*columns, text, console=console, transient=True, disable=hidden)
         self._task = self._bar.add_task("epoch 1", total=steps * epochs, text="")
-
-    def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Shows the bar."""
         self._bar.start()
 
     def on_call_end(self, record: CallRecord) -> None:
@@ -136,7 +132,7 @@ class TensorBoardCurves(Callback):
         self._histograms = histograms
         self._gradient_norms: list[Any] = []  # of each call of the epoch, [steps, weights]
         self._learning_rate = 0.0
-        self._write_steps: Callable[..., None] | None = None
+        self._write_steps: Any = None  # the graph that writes the points of each step
 
     def on_call_end(self, record: CallRecord) -> None:
         """Writes the points of each step of a call, and its times."""
@@ -210,7 +206,7 @@ class Profiler(Callback):
             tf.profiler.experimental.stop()
 
 
-def _step_writer(names: list[str]) -> Callable[..., None]:
+def _step_writer(names: list[str]) -> Any:
     """Returns a graph function that writes a point for each step, without Python in between."""
 
     def write(values: tf.Tensor, first: tf.Tensor) -> None:
@@ -225,7 +221,7 @@ def _step_writer(names: list[str]) -> Callable[..., None]:
 
     signature = (tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64))
     graph = tf.function(write, input_signature=signature, autograph=False)  # AutoGraph is slower
-    return cast("Callable[..., None]", graph.get_concrete_function())
+    return graph.get_concrete_function()
 
 
 def format_metrics(logs: Logs) -> str:

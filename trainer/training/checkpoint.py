@@ -88,13 +88,9 @@ class Checkpoints(Callback):
     ) -> None:
         """Stores the arguments; nothing is read or written before training begins.
 
-        Args:
-            run: Receives the checkpoints.
-            objects: Callbacks and other objects by name, whose plain attributes are saved.
-            variables: Variables that do not belong to the model: those of augmentation.
-            fingerprint: Fingerprint of the data.
-            every_seconds: Maximum time between checkpoints, rounded up to the end of a call.
-            signals: The received stop signals.
+        The plain attributes of `objects` are saved by their names, and the `variables` of the
+        augmentation, which do not belong to the model. `every_seconds` is the maximum time between
+        checkpoints, rounded up to the end of a call.
         """
         super().__init__()
         self._run, self._objects, self._variables = run, objects, variables

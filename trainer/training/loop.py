@@ -7,6 +7,7 @@ loop reads the logs and runs callbacks.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -20,8 +21,7 @@ from trainer.keras_objects import KERAS_ERRORS, explain, raised_in_keras_callbac
 from trainer.tensorflow_internals import profiler_step
 from trainer.training.batches import Batches
 from trainer.training.call import Call, Logs
-from trainer.training.replicas import require_addable
-from trainer.training.step import bind_step, test_step, train_step
+from trainer.training.step import bind_step, require_addable, test_step, train_step
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,11 @@ class Loop:
         collect: bool = False,
         callbacks: keras.callbacks.CallbackList | None = None,
     ) -> tuple[Logs, NDArray[np.float32] | None]:
-        """Scores every image once.
-
-        Args:
-            batches: Batches to score.
-            collect: Also return the probabilities, in the order of the batches.
-            callbacks: Their `on_test_...` methods are called.
+        """Scores every image once, and calls the `on_test_...` methods of callbacks.
 
         Returns:
-            Loss and metrics, and float32 [images, classes] if `collect` is set.
+            Loss and metrics. If `collect` is set, also the probabilities in the order of the
+            batches, float32 [images, classes].
         """
         hooks, logs = callbacks or keras.callbacks.CallbackList(), dict[str, Any]()
         outputs: list[NDArray[np.float32]] = []
@@ -198,11 +194,8 @@ class Loop:
     def trace(self, batches: Batches, kind: str = "train") -> Call:
         """Returns a traced call. It is traced again if an object that it depends on was replaced.
 
-        As in Keras, `make_train_function(force=True)` requests this after other changes.
-
-        Args:
-            batches: Batches of the steps.
-            kind: "train", "evaluate", or "collect": evaluate and return the probabilities.
+        As in Keras, `make_train_function(force=True)` requests this after other changes. The kinds
+        are "train", "evaluate", and "collect": evaluate and return the probabilities.
         """
         model = self.model
         function = model.train_function if kind == "train" else model.test_function
@@ -233,7 +226,8 @@ class Loop:
                 self._timed("callbacks", hooks.on_epoch_begin, epoch)
             logs = self._train_epoch(train, progress, hooks)
             if validation is not None:
-                scores, _ = self._timed("validation", self.evaluate, validation, callbacks=hooks)
+                evaluate = partial(self.evaluate, validation, callbacks=hooks)
+                scores, _ = self._timed("validation", evaluate)
                 # If it is not finite, the last update of the epoch is the cause.
                 self._require_finite(scores["loss"], epoch, (epoch + 1) * train.steps)
                 logs |= {f"val_{name}": value for name, value in scores.items()}
@@ -311,29 +305,29 @@ class Loop:
         )
 
     def _trace(self, kind: str, batches: Batches) -> Call:
-        train, collect = kind == "train", kind == "collect"
-
         def update(images: tf.Tensor, labels: tf.Tensor, fraction: Any) -> Any:
             self.step_graph = images.graph  # the graph of one step, without the loop over steps
             return self._step(images, labels, fraction)
 
-        if train and self._jit_compile:
+        if kind == "train" and self._jit_compile:
             update = tf.function(update, jit_compile=True, autograph=False)
 
         def step(state: Any, number: tf.Tensor) -> dict[str, tf.Tensor]:
             with tf.name_scope("batch"):
                 local = batches.local_batch(state, number)
             images, labels = local.images, local.labels
-            if not train:
+            if kind != "train":
                 values = test_step(self.model, images, labels, batch_fraction=local.fraction)
                 outputs = values.pop("outputs")
-                return values | {"outputs": batches.join(local, outputs)} if collect else values
+                if kind == "collect":
+                    values["outputs"] = batches.join(local, outputs)
+                return values
             if self.augment is not None:
                 with tf.name_scope("augment"):
                     images = self.augment(images)
             return dict(update(images, labels, local.fraction))
 
-        return Call(self.model, self.devices, batches, step, trains=train, collect=collect)
+        return Call(self.model, self.devices, batches, step, kind)
 
     def _build(self) -> None:
         """Checks the model, and creates variables of the optimizer and metrics after a `compile`.
@@ -352,18 +346,16 @@ class Loop:
         if self.devices.replicas > 1:
             require_addable(model, jit_compile=self._jit_compile)
 
-    def _timed(
-        self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> Any:
+    def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function and adds its seconds to a part, without seconds counted inside it."""
-        start, before = time.perf_counter(), sum(vars(self.seconds).values())
+        seconds = vars(self.seconds)
+        start, before = time.perf_counter(), sum(seconds.values())
         try:
-            return function(*arguments, **options)
+            return function(*arguments)
         except KERAS_ERRORS as error:
             if raised_in_keras_callback(error):
                 raise InputError(f"a callback failed: {explain(error)}") from error
             raise
         finally:
-            counted_inside = sum(vars(self.seconds).values()) - before
-            seconds = time.perf_counter() - start - counted_inside
-            setattr(self.seconds, part, getattr(self.seconds, part) + seconds)
+            counted_inside = sum(seconds.values()) - before
+            seconds[part] += time.perf_counter() - start - counted_inside

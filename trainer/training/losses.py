@@ -18,15 +18,9 @@ class SmoothedCrossentropy(keras.losses.CategoricalCrossentropy):
     def __init__(
         self, label_smoothing: float = 0.1, *, name: str = "smoothed_crossentropy", **options: Any
     ) -> None:
-        """Stores the fraction that is spread over all classes.
+        """Stores the fraction that is spread over all classes, and the options of Keras's loss.
 
-        Args:
-            label_smoothing: In [0, 1).
-            name: Name of the loss.
-            options: Options of Keras's loss: reduction, dtype.
-
-        Raises:
-            ValueError: `label_smoothing` is out of range.
+        Raises ValueError if `label_smoothing` is not in [0, 1).
         """
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected 0 <= x < 1, received {label_smoothing}")
@@ -35,9 +29,7 @@ class SmoothedCrossentropy(keras.losses.CategoricalCrossentropy):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Returns the loss of each image, float32 [n].
 
-        Args:
-            y_true: int [n] or [n, 1].
-            y_pred: Probabilities, float [n, classes].
+        `y_true` is int [n] or [n, 1]; `y_pred` are probabilities, float [n, classes].
         """
         labels = keras.ops.one_hot(keras.ops.reshape(y_true, (-1,)), y_pred.shape[-1])
         return super().call(keras.ops.cast(labels, y_pred.dtype), y_pred)

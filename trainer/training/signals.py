@@ -17,11 +17,9 @@ class Signals:
     def __init__(
         self, advice: str, all_gather: Callable[[list[float]], Any] = np.atleast_2d
     ) -> None:
-        """Starts without a signal.
+        """Starts without a signal. `advice` is how to continue, for the message.
 
-        Args:
-            advice: How to continue, for the message.
-            all_gather: Exchanges numbers with the other workers, so that all stop together.
+        `all_gather` exchanges numbers with the other workers, so that all stop together.
         """
         self._received, self._advice, self._all_gather = 0, advice, all_gather
 

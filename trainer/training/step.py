@@ -107,6 +107,29 @@ def test_step(
     return metric_tensors(logs) | {"outputs": tf.cast(outputs, tf.float32)}
 
 
+def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
+    """Raises InputError for methods, options and losses that differ on several devices.
+
+    Keras divides a loss by the number of replicas if it is a mean of one value per image. Only then
+    is the sum over the replicas the loss of the batch.
+    """
+    methods = ("train_step", "test_step", "compute_loss", "compute_metrics")
+    found = [f"a model with its own {method}" for method in methods if overrides(model, method)]
+    options = ("gradient_accumulation_steps", "ema_overwrite_frequency")
+    found += [option for option in options if getattr(model.optimizer, option, None)]
+    found += ["training.jit_compile"] if jit_compile else []
+    loss = keras.losses.get(model.loss)
+    outputs = model(tf.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype))
+    values = getattr(loss, "call", loss)(tf.zeros((2,), tf.int64), outputs)
+    if values.shape.rank == 0 or getattr(loss, "reduction", "mean") in ("sum", "none", None):
+        found.append("training.loss without one value for each image and a reduction to their mean")
+    regularized = [each for each in model.trainable_variables if each.regularizer is not None]
+    if len(model.losses) > len(regularized):
+        found.append("a layer that adds a loss")
+    if found:
+        raise InputError(f"{found[0]}: expected one device, received several")
+
+
 def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
     """Returns the loss for images, labels, outputs, and sample weights or None.
 
@@ -177,9 +200,10 @@ def metric_tensors(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
     for name, value in logs.items():
         if isinstance(value, dict):
             found |= metric_tensors(value)
-        else:  # a list of results becomes one tensor
-            convert = keras.ops.stack if isinstance(value, list | tuple) else tf.convert_to_tensor
-            found[name] = convert(value)
+        elif isinstance(value, list | tuple):
+            found[name] = tf.stack([tf.convert_to_tensor(part) for part in value])
+        else:
+            found[name] = tf.convert_to_tensor(value)
     return found
 
 
@@ -219,10 +243,7 @@ def _sum_and_clip(
 
 
 def _update_metrics(
-    model: keras.Model,
-    data: tuple[Any, ...],
-    mean_loss: tf.Tensor,
-    batch_fraction: tf.Tensor | None,
+    model: keras.Model, data: tuple[Any, ...], mean_loss: tf.Tensor, batch_fraction: Any
 ) -> dict[str, Any]:
     """Updates the metrics of a model, and its loss; returns their results with one replica."""
     logs: dict[str, Any] = {}

@@ -26,11 +26,8 @@ def make_callbacks(
 ) -> list[keras.callbacks.Callback]:
     """Makes the callbacks of the configuration, and checks them and those given in Python.
 
-    Args:
-        config: Names the callbacks.
-        model: Compiled; its metrics can be monitored.
-        folder: The run directory, which replaces "{run}" in an option.
-        given: Callbacks that follow those of the configuration.
+    The run directory `folder` replaces "{run}" in an option. The metrics of the compiled model can
+    be monitored. The `given` callbacks follow those of the configuration.
 
     Raises:
         InputError: A callback is unknown, its options are refused, it monitors an unknown log, or

@@ -17,7 +17,6 @@ from trainer.files import write_atomic
 
 # Number of parameters. It is compared, because Keras ignores weights that the model lacks.
 _PARAMETERS = "trainer.parameters"
-_BYTES_PER_VARIABLE = 2048  # overhead of an HDF5 file
 
 
 def save_weights(
@@ -30,9 +29,8 @@ def save_weights(
     """
     optimizer = getattr(model, "optimizer", None)
     variables = [*model.variables, *(optimizer.variables if optimizer else [])]
-    size = sum(
-        math.prod(v.shape) * tf.as_dtype(v.dtype).size + _BYTES_PER_VARIABLE for v in variables
-    )
+    # HDF5 needs about 2048 bytes more for each variable.
+    size = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size + 2048 for v in variables)
 
     def write(partial: Path) -> None:
         if shutil.disk_usage(partial.parent).free < size:
@@ -54,11 +52,7 @@ def write_state(path: Path, write: Callable[[Path], Any], size: int) -> None:
 
 
 def load_weights(path: Path, model: keras.Model) -> None:
-    """Reads weights into a model of the same architecture.
-
-    Raises:
-        InputError: The file is missing, damaged, or of another architecture.
-    """
+    """Reads weights into a model. Raises InputError if the file does not fit or is damaged."""
     try:
         with h5py.File(path, "r") as file:
             saved = file.attrs[_PARAMETERS]

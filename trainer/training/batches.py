@@ -105,13 +105,9 @@ def make_batches(
 ) -> Batches:
     """Chooses where the images of a split are stored, and returns its batches.
 
-    Args:
-        split: The images.
-        config: `placement` and `device_limit_mb` determine where the images are stored.
-        devices: Devices that receive the batches.
-        batch_size: Images per step, over all replicas.
-        seed: Shuffles each epoch differently; None keeps the order of the split.
-        limit_batches: Maximum number of batches per epoch; None: all.
+    `config` has the placement and its limit. `batch_size` counts the images per step over all
+    replicas. A seed shuffles each epoch differently; None keeps the order of the split.
+    `limit_batches` is the maximum number of batches per epoch.
 
     Raises:
         InputError: A training batch is larger than the split, or the images do not fit in the

@@ -51,9 +51,8 @@ class StepTimes(Callback):
 
     def summary(self) -> dict[str, Any]:
         """Returns medians and quartiles, None if nothing was measured, and the number of calls."""
-        summary: dict[str, Any] = dict.fromkeys(
-            ("step_ms", "step_ms_quartiles", "images_per_second")
-        )
+        names = ("step_ms", "step_ms_quartiles", "images_per_second")
+        summary: dict[str, Any] = dict.fromkeys(names)
         if self.step_ms:
             low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
             summary["step_ms"], summary["step_ms_quartiles"] = median, [low, high]

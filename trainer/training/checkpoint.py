@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,7 @@ class Checkpoint:
         """Returns the states by name. Raises InputError if the training had other callbacks."""
         states = _name_states(self.states, names) if "0" in self.states else self.states
         if (states.keys() ^ set(names)) - {*_OPTIONAL_STATES}:
-            trained, given = (
-                ", ".join(name.partition(".")[2] for name in each if "." in name) or "none"
-                for each in (states, names)
-            )
+            trained, given = _callbacks_in(states), _callbacks_in(names)
             raise InputError(f"the run was trained with the callbacks {trained}; received {given}")
         return states
 
@@ -250,6 +247,10 @@ def _name_states(states: dict[str, Any], names: Sequence[str]) -> dict[str, Any]
     order = [name for name in names if name not in missing]
     order += [f"callbacks.{i}" for i in range(len(order), len(states))]
     return dict(zip(order, states.values(), strict=False))
+
+
+def _callbacks_in(names: Iterable[str]) -> str:
+    return ", ".join(name.partition(".")[2] for name in names if "." in name) or "none"
 
 
 def _value(variable: Any) -> NDArray[Any]:

@@ -399,7 +399,7 @@ def test_what_a_checkpoint_cannot_keep_is_said(fit: Fit, caplog: pytest.LogCaptu
 
 def test_a_training_that_stopped_early_can_be_trained_for_longer(fit: Fit) -> None:
     stops = [{"name": "EarlyStopping", "options": {"patience": 1, "min_delta": 9.0}}]
-    run = fit(training__callbacks=stops).run
+    run = fit(training__callbacks=stops, data__augmentation=[]).run
     assert run.read_json("summary.json")["epochs"] == 2
     said = r"finished, after 2 epochs: .* --epochs 4 or more"
     with pytest.raises(InputError, match=said):
@@ -668,9 +668,9 @@ class Freezes(keras.callbacks.Callback):
 
 
 def test_what_a_callback_has_frozen_stays_frozen(fit: Fit) -> None:
-    whole = fit(Freezes(), Bomb())
+    whole = fit(Freezes(), Bomb(), data__augmentation=[])
     with pytest.raises(Killed):
-        fit(Freezes(), Bomb(step=2 * STEPS))
+        fit(Freezes(), Bomb(step=2 * STEPS), data__augmentation=[])
     resumed = trainer.resume("latest", callbacks=[Freezes(), Bomb()])
     for one, other in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -63,8 +63,8 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
             raise InputError(f"{what} mixes images, but each image keeps its own label")
         if layer.trainable_weights or (layer.weights and hasattr(layer, "adapt")):
             raise InputError(f"{what} has weights, but augmentation is not trained or adapted")
-    sizes = [f"images of shape {list(each.shape)}" for each in (images, changed)]
-    expect(images.shape == changed.shape, "data.augmentation", *sizes)
+    expected, received = f"images of shape {list(images.shape)}", list(changed.shape)
+    expect(images.shape == changed.shape, "data.augmentation", expected, received)
     fits = np.rint(changed).clip(0, 255).std() >= _MIN_CONTRAST * images.std()  # False for NaN
     expected = "pixels from 0 to 255, as the layers receive them (the network scales them)"
     span = f"pixels from {changed.min():.3g} to {changed.max():.3g}"

@@ -155,7 +155,7 @@ class ResidentBatches(Batches):
         super().__init__(split, devices, *options)
         too_large = InputError(
             f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than "
-            f"fits in the memory of {devices.names[0]}: set data.placement = 'stream'"
+            "fits in memory: set data.placement = 'stream'"
         )
         # All rows are read into host memory first.
         if split.nbytes > psutil.virtual_memory().available:

@@ -361,7 +361,7 @@ def test_layers_that_do_not_fit_are_refused(tiny: Dataset, layer: KerasObject, s
         (named("BatchNormalization"), "BatchNormalization has weights"),
         (named("Normalization"), "Normalization has weights, but augmentation is not trained or"),
         (named("Normalization", mean=127.0, variance=64.0**2), "nearly constant"),
-        (named("Rescaling", scale=1 / 255), "returns pixels from 0"),
+        (named("Rescaling", scale=1 / 255), "received pixels from 0"),
         (named("Rescaling", scale=1 / 127.5, offset=-1), "nearly constant"),
         (named("RandomBrightness", factor=0.1, value_range=[0, 1]), "nearly constant"),
         (named(f"{__name__}:Logarithm"), "not finite"),

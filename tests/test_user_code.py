@@ -59,6 +59,10 @@ class AutoGraph(Identity):
         return self.helper(x) if training else x
 
 
+def constant(labels, outputs):
+    return tf.zeros_like(outputs[:, 0])
+
+
 class NoFile(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         open("there-is-none")  # HERE NoFile
@@ -68,6 +72,20 @@ class Refuses(keras.callbacks.Callback):
     def __init__(self, patience=1):
         super().__init__()
         raise ValueError(f"patience is {patience}")  # HERE Refuses
+
+
+def ends(labels, outputs):
+    raise SystemExit(0)  # HERE ends
+
+
+class Ends(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        raise SystemExit(0)  # HERE Ends
+
+
+class WrongMethod(keras.callbacks.Callback):
+    def on_epoch_end(self):
+        pass
 
 
 def loss(labels, outputs):
@@ -106,6 +124,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "AutoGraph": (layer("AutoGraph"), "RuntimeError: in a graph"),
     "NoFile": (part("callbacks", "NoFile"), "FileNotFoundError: [Errno 2] No such file or dir"),
     "Refuses": (part("callbacks", "Refuses"), "ValueError: patience is 1"),
+    "ends": (part("loss", "ends"), "SystemExit: 0"),
+    "Ends": (part("callbacks", "Ends"), "SystemExit: 0"),
     "loss": (part("loss", "loss"), "AssertionError: no labels"),
     "Metric": (part("metrics", "Metric"), "AttributeError: no attribute"),
     "data": (["--set", "data.name=own"], "ZeroDivisionError: division by zero"),
@@ -164,8 +184,22 @@ def test_an_error_of_the_user_is_one_line_with_its_location(
     assert "Traceback" not in err
     logs = [path.read_text() for path in Path().glob("runs/*/log.txt")]
     # Errors before the training create no run.
-    assert bool(logs) == (name in ("Traced", "AtRunTime", "InPython", "AutoGraph", "NoFile"))
+    in_training = ("Traced", "AtRunTime", "InPython", "AutoGraph", "NoFile", "Ends")
+    assert bool(logs) == (name in in_training)
     assert all("Traceback (most recent call last)" in log for log in logs)
+
+
+def test_methods_of_callbacks_need_their_parameters(fit: Callable[..., tuple[int, str]]) -> None:
+    code, err = fit(*part("callbacks", "WrongMethod"))
+    assert code == 2
+    assert "callback 'WrongMethod': on_epoch_end: expected 2 arguments" in err
+    assert not list(Path().glob("runs/*"))
+
+
+def test_a_loss_without_gradient_is_refused(fit: Callable[..., tuple[int, str]]) -> None:
+    code, err = fit(*part("loss", "constant"))
+    assert code == 2
+    assert "training.loss: expected a loss that depends on weights" in err
 
 
 def test_the_traceback_of_the_user_is_printed_on_request(

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow.python.framework import kernels  # no public function returns them
 
+from trainer.errors import InputError
+from trainer.keras_objects import nested_layers
+
 _XLA_GPU = "XLA_GPU_JIT"
 # These have a GPU kernel, but it calls Python on the host.
 _PYTHON_CALLS = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
@@ -84,12 +87,32 @@ def check_xla(graph: tf.Graph, layers: Collection[str] = ()) -> tuple[HostOperat
     return tuple(each for each in missing if each.operation != "Placeholder")  # the arguments
 
 
-def xla_refusal(error: Exception, layers: Collection[str]) -> str | None:
-    """Returns which operation XLA cannot compile; None if an error has another cause."""
+def explain_xla_error(error: Exception, loop: Any) -> None:
+    """Raises InputError if an error of a step means that XLA cannot compile an operation."""
     found = re.search(r"node [`{]*(\S+?)[`}]", text := str(error))
-    if found is None or not re.search("trying to compile|XLA", text):
-        return None
-    return f"{found[1].rpartition('/')[2]} in {_part(found[1], layers)}"
+    if found and re.search("trying to compile|XLA", text):
+        refused = f"{found[1].rpartition('/')[2]} in {_part(found[1], layer_names(loop))}"
+        message = f"XLA cannot compile {refused}: set training.jit_compile = false"
+        raise InputError(message) from error
+
+
+def check_step(loop: Any, train: Any, device_type: str | None = None) -> KernelReport:
+    """Checks the kernels of the training step of a `Loop`.
+
+    Args:
+        loop: The loop.
+        train: Its training batches.
+        device_type: As in `check_kernels`; None: that of the loop's devices.
+    """
+    names = loop.devices.names if loop.devices.replicas > 1 else ()
+    graph, kind = loop.trace(train).graph, device_type or loop.devices.type
+    return check_kernels(graph, kind, layers=layer_names(loop), traced_on=names)
+
+
+def layer_names(loop: Any) -> list[str]:
+    """Returns the names of the layers that operations of a training step may belong to."""
+    layers = [*loop.model.layers, *getattr(loop.augment, "layers", [])]
+    return [layer.name for layer in nested_layers(layers)]
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

@@ -166,8 +166,9 @@ class Training:
         """Runs the loop with all callbacks, and closes their files in any case."""
         experiment, config, run = self.experiment, self.experiment.config, self.run
         if experiment.devices.type != "CPU":
-            experiment.loop.trace(self._train)
-            self._kernels = experiment.loop.check_kernels()
+            from trainer.kernel_internals import check_step
+
+            self._kernels = check_step(experiment.loop, self._train)
             _log.info("kernels  %s", self._kernels)
         own: list[Callback] = [self._times, self._saved_objects["metrics"]]
         if config.logging.tensorboard:
@@ -208,13 +209,13 @@ class Training:
     def _finish(self) -> FitResult:
         """Scores the final weights, which can be those of an earlier epoch, and reports."""
         experiment, run, timer = self.experiment, self.run, self.timer
-        loop, stop = experiment.loop, self._signals.stop_if_received
+        loop = experiment.loop
         scores, probabilities, traced = dict[str, Any](), None, loop.seconds.tracing
         with timer.phase("evaluation"):
             if self.score_test:
                 test = experiment.batches("test")
-                scores, probabilities = score(loop, test, collect=True, between=stop)
-            validation, _ = score(loop, self._validation, between=stop)
+                scores, probabilities = score(loop, test, collect=True, signals=self._signals)
+            validation, _ = score(loop, self._validation, signals=self._signals)
         timer.seconds["evaluation"] -= loop.seconds.tracing - traced
         summary = self._summary(validation, scores)
         cluster = experiment.devices.cluster
@@ -266,10 +267,14 @@ class Training:
 
 
 def score(
-    loop: Loop, batches: Batches, **options: Any
+    loop: Loop, batches: Batches, *, collect: bool = False, signals: Signals | None = None
 ) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
-    """Evaluates batches as `Loop.evaluate`. Raises CheckError if the loss is not finite."""
-    scores, probabilities = loop.evaluate(batches, **options)
+    """Evaluates batches. Raises CheckError if the loss is not finite."""
+    stop = keras.callbacks.Callback()
+    if signals is not None:
+        stop.on_test_batch_end = lambda *_, **__: signals.stop_if_received()
+    hooks = keras.callbacks.CallbackList([stop])
+    scores, probabilities = loop.evaluate(batches, collect=collect, callbacks=hooks)
     if not np.isfinite(scores["loss"]):
         raise CheckError(f"expected a finite loss, received {scores['loss']}: the model is broken")
     return scores, probabilities

@@ -110,7 +110,7 @@ def test_a_bare_epoch_trains_as_the_loop_does() -> None:
     options = {"batch_size": 64, "precision": "float32", "clip_norm": 0.5}
     trained, bare = prepared(**options), prepared(**options)
     train = trained.batches("train", shuffled=True)
-    for _ in islice(trained.loop.repeat(train, 2), 2):
+    for _ in islice(step.repeat_loop(trained.loop, train, 2), 2):
         pass
     train = bare.batches("train", shuffled=True)
     with tf.device("CPU:1"):
@@ -122,7 +122,7 @@ def test_a_bare_epoch_trains_as_the_loop_does() -> None:
 def test_the_loop_repeats_epochs_in_calls_of_equal_length() -> None:
     experiment = prepared(batch_size=64, steps_per_execution=2)
     train = experiment.batches("train", shuffled=True)
-    windows = list(islice(experiment.loop.repeat(train, 2), 5))
+    windows = list(islice(step.repeat_loop(experiment.loop, train, 2), 5))
     assert train.steps == 5  # the fifth step, is not a whole call and is skipped
     assert [(w.epoch, w.first_step, w.steps) for w in windows] == [
         *[(0, 0, 2), (0, 2, 2), (1, 5, 2), (1, 7, 2), (2, 10, 2)]

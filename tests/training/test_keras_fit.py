@@ -90,10 +90,7 @@ def both(pair: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
         keras_callbacks: Callable[[], list[Any]] | None = None,
         **options: Any,
     ) -> tuple[Any, Any]:
-        trained: tuple[Any, Any] = pair(*model, **options)(
-            callbacks, keras_callbacks=keras_callbacks
-        )
-        return trained
+        return pair(*model, **options)(callbacks, keras_callbacks=keras_callbacks)
 
     return run
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import pytest
 from rich.console import Console
 
 import trainer
-from trainer import workflow
 from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
 from trainer.training import checkpoint
@@ -118,11 +116,41 @@ def fit(in_tmp_path: Path) -> Fit:  # noqa: ARG001
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a training by SETTINGS leaves that nobody interrupted."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by SETTINGS that nobody interrupted."""
     directory = str(tmp_path_factory.mktemp("undisturbed"))
     config = trainer.Config().with_changes(SETTINGS | {"logging.directory": directory})
-    return contents(trainer.fit(config).run)
+    return trainer.fit(config).run.path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> dict[str, Any]:
+    """What a training by SETTINGS leaves that nobody interrupted."""
+    return contents(Run(finished))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after two epochs."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = trainer.Config().with_changes(SETTINGS | {"logging.directory": str(folder)})
+    with pytest.raises(Killed):
+        trainer.fit(config, callbacks=[Bomb(step=2 * STEPS)])
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture
+def copied(in_tmp_path: Path) -> Callable[[Path], Run]:
+    """Copies a run into the folder of runs of an empty working directory."""
+
+    def copy(path: Path) -> Run:
+        run = Run(shutil.copytree(path, in_tmp_path / "runs" / path.name))
+        config = run.path / "config.toml"
+        config.write_text(config.read_text().replace(str(path.parent), "runs"))
+        return run
+
+    return copy
 
 
 def contents(run: Run) -> dict[str, Any]:
@@ -247,17 +275,6 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed after two epochs."""
-    folder = tmp_path_factory.mktemp("killed")
-    config = trainer.Config().with_changes(SETTINGS | {"logging.directory": str(folder)})
-    with pytest.raises(Killed):
-        trainer.fit(config, callbacks=[Bomb(step=2 * STEPS)])
-    (path,) = folder.iterdir()
-    return path
-
-
 @pytest.mark.parametrize("how", ["changed", "cut", "empty", "foreign"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     killed: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
@@ -285,20 +302,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         checkpoint.newest_checkpoint(run)
 
 
-def test_the_newest_two_are_kept_and_the_best_weights(fit: Fit) -> None:
-    run = fit().run
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+def test_the_newest_two_are_kept_and_the_best_weights(finished: Path) -> None:
+    assert sorted(path.name for path in Run(finished).checkpoints.iterdir()) == [
         *("best.weights.h5", "final.weights.h5", "step-0000000026.npz", "step-0000000027.npz"),
     ]
 
 
-def test_a_finished_run_says_so_and_can_be_trained_for_longer(fit: Fit) -> None:
+def test_a_finished_run_says_so_and_can_be_trained_for_longer(
+    fit: Fit, finished: Path, copied: Callable[[Path], Run]
+) -> None:
     expected = contents(fit(logging__name="five", training__epochs=5).run)
-    run = fit(logging__name="three").run
+    run = copied(finished)
     with pytest.raises(InputError, match="is finished, after 3 epochs: train it for longer with"):
-        trainer.resume("three")
+        trainer.resume(run.name)
     longer = run.config().with_changes({"training.epochs": 5})
-    trainer.resume("three", changed=longer)
+    trainer.resume(run.name, changed=longer)
     assert contents(run) == expected
     assert run.config().training.epochs == 5
     assert run.read_json("summary-3-epochs.json")["epochs"] == 3
@@ -319,8 +337,10 @@ def test_a_number_of_epochs_that_was_a_slip_can_be_mended(
     assert contents(run) == undisturbed
 
 
-def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(fit: Fit) -> None:
-    run = fit().run
+def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(
+    finished: Path, copied: Callable[[Path], Run]
+) -> None:
+    run = copied(finished)
     for path in run.checkpoints.glob("step-*"):
         path.unlink()
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p != run.log}
@@ -356,7 +376,7 @@ def test_what_a_checkpoint_cannot_keep_is_said(fit: Fit, caplog: pytest.LogCaptu
 
 def test_a_training_that_stopped_early_can_be_trained_for_longer(fit: Fit) -> None:
     stops = [{"name": "EarlyStopping", "options": {"patience": 1, "min_delta": 9.0}}]
-    run = fit(training__callbacks=stops).run
+    run = fit(training__callbacks=stops, data__augmentation=[]).run
     assert run.read_json("summary.json")["epochs"] == 2
     said = r"finished, after 2 epochs: .* --epochs 4 or more"
     with pytest.raises(InputError, match=said):
@@ -366,10 +386,8 @@ def test_a_training_that_stopped_early_can_be_trained_for_longer(fit: Fit) -> No
     assert run.read_json("summary-2-epochs.json")["epochs"] == 2
 
 
-def test_what_is_trained_may_not_change(fit: Fit) -> None:
-    with pytest.raises(Killed):
-        fit(Bomb(step=2 * STEPS))
-    own = newest().config()
+def test_what_is_trained_may_not_change(killed: Path, copied: Callable[[Path], Run]) -> None:
+    own = copied(killed).config()
     for changes, said in [
         ({"training.epochs": 1}, "has trained 2 epochs: .* --epochs 3 or more; received 1"),
         ({"training.seed": 1}, r"change training.seed = 0 \(received 1\); may change: .*device"),
@@ -440,19 +458,11 @@ def test_a_run_of_a_gpu_is_resumed_without_one(
     assert run.config().training.jit_compile is False
 
 
-def test_other_data_is_refused(fit: Fit) -> None:
-    with pytest.raises(Killed):
-        fit(Bomb(step=STEPS))
-    config = newest().path / "config.toml"
-    config.write_text(config.read_text().replace("examples = 200", "examples = 201"))
-    with pytest.raises(InputError, match=r"the data differs from the data that .* was trained on"):
-        trainer.resume("latest", callbacks=[Bomb()])
-
-
-def test_another_network_is_refused(fit: Fit) -> None:
-    with pytest.raises(Killed):
-        fit(Bomb(step=STEPS))
-    config = newest().path / "config.toml"
+def test_other_data_or_another_network_is_refused(
+    killed: Path, copied: Callable[[Path], Run]
+) -> None:
+    run = copied(killed)
+    config = run.path / "config.toml"
     text = config.read_text()
     config.write_text(text.replace("units = 8", "units = 9"))
     with pytest.raises(InputError, match="belongs to another model or optimizer"):
@@ -463,17 +473,27 @@ def test_another_network_is_refused(fit: Fit) -> None:
     config.write_text(text)
     with pytest.raises(InputError, match="was trained with the callbacks Bomb; received none"):
         trainer.resume("latest")  # without the callback it was trained with
+    config.write_text(text.replace("examples = 200", "examples = 201"))
+    said = r"the data differs from the data that .* was trained on"
+    with pytest.raises(InputError, match=said):
+        trainer.resume("latest", callbacks=[Bomb()])
+    for path in (run.metrics, *run.checkpoints.iterdir()):
+        path.unlink()
+    with pytest.raises(InputError, match=said):
+        trainer.resume("latest", callbacks=[Bomb()])
 
 
-def test_two_processes_do_not_train_one_run(fit: Fit) -> None:
-    with pytest.raises(Killed):
-        fit(Bomb(step=STEPS))
+def test_two_processes_do_not_train_one_run(
+    killed: Path, copied: Callable[[Path], Run], undisturbed: dict[str, Any]
+) -> None:
+    run = copied(killed)
     with (
-        filelock.FileLock(newest().path / ".lock"),
+        filelock.FileLock(run.path / ".lock"),
         pytest.raises(InputError, match="is being trained by another process"),
     ):
         trainer.resume("latest", callbacks=[Bomb()])
     trainer.resume("latest", callbacks=[Bomb()])
+    assert contents(run) == undisturbed
 
 
 @pytest.fixture
@@ -569,39 +589,48 @@ def test_the_newest_run_of_another_folder_is_resumed(
         )
 
 
-def test_a_refused_resume_leaves_a_finished_run_finished(fit: Fit) -> None:
-    run = fit(Bomb()).run
+def test_a_refused_resume_leaves_a_finished_run_finished(
+    finished: Path, copied: Callable[[Path], Run]
+) -> None:
+    run = copied(finished)
     before = {path.name: path.read_bytes() for path in run.path.glob("*.*")}
-    with pytest.raises(InputError, match="was trained with the callbacks Bomb; received none"):
-        trainer.resume("latest", changed=run.config().with_changes({"training.epochs": 9}))
+    longer = run.config().with_changes({"training.epochs": 9})
+    with pytest.raises(InputError, match="was trained with the callbacks none; received Bomb"):
+        trainer.resume("latest", changed=longer, callbacks=[Bomb()])
     after = {path.name: path.read_bytes() for path in run.path.glob("*.*")}
     assert {**after, "log.txt": b""} == {**before, "log.txt": b""}
     assert trainer.evaluate("latest")["loss"] == run.read_json("summary.json")["test"]["loss"]
 
 
-def test_checkpoints_without_the_newer_states_are_taken(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Earlier versions kept no state in place of curves, and none of averaged weights."""
+def as_version_0_1_0(path: Path) -> None:
+    """Rewrites a checkpoint: states without names, none of averaged weights, an older position."""
+    with np.load(path) as saved:
+        arrays = dict(saved)
+    facts = json.loads(arrays["facts"].tobytes())
+    states = facts["states"].items()
+    facts["states"] = [state for name, state in states if name != "averaged_weights"]
+    facts["position"] = {"dict": [*facts.pop("progress").items()]}
+    del facts["trainable"]
+    np.savez(path, **arrays | {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)})
+
+
+def test_checkpoints_of_version_0_1_0_are_taken(fit: Fit) -> None:
     options: dict[str, Any] = {
         "optimizer__options": {"use_ema": True},
         "logging__tensorboard": False,
         "training__checkpoint_seconds": 0.0,
-        "training__steps_per_execution": 1,
+        "training__steps_per_execution": 3,
+        "training__epochs": 2,
     }
-    whole = contents(fit(Bomb(), **options).run)
+    whole = contents(fit(Bomb(), logging__name="whole", **options).run)
     with pytest.raises(Killed):
         # Within an epoch, where the trained weights are in the model.
-        fit(Bomb(step=STEPS + 3), **options)
-    real = checkpoint.newest_checkpoint
-
-    def older(run: Run) -> Any:
-        saved = real(run)
-        states = [state for name, state in saved.states.items() if name != "averaged_weights"]
-        return replace(saved, states=states, trainable=())
-
-    monkeypatch.setattr(workflow, "newest_checkpoint", older)
-    assert contents(trainer.resume("latest", callbacks=[Bomb()]).run) == whole
+        fit(Bomb(step=STEPS + 3), logging__name="old", **options)
+    for path in open_run("old", unfinished=True).checkpoints.glob("step-*.npz"):
+        as_version_0_1_0(path)
+    with pytest.raises(InputError, match="received Bomb, Odd"):
+        trainer.resume("old", callbacks=[Bomb(), Odd()])
+    assert contents(trainer.resume("old", callbacks=[Bomb()]).run) == whole
 
 
 class Freezes(keras.callbacks.Callback):
@@ -613,9 +642,9 @@ class Freezes(keras.callbacks.Callback):
 
 
 def test_what_a_callback_has_frozen_stays_frozen(fit: Fit) -> None:
-    whole = fit(Freezes(), Bomb(), training__epochs=4)
+    whole = fit(Freezes(), Bomb(), data__augmentation=[])
     with pytest.raises(Killed):
-        fit(Freezes(), Bomb(step=3 * STEPS), training__epochs=4)
+        fit(Freezes(), Bomb(step=2 * STEPS), data__augmentation=[])
     resumed = trainer.resume("latest", callbacks=[Freezes(), Bomb()])
     for one, other in zip(whole.model.get_weights(), resumed.model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)

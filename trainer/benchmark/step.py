@@ -24,6 +24,7 @@ from trainer.config import Config
 from trainer.errors import CheckError, InputError
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.training.batches import Batches
+from trainer.training.loop import CallRecord, Loop
 from trainer.training.step import compute_loss
 
 FULL, QUICK = Budget(11, 0.05, 1.0, (1024, 2048)), Budget(7, 0.02, 0.2, (1024,))
@@ -109,7 +110,7 @@ def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measur
     if row["batch_size"] > (images := experiment.data.spec.train):
         raise InputError(f"there are only {images:,} training images")
     loop, train = experiment.loop, experiment.batches("train", shuffled=True)
-    records = loop.repeat(train, 1)
+    records = repeat_loop(loop, train, 1)
     single = Measurement(functools.partial(next, records), synchronize, budget)
     if not np.isfinite(loss := next(records).loss).all():
         raise CheckError(f"{row['key']}: expected a finite loss, received {loss[-1]}")
@@ -121,7 +122,7 @@ def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measur
     row["steps_per_execution"] = steps = min(loop.steps_per_execution, train.steps, most)
     bare, batches = bare_epoch(experiment, train), bare_epoch(experiment, train, training=False)
     calls: dict[str, Iterator[Any]] = {
-        "loop": loop.repeat(train, steps),
+        "loop": repeat_loop(loop, train, steps),
         "bare": _repeat(bare, train, steps, device),
         "batches": _repeat(batches, train, steps, device),
     }
@@ -134,16 +135,28 @@ def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measur
     ]
 
 
+def repeat_loop(loop: Loop, train: Batches, steps: int) -> Iterator[CallRecord]:
+    """Trains in calls of `steps` steps, at most one epoch, and yields their records without end."""
+    for epoch, state, first in _calls(train, steps):
+        yield loop.run_call(train, state, epoch, first, steps)
+
+
 def _repeat(
     function: Callable[..., tf.Tensor], train: Batches, steps: int, device: str
 ) -> Iterator[tf.Tensor]:
     """Calls `function` with the next `steps` batches, epoch after epoch, and yields its results."""
+    for _, state, first in _calls(train, steps):
+        with tf.device(device):
+            result = function(state, tf.constant(first), tf.constant(steps))
+        yield result
+
+
+def _calls(train: Batches, steps: int) -> Iterator[tuple[int, Any, int]]:
+    """Yields the epoch, its state and the first step of each call, without end."""
     for epoch in itertools.count():
         state = train.start_epoch(epoch)
         for first in range(0, train.steps - steps + 1, steps):
-            with tf.device(device):
-                result = function(state, tf.constant(first), tf.constant(steps))
-            yield result
+            yield epoch, state, first
 
 
 def _gradients(

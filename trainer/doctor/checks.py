@@ -166,7 +166,9 @@ def _gpu(missing: list[str]) -> Result:
 
 def _kernels(config: Config) -> Result:
     """Looks for operations of the training step without a GPU kernel; needs no GPU."""
-    report = _traced_step(config, jit_compile=False).check_kernels("GPU")
+    from trainer.kernel_internals import check_step
+
+    report = check_step(*_training(config, jit_compile=False), "GPU")
     if not report.host:
         return Result("ok", str(report))
     return Result("note", str(report), "write these parts with operations that have a GPU kernel")
@@ -178,17 +180,20 @@ def _xla(config: Config) -> Result:
     automatic = training.jit_compile == "auto"
     if not training.jit_compile or (automatic and training.deterministic):
         return Result("ok", "off, because of training.jit_compile or training.deterministic")
-    loop = _traced_step(config, jit_compile=True)
+    from trainer.kernel_internals import check_xla, layer_names
+
+    loop, train = _training(config, jit_compile=True)
     if automatic and not loop.model.jit_compile:  # Keras sets it to False
         return Result("ok", "off, because Keras does not compile one of the layers")
-    missing = "; ".join(map(str, loop.check_xla_kernels()))
+    loop.trace(train)
+    missing = "; ".join(map(str, check_xla(loop.step_graph, layer_names(loop))))
     if not missing:
         return Result("ok", "every operation of the training step has an XLA kernel")
     return Result("problem", f"cannot compile {missing}", "`--set training.jit_compile=false`")
 
 
-def _traced_step(config: Config, *, jit_compile: bool) -> Any:
-    """Returns the loop of a training as on one GPU, with its step traced. Downloads nothing."""
+def _training(config: Config, *, jit_compile: bool) -> tuple[Any, Any]:
+    """Returns the loop and batches of a training as on one GPU. Downloads nothing."""
     import keras
     import tensorflow as tf
 
@@ -206,5 +211,4 @@ def _traced_step(config: Config, *, jit_compile: bool) -> Any:
         raise MissingError(f"{name} is not prepared")
     keras.utils.clear_session()  # layers get the same names as in `trainer fit`
     experiment = build_experiment(config.with_changes(changes), PhaseTimer())
-    experiment.loop.trace(experiment.batches("train", shuffled=True))
-    return experiment.loop
+    return experiment.loop, experiment.batches("train", shuffled=True)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from trainer import keras_objects
 from trainer.config import KerasObject
 from trainer.data import Dataset
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 
 _TRIED_IMAGES = 8
 _MIN_CONTRAST = 0.05  # smallest fraction of the images' standard deviation that must remain
@@ -26,9 +26,7 @@ class Augmentation:
 
     def __init__(self, chain: keras.Sequential) -> None:
         """Stores a built chain of layers."""
-        self._chain = chain
-        self.layers: list[keras.layers.Layer] = chain.layers
-        self.variables: list[Any] = chain.variables
+        self._chain, self.layers, self.variables = chain, chain.layers, list[Any](chain.variables)
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
         """Takes and returns images, uint8 [rows, H, W, C]."""
@@ -40,14 +38,8 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
     """Builds the augmentation that the loop applies to each training batch.
 
     Random layers use generators seeded by `keras.utils.set_random_seed`, so that resident and
-    streamed batches are changed alike.
-
-    Args:
-        layers: Keras layers by name, in order. They receive float32 images from 0 to 255.
-        data: The layers are applied once to some of its training images.
-
-    Returns:
-        The augmentation; None if there are no layers.
+    streamed batches are changed alike. All layers receive float32 images from 0 to 255. They are
+    applied once to some training images.
 
     Raises:
         InputError: A layer is unknown, refuses its options, changes the shape, has weights that
@@ -56,12 +48,6 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
     if not layers:
         return None
     made = [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
-    for layer in made:
-        if isinstance(layer, keras.layers.MixUp | keras.layers.CutMix):
-            raise InputError(
-                f"data.augmentation: {type(layer).__name__} mixes images, but each image keeps its "
-                "own label"
-            )
     step = max(1, len(data.train) // _TRIED_IMAGES)
     images = data.train.read(slice(0, None, step))[0][:_TRIED_IMAGES]
     try:
@@ -72,20 +58,15 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"data.augmentation: {keras_objects.explain(error)}") from error
     for layer in chain.layers:
+        what = f"data.augmentation: {type(layer).__name__}"
+        if isinstance(layer, keras.layers.MixUp | keras.layers.CutMix):
+            raise InputError(f"{what} mixes images, but each image keeps its own label")
         if layer.trainable_weights or (layer.weights and hasattr(layer, "adapt")):
-            raise InputError(
-                f"data.augmentation: {type(layer).__name__} has weights, but augmentation is not "
-                "trained or adapted: put this layer into the network"
-            )
-    if changed.shape != images.shape:
-        raise InputError(
-            f"data.augmentation: expected images of shape {list(images.shape)}, received "
-            f"{list(changed.shape)}"
-        )
-    if not np.rint(changed).clip(0, 255).std() >= _MIN_CONTRAST * images.std():  # or NaN
-        raise InputError(
-            f"data.augmentation returns pixels from {changed.min():.3g} to {changed.max():.3g}, "
-            "which are nearly constant or not finite when they are rounded: layers receive and "
-            "must return pixels from 0 to 255 (the network scales them)"
-        )
+            raise InputError(f"{what} has weights, but augmentation is not trained or adapted")
+    expected, received = f"images of shape {list(images.shape)}", list(changed.shape)
+    expect(images.shape == changed.shape, "data.augmentation", expected, received)
+    fits = np.rint(changed).clip(0, 255).std() >= _MIN_CONTRAST * images.std()  # False for NaN
+    expected = "pixels from 0 to 255, as the layers receive them (the network scales them)"
+    span = f"pixels from {changed.min():.3g} to {changed.max():.3g}"
+    expect(fits, "data.augmentation", expected, f"{span}, which are nearly constant or not finite")
     return Augmentation(chain)

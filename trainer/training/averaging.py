@@ -14,16 +14,12 @@ class AveragedWeights(keras.callbacks.Callback):
     callback that copies weights (EarlyStopping, ModelCheckpoint, the checkpoints of a run) copies
     the weights that were scored. Keras itself scores the trained weights. Its `SwapEMAWeights`
     restores the trained weights too early, before the epoch ends. This must be the first callback.
-
-    Attributes:
-        trained: The trained weights while the averaged ones are in the model, else None. Saved in
-            checkpoints.
-        averaged: The averaged weights that replaced them, else None.
     """
 
     def __init__(self) -> None:
         """Starts with the trained weights in the model."""
         super().__init__()
+        # While the averaged weights are in the model: both kinds. Saved in checkpoints.
         self.trained: list[NDArray[Any]] | None = None
         self.averaged: list[NDArray[Any]] | None = None
 

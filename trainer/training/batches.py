@@ -21,28 +21,19 @@ from trainer.data import Split
 from trainer.devices import Devices
 from trainer.errors import InputError
 
-# Batches that are copied ahead to the device. Each needs device memory.
-_BATCHES_ON_DEVICE = 2
-
 
 class LocalBatch(NamedTuple):
     """The rows of a global batch that one replica computes.
 
-    Attributes:
-        images: uint8 [rows, height, width, channels].
-        labels: int64 [rows].
-        first: Position of the first row in the global batch, int32 scalar.
-        count: Rows that belong to this replica, int32 scalar. If it is 0, `images` has one row of
-            another replica, because every replica must take part in the sum of gradients.
-        fraction: `count` divided by the rows of the global batch, float32 scalar; None with one
-            replica.
+    If `count` is 0, there is one row of another replica, because every replica must take part in
+    the sum of gradients.
     """
 
-    images: tf.Tensor
-    labels: tf.Tensor
-    first: Any
-    count: Any
-    fraction: tf.Tensor | None
+    images: tf.Tensor  # uint8 [rows, height, width, channels]
+    labels: tf.Tensor  # int64 [rows]
+    first: Any  # position of the first row in the global batch, int32 scalar
+    count: Any  # rows that belong to this replica, int32 scalar
+    fraction: tf.Tensor | None  # `count` / rows of the global batch; None with one replica
 
 
 class Batches(ABC):
@@ -63,26 +54,21 @@ class Batches(ABC):
         limit_batches: int | None,
     ) -> None:
         """Stores the arguments of `make_batches`."""
-        self._split = split
-        self._devices = devices
-        self._seed = seed
+        self._split, self._devices, self._seed = split, devices, seed
         self.batch_size = batch_size
         self.steps = steps_per_epoch(len(split), batch_size, limit_batches)
         self.images = min(len(split), self.steps * batch_size)
 
     @abstractmethod
     def start_epoch(self, epoch: int, step: int = 0) -> Any:
-        """Returns the state to read the batches of an epoch from, starting at a step."""
+        """Returns what `local_batch` reads the batches of an epoch from, starting at a step."""
 
     @abstractmethod
-    def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def _read(self, state: Any, step: Any, first: Any, last: Any) -> Any:
         """Returns images and labels of the rows `first` to `last` of the batch of a step."""
 
     def local_batch(self, state: Any, step: tf.Tensor) -> LocalBatch:
-        """Returns the rows of a step's batch for the replica that calls this.
-
-        `state` is the result of `start_epoch` for this replica, `step` an int32 scalar.
-        """
+        """Returns the rows of the batch of a step, an int32 scalar, for the calling replica."""
         size = self.size(step)
         first, last, fraction = 0, size, None
         if self._devices.replicas > 1:
@@ -119,13 +105,9 @@ def make_batches(
 ) -> Batches:
     """Chooses where the images of a split are stored, and returns its batches.
 
-    Args:
-        split: The images.
-        config: `placement` and `device_limit_mb` determine where the images are stored.
-        devices: Devices that receive the batches.
-        batch_size: Images per step, over all replicas.
-        seed: Shuffles each epoch differently; None keeps the order of the split.
-        limit_batches: Maximum number of batches per epoch; None: all.
+    `config` has the placement and its limit. `batch_size` counts the images per step over all
+    replicas. A seed shuffles each epoch differently; None keeps the order of the split.
+    `limit_batches` is the maximum number of batches per epoch.
 
     Raises:
         InputError: A training batch is larger than the split, or the images do not fit in the
@@ -169,37 +151,34 @@ class ResidentBatches(Batches):
     """All images on each device, gathered inside the graph."""
 
     def __init__(self, split: Split, devices: Devices, *options: Any) -> None:
-        """Copies all images to every device.
-
-        Raises:
-            InputError: They do not fit in the memory of a device.
-        """
+        """Copies all images to every device. Raises InputError if they do not fit there."""
         super().__init__(split, devices, *options)
+        too_large = InputError(
+            f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than "
+            "fits in memory: set data.placement = 'stream'"
+        )
         # All rows are read into host memory first.
         if split.nbytes > psutil.virtual_memory().available:
-            raise _too_large(split, "CPU:0")
+            raise too_large
         images, labels = split.read()
+        arrays = images, labels.astype(np.int64)
 
         # Variables, because gathering from a uint8 tensor has no GPU kernel: TensorFlow would copy
         # all images to the host in every step. Variables have one for uint8 and int64, not int32.
-        def store(replica: int) -> tuple[tf.Variable, tf.Variable]:
-            try:
-                return (
-                    tf.Variable(images, trainable=False, name="images"),
-                    tf.Variable(labels.astype(np.int64), trainable=False, name="labels"),
-                )
-            except tf.errors.ResourceExhaustedError:
-                names = devices.names
-                raise _too_large(split, names[replica % len(names)]) from None
+        def store(_: int) -> tuple[tf.Variable, ...]:
+            return tuple(tf.Variable(array, trainable=False) for array in arrays)
 
-        self._data = devices.on_each(store)
+        try:
+            self._data = devices.on_each(store)
+        except tf.errors.ResourceExhaustedError:
+            raise too_large from None
 
     def start_epoch(self, epoch: int, step: int = 0) -> Any:  # noqa: ARG002 - any step can be read
         """Returns images, labels and the order of the epoch on each device."""
         order = epoch_order(len(self._split), self._seed, epoch)
         return *self._data, self._devices.on_each(lambda _: tf.identity(order))
 
-    def _read(self, state: Any, step: Any, first: Any, last: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def _read(self, state: Any, step: Any, first: Any, last: Any) -> Any:
         images, labels, order = state
         start = step * self.batch_size
         rows = order[start + first : start + last]
@@ -214,13 +193,11 @@ class StreamedBatches(Batches):
         order = epoch_order(len(self._split), self._seed, epoch).numpy()
         return self._devices.on_each(lambda replica: iter(self._pipeline(order, step, replica)))
 
-    def _read(self, state: Any, *_: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        images, labels = state.get_next()  # it counts the steps, and has only this replica's rows
-        return images, labels
+    def _read(self, state: Any, *_: Any) -> Any:
+        return state.get_next()  # it counts the steps, and has only the rows of this replica
 
     def _pipeline(self, order: Any, step: int, replica: int) -> tf.data.Dataset:
         """Reads a replica's rows of each batch and copies them to its device."""
-        image_shape = self._split.images.shape[1:]
         device = self._devices.names[replica % len(self._devices.names)]
 
         def read(step: Any) -> tuple[Any, Any]:
@@ -233,7 +210,7 @@ class StreamedBatches(Batches):
         @tf.autograph.experimental.do_not_convert  # the conversion takes a second
         def load(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             images, labels = tf.numpy_function(read, [step], (tf.uint8, tf.int64))
-            images.set_shape((None, *image_shape))
+            images.set_shape((None, *self._split.images.shape[1:]))
             labels.set_shape((None,))
             return images, labels
 
@@ -243,12 +220,5 @@ class StreamedBatches(Batches):
             dataset = dataset.map(load, num_parallel_calls=2, deterministic=True).prefetch(4)
         if device == "CPU:0":  # tf.data runs there
             return dataset
-        prefetch = tf.data.experimental.prefetch_to_device(device, _BATCHES_ON_DEVICE)
-        return dataset.apply(prefetch)
-
-
-def _too_large(split: Split, device: str) -> InputError:
-    return InputError(
-        f"the {len(split):,} images of a split take {split.nbytes / 1e6:,.0f} MB, more than fits "
-        f"in the memory of {device}: set data.placement = 'stream'"
-    )
+        # Two batches are copied ahead to the device. Each needs device memory.
+        return dataset.apply(tf.data.experimental.prefetch_to_device(device, 2))

@@ -35,23 +35,16 @@ class Call:
         devices: Devices,
         batches: Batches,
         step: Callable[[Any, tf.Tensor], Tensors],
-        *,
-        trains: bool,
-        collect: bool = False,
+        kind: str,
     ) -> None:
         """Traces the function.
 
-        Args:
-            model: Compiled.
-            devices: Devices that run the step.
-            batches: Batches of the steps.
-            step: Runs on each replica, with the arguments of `Batches.local_batch`. Returns logs,
-                and with them "gradient_norms" and "outputs" if requested.
-            trains: Record the values and the learning rate of each step.
-            collect: Return the outputs of all steps.
+        `step` runs on each replica, with the arguments of `Batches.local_batch`. It returns logs,
+        and with them "gradient_norms" and "outputs" if requested. `kind` is "train", "evaluate",
+        or "collect": evaluate and return the outputs of all steps.
         """
         self._model, self._devices, self._batches, self._step = model, devices, batches, step
-        self._trains, self._collect = trains, collect
+        self._trains, self._collect = kind == "train", kind == "collect"
         self._shapes: dict[str, tuple[int, ...]] = {}  # of each value in a row
         # Logs that the step itself returns. As in Keras, the results of the metrics are used
         # if the names are the same.
@@ -69,7 +62,7 @@ class Call:
                 parallel_iterations=1,
             )
             metrics = {} if self._own_logs else metric_tensors(model.get_metrics_result())
-            return rows.stack(), metrics, outputs.concat() if collect else None
+            return rows.stack(), metrics, outputs.concat() if self._collect else None
 
         with devices.scope():
             self._metric_names = metric_tensors(model.get_metrics_result()).keys()
@@ -79,15 +72,14 @@ class Call:
             )
         self.graph: tf.Graph = self._function.graph
 
-    def __call__(self, state: Any, first: int, count: int) -> tuple[tf.Tensor, ...]:
+    def __call__(self, state: Any, first: int, count: int) -> Any:
         """Starts the steps; TensorFlow may return before the devices have finished.
 
         Returns:
             Arguments of `read`, and the outputs, float32 [images, n], or None.
         """
         with self._devices.scope():
-            results: tuple[Any, ...] = self._function(state, tf.constant(first), tf.constant(count))
-        return results
+            return self._function(state, tf.constant(first), tf.constant(count))
 
     def read(self, rows: tf.Tensor, metrics: Tensors) -> tuple[dict[str, NDArray[Any]], Logs]:
         """Returns the values of each step by name, [steps, ...], and the logs of the last step."""
@@ -130,13 +122,10 @@ class Call:
         """Returns each value summed over the replicas. Gradient norms are equal on all replicas."""
         if self._devices.replicas == 1:
             return dict(values)
-        strategy = self._devices.strategy
-        combined = {
-            name: strategy.experimental_local_results(value)[0]
-            if name == "gradient_norms"
-            else strategy.reduce("SUM", value, axis=None)
-            for name, value in values.items()
-        }
+        strategy, norms = self._devices.strategy, values.pop("gradient_norms", None)
+        combined = {name: strategy.reduce("SUM", v, axis=None) for name, v in values.items()}
+        if norms is not None:
+            combined["gradient_norms"] = strategy.experimental_local_results(norms)[0]
         if self._trains and self._devices.workers == 1:  # several workers would communicate
             combined = metric_tensors(self._model.get_metrics_result()) | combined
         return combined

@@ -3,15 +3,14 @@
 import json
 import logging
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from rich import progress
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 from trainer.training.call import Logs
 from trainer.training.loop import CallRecord
@@ -52,38 +51,26 @@ class StepTimes(Callback):
 
     def summary(self) -> dict[str, Any]:
         """Returns medians and quartiles, None if nothing was measured, and the number of calls."""
-        low = median = high = rate = None
+        names = ("step_ms", "step_ms_quartiles", "images_per_second")
+        summary: dict[str, Any] = dict.fromkeys(names)
         if self.step_ms:
             low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
-            rate = round(statistics.median(self.images_per_second), 1)
-        return {
-            "step_ms": median,
-            "step_ms_quartiles": [low, high] if self.step_ms else None,
-            "images_per_second": rate,
-            "windows": len(self.step_ms),
-        }
+            summary["step_ms"], summary["step_ms_quartiles"] = median, [low, high]
+            summary["images_per_second"] = round(statistics.median(self.images_per_second), 1)
+        return summary | {"windows": len(self.step_ms)}
 
 
 class ProgressBar(Callback):
     """Shows loss, metrics, images per second and the time left, and logs one line per epoch."""
 
     def __init__(self, console: Console, *, steps: int, epochs: int) -> None:
-        """Prepares a bar for `epochs` of `steps` each."""
+        """Shows a bar for `epochs` of `steps` each."""
         super().__init__()
         self._epochs = epochs
-        self._bar = progress.Progress(
-            progress.TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            progress.BarColumn(bar_width=30),
-            progress.TextColumn("{task.fields[text]}"),
-            progress.TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps * epochs, epoch=1, epochs=epochs, text="")
-
-    def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
-        """Shows the bar."""
+        columns, hidden = Progress.get_default_columns(), not console.is_terminal
+        text = TextColumn("{task.fields[text]}")
+        self._bar = Progress(*columns, text, console=console, transient=True, disable=hidden)
+        self._task = self._bar.add_task("epoch 1", total=steps * epochs, text="")
         self._bar.start()
 
     def on_call_end(self, record: CallRecord) -> None:
@@ -91,7 +78,7 @@ class ProgressBar(Callback):
         self._bar.update(
             self._task,
             completed=record.first_step + record.steps,
-            epoch=record.epoch + 1,
+            description=f"epoch {record.epoch + 1}/{self._epochs}",
             text=f"{format_metrics(record.logs)}  {record.images / record.seconds:,.0f} images/s",
         )
 
@@ -104,7 +91,7 @@ class ProgressBar(Callback):
         self._bar.stop()
 
 
-class MetricsFile(Callback):
+class MetricsFile(StepTimes):
     """Appends a line of JSON for each epoch."""
 
     def __init__(self, path: Path) -> None:
@@ -112,19 +99,18 @@ class MetricsFile(Callback):
         super().__init__()
         self._path = path
         self._step, self._learning_rate = 0, 0.0
-        self._times = StepTimes()
 
     def on_call_end(self, record: CallRecord) -> None:
         """Stores the values for the line of the epoch."""
+        super().on_call_end(record)
         self._step = record.first_step + record.steps
         self._learning_rate = float(record.learning_rate[-1])
-        self._times.on_call_end(record)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the line of the epoch."""
         line = to_json({"learning_rate": self._learning_rate} | (logs or {}))
-        line |= {"epoch": epoch + 1, "step": self._step, **self._times.summary()}
-        self._times = StepTimes()
+        line |= {"epoch": epoch + 1, "step": self._step, **self.summary()}
+        self.step_ms, self.images_per_second = [], []
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -140,19 +126,17 @@ class TensorBoardCurves(Callback):
         """Opens `folder`/train and `folder`/validation."""
         super().__init__()
         self._writers = {
-            name: tf.summary.create_file_writer(str(folder / name))
-            for name in ("train", "validation")
+            run: tf.summary.create_file_writer(str(folder / run)) for run in ("train", "validation")
         }
         self._histograms = histograms
-        self._gradient_norms: list[Any] = []
+        self._gradient_norms: list[Any] = []  # of each call of the epoch, [steps, weights]
         self._learning_rate = 0.0
-        self._write_steps: Callable[[tf.Tensor, tf.Tensor], None] | None = None
+        self._write_steps: Any = None  # the graph that writes the points of each step
 
     def on_call_end(self, record: CallRecord) -> None:
         """Writes the points of each step of a call, and its times."""
         self._learning_rate = float(record.learning_rate[-1])
-        curves = {"loss": record.loss, "learning_rate": record.learning_rate}
-        curves |= record.metrics
+        curves = {"loss": record.loss, "learning_rate": record.learning_rate} | record.metrics
         with self._writers["train"].as_default(step=record.first_step + record.steps):
             if self._write_steps is None:
                 self._write_steps = _step_writer(list(curves))
@@ -164,9 +148,9 @@ class TensorBoardCurves(Callback):
             if record.warm:
                 tf.summary.scalar("step_ms", 1000 * record.seconds / record.steps)
                 tf.summary.scalar("images_per_second", record.images / record.seconds)
-                if len(record.worker_seconds) > 1:
-                    for worker, seconds in enumerate(1000 * record.worker_seconds / record.steps):
-                        tf.summary.scalar(f"worker_{worker}/step_ms", seconds)
+                worker_ms = 1000 * record.worker_seconds / record.steps
+                for worker, value in enumerate(worker_ms if len(worker_ms) > 1 else ()):
+                    tf.summary.scalar(f"worker_{worker}/step_ms", value)
         if self._histograms and record.gradient_norms is not None:
             self._gradient_norms.append(record.gradient_norms)
 
@@ -179,12 +163,11 @@ class TensorBoardCurves(Callback):
                 tf.summary.scalar(f"epoch/{name.removeprefix('val_')}", value)
         with self._writers["train"].as_default(step=epoch + 1):
             weights = self.model.trainable_variables if self._histograms else []
-            for weight in weights:
+            for i, weight in enumerate(weights):
                 tf.summary.histogram(f"weights/{weight.path}", weight.numpy())
-            if self._gradient_norms:
-                norms = np.concatenate(self._gradient_norms)  # [steps, weights]
-                for weight, column in zip(weights, norms.T, strict=True):
-                    tf.summary.histogram(f"gradient_norms/{weight.path}", column)
+                if self._gradient_norms:
+                    norms = np.concatenate([each[:, i] for each in self._gradient_norms])
+                    tf.summary.histogram(f"gradient_norms/{weight.path}", norms)
         self._gradient_norms.clear()
         self.flush()
 
@@ -222,7 +205,7 @@ class Profiler(Callback):
             tf.profiler.experimental.stop()
 
 
-def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
+def _step_writer(names: list[str]) -> Any:
     """Returns a graph function that writes a point for each step, without Python in between."""
 
     def write(values: tf.Tensor, first: tf.Tensor) -> None:
@@ -237,8 +220,7 @@ def _step_writer(names: list[str]) -> Callable[[tf.Tensor, tf.Tensor], None]:
 
     signature = (tf.TensorSpec((None, len(names))), tf.TensorSpec((), tf.int64))
     graph = tf.function(write, input_signature=signature, autograph=False)  # AutoGraph is slower
-    traced: Callable[[tf.Tensor, tf.Tensor], None] = graph.get_concrete_function()
-    return traced
+    return graph.get_concrete_function()
 
 
 def format_metrics(logs: Logs) -> str:
@@ -252,9 +234,9 @@ def to_json(logs: Logs) -> dict[str, Any]:
     def convert(value: Any) -> Any:
         if isinstance(value, list):
             return [convert(item) for item in value]
-        if not isinstance(value, int | float):
-            return None if value is None else str(value)  # that a callback added
-        return value if np.isfinite(value) else None
+        if isinstance(value, int | float):
+            return value if np.isfinite(value) else None
+        return None if value is None else str(value)  # that a callback added
 
     return {name: convert(np.asarray(value).tolist()) for name, value in logs.items()}
 

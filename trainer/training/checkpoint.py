@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from trainer.errors import InputError
-from trainer.files import write_atomic
 from trainer.keras_internals import CALLBACK_ATTRIBUTES
 from trainer.keras_objects import nested_layers
 from trainer.run import Run
@@ -33,7 +32,7 @@ from trainer.training.callbacks import Callback
 from trainer.training.loop import CallRecord, Progress
 from trainer.training.signals import Signals
 from trainer.training.state import pack_state, unpack_state
-from trainer.training.weights import save_weights
+from trainer.training.weights import save_weights, write_state
 
 _log = logging.getLogger(__name__)
 
@@ -46,51 +45,25 @@ _OPTIONAL_STATES = ("averaged_weights", "tensorboard")
 class Checkpoint:
     """All state of a training between two calls of the loop.
 
-    Attributes:
-        progress: Epoch, step, and the logs of the epoch.
-        stopped: Whether a callback had stopped the training.
-        fingerprint: Fingerprint of the data.
-        best_loss: The lowest validation loss so far; None before the first validation.
-        variables: Values of `all_variables`, in this order. Not by name, because the names that
-            Keras makes contain numbers that differ between processes.
-        states: Attributes of callbacks by name; a list in checkpoints of version 0.1.0.
-        log_sizes: Bytes of each log, by path.
-        trainable: Whether each layer is trainable, in the order of `nested_layers`; empty in older
-            checkpoints.
+    The variables have no names, because those that Keras makes differ between processes.
     """
 
     progress: Progress
-    stopped: bool
-    fingerprint: str
-    best_loss: float | None
-    variables: list[NDArray[Any]]
-    states: Any
-    log_sizes: dict[str, int]
-    trainable: Sequence[bool] = ()
+    stopped: bool  # by a callback
+    fingerprint: str  # of the data
+    best_loss: float | None  # the lowest validation loss; None before the first validation
+    variables: list[NDArray[Any]]  # values of `all_variables`, in this order
+    states: dict[str, dict[str, Any]]  # attributes of callbacks by name; see `_name_states`
+    log_sizes: dict[str, int]  # bytes of each log, by path
+    trainable: Sequence[bool] = ()  # each of `nested_layers`; empty in older checkpoints
 
     def named_states(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Returns the attributes of callbacks by name.
-
-        Args:
-            names: The names of all callbacks, in the order in which version 0.1.0 saved states.
-
-        Raises:
-            InputError: The training had other callbacks.
-        """
-        states = self.states
-        if isinstance(states, list):
-            late = [name for name in names if name in _OPTIONAL_STATES]
-            missing = late[: max(0, len(names) - len(states))]
-            order = [name for name in names if name not in missing]
-            order += [f"callbacks.{i}" for i in range(len(order), len(states))]
-            states = dict(zip(order, states, strict=False))
+        """Returns the states by name. Raises InputError if the training had other callbacks."""
+        states = _name_states(self.states, names) if "0" in self.states else self.states
         if (states.keys() ^ set(names)) - {*_OPTIONAL_STATES}:
-            trained, given = (
-                ", ".join(name.partition(".")[2] for name in each if "." in name) or "none"
-                for each in (states, names)
-            )
+            trained, given = _callbacks_in(states), _callbacks_in(names)
             raise InputError(f"the run was trained with the callbacks {trained}; received {given}")
-        return dict(states)
+        return states
 
 
 class Checkpoints(Callback):
@@ -112,13 +85,9 @@ class Checkpoints(Callback):
     ) -> None:
         """Stores the arguments; nothing is read or written before training begins.
 
-        Args:
-            run: Receives the checkpoints.
-            objects: Callbacks and other objects by name, whose plain attributes are saved.
-            variables: Variables that do not belong to the model: those of augmentation.
-            fingerprint: Fingerprint of the data.
-            every_seconds: Maximum time between checkpoints, rounded up to the end of a call.
-            signals: The received stop signals.
+        The plain attributes of `objects` are saved by their names, and the `variables` of the
+        augmentation, which do not belong to the model. `every_seconds` is the maximum time between
+        checkpoints, rounded up to the end of a call.
         """
         super().__init__()
         self._run, self._objects, self._variables = run, objects, variables
@@ -192,8 +161,15 @@ class Checkpoints(Callback):
         for i, variable in enumerate(all_variables(self.model, self._variables)):
             arrays[f"v {i}"] = _value(variable)
         arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-        steps = int(_value(self.model.optimizer.iterations))
-        _write(self._run, f"step-{steps:010}.npz", arrays)
+        folder, steps = self._run.checkpoints, int(_value(self.model.optimizer.iterations))
+        size = sum(array.nbytes for array in arrays.values())
+
+        def write(partial: Path) -> None:
+            np.savez(partial, allow_pickle=False, **arrays)
+
+        write_state(folder / f"step-{steps:010}.npz", write, size)
+        for old in sorted(folder.glob("step-*.npz"))[:-_KEPT]:
+            old.unlink()
         self._last_time = time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -213,8 +189,7 @@ class Checkpoints(Callback):
 def newest_checkpoint(run: Run) -> Checkpoint | None:
     """Reads the newest undamaged checkpoint of a run; None if it has none yet.
 
-    Raises:
-        InputError: It has checkpoints, and all of them are damaged.
+    Raises InputError if it has checkpoints and all of them are damaged.
     """
     paths = sorted(run.checkpoints.glob("step-*.npz"), reverse=True)
     for path in paths:
@@ -243,29 +218,10 @@ def roll_back(run: Run, saved: Checkpoint | None) -> None:
         path, size = run.path / name, sizes.get(name)
         if size is None:
             path.unlink()
-        elif not path.exists() or path.stat().st_size < size:
-            _log.warning("%s is shorter than expected: the missing part is not restored.", path)
-        else:
-            os.truncate(path, size)
+        elif path.exists():  # a user may have shortened or removed it
+            os.truncate(path, min(size, path.stat().st_size))
     for left in run.path.rglob(".partial-*"):
         left.unlink()
-
-
-def _write(run: Run, name: str, arrays: dict[str, NDArray[Any]]) -> None:
-    """Writes a checkpoint, and removes the oldest ones."""
-    path = run.checkpoints / name
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    try:
-        write_atomic(path, write)
-        for old in sorted(run.checkpoints.glob("step-*.npz"))[:-_KEPT]:
-            old.unlink()
-    except OSError as error:
-        size = sum(array.nbytes for array in arrays.values())
-        raise InputError(f"{path}: about {size} bytes cannot be written: {error}") from None
 
 
 def _read(path: Path) -> Checkpoint:
@@ -273,16 +229,28 @@ def _read(path: Path) -> Checkpoint:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in saved.files}
     facts = json.loads(arrays["facts"].tobytes())
-    states = facts.pop("states")
+    states = facts["states"]
     if isinstance(states, list):  # version 0.1.0
-        facts["states"] = [unpack_state(state, arrays) for state in states]
+        states = {str(i): state for i, state in enumerate(states)}
         ((_, items),) = facts.pop("position").items()
         facts["progress"] = dict(items)
-    else:
-        facts["states"] = {name: unpack_state(state, arrays) for name, state in states.items()}
+    facts["states"] = {name: unpack_state(state, arrays) for name, state in states.items()}
     facts["progress"] = Progress(**unpack_state(facts["progress"], arrays))
     variables = [array for name, array in arrays.items() if name.startswith("v ")]
     return Checkpoint(variables=variables, **facts)
+
+
+def _name_states(states: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Names the states of version 0.1.0, which saved them without names, in the same order."""
+    optional = [name for name in names if name in _OPTIONAL_STATES]
+    missing = optional[: max(0, len(names) - len(states))]
+    order = [name for name in names if name not in missing]
+    order += [f"callbacks.{i}" for i in range(len(order), len(states))]
+    return dict(zip(order, states.values(), strict=False))
+
+
+def _callbacks_in(names: Iterable[str]) -> str:
+    return ", ".join(name.partition(".")[2] for name in names if "." in name) or "none"
 
 
 def _value(variable: Any) -> NDArray[Any]:

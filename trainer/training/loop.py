@@ -4,11 +4,11 @@ A call runs many steps in one graph. The host and the device synchronize once pe
 loop reads the logs and runs callbacks.
 """
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,87 +17,59 @@ from numpy.typing import NDArray
 
 from trainer.devices import Devices
 from trainer.errors import CheckError, InputError
-from trainer.keras_objects import KERAS_ERRORS, explain, nested_layers, raised_in_keras_callback
+from trainer.keras_objects import KERAS_ERRORS, explain, raised_in_keras_callback
 from trainer.tensorflow_internals import profiler_step
 from trainer.training.batches import Batches
 from trainer.training.call import Call, Logs
-from trainer.training.replicas import require_addable
-from trainer.training.step import bind_step, test_step, train_step
-
-if TYPE_CHECKING:
-    from trainer.kernel_internals import HostOperation, KernelReport
+from trainer.training.step import bind_step, require_addable, test_step, train_step
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Position of a training between two calls.
+    """Position of a training between two calls."""
 
-    Attributes:
-        epoch: Counted from 0.
-        step: Completed steps of the epoch. If all are completed, the validation is next.
-        logs: Loss and metrics since the start of the epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    logs: Logs = field(default_factory=dict)
+    epoch: int = 0  # counted from 0
+    step: int = 0  # completed steps of the epoch; if all are completed, the validation is next
+    logs: Logs = field(default_factory=dict)  # loss and metrics since the start of the epoch
 
 
 @dataclass(frozen=True)
 class CallRecord:
     """The steps of one call.
 
-    Attributes:
-        epoch: Counted from 0.
-        first_step: First step of the call, counted from 0 over the whole run.
-        steps: Steps in the call.
-        images: Images in the call.
-        seconds: Duration. The device is idle at the start and has finished at the end.
-        worker_seconds: Duration on each worker of a cluster, float64 [workers].
-        warm: False for the first calls, which also set up kernels or are traced by the profiler.
-        loss: Loss of the batch of each step, float32 [steps].
-        learning_rate: Learning rate of each step, float32 [steps].
-        metrics: Value of each metric after each step, over the epoch so far, float32 [steps]. Empty
-            with several workers, because reading a metric needs communication.
-        gradient_norms: float32 [steps, weights], or None.
-        logs: Loss and metrics since the start of the epoch, as Keras passes them to callbacks.
+    `metrics` are the values after each step, over the epoch so far. They are empty with several
+    workers, because reading a metric needs communication.
     """
 
-    epoch: int
-    first_step: int
+    epoch: int  # counted from 0
+    first_step: int  # counted from 0 over the whole run
     steps: int
     images: int
-    seconds: float
-    worker_seconds: NDArray[np.float64]
-    warm: bool
-    loss: NDArray[np.float32]
-    learning_rate: NDArray[np.float32]
-    metrics: dict[str, NDArray[np.float32]]
-    gradient_norms: NDArray[np.float32] | None
-    logs: Logs
+    seconds: float  # the device is idle at the start and has finished at the end
+    worker_seconds: NDArray[np.float64]  # of each worker of a cluster, [workers]
+    warm: bool  # False for the first calls, which set up kernels or are traced by the profiler
+    loss: NDArray[np.float32]  # of the batch of each step, [steps]
+    learning_rate: NDArray[np.float32]  # [steps]
+    metrics: dict[str, NDArray[np.float32]]  # each [steps]
+    gradient_norms: NDArray[np.float32] | None  # [steps, weights]
+    logs: Logs  # loss and metrics since the start of the epoch, as Keras passes them to callbacks
 
 
 @dataclass
 class Seconds:
-    """Seconds that the loop spent on each part.
+    """Seconds that the loop spent on each part."""
 
-    Attributes:
-        tracing: Building and optimizing the graphs.
-        training: Running steps.
-        validation: Scoring the validation images, once per epoch.
-        callbacks: Running callbacks, except those of the validation.
-    """
-
-    tracing: float = 0.0
-    training: float = 0.0
-    validation: float = 0.0
-    callbacks: float = 0.0
+    tracing: float = 0.0  # building and optimizing the graphs
+    training: float = 0.0  # running steps
+    validation: float = 0.0  # scoring the validation images, once per epoch
+    callbacks: float = 0.0  # except those of the validation
 
 
 class Loop:
     """Trains and evaluates a compiled model on its devices.
 
     Attributes:
+        augment: Changes training images; None: no augmentation.
         seconds: Time of each part.
         step_graph: The graph of one training step; None until it is traced.
     """
@@ -133,11 +105,11 @@ class Loop:
             InputError: The step does not fit the model and the options, or the results of several
                 devices cannot be added up.
         """
-        self.model, self.devices = model, devices
+        self.model, self.devices, self.augment = model, devices, augment
         self.steps_per_execution = steps_per_execution
         self.seconds = Seconds()
         self.step_graph: tf.Graph | None = None
-        self._augment, self._jit_compile, self._class_weight = augment, jit_compile, class_weight
+        self._jit_compile, self._class_weight = jit_compile, class_weight
         self._calls: dict[tuple[str, Batches], tuple[list[Any], Call]] = {}
         self._calls_run, self._warmup_calls, self._epochs = 0, 1, 0
         self._build()
@@ -176,9 +148,7 @@ class Loop:
             CheckError: The loss is infinite or NaN; the message names the step.
         """
         model, facts = self.model, {"epochs": epochs, "steps": train.steps, "verbose": 0}
-        hooks = keras.callbacks.CallbackList(
-            list(callbacks), add_history=True, model=model, **facts
-        )
+        hooks = keras.callbacks.CallbackList([*callbacks], add_history=True, model=model, **facts)
         model.stop_training = False
         self._calls_run, self._warmup_calls, self._epochs = 0, warmup_calls, epochs
         self._timed("callbacks", hooks.on_train_begin)
@@ -192,40 +162,24 @@ class Loop:
         self._timed("callbacks", hooks.on_train_end, logs)
         return dict(model.history.history)
 
-    def repeat(self, train: Batches, steps: int) -> Iterator[CallRecord]:
-        """Trains without validation and callbacks, for benchmarks; yields records without end.
-
-        Each call has `steps` steps, at most as many as an epoch.
-        """
-        for epoch in itertools.count():
-            state = train.start_epoch(epoch)
-            for first in range(0, train.steps - steps + 1, steps):
-                yield self._run_call(train, state, epoch, first, steps)
-
     def evaluate(
         self,
         batches: Batches,
         *,
         collect: bool = False,
         callbacks: keras.callbacks.CallbackList | None = None,
-        between: Callable[[], None] | None = None,
     ) -> tuple[Logs, NDArray[np.float32] | None]:
-        """Scores every image once.
-
-        Args:
-            batches: Batches to score.
-            collect: Also return the probabilities, in the order of the batches.
-            callbacks: Their `on_test_...` methods are called.
-            between: Called after each call.
+        """Scores every image once, and calls the `on_test_...` methods of callbacks.
 
         Returns:
-            Loss and metrics, and float32 [images, classes] if `collect` is set.
+            Loss and metrics. If `collect` is set, also the probabilities in the order of the
+            batches, float32 [images, classes].
         """
         hooks, logs = callbacks or keras.callbacks.CallbackList(), dict[str, Any]()
         outputs: list[NDArray[np.float32]] = []
         self.model.stop_evaluating = False
         hooks.on_test_begin()
-        call = self._call("collect" if collect else "evaluate", batches)
+        call = self.trace(batches, "collect" if collect else "evaluate")
         self.model.reset_metrics()
         state = batches.start_epoch(0)
         for first in range(0, batches.steps, self.steps_per_execution):
@@ -236,40 +190,26 @@ class Loop:
             if probabilities is not None:
                 outputs.append(probabilities.numpy())
             hooks.on_test_batch_end(first + count - 1, logs)
-            if between is not None:
-                between()
             if self.model.stop_evaluating:
                 break
         hooks.on_test_end(logs)
         return logs, np.concatenate(outputs) if collect else None
 
-    def trace(self, train: Batches) -> Call:
-        """Traces the training call if necessary, and returns it. `fit` and `repeat` do this too."""
-        call = self._training_call = self._call("train", train)
-        return call
+    def trace(self, batches: Batches, kind: str = "train") -> Call:
+        """Returns a traced call. It is traced again if an object that it depends on was replaced.
 
-    def check_kernels(self, device_type: str | None = None) -> "KernelReport":
-        """Finds operations of the traced training step that a type of device has no kernel for.
-
-        The default type is that of the devices in use.
+        As in Keras, `make_train_function(force=True)` requests this after other changes. The kinds
+        are "train", "evaluate", and "collect": evaluate and return the probabilities.
         """
-        from trainer.kernel_internals import check_kernels
-
-        names = self.devices.names if self.devices.replicas > 1 else ()
-        kind, graph = device_type or self.devices.type, self._training_call.graph
-        return check_kernels(graph, kind, layers=self.layer_names, traced_on=names)
-
-    def check_xla_kernels(self) -> "tuple[HostOperation, ...]":
-        """Returns the operations of the traced training step without an XLA kernel for GPUs."""
-        from trainer.kernel_internals import check_xla
-
-        return check_xla(self.step_graph, self.layer_names)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """Names of the layers that operations of a graph may belong to."""
-        augmenting = getattr(self._augment, "layers", [])
-        return [layer.name for layer in nested_layers([*self.model.layers, *augmenting])]
+        model = self.model
+        function = model.train_function if kind == "train" else model.test_function
+        parts = [model.optimizer, model.loss, function, *model.metrics, *model.trainable_variables]
+        traced_for, call = self._calls.get((kind, batches), ([], None))
+        if call is None or list(map(id, traced_for)) != list(map(id, parts)):
+            self._build()
+            call = self._timed("tracing", self._trace, kind, batches)
+            self._calls[kind, batches] = parts, call
+        return call
 
     def _train(
         self,
@@ -290,7 +230,8 @@ class Loop:
                 self._timed("callbacks", hooks.on_epoch_begin, epoch)
             logs = self._train_epoch(train, progress, hooks)
             if validation is not None:
-                scores, _ = self._timed("validation", self.evaluate, validation, callbacks=hooks)
+                evaluate = partial(self.evaluate, validation, callbacks=hooks)
+                scores, _ = self._timed("validation", evaluate)
                 # If it is not finite, the last update of the epoch is the cause.
                 self._require_finite(scores["loss"], epoch, (epoch + 1) * train.steps)
                 logs |= {f"val_{name}": value for name, value in scores.items()}
@@ -310,7 +251,7 @@ class Loop:
                 break
             count = min(self.steps_per_execution, train.steps - first)
             self._timed("callbacks", hooks.on_train_batch_begin, first)
-            record = self._run_call(train, state, epoch, first, count)
+            record = self.run_call(train, state, epoch, first, count)
             logs = dict(record.logs)
             self._timed("callbacks", hooks.on_train_batch_end, first + count - 1, logs)
             for callback in hooks.callbacks:
@@ -322,18 +263,16 @@ class Loop:
 
     def _require_finite(self, loss: float, epoch: int, step: int) -> None:
         if not np.isfinite(loss):
-            raise CheckError(
-                f"the loss became {loss} at step {step} (epoch {epoch + 1} of {self._epochs}): "
-                "lower optimizer.learning_rate, or set training.clip_norm"
-            )
+            where = f"at step {step} (epoch {epoch + 1} of {self._epochs})"
+            advice = "lower optimizer.learning_rate, or set training.clip_norm"
+            raise CheckError(f"the loss became {loss} {where}: {advice}")
 
-    def _run_call(
+    def run_call(
         self, train: Batches, state: Any, epoch: int, first: int, count: int
     ) -> CallRecord:
-        """Runs `count` steps and waits for the device.
+        """Runs `count` steps from step `first` of an epoch, and waits for the device.
 
-        Raises:
-            InputError: XLA cannot compile the step.
+        `state` is the result of `train.start_epoch`. Raises InputError if XLA refuses the step.
         """
         call = self.trace(train)
         start = time.perf_counter()
@@ -341,14 +280,11 @@ class Loop:
             with profiler_step(first):
                 rows, metrics, _ = call(state, first, count)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            from trainer.kernel_internals import xla_refusal
+            if self._jit_compile:
+                from trainer.kernel_internals import explain_xla_error
 
-            refused = xla_refusal(error, self.layer_names) if self._jit_compile else None
-            if refused is None:
-                raise
-            raise InputError(
-                f"XLA cannot compile {refused}: set training.jit_compile = false"
-            ) from error
+                explain_xla_error(error, self)
+            raise
         for name in self.devices.names:
             with tf.device(name):
                 tf.raw_ops.SyncDevice()
@@ -372,50 +308,31 @@ class Loop:
             logs=logs,
         )
 
-    def _call(self, kind: str, batches: Batches) -> Call:
-        """Returns a traced call. It is traced again if an object that it depends on was replaced.
-
-        As in Keras, `make_train_function(force=True)` requests this after other changes.
-
-        Args:
-            kind: "train", "evaluate", or "collect": evaluate and return the probabilities.
-            batches: Batches of the steps.
-        """
-        model = self.model
-        function = model.train_function if kind == "train" else model.test_function
-        parts = [model.optimizer, model.loss, function, *model.metrics, *model.trainable_variables]
-        traced_for, call = self._calls.get((kind, batches), ([], None))
-        if call is None or list(map(id, traced_for)) != list(map(id, parts)):
-            self._build()
-            call = self._timed("tracing", self._trace, kind, batches)
-            self._calls[kind, batches] = parts, call
-        return call
-
     def _trace(self, kind: str, batches: Batches) -> Call:
-        train, collect = kind == "train", kind == "collect"
-
         def update(images: tf.Tensor, labels: tf.Tensor, fraction: Any) -> Any:
             self.step_graph = images.graph  # the graph of one step, without the loop over steps
             weights = self._class_weight and tf.gather(tf.constant(self._class_weight), labels)
             return self._step(images, labels, weights, fraction)
 
-        if train and self._jit_compile:
+        if kind == "train" and self._jit_compile:
             update = tf.function(update, jit_compile=True, autograph=False)
 
         def step(state: Any, number: tf.Tensor) -> dict[str, tf.Tensor]:
             with tf.name_scope("batch"):
                 local = batches.local_batch(state, number)
-            images = local.images
-            if not train:
-                values = test_step(self.model, images, local.labels, batch_fraction=local.fraction)
+            images, labels = local.images, local.labels
+            if kind != "train":
+                values = test_step(self.model, images, labels, batch_fraction=local.fraction)
                 outputs = values.pop("outputs")
-                return values | {"outputs": batches.join(local, outputs)} if collect else values
-            if self._augment is not None:
+                if kind == "collect":
+                    values["outputs"] = batches.join(local, outputs)
+                return values
+            if self.augment is not None:
                 with tf.name_scope("augment"):
-                    images = self._augment(images)
-            return dict(update(images, local.labels, local.fraction))
+                    images = self.augment(images)
+            return dict(update(images, labels, local.fraction))
 
-        return Call(self.model, self.devices, batches, step, trains=train, collect=collect)
+        return Call(self.model, self.devices, batches, step, kind)
 
     def _build(self) -> None:
         """Checks the model, and creates variables of the optimizer and metrics after a `compile`.
@@ -434,18 +351,16 @@ class Loop:
         if self.devices.replicas > 1:
             require_addable(model, jit_compile=self._jit_compile)
 
-    def _timed(
-        self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> Any:
+    def _timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function and adds its seconds to a part, without seconds counted inside it."""
-        start, before = time.perf_counter(), sum(asdict(self.seconds).values())
+        seconds = vars(self.seconds)
+        start, before = time.perf_counter(), sum(seconds.values())
         try:
-            return function(*arguments, **options)
+            return function(*arguments)
         except KERAS_ERRORS as error:
             if raised_in_keras_callback(error):
                 raise InputError(f"a callback failed: {explain(error)}") from error
             raise
         finally:
-            counted_inside = sum(asdict(self.seconds).values()) - before
-            seconds = time.perf_counter() - start - counted_inside
-            setattr(self.seconds, part, getattr(self.seconds, part) + seconds)
+            counted_inside = sum(seconds.values()) - before
+            seconds[part] += time.perf_counter() - start - counted_inside

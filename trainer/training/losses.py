@@ -6,8 +6,8 @@ import keras
 
 
 @keras.saving.register_keras_serializable(package="trainer")
-class SmoothedCrossentropy(keras.losses.Loss):
-    """Keras's CategoricalCrossentropy with `label_smoothing`, which needs one-hot labels.
+class SmoothedCrossentropy(keras.losses.CategoricalCrossentropy):
+    """Keras's CategoricalCrossentropy with `label_smoothing`, for integer labels.
 
     The target probability of the right class is `1 - label_smoothing`, and the rest is spread over
     all classes, so that the network does not become overconfident. Source: Szegedy et al. 2016,
@@ -18,33 +18,18 @@ class SmoothedCrossentropy(keras.losses.Loss):
     def __init__(
         self, label_smoothing: float = 0.1, *, name: str = "smoothed_crossentropy", **options: Any
     ) -> None:
-        """Stores the fraction that is spread over all classes.
+        """Stores the fraction that is spread over all classes, and the options of Keras's loss.
 
-        Args:
-            label_smoothing: In [0, 1).
-            name: Name of the loss.
-            options: Options of `keras.losses.Loss`: reduction, dtype.
-
-        Raises:
-            ValueError: `label_smoothing` is out of range.
+        Raises ValueError if `label_smoothing` is not in [0, 1).
         """
-        super().__init__(name=name, **options)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected 0 <= x < 1, received {label_smoothing}")
-        self.label_smoothing = label_smoothing
+        super().__init__(label_smoothing=label_smoothing, name=name, **options)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Returns the loss of each image, float32 [n].
 
-        Args:
-            y_true: int [n] or [n, 1].
-            y_pred: Probabilities, float [n, classes].
+        `y_true` is int [n] or [n, 1]; `y_pred` are probabilities, float [n, classes].
         """
         labels = keras.ops.one_hot(keras.ops.reshape(y_true, (-1,)), y_pred.shape[-1])
-        labels = keras.ops.cast(labels, y_pred.dtype)
-        smoothing = self.label_smoothing
-        return keras.losses.categorical_crossentropy(labels, y_pred, label_smoothing=smoothing)
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of `from_config`."""
-        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+        return super().call(keras.ops.cast(labels, y_pred.dtype), y_pred)

@@ -22,10 +22,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
     """Creates the optimizer, with its learning-rate schedule if the configuration has one.
 
     The scope of the strategy must be active: the learning rate can depend on its replicas.
-
-    Args:
-        config: Names and options.
-        total_steps: Steps of the whole run: the default length of a schedule.
+    `total_steps` of the whole run are the default length of a schedule.
 
     Raises:
         InputError: A name is unknown, or an option is refused.
@@ -42,11 +39,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
 
 
 def try_optimizer(config: OptimizerConfig) -> None:
-    """Creates the optimizer and takes one step: Keras finds some errors only then.
-
-    Raises:
-        InputError: An option has a value that the optimizer or the schedule cannot use.
-    """
+    """Creates the optimizer and takes one step: Keras finds some wrong options only then."""
     optimizer = make_optimizer(config, total_steps=100)
     variable = keras.Variable([[1.0]])
     try:
@@ -59,14 +52,12 @@ def try_optimizer(config: OptimizerConfig) -> None:
 def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_steps: int) -> Any:
     """Creates a schedule with the configured options; the others default to values of the run."""
     factory = keras_objects.find("schedule", schedule.name)
-    defaults = {
-        "initial_learning_rate": rate,
-        "decay_steps": max(1, total_steps - warmup_steps),
-    }
+    decay_steps = max(1, total_steps - warmup_steps)
+    defaults = {"initial_learning_rate": rate, "decay_steps": decay_steps}
     if warmup_steps:
         # Starts at a tenth of the rate, because the gradients of the first steps are the largest.
-        defaults |= {"initial_learning_rate": rate / 10, "warmup_target": rate}
-        defaults |= {"warmup_steps": warmup_steps}
+        warmup = {"warmup_target": rate, "warmup_steps": warmup_steps}
+        defaults |= warmup | {"initial_learning_rate": rate / 10}
     accepted = inspect.signature(factory).parameters
     options = {k: v for k, v in defaults.items() if k in accepted} | schedule.options
     return keras_objects.call(factory, f"schedule {schedule.name!r}", options)

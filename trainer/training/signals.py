@@ -17,22 +17,18 @@ class Signals:
     def __init__(
         self, advice: str, all_gather: Callable[[list[float]], Any] = np.atleast_2d
     ) -> None:
-        """Starts without a signal.
+        """Starts without a signal. `advice` is how to continue, for the message.
 
-        Args:
-            advice: How to continue, for the message.
-            all_gather: Exchanges numbers with the other workers, so that all stop together.
+        `all_gather` exchanges numbers with the other workers, so that all stop together.
         """
-        self._received = 0
-        self._advice = advice
-        self._all_gather = all_gather
+        self._received, self._advice, self._all_gather = 0, advice, all_gather
 
     def stop_if_received(
         self, save: Callable[[], None] = lambda: None, *, due: bool = False
     ) -> None:
-        """Raises StoppedError if a worker has received a signal. All must call this together.
+        """Calls `save` and raises StoppedError if a worker has received a signal.
 
-        Calls `save` first, and also if a worker requests it by `due`.
+        All workers must call this together. If one of them sets `due`, all call `save`.
         """
         rows = self._all_gather([self._received, due])
         if rows.any():

@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from trainer import keras_objects
-from trainer.errors import InputError
+from trainer.errors import InputError, expect
 
 
 def overrides(model: keras.Model, method: str) -> bool:
@@ -71,6 +71,8 @@ def train_step(
             scaled = optimizer.scale_loss(part)
     with tf.name_scope("gradients"):
         gradients = tape.gradient(scaled, weights)
+    if all(gradient is None for gradient in gradients):
+        raise InputError("training.loss: expected a loss that depends on weights, received none")
     scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     norms = None
     if clip_norm is not None or gradient_norms or scales_loss:
@@ -107,10 +109,33 @@ def test_step(
     return metric_tensors(logs) | {"outputs": tf.cast(outputs, tf.float32)}
 
 
-def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
-    """Returns the loss of a model; older models have a `compute_loss` without `training`.
+def require_addable(model: keras.Model, *, jit_compile: bool) -> None:
+    """Raises InputError for methods, options and losses that differ on several devices.
 
-    The arguments are images, labels, outputs, and sample weights or None.
+    Keras divides a loss by the number of replicas if it is a mean of one value per image. Only then
+    is the sum over the replicas the loss of the batch.
+    """
+    methods = ("train_step", "test_step", "compute_loss", "compute_metrics")
+    found = [f"a model with its own {method}" for method in methods if overrides(model, method)]
+    options = ("gradient_accumulation_steps", "ema_overwrite_frequency")
+    found += [option for option in options if getattr(model.optimizer, option, None)]
+    found += ["training.jit_compile"] if jit_compile else []
+    loss = keras.losses.get(model.loss)
+    outputs = model(tf.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype))
+    values = getattr(loss, "call", loss)(tf.zeros((2,), tf.int64), outputs)
+    if values.shape.rank == 0 or getattr(loss, "reduction", "mean") in ("sum", "none", None):
+        found.append("training.loss without one value for each image and a reduction to their mean")
+    regularized = [each for each in model.trainable_variables if each.regularizer is not None]
+    if len(model.losses) > len(regularized):
+        found.append("a layer that adds a loss")
+    if found:
+        raise InputError(f"{found[0]}: expected one device, received several")
+
+
+def compute_loss(model: keras.Model, *arguments: Any, training: bool) -> tf.Tensor:
+    """Returns the loss for images, labels, outputs, and sample weights or None.
+
+    Older models have a `compute_loss` without `training`.
     """
     options = {"training": training} if _accepts(model.compute_loss, "training") else {}
     return model.compute_loss(*arguments, **options)
@@ -123,12 +148,9 @@ def find_step(name: str) -> Callable[..., Any]:
         InputError: It does not exist, or does not take a model, images and labels.
     """
     step: Callable[..., Any] = keras_objects.import_object("training.step", name)
-    try:
-        inspect.signature(step).bind(None, None, None)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"training.step {name!r}: expected a function of (model, images, labels): {error}"
-        ) from None
+    received = getattr(step, "__qualname__", type(step).__name__)
+    fits = callable(step) and takes(step, 3)
+    expect(fits, f"training.step {name!r}", "a function of (model, images, labels)", received)
     return step
 
 
@@ -142,12 +164,8 @@ def bind_step(
 ) -> Callable[..., dict[str, tf.Tensor]]:
     """Returns the step of a model as a function of images, labels, weights and batch_fraction.
 
-    Args:
-        step: As `find_step` returns it. A model with its own `train_step` uses that instead.
-        model: Compiled.
-        replicas: Number of devices that train together.
-        weighted: Whether the step gets sample weights.
-        options: `clip_norm` and `gradient_norms` of `train_step`.
+    A model with its own `train_step` uses that. `options` are `clip_norm` and `gradient_norms`. If
+    `weighted`, the step gets sample weights.
 
     Raises:
         InputError: Two steps are given, or the step lacks a parameter that is needed.
@@ -159,7 +177,7 @@ def bind_step(
         name, step = "train_step", lambda model, *data: model.train_step(data)
     if options.get("clip_norm") is not None and not _accepts(step, "clip_norm"):
         raise InputError(f"training.clip_norm: {name} has no parameter clip_norm")
-    if weighted and not _takes(step, 4):
+    if weighted and not takes(step, 4):
         raise InputError(f"training.class_weight: {name} takes no sample weights")
     if replicas > 1 and not _accepts(step, "batch_fraction"):
         raise InputError(f"{name}: on several devices expected a parameter batch_fraction")
@@ -173,22 +191,20 @@ def bind_step(
         result = step(model, images, labels, *weights, **accepted)
         logs = metric_tensors(result) if isinstance(result, dict) else {}
         loss = logs.get("loss")
-        if loss is None or loss.shape != () or not loss.dtype.is_floating:
-            shapes = ", ".join(f"{key} {value.shape}" for key, value in logs.items())
-            raise InputError(
-                f"{name}: expected a dictionary of logs with 'loss' (a number), received "
-                f"{shapes or type(result).__name__}"
-            )
+        fits = loss is not None and loss.shape == () and loss.dtype.is_floating
+        shapes = ", ".join(f"{key} {value.shape}" for key, value in logs.items())
+        received = shapes or type(result).__name__
+        expect(fits, name, "a dictionary of logs with 'loss' (a number)", received)
         return logs
 
     return bound
 
 
-def _takes(function: Callable[..., Any], count: int) -> bool:
+def takes(function: Callable[..., Any], count: int) -> bool:
     """Returns whether a function can be called with a number of positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * count)
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a class without a signature
         return False
     return True
 
@@ -202,15 +218,13 @@ def metric_tensors(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
     """Returns logs as tensors. As in Keras, each entry of a nested dictionary is a log."""
     found: dict[str, tf.Tensor] = {}
     for name, value in logs.items():
-        found |= metric_tensors(value) if isinstance(value, dict) else {name: _tensor(value)}
+        if isinstance(value, dict):
+            found |= metric_tensors(value)
+        elif isinstance(value, list | tuple):
+            found[name] = tf.stack([tf.convert_to_tensor(part) for part in value])
+        else:
+            found[name] = tf.convert_to_tensor(value)
     return found
-
-
-def _tensor(value: Any) -> tf.Tensor:
-    """Returns a result, or a (nested) list of results, as one tensor."""
-    if isinstance(value, list | tuple):
-        return tf.stack([_tensor(part) for part in value])
-    return tf.convert_to_tensor(value)
 
 
 def _mean_loss(
@@ -228,9 +242,7 @@ def _sum_and_clip(
 ) -> tuple[list[Any], tf.Tensor]:
     """Sums the gradients of all replicas, and clips the sum by its global norm.
 
-    Returns:
-        The gradients as `optimizer.apply` takes them, and the norm of each before clipping,
-        float32 [weights].
+    Also returns the norm of each gradient before clipping, float32 [weights].
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
@@ -251,25 +263,20 @@ def _sum_and_clip(
 
 
 def _update_metrics(
-    model: keras.Model,
-    data: tuple[Any, ...],
-    mean_loss: tf.Tensor,
-    batch_fraction: tf.Tensor | None,
+    model: keras.Model, data: tuple[Any, ...], mean_loss: tf.Tensor, batch_fraction: Any
 ) -> dict[str, Any]:
     """Updates the metrics of a model, and its loss; returns their results with one replica."""
+    logs: dict[str, Any] = {}
 
-    def update() -> dict[str, Any]:
+    def update() -> None:
         # The property of the base class has the tracker of the loss even if a model overrides it.
         tracker = next(m for m in keras.Model.metrics.fget(model) if m.name == "loss")
         tracker.update_state(mean_loss, sample_weight=tf.shape(data[1])[0])  # by rows
-        logs: dict[str, Any] = model.compute_metrics(*data)
-        return logs
-
-    def update_only() -> None:
-        update()
+        logs.update(model.compute_metrics(*data))
 
     if batch_fraction is None:
-        return update()
+        update()
+        return logs
     # With fraction 0, the only row belongs to another replica.
-    tf.cond(batch_fraction > 0, update_only, lambda: None)
+    tf.cond(batch_fraction > 0, update, lambda: None)
     return {}

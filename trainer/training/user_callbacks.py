@@ -1,5 +1,6 @@
 """Makes the callbacks of the user and checks them before the training begins."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,16 +8,14 @@ import keras
 
 from trainer import keras_objects
 from trainer.config import Config, KerasObject
-from trainer.errors import InputError, did_you_mean
+from trainer.errors import InputError, did_you_mean, expect
 from trainer.run import Run
-from trainer.training.step import metric_tensors
+from trainer.training.step import metric_tensors, takes
 
 _CALLBACKS = keras.callbacks
 _REFUSED = {
-    _CALLBACKS.BackupAndRestore: "deletes its folder at the end, with everything in it. It is not "
-    "needed: `trainer fit` writes checkpoints, and `--resume` continues from them",
-    _CALLBACKS.SwapEMAWeights: "is not needed: with use_ema, `trainer fit` scores and saves the "
-    "averaged weights itself",
+    _CALLBACKS.BackupAndRestore: "deletes its folder at the end: use `trainer fit --resume`",
+    _CALLBACKS.SwapEMAWeights: "is not needed: `fit` scores and saves the averaged weights itself",
 }
 
 
@@ -28,14 +27,8 @@ def make_callbacks(
 ) -> list[keras.callbacks.Callback]:
     """Makes the callbacks of the configuration, and checks them and those given in Python.
 
-    Args:
-        config: Names the callbacks.
-        model: Compiled; its metrics can be monitored.
-        folder: The run directory, which replaces "{run}" in an option.
-        given: Callbacks that follow those of the configuration.
-
-    Returns:
-        All callbacks, in order.
+    The run directory `folder` replaces "{run}" in an option. The metrics of the compiled model can
+    be monitored. The `given` callbacks follow those of the configuration.
 
     Raises:
         InputError: A callback is unknown, its options are refused, it monitors an unknown log, or
@@ -51,6 +44,7 @@ def make_callbacks(
         for kind, reason in refused.items():
             if isinstance(callback, kind):
                 raise InputError(f"callback {type(callback).__name__!r} {reason}")
+        _check_methods(callback)
     results = metric_tensors(model.get_metrics_result())
     logs = [*results, *(f"val_{name}" for name in results)]
     for each, callback in zip(described, made, strict=True):
@@ -58,11 +52,20 @@ def make_callbacks(
             break  # a user's callback may add logs for the callbacks after it
         monitor = each.options.get("monitor")
         if monitor is not None and monitor not in logs:
-            raise InputError(
-                f"callback {each.name!r}: monitor = {monitor!r}: {did_you_mean(str(monitor), logs)}"
-                " (a callback that adds a log must come before one that monitors it)"
-            )
+            what = f"callback {each.name!r}: monitor = {monitor!r}"
+            order = "a callback that adds a log must come before one that monitors it"
+            raise InputError(f"{what}: {did_you_mean(str(monitor), logs)} ({order})")
     return [*made, *given]
+
+
+def _check_methods(callback: keras.callbacks.Callback) -> None:
+    """Refuses methods that cannot be called as Keras and the loop call them."""
+    for name in dir(callback):
+        if name.startswith("on_"):
+            count = 2 if "_batch_" in name or "_epoch_" in name else 1
+            where = f"callback {type(callback).__name__!r}: {name}"
+            fits = takes(getattr(callback, name), count)
+            expect(fits, where, f"{count} arguments", inspect.signature(getattr(callback, name)))
 
 
 def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:

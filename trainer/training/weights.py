@@ -5,8 +5,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -17,27 +18,20 @@ from trainer.files import write_atomic
 
 # Number of parameters. It is compared, because Keras ignores weights that the model lacks.
 _PARAMETERS = "trainer.parameters"
-_BYTES_PER_VARIABLE = 2048  # overhead of an HDF5 file
 
 
 def save_weights(
     path: Path, model: keras.Model, *, attributes: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the weights of a model and the state of its optimizer.
-
-    Args:
-        path: Ends in `.weights.h5`.
-        model: The model.
-        attributes: Stored in the file as attributes.
+    """Writes the weights of a model and the state of its optimizer, and attributes of the file.
 
     Raises:
         InputError: The disk is full or the folder cannot be written; an older file is unchanged.
     """
     optimizer = getattr(model, "optimizer", None)
     variables = [*model.variables, *(optimizer.variables if optimizer else [])]
-    size = sum(
-        math.prod(v.shape) * tf.as_dtype(v.dtype).size + _BYTES_PER_VARIABLE for v in variables
-    )
+    # HDF5 needs about 2048 bytes more for each variable.
+    size = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size + 2048 for v in variables)
 
     def write(partial: Path) -> None:
         if shutil.disk_usage(partial.parent).free < size:
@@ -47,6 +41,11 @@ def save_weights(
         with h5py.File(partial, "a") as file:
             file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
 
+    write_state(path, write, size)
+
+
+def write_state(path: Path, write: Callable[[Path], Any], size: int) -> None:
+    """Calls `write_atomic`. Raises InputError if a file of about `size` bytes cannot be written."""
     try:
         write_atomic(path, write)
     except OSError as error:
@@ -54,11 +53,7 @@ def save_weights(
 
 
 def load_weights(path: Path, model: keras.Model) -> None:
-    """Reads weights into a model of the same architecture.
-
-    Raises:
-        InputError: The file is missing, damaged, or of another architecture.
-    """
+    """Reads weights into a model. Raises InputError if the file does not fit or is damaged."""
     try:
         with h5py.File(path, "r") as file:
             saved, only_model = file.attrs[_PARAMETERS], "optimizer" not in file

@@ -50,7 +50,7 @@ from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
 from trainer.saving.formats import FORMATS
 from trainer.saving.safety import SAVER_OPERATIONS
-from trainer.tensorflow_internals import operation_definition
+from trainer.saving.tensorflow_internals import operation_definition
 
 # ---------------------------------------------------------------- what is harmless, by review
 

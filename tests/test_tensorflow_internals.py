@@ -1,7 +1,5 @@
 """Each name of TensorFlow that is not documented still works as this project uses it."""
 
-import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,28 +142,6 @@ def test_layers_are_named_whatever_their_names_are_and_inner_ones_too(name: str)
     )
     parts = {each.part for each in report.host}
     assert parts == {"layer 'inner'", "layer 'listed'", f"layer {name!r}"}
-
-
-def test_the_definition_of_an_operation() -> None:
-    definition = tensorflow_internals.operation_definition("RandomUniform")
-    assert definition.is_stateful
-    assert [each.name for each in definition.output_arg] == ["output"]
-    assert tensorflow_internals.operation_definition("NoSuchOperation") is None
-
-
-def test_registered_gradients_are_released() -> None:
-    @tf.custom_gradient
-    def square(x: tf.Tensor) -> Any:
-        return x * x, lambda upstream: 2 * x * upstream
-
-    image = tf.ones((3,))
-    released: list[Any] = []
-    with tensorflow_internals.released_gradients():
-        graph = tf.function(lambda: square(image)).get_concrete_function().graph
-        released.append(weakref.ref(graph))
-    del graph
-    gc.collect()
-    assert released[0]() is None
 
 
 def test_the_profiler_counts_marked_steps(tmp_path: Path) -> None:

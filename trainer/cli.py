@@ -306,12 +306,11 @@ def _loader(reference: str, runs: str, device: str | None) -> Any:
 
 
 def _data_facts(function: str, config: "Config", **options: Any) -> dict[str, Any]:
-    """Calls a function of trainer.data or its module `_description`."""
+    """Calls a function of trainer.data._verbs."""
     console.start_logging()
     with console.stdout_to_stderr():
         console.import_module("tensorflow")  # now, because this hides its import messages
-        module = "trainer.data._description" if function == "describe" else "trainer.data"
-        data: Any = console.import_module(module)
+        data: Any = console.import_module("trainer.data._verbs")
         return dict(getattr(data, function)(config.data, **options))
 
 

@@ -24,7 +24,6 @@ from trainer.errors import InputError, did_you_mean, expect
 from trainer.files import sha256
 from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
-from trainer.training.augmentation import Augmentation, make_augmentation
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
 from trainer.training.loop import Loop
 from trainer.training.optimizer import make_optimizer, try_optimizer
@@ -33,6 +32,7 @@ from trainer.training.weights import load_weights
 
 if TYPE_CHECKING:
     from trainer.cluster import Cluster
+    from trainer.training.augmentation import Augmentation
 
 # Names that a metric must not have: logs, and results of `evaluate`, already contain them.
 _IN_LOGS = {"epoch", "images_per_second", "learning_rate", "step", "step_ms", "step_ms_quartiles"}
@@ -83,7 +83,7 @@ class Experiment:
     placed: list[str]
     model: keras.Model
     loop: Loop
-    augmentation: Augmentation | None
+    augmentation: "Augmentation | None"
 
     @property
     def random_state(self) -> list[Any]:
@@ -161,7 +161,7 @@ def build_experiment(
         with devices.dtype_policy(precision), selected.scope():
             if restored is None:
                 model = compiled_model(config, data.spec)
-                augmentation = make_augmentation(config.data.augmentation, data)
+                augmentation = _make_augmentation(config, data)
             else:
                 model, augmentation = restore(restored, selected, compiled=True), None
         placed = _check_forward(model, data, selected)
@@ -203,6 +203,14 @@ def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
         jit_compile=training.jit_compile,
     )
     return model
+
+
+def _make_augmentation(config: Config, data: Dataset) -> "Augmentation | None":
+    if not config.data.augmentation:
+        return None
+    from trainer.training.augmentation import make_augmentation
+
+    return make_augmentation(config.data.augmentation, data)
 
 
 def _class_weight(weights: str | dict[str, float] | None, data: Dataset) -> list[float] | None:

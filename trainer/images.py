@@ -7,72 +7,28 @@ Data sets, `predict`, the server and its page call `fit_image`. The exported sig
 import io
 import struct
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict
 
-from trainer.config import DataConfig
 from trainer.errors import InputError, expect
-
-Images = NDArray[np.uint8]
-Color = Literal["grayscale", "rgb", "rgba"]
+from trainer.preprocessing import Images as Images
+from trainer.preprocessing import Preprocessing as Preprocessing
+from trainer.preprocessing import border_brightness
 
 # File name extensions of the formats that are read, in lower case.
 EXTENSIONS = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _MODES = {"grayscale": "L", "rgb": "RGB", "rgba": "RGBA"}
-_COLORS: dict[int, Color] = {1: "grayscale", 3: "rgb", 4: "rgba"}
 # An image with more pixels is refused before it is decoded.
 _MAX_PIXELS = 50_000_000
 # Errors of Pillow for damaged files; struct.error for damaged EXIF.
 _DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 # Mean brightness of the pixels at the border: below and above, it counts as dark and bright.
 _DARK, _BRIGHT = 64, 192
-
-
-class Preprocessing(BaseModel):
-    """How an image becomes an input of the network.
-
-    EXIF orientation is always applied, and 16-bit values are scaled to 8 bits.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size: tuple[int, int]  # height, width
-    color: Color
-    resize: Literal["stretch", "crop", "pad"] = "stretch"
-    background: str = "white"  # behind transparent pixels and beside padded images
-
-    @classmethod
-    def of_data(cls, shape: Sequence[int | None], config: DataConfig) -> "Preprocessing | None":
-        """Returns the preprocessing of a data set.
-
-        Args:
-            shape: Height, width and channels of its images, before any conversion.
-            config: `image_size`, `color`, `resize` and `background` change them.
-
-        Returns:
-            None if images cannot be converted: no image file has this number of channels.
-
-        Raises:
-            InputError: The images differ in size, and no `image_size` is set.
-        """
-        color = _COLORS.get(shape[2] or 3) if config.color == "auto" else config.color
-        size = config.image_size or tuple(shape[:2])
-        if None in size:
-            raise InputError("the images differ in size: set data.image_size = [height, width]")
-        options: Any = {"size": size, "resize": config.resize, "background": config.background}
-        return None if color is None else cls(color=color, **options)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the result."""
-        return (*self.size, len(_MODES[self.color]))
 
 
 def fit_image(image: Image.Image, how: Preprocessing) -> tuple[Images, str]:
@@ -197,12 +153,6 @@ def read_header(path: Path) -> tuple[int, int, bool]:
             return height, width, image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B")
     except _DAMAGED_IMAGE as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
-
-
-def border_brightness(images: Images) -> float:
-    """Returns the mean value (0 to 255) of the pixels at the edges of images [n, H, W, C]."""
-    edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
-    return float(np.mean([edge.mean() for edge in edges]))
 
 
 def looks_inverted(images: Images, trained: float | None) -> bool:

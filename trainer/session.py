@@ -17,7 +17,6 @@ from trainer.errors import CheckError, shell_command
 from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
 from trainer.run import Run
-from trainer.training.averaging import AveragedWeights
 from trainer.training.batches import Batches
 from trainer.training.callbacks import (
     Callback,
@@ -31,6 +30,7 @@ from trainer.training.callbacks import (
 )
 from trainer.training.checkpoint import Checkpoint, Checkpoints
 from trainer.training.loop import Loop
+from trainer.training.optimizer import averages_weights
 from trainer.training.signals import Signals
 from trainer.training.user_callbacks import make_callbacks
 from trainer.training.weights import save_weights
@@ -100,11 +100,13 @@ class Training:
         if experiment.devices.workers > 1:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
-        self._averaging, self._history = AveragedWeights(), keras.callbacks.History()
-        self._saved_objects: dict[str, Any] = {
-            "history": self._history,
-            "averaged_weights": self._averaging,
-        }
+        self._history, self._averaging = keras.callbacks.History(), list[Any]()
+        self._saved_objects: dict[str, Any] = {"history": self._history}
+        if averages_weights(experiment.model.optimizer):
+            from trainer.training.averaging import AveragedWeights
+
+            self._averaging = [AveragedWeights()]
+            self._saved_objects["averaged_weights"] = self._averaging[0]
         for callback in self._callbacks:
             # The second callback of a class gets the suffix "-2".
             name = f"callbacks.{type(callback).__name__}"
@@ -195,7 +197,7 @@ class Training:
                 self._validation,
                 epochs=asked,
                 # After the user's callbacks, the history also records the logs that they add.
-                callbacks=[self._averaging, *self._callbacks, self._history, *own, checkpoints],
+                callbacks=[*self._averaging, *self._callbacks, self._history, *own, checkpoints],
                 warmup_calls=2 if config.logging.profile else 1,
                 start=None if self.saved is None else self.saved.progress,
             )

@@ -12,8 +12,8 @@ from data_contract import SPLITS, check_contract
 
 from trainer.config import DataConfig
 from trainer.data import fingerprint, load
-from trainer.data._description import describe
 from trainer.data._prepared import open_prepared, write_prepared
+from trainer.data._verbs import describe
 from trainer.errors import InputError
 
 
@@ -62,7 +62,7 @@ def test_prepared_data_opens_without_what_prepared_it(prepared: Path) -> None:
         "from trainer.config import DataConfig\n"
         "from trainer.data import load\n"
         "print(load(DataConfig(name=sys.argv[1], directory=sys.argv[2])).spec.train)\n"
-        "print([m for m in ('tensorflow_datasets', 'tensorflow') if m in sys.modules])\n"
+        "print([m for m in ('tensorflow_datasets', 'tensorflow', 'PIL') if m in sys.modules])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, prepared.name, str(prepared.parent)],

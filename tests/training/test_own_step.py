@@ -146,7 +146,7 @@ def test_a_step_with_batch_fraction_trains_on_several_devices(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own_steps:noise", "expected a function of .model, images, labels.: too many positional"),
+        ("own_steps:noise", "expected a function of .model, images, labels., received noise"),
         ("own_steps:number", "expected a function of .model, images, labels."),
         ("own_steps:stop", "own_steps has no 'stop'"),
         ("no_such_module:step", "No module named 'no_such_module'"),

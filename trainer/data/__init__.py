@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.config import DataConfig, call_with_options
 from trainer.errors import InputError, expect, explain_user_code
-from trainer.images import Images as Images
-from trainer.images import Preprocessing, border_brightness, fit_array
+from trainer.preprocessing import Images as Images
+from trainer.preprocessing import Preprocessing, border_brightness
 
 _Size = Annotated[int, Field(ge=1, le=2**16)]
 Labels = NDArray[np.int32]
@@ -207,18 +207,6 @@ def resolve(config: DataConfig) -> DataConfig:
     return config.resolved(_find(config))
 
 
-def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Decodes a data set, stores the arrays, and returns the `DataSpec` as a dictionary.
-
-    With `overwrite`, stored arrays are removed once the new ones are complete.
-    """
-    from trainer.data import tfds
-
-    if config.name not in names():
-        tfds.prepare(config, overwrite=overwrite)
-    return load(config).spec.model_dump(mode="json")
-
-
 def _check_class_names(class_names: Sequence[str], where: str) -> None:
     """Refuses names that cannot be printed (a line break, half of a surrogate pair)."""
     listed = isinstance(class_names, Sequence) and not isinstance(class_names, str)
@@ -309,6 +297,8 @@ def _fitted(source: Source, config: DataConfig) -> Source:
         changed = config.image_size is not None or config.color != "auto"
         expect(not changed, f"data set {source.name!r}", "1, 3 or 4 channels to convert", shape[2])
     elif how.shape != shape:
+        from trainer.images import fit_array
+
         given = {name: getattr(source, name) for name in SPLITS if getattr(source, name)}
         fitted: Any = {
             name: (np.stack([fit_array(image, how) for image in images]), labels)

@@ -114,7 +114,14 @@ def load_files(
         with preparing(folder):
             if stored_version(folder) != version:  # else another process has prepared it
                 _prepare(config, folder, root, class_names, files, version, unreadable)
-    source = open_prepared(folder, checked_bytes=config.device_limit_mb * 10**6)
+    checked_bytes = config.device_limit_mb * 10**6
+    try:
+        source = open_prepared(folder, checked_bytes=checked_bytes)
+    except InputError as error:
+        _log.warning("%s. The files are decoded again.", error)
+        with preparing(folder):
+            _prepare(config, folder, root, class_names, files, version, unreadable)
+        source = open_prepared(folder, checked_bytes=checked_bytes)
     kept = _without_skipped(files, source.skipped)
     paths = {split: [str(file.path) for file in kept[split]] for split in kept}
     return replace(source, origin=str(root), files=paths)

@@ -22,7 +22,7 @@ from pydantic_core import to_json
 from trainer.data import SPLITS, Examples, Source
 from trainer.errors import InputError, expect
 from trainer.files import sha256
-from trainer.images import Preprocessing
+from trainer.preprocessing import Preprocessing
 
 _DESCRIPTION = "prepared.json"
 _OWN_FILES = {_DESCRIPTION} | {f"{s}_{part}.npy" for s in SPLITS for part in ("images", "labels")}

@@ -8,7 +8,7 @@ one or two of 255 steps because the libraries round differently.
 import tensorflow as tf
 from PIL import ImageColor
 
-from trainer.images import Preprocessing
+from trainer.preprocessing import Preprocessing
 
 # Weights of red, green and blue in the brightness (ITU-R BT.601), as in Pillow and JPEG.
 _LUMA = (0.299, 0.587, 0.114)

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.training.optimizer import averages_weights
+
 
 class AveragedWeights(keras.callbacks.Callback):
     """Puts the averaged weights into the model while it is scored and saved.
@@ -47,11 +49,3 @@ class AveragedWeights(keras.callbacks.Callback):
     def _values(self) -> list[NDArray[Any]]:
         variables = self.model.trainable_variables
         return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
-
-
-def averages_weights(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Returns whether an optimizer, or a part of it, averages weights (`use_ema`)."""
-    if hasattr(optimizer, "inner_optimizer"):  # of a LossScaleOptimizer
-        return averages_weights(optimizer.inner_optimizer)
-    parts = getattr(optimizer, "optimizers", [optimizer])  # of a MultiOptimizer
-    return any(each.use_ema for each in parts)

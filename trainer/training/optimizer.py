@@ -61,3 +61,11 @@ def _make_schedule(schedule: KerasObject, rate: float, total_steps: int, warmup_
     accepted = inspect.signature(factory).parameters
     options = {k: v for k, v in defaults.items() if k in accepted} | schedule.options
     return keras_objects.call(factory, f"schedule {schedule.name!r}", options)
+
+
+def averages_weights(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Returns whether an optimizer, or a part of it, averages weights (`use_ema`)."""
+    if hasattr(optimizer, "inner_optimizer"):  # of a LossScaleOptimizer
+        return averages_weights(optimizer.inner_optimizer)
+    parts = getattr(optimizer, "optimizers", [optimizer])  # of a MultiOptimizer
+    return any(each.use_ema for each in parts)

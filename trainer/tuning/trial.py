@@ -15,11 +15,11 @@ from trainer import workflow
 from trainer.config import Config
 from trainer.errors import CheckError, StoppedError, TrainerError
 from trainer.run import Run
-from trainer.tensorflow_internals import released_gradients
 from trainer.training.call import Logs
 from trainer.tuning.config import Parameter, trial_config
 from trainer.tuning.oracles import decode
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
+from trainer.tuning.tensorflow_internals import released_gradients
 
 _MIN_TRIALS = 5  # the median of fewer trials is not reliable
 

@@ -1,4 +1,4 @@
-"""What `trainer data info` prints: counts, sizes, duplicates and rare classes."""
+"""The verbs `trainer data`: prepares a data set, and describes it."""
 
 import hashlib
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import DataConfig
-from trainer.data import SPLITS, Dataset, load
+from trainer.data import SPLITS, Dataset, load, names, tfds
 from trainer.environment import usable_cpus
 from trainer.images import read_header
 
@@ -19,6 +19,16 @@ _BATCH = 1024  # images that are read together
 _LISTED = 10  # sizes and duplicates in the result
 # A class is rare if it has less than this fraction of the images of the largest class.
 _RARE = 0.1
+
+
+def prepare(config: DataConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Decodes a data set, stores the arrays, and returns the `DataSpec` as a dictionary.
+
+    With `overwrite`, stored arrays are removed once the new ones are complete.
+    """
+    if config.name not in names():
+        tfds.prepare(config, overwrite=overwrite)
+    return load(config).spec.model_dump(mode="json")
 
 
 def describe(config: DataConfig) -> dict[str, Any]:

@@ -388,7 +388,10 @@ VERBS = {
     "tune": "own.toml",
     "verify": "model",
 }
-WITHOUT_TENSORFLOW = {"config schema", "config show", "data info", "data prepare", "tensorboard"}
+WITHOUT_TENSORFLOW = {
+    *("config schema", "config show", "data info", "data prepare", "tensorboard"),
+    *("runs compare", "runs prune", "runs remove", "runs show"),
+}
 
 
 def verbs(command: Any, path: str = "") -> set[str]:

@@ -140,7 +140,7 @@ def test_files_that_cannot_be_read_are_skipped(
         assert code == 2
         broken, folder, none = err.splitlines()
         assert broken.startswith("trainer: broken.png ")
-        assert folder == "trainer: expected an image file, received folder.png: it is a folder"
+        assert folder == "trainer: folder.png: expected image files, found none"
         assert none.endswith("received none.png: there is no such file")
     assert [result["image"] for result in json.loads(out)] == images
     code, out, _ = command("predict", "latest", "broken.png", "--json")

@@ -145,8 +145,7 @@ def build_experiment(
             training.device, cluster, cluster_timeout_seconds=training.cluster_timeout_seconds
         )
         precision = devices.choose_precision(training.precision, selected)
-    # Checked before the data is loaded, which can include a download.
-    models.find(config.model)
+    models.find(config.model)  # before the data is loaded, which can include a download
     try_optimizer(config.optimizer)
     step = find_step(training.step) if restored is None else train_step
     with timer.phase("data"):

@@ -39,7 +39,7 @@ def make_run(
     """
     run = Run(Path(folder, name))
     keys = {key.replace("__", "."): value for key, value in changes.items()}
-    run.create(Config().with_changes(keys))
+    run.begin(Config().with_changes(keys))
     (run.checkpoints / "step-1.npz").write_bytes(b"0" * 1000)
     run.write_json("environment.json", {"cpus": 2, "packages": {"keras": "3"}})
     run.metrics.write_text('{"epoch": 1}\n')

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import tensorflow as tf
 

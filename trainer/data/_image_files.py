@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -110,17 +111,19 @@ def load_files(
     key = json.dumps([str(root.resolve()), settings, unreadable])
     folder = Path(config.directory) / f"{root.stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     version = _version(root, class_names, files)
+    facts = {"name": root.stem, "version": version, "class_names": list(class_names)}
+    prepare = partial(_prepare, config, folder, facts | {"origin": str(root)}, files, unreadable)
     if stored_version(folder) != version:
         with preparing(folder):
             if stored_version(folder) != version:  # else another process has prepared it
-                _prepare(config, folder, root, class_names, files, version, unreadable)
+                prepare()
     checked_bytes = config.device_limit_mb * 10**6
     try:
         source = open_prepared(folder, checked_bytes=checked_bytes)
     except InputError as error:
         _log.warning("%s. The files are decoded again.", error)
         with preparing(folder):
-            _prepare(config, folder, root, class_names, files, version, unreadable)
+            prepare()
         source = open_prepared(folder, checked_bytes=checked_bytes)
     kept = _without_skipped(files, source.skipped)
     paths = {split: [str(file.path) for file in kept[split]] for split in kept}
@@ -150,14 +153,12 @@ def _without_skipped(files: Files, skipped: Sequence[str]) -> Files:
 def _prepare(
     config: DataConfig,
     folder: Path,
-    root: Path,
-    class_names: Sequence[str],
+    facts: dict[str, Any],
     files: Files,
-    version: str,
     unreadable: Unreadable,
 ) -> None:
     """Decodes all files into a folder of arrays. Broken files are found before anything remains."""
-    how = _preprocessing(config, root, files)
+    root, how = facts["origin"], _preprocessing(config, facts["origin"], files)
     skipped: list[str] = []
     while True:
         total = sum(map(len, files.values()))
@@ -165,16 +166,9 @@ def _prepare(
         reader = _Reader(how, total)
         try:
             with reader:
-                write_prepared(
-                    folder,
-                    name=root.stem,
-                    version=version,
-                    class_names=list(class_names),
-                    origin=str(root),
-                    preprocessing=how,
-                    skipped=skipped,
-                    splits={s: (len(files[s]), how.shape, reader.read(files[s])) for s in files},
-                )
+                splits = {s: (len(files[s]), how.shape, reader.read(files[s])) for s in files}
+                options: Any = {"preprocessing": how, "skipped": skipped, "splits": splits}
+                write_prepared(folder, **facts, **options)
             return
         except _UnreadableError as error:
             shown = "; ".join(list(reader.broken.values())[:_LISTED])
@@ -185,10 +179,10 @@ def _prepare(
             _log.warning("%s. They are skipped.", counted)
             skipped += reader.broken
             files = _without_skipped(files, skipped)
-            check_classes(str(root), class_names, files)
+            check_classes(root, facts["class_names"], files)
 
 
-def _preprocessing(config: DataConfig, root: Path, files: Files) -> Preprocessing:
+def _preprocessing(config: DataConfig, root: str, files: Files) -> Preprocessing:
     """Returns the preprocessing of a configuration, with size and color of the files if needed."""
     size, color = config.image_size, config.color
     if size is None or color == "auto":

@@ -32,7 +32,7 @@ from trainer.data._prepared import (
 )
 from trainer.environment import usable_cpus
 from trainer.errors import InputError, did_you_mean, expect
-from trainer.images import Preprocessing, fit_array
+from trainer.preprocessing import Preprocessing
 
 _log = logging.getLogger(__name__)
 
@@ -226,6 +226,8 @@ def _decode(builder: Any, split: str, how: Preprocessing | None) -> Iterator[Any
     """Yields batches of decoded images and labels in the order of the files."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
+
+    from trainer.images import fit_array
 
     feature = builder.info.features[builder.info.supervised_keys[0]]
     same = how is not None and tuple(feature.shape) == how.shape and feature.np_dtype == np.uint8

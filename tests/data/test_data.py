@@ -188,7 +188,7 @@ def test_a_class_without_training_images_is_named(
     own_module("labels = labels * 0")
     dataset = load(DataConfig(name="own"))
     assert caplog.messages == [
-        "data set 'own': 1 classes have no training images: see `trainer data info`"
+        "data set 'own': 1 of its classes are without training images: see `trainer data info`"
     ]
     assert dataset.train.class_counts(2) == [len(dataset.train), 0]
 

@@ -160,6 +160,12 @@ def test_a_folder_is_refused(shapes: Path, refused: Refused) -> None:
     assert "at least two classes, received rare" in refused("folder", shapes)
 
 
+def test_every_class_keeps_training_images(shapes: Path) -> None:
+    fractions = {"validation_fraction": 0.47, "test_fraction": 0.47}
+    with pytest.raises(InputError, match="of its classes are without training images"):
+        load("folder", shapes, **fractions)
+
+
 def test_a_table_lists_images(in_tmp_path: Path) -> None:
     table = pictures.write_table(in_tmp_path, 10)
     columns = {"image": "file", "label": "species"}

@@ -196,9 +196,10 @@ def load(config: DataConfig) -> Dataset:
     dataset = _make_splits(_fitted(replace(source, **checked), config), config)
     untrained = dataset.train.class_counts(dataset.spec.class_count).count(0)
     if untrained:
-        _log.warning(
-            "%s: %d classes have no training images: see `trainer data info`", where, untrained
-        )
+        message = "without training images: see `trainer data info`"
+        if source.files:
+            raise InputError(f"{where}: {untrained} of its classes are {message}")
+        _log.warning("%s: %d of its classes are %s", where, untrained, message)
     return dataset
 
 

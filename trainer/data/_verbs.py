@@ -71,7 +71,7 @@ def _warn_about_rare_classes(counts: dict[str, int]) -> None:
 
 def _sizes(data: Dataset) -> dict[str, int]:
     """Returns the number of original files of each size, as "height x width"."""
-    files = {file for name in SPLITS for file in data.split(name).files or ()}
+    files = dict.fromkeys(file for name in SPLITS for file in data.split(name).files or ())
     with ThreadPoolExecutor(usable_cpus()) as pool:
         headers = pool.map(read_header, map(Path, files))
         sizes = Counter(f"{height} x {width}" for height, width, _ in headers)

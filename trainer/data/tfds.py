@@ -183,8 +183,10 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
     if given:
         setting = "data.archives" if config.archives else "TRAINER_DATA_FILES"
         expect(Path(given).is_dir(), setting, "a folder", f"{given}: there is no such folder")
-        # A folder for several data sets contains one folder for each.
-        for folder in (Path(given, config.name), Path(given)):
+        # A folder for several data sets contains one folder for each. Without such a folder, the
+        # variable means MNIST: the files of other sets can have the same names.
+        mnist_only = not config.archives and config.name.partition(":")[0] != "mnist"
+        for folder in (Path(given, config.name), *([] if mnist_only else [Path(given)])):
             missing = [name for name in wanted if not (folder / name).is_file()]
             if folder.is_dir() and not missing and (wanted or config.archives):
                 return folder.absolute()

@@ -243,7 +243,7 @@ def test_wrong_option_is_refused_by_its_name(
         (
             "layers",
             {"layers": [{"name": "Flatten"}, CONVOLUTION]},
-            "of layer 'conv2d' is incompatible with the layer: expected min_ndim=4, found ndim=2",
+            "is incompatible with the layer: expected min_ndim=4, found ndim=2",
         ),
         (
             "layers",

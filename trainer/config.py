@@ -221,9 +221,11 @@ class TrainingConfig(Section):
     @field_validator("class_weight", mode="before")
     @classmethod
     def _balanced_or_table(cls, value: Any) -> Any:
-        if value in (None, "balanced") or isinstance(value, dict):
+        weights = value.values() if isinstance(value, dict) else []
+        fits = isinstance(value, dict) or value in (None, "balanced")
+        if fits and all(isinstance(weight, int | float) and weight >= 0 for weight in weights):
             return value
-        raise ValueError(f"expected 'balanced' or {{ class = weight }}, received {value!r}")
+        raise ValueError(f"expected 'balanced' or {{ class = 2.0 }}, received {value!r}")
 
 
 class LoggingConfig(Section):

@@ -87,14 +87,14 @@ def _resized(image: Image.Image, how: Preprocessing) -> Image.Image:
     if how.resize != "pad":
         return image.resize((to_width, to_height), Image.Resampling.BILINEAR)
     # Resized before it is padded: a padded copy of a long narrow image could fill the memory.
-    part_height, part_width = padded_part(height, width, how.size)
+    part_height, part_width = _padded_part(height, width, how.size)
     part = image.resize((part_width, part_height), Image.Resampling.BILINEAR)
     canvas = Image.new(image.mode, (to_width, to_height), how.background)
     canvas.paste(part, ((to_width - part_width) // 2, (to_height - part_height) // 2))
     return canvas
 
 
-def padded_part(height: Any, width: Any, size: tuple[int, int]) -> tuple[Any, Any]:
+def _padded_part(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """Returns height and width of an image that keeps its aspect ratio and fits into a size."""
     to_height, to_width = size
     if height * to_width >= width * to_height:

@@ -30,6 +30,9 @@ from trainer.images import EXTENSIONS, Images, Preprocessing, read_header, read_
 
 Unreadable = Literal["refuse", "skip"]
 
+# The splits by the names that users give them, as subfolders or in a table.
+SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
 _log = logging.getLogger(__name__)
 
 _BATCH = 256  # images that are decoded together; this limits the memory

@@ -12,13 +12,10 @@ from pathlib import Path
 
 from trainer.config import DataConfig
 from trainer.data import Source
-from trainer.data._image_files import Files, LabeledFile, Unreadable, list_images, load_files
+from trainer.data._image_files import SPLIT_NAMES, LabeledFile, Unreadable, list_images, load_files
 from trainer.errors import expect
 
 _log = logging.getLogger(__name__)
-
-# Names of the subfolders of splits.
-_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 def load(config: DataConfig, *, path: str, unreadable: Unreadable = "refuse") -> Source:
@@ -35,10 +32,10 @@ def load(config: DataConfig, *, path: str, unreadable: Unreadable = "refuse") ->
     root = Path(path)
     expect(root.is_dir(), "data.options.path", "a folder of images", f"{path!r}")
     folders = _subfolders(root)
-    splits = {_SPLITS.get(folder.name.lower()) for folder in folders}
+    splits = {SPLIT_NAMES.get(folder.name.lower()) for folder in folders}
     layout = {"train": root}
     if "train" in splits and None not in splits:
-        layout = {_SPLITS[folder.name.lower()]: folder for folder in folders}
+        layout = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders}
     others: Counter[str] = Counter()
     images = {
         split: {each.name: list_images(each, others) for each in _subfolders(parent)}
@@ -48,7 +45,7 @@ def load(config: DataConfig, *, path: str, unreadable: Unreadable = "refuse") ->
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
         _log.info("%s: ignored files that are not images: %s", root, kinds)
     class_names = sorted({name for part in images.values() for name in part if part[name]})
-    files: Files = {
+    files = {
         split: [
             LabeledFile(file, class_names.index(name))
             for name, members in part.items()

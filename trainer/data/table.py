@@ -11,10 +11,8 @@ from pathlib import Path
 
 from trainer.config import DataConfig
 from trainer.data import Source
-from trainer.data._image_files import LabeledFile, Unreadable, load_files
+from trainer.data._image_files import SPLIT_NAMES, LabeledFile, Unreadable, load_files
 from trainer.errors import InputError, did_you_mean, expect
-
-_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 def load(
@@ -59,7 +57,7 @@ def load(
     for number, row in enumerate(rows, start=2):  # line 1 has the names of the columns
         where = f"{path}, line {number}"
         name, target = row[label], folder / (row[image] or "")
-        part = _SPLITS.get((row[split] or "").strip().lower()) if split else "train"
+        part = SPLIT_NAMES.get((row[split] or "").strip().lower()) if split else "train"
         expect(name in class_names and name, f"{where}: label", f"one of {class_names}", repr(name))
         expect(part, f"{where}: split", "train, validation or test", repr(row[split or label]))
         inside = target.resolve().is_relative_to(folder)

@@ -80,6 +80,17 @@ def test_splits_are_folders_too(in_tmp_path: Path) -> None:
     check_pixels(dataset)
 
 
+@pytest.mark.parametrize("second", ["validation", "VAL", "Val"])
+def test_two_folders_for_one_split_are_refused(
+    second: str, in_tmp_path: Path, refused: Refused
+) -> None:
+    for seed, name in enumerate(["train", "val", second]):
+        pictures.write_folder(in_tmp_path / "all" / name, 2, seed=seed)
+    message = refused("folder", "all")
+    assert "all: expected one folder for each split, received" in message
+    assert second in message
+
+
 def test_files_that_are_not_images_are_counted(
     shapes: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -27,7 +27,8 @@ def load(config: DataConfig, *, path: str, unreadable: Unreadable = "refuse") ->
         unreadable: "refuse" or "skip" files that cannot be read.
 
     Raises:
-        InputError: The path is not a folder, has fewer than two classes, or a file is broken.
+        InputError: The path is not a folder, has two folders for one split or fewer than two
+            classes, or a file is broken.
     """
     root = Path(path)
     expect(root.is_dir(), "data.options.path", "a folder of images", f"{path!r}")
@@ -36,6 +37,8 @@ def load(config: DataConfig, *, path: str, unreadable: Unreadable = "refuse") ->
     layout = {"train": root}
     if "train" in splits and None not in splits:
         layout = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders}
+        names = " ".join(folder.name for folder in folders)
+        expect(len(layout) == len(folders), str(root), "one folder for each split", names)
     others: Counter[str] = Counter()
     images = {
         split: {each.name: list_images(each, others) for each in _subfolders(parent)}

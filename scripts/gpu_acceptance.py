@@ -288,7 +288,7 @@ def trace(run: Acceptance) -> dict[str, Any]:
     trained = fit(
         run, run.device, ["logging.profile=true", f"training.steps_per_execution={steps}"], {}
     )
-    folder = ROOT / trained["run"] / "tensorboard" / "train" / "plugins" / "profile"
+    folder = ROOT / trained["run"] / "train" / "plugins" / "profile"
     (path,) = folder.glob("*/*.xplane.pb")
     return read_trace(path, steps)
 

@@ -222,7 +222,7 @@ def _points(run: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
     import tensorflow as tf
 
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for path in sorted((run / "tensorboard").rglob("*.tfevents.*")):
+    for path in sorted(run.rglob("*.tfevents.*")):
         for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
             event = tf.compat.v1.Event.FromString(record)
             for value in event.summary.value:

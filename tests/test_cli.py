@@ -105,9 +105,11 @@ def test_fit_evaluate_and_predict_agree(run: Run, tmp_path: Path) -> None:
     assert "epoch 2/2" in fitted.err
     folder = tmp_path / summary["run"]
     assert folder.name.endswith("-story")
-    assert {p.name for p in folder.iterdir()} == {
+    names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    assert names == {
         *("README.md", "checkpoints", "classes.json", "config.toml", "environment.json"),
-        *("log.txt", "metrics.jsonl", "predictions.npz", "summary.json", "tensorboard", ".lock"),
+        *("log.txt", "metrics.jsonl", "predictions.npz", "summary.json", ".lock"),
+        *("train", "validation", "test"),
     }
     seconds = summary["seconds"]
     assert {"import", "data", "tracing", "training", "evaluation", "total"} <= seconds.keys()
@@ -181,7 +183,7 @@ def test_flags_override_the_file_and_the_result_is_printed(run: Run) -> None:
     (folder,) = Path("runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["epochs"], summary["seed"]) == (1, 3)
-    assert not (folder / "tensorboard").exists()
+    assert not (folder / "train").exists()
 
 
 def test_config_show_is_complete_and_config_schema_is_json(run: Run) -> None:

@@ -302,7 +302,7 @@ def curve(run: Path, tag: str) -> np.ndarray[Any, Any]:
 
     events = [
         event
-        for path in sorted((run / "tensorboard" / "train").glob("*.tfevents.*"))
+        for path in sorted((run / "train").glob("*.tfevents.*"))
         for event in EventFileLoader(str(path)).Load()
     ]
     values = [value for event in events for value in event.summary.value if value.tag == tag]
@@ -354,7 +354,7 @@ def test_two_devices_of_one_machine_train_as_one_does(
 def test_only_the_chief_writes_and_it_records_the_times_of_each_worker(
     trained: dict[int, Path],
 ) -> None:
-    names = [sorted(p.name for p in run.iterdir()) for run in trained.values()]
+    names = [sorted(p.name.split(".tf")[0] for p in run.iterdir()) for run in trained.values()]
     assert names[0] == names[1]
     said = (trained[2] / "log.txt").read_text()
     assert re.search(r"worker   task 0 \(chief\) at 127.0.0.1:\d+, of 2\n", said), said

@@ -76,7 +76,7 @@ def test_a_new_run_has_its_layout(create: Create) -> None:
     assert run.checkpoints.is_dir()
     assert run.weights.parent == run.checkpoints
     assert run.weights.name.endswith(".weights.h5")  # by which Keras knows what to write
-    assert {p.parent for p in (run.metrics, run.log, run.tensorboard)} == {run.path}
+    assert {p.parent for p in (run.metrics, run.log)} == {run.path}
     assert not run.finished
     run.write_json("summary.json", {"name": "é", "value": [1, None]})
     assert run.finished

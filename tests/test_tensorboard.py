@@ -62,7 +62,7 @@ def test_tensorboard_shows_all_documented_pages(
 ) -> None:
     folder, fitted = run
     address = tensorboard(folder)
-    base = f"{fitted.run.name}/tensorboard"
+    base = fitted.run.name
     train, validation, test = f"{base}/train", f"{base}/validation", f"{base}/test"
 
     scalars = _ask_until(
@@ -150,20 +150,20 @@ def test_curves_go_on_without_the_data_server(
         cli.tensorboard(runs="runs")
     flags[0].reload_interval, flags[0].reload_task = 0, "blocking"  # reads once and returns
     run = Run(in_tmp_path / "runs" / "a")
-    curves = TensorBoardCurves(run.tensorboard, histograms=False)
+    curves = TensorBoardCurves(run.path, histograms=False)
     ingester = LocalDataIngester(flags[0])
     for epoch in range(3):
         curves.on_epoch_end(epoch, {"loss": 1.0})
-        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+        with tf.summary.create_file_writer(str(run.path / "train")).as_default(step=0):
             report.write_figure("picture", Figure(figsize=(1, 1)))
         ingester.start()
-        points = ingester.deprecated_multiplexer.Tensors("a/tensorboard/train", "epoch/loss")
+        points = ingester.deprecated_multiplexer.Tensors("a/train", "epoch/loss")
         assert [point.step for point in points] == list(range(1, epoch + 2))
     curves.close()
 
 
 def test_profile_writes_a_trace(run: Any) -> None:
     _, fitted = run
-    traces = list(fitted.run.tensorboard.glob("train/plugins/profile/*/*.xplane.pb"))
+    traces = list(fitted.run.path.glob("train/plugins/profile/*/*.xplane.pb"))
     assert len(traces) == 1
     assert traces[0].stat().st_size > 1000

@@ -327,4 +327,4 @@ def _print_fit(result: Any, *, as_json: bool) -> None:
         times = ", ".join(f"{name} {value:.1f}" for name, value in seconds if value >= 0.05)
         step = f"; {summary['step_ms']:.2f} ms per step" if summary["step_ms"] else ""
         console.print_line(f"seconds: {times}{step}")
-        console.print_run(result.run.path, tensorboard=result.run.tensorboard.is_dir())
+        console.print_run(result.run.path, tensorboard=(result.run.path / "train").is_dir())

@@ -54,7 +54,7 @@ Score the run again, or predict the class of an image:
 
 def write_start(run: Run, config: Config, environment: dict[str, Any], data: Dataset) -> None:
     """Writes the configuration, the environment and sample images to TensorBoard."""
-    with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+    with tf.summary.create_file_writer(str(run.path / "train")).as_default(step=0):
         tf.summary.text("configuration", _code_block(config.to_toml()))
         tf.summary.text("environment", _code_block(json.dumps(environment, indent=2)))
         count = min(config.logging.sample_images, len(data.train))
@@ -100,11 +100,11 @@ def write_results(
     if not config.logging.tensorboard:
         return
     if graph is not None:
-        with tf.summary.create_file_writer(str(run.tensorboard / "train")).as_default(step=0):
+        with tf.summary.create_file_writer(str(run.path / "train")).as_default(step=0):
             tf.summary.graph(_without_loop(graph.as_graph_def()))
     scores = _numbers(summary["test"])
     write_hparams(run, config, {"validation": _numbers(summary["validation"]), "test": scores})
-    writer = tf.summary.create_file_writer(str(run.tensorboard / "test"))
+    writer = tf.summary.create_file_writer(str(run.path / "test"))
     with writer.as_default(step=summary["epochs"]):
         for name, value in scores.items():
             tf.summary.scalar(f"epoch/{name}", value)
@@ -187,7 +187,7 @@ def write_hparams(run: Run, config: Config, scores: dict[str, dict[str, float]])
         for section, table in config.model_dump(include=included).items()
         for key, value in table.items()
     }
-    writer = tf.summary.create_file_writer(str(run.tensorboard))
+    writer = tf.summary.create_file_writer(str(run.path))
     with writer.as_default(step=0):
         # TensorBoard reads its columns from one run, so every run lists all keys. A key without a
         # value has no cell, because TensorBoard cannot sort a column of numbers and text.

@@ -7,7 +7,8 @@ runs/<UTC time>-<name>/
     classes.json       precision, recall and F1 of each class
     predictions.npz    label, predicted class and its probability, for each test image
     summary.json       scores and times; a run without it is not finished
-    checkpoints/  tensorboard/  log.txt  README.md
+    train/  validation/  test/  events.out.tfevents.*  for TensorBoard
+    checkpoints/  log.txt  README.md
 """
 
 import contextlib
@@ -54,7 +55,6 @@ class Run:
         """Stores paths, without a check; see `make_directory` and `open_run`."""
         self.path = path
         self.name = path.name
-        self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.weights = self.checkpoints / "final.weights.h5"
         self.metrics = path / "metrics.jsonl"

@@ -174,10 +174,10 @@ class Training:
             _log.info("kernels  %s", self._kernels)
         own: list[Callback] = [self._times, self._saved_objects["metrics"]]
         if config.logging.tensorboard:
-            own.append(TensorBoardCurves(run.tensorboard, histograms=config.logging.histograms))
+            own.append(TensorBoardCurves(run.path, histograms=config.logging.histograms))
             self._saved_objects["tensorboard"] = own[-1]
         if config.logging.profile:
-            own.append(Profiler(run.tensorboard / "train"))
+            own.append(Profiler(run.path / "train"))
         asked = config.training.epochs
         if self.console is not None and experiment.devices.chief:
             own.append(ProgressBar(self.console, steps=self._train.steps, epochs=asked))

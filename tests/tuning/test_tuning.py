@@ -467,7 +467,7 @@ def test_a_search_from_its_beginning_to_the_refit(
         assert trial["score"] == summary["validation"]["accuracy"]
         assert trial["score"] == pytest.approx(max(trial["curve"]))  # of the kept weights
         assert run.config().optimizer.name == trial["values"]["optimizer.name"]
-        assert (run.tensorboard / "validation").is_dir()
+        assert (run.path / "validation").is_dir()
     scores = [trial["score"] for trial in result["trials"]]
     assert result["best"]["score"] == max(scores)
 

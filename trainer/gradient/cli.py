@@ -2,7 +2,7 @@
 
 runs/<UTC time>-gradient/
     gradient.json    all numbers
-    tensorboard/     the table as text and, for an expression, the recorded graph
+    events.out.*     for TensorBoard: the table as text and, for an expression, the recorded graph
 """
 
 import json
@@ -79,7 +79,7 @@ def _write(result: Any, runs: str) -> Path:
     rows = [titles, ["---"] * len(titles), *map(dict.values, result.table)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     lines = (f"`{line}`" for line in (result.title, result.verdict, *result.document["notes"]))
-    with tf.summary.create_file_writer(str(path / "tensorboard")).as_default(step=0):
+    with tf.summary.create_file_writer(str(path)).as_default(step=0):
         tf.summary.text("gradient", "\n\n".join((table, *lines)))
         if result.graph is not None:
             tf.summary.graph(result.graph)

@@ -31,7 +31,7 @@ def find_removable(names: Sequence[str], folder: str) -> list[RunRecord]:
 def remove(run: Run) -> None:
     """Deletes a run. If this is interrupted, the rest is still a run."""
     with run.locked():
-        for folder in (run.checkpoints, run.tensorboard, run.path):
+        for folder in (run.checkpoints, run.path):
             if folder.exists():
                 shutil.rmtree(folder)
 

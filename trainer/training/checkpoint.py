@@ -261,6 +261,6 @@ def _value(variable: Any) -> NDArray[Any]:
 
 def _log_sizes(run: Run, objects: Any = ()) -> dict[str, int]:
     """Returns the bytes of each file that only grows: metrics, TensorBoard, and CSV files."""
-    paths = [run.metrics, *run.tensorboard.rglob("*.tfevents.*")]
+    paths = [run.metrics, *run.path.rglob("*.tfevents.*")]
     paths += [Path(o.filename) for o in objects if isinstance(o, keras.callbacks.CSVLogger)]
     return {os.path.relpath(p, run.path): p.stat().st_size for p in paths if p.exists()}

@@ -1,6 +1,8 @@
 """The command line: its verbs and options, its output, its exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,6 +195,16 @@ def test_config_show_is_complete_and_config_schema_is_json(run: Run) -> None:
     assert "clip_norm" in json.dumps(run("config", "schema").json)
     as_json = run("config", "show", "configs/debug.toml", "--json").json
     assert as_json["model"]["name"] == "mlp"
+
+
+def test_a_closed_pipe_ends_a_verb_as_the_signal_would() -> None:
+    """As in `trainer config schema | head -c 1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "trainer", "config", "schema"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_data_info_counts_the_classes(run: Run) -> None:

@@ -286,7 +286,7 @@ def test_values_that_the_parser_cannot_read_are_refused(
         ),
         ("", "data.name.x=1", "data.name: expected a valid string, received {'x': 1}"),
         ("", "data.options=1", "data.options: expected a valid dictionary, received 1"),
-        ("data = 1", "model.name=a", "data: expected a valid dictionary"),
+        ("data = 1", "model.name=a", "data: expected a valid dictionary, received 1"),
     ],
 )
 def test_a_value_in_place_of_a_table_is_refused(
@@ -294,6 +294,22 @@ def test_a_value_in_place_of_a_table_is_refused(
 ) -> None:
     overrides = [override] if isinstance(override, str) else override
     assert said in refused(load, content, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("data.image_size=[1, 2, 3]", "at most 2 items, received [1, 2, 3]"),
+        ("logging.name='/'", "text that matches '^[A-Za-z0-9][A-Za-z0-9._-]*$', received '/'"),
+        ("training.metrics=3", "a valid list, received 3"),
+        # Errors of other keys are not part of the message.
+        ("training={jit_compile=1, limit_batches=0}", "'auto' or a valid boolean, received 1"),
+    ],
+)
+def test_a_wrong_value_is_described_in_words(
+    load: Callable[..., Config], content: str, expected: str
+) -> None:
+    assert refused(load, content).endswith(f": expected {expected}")
 
 
 @pytest.mark.parametrize(

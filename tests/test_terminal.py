@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import trainer
-from trainer import cli, console, errors
+from trainer import cli, console, errors, workflow
 
 NAME = "\u0663\u4e09-\u00e9\u2026"  # latin-1 has one of the four characters
 
@@ -149,9 +149,15 @@ def test_files_that_cannot_be_read_are_skipped(
     assert (code, out, len(err.splitlines())) == (2, "", 1)
 
 
-def test_python_raises_the_first_error_or_reports_all(images: list[str]) -> None:
+def test_python_raises_the_first_error_or_reports_all(
+    images: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(errors.InputError, match=r"broken\.png"):
         trainer.predict("latest", [images[0], "broken.png", "none.png"])
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "restore", lambda *_: pytest.fail("the files are read first"))
+        with pytest.raises(errors.InputError, match=r"none\.png"):
+            trainer.predict("latest", ["none.png"])
     failures: list[errors.InputError] = []
     given = ["broken.png", images[0], "none.png"]
     results = trainer.predict("latest", given, on_error=failures.append)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 _START = time.perf_counter()
-# Errors of the output: a full disk, a file that may not grow, a closed pipe.
-_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
+# Errors of the output: a full disk, a file that may not grow.
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Train, evaluate, measure and export Keras networks.",
@@ -258,6 +258,8 @@ def main() -> NoReturn:
 
 def _explain_end(end: SystemExit) -> Any:
     """Prints why the program ends, if a signal or the user's code ends it; returns the code."""
+    if isinstance(end.__context__, BrokenPipeError):  # as in `| head`; typer and rich raise 1
+        return 128 + signal.SIGPIPE
     causes = {128 + signal.SIGINT: "control-C", 128 + signal.SIGTERM: "SIGTERM"}
     if end.code in causes:
         console.print_line(f"trainer: stopped by {causes[end.code]}", err=True)

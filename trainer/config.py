@@ -205,7 +205,7 @@ class TrainingConfig(Section):
     """Maximum global norm of the gradients; not set: no clipping."""
     steps_per_execution: _Count = 50
     """Steps per call of the compiled loop."""
-    jit_compile: Literal["auto", True, False] = "auto"
+    jit_compile: Literal["auto"] | bool = "auto"
     """Compile the step with XLA; auto: on one GPU, if Keras can compile every layer; not on a CPU,
     where XLA is slower."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
@@ -425,9 +425,8 @@ def _explain(error: ValueError, where: str = "", options: Iterable[str] = ()) ->
     """
     if not isinstance(error, ValidationError):
         return f"{where}: {error}".removeprefix(": ")
-    fault = error.errors()[0]
-    # For `float | int`, pydantic adds the type to the location.
-    location = [str(part) for part in fault["loc"] if part not in ("float", "int")]
+    faults = error.errors()
+    fault, location = faults[0], _location(faults[0])
     if fault["type"] == "unexpected_keyword_argument":
         return f"{where}: unknown option {location[0]!r}: {did_you_mean(location[0], options)}"
     key = ".".join(filter(None, [where, *location]))
@@ -435,8 +434,20 @@ def _explain(error: ValueError, where: str = "", options: Iterable[str] = ()) ->
         return f"{key}: {fault['ctx']['error']}".removeprefix(": ")
     if fault["type"].startswith("missing"):
         return f"{key} is missing"
-    expected = re.sub(r"^(Input|[A-Z]\w+) should (be )?", "", fault["msg"])
-    return f"{key}: expected {expected}, received {fault['input']!r:.80}"
+    types = [_expected(each["msg"]) for each in faults if _location(each) == location]
+    return f"{key}: expected {' or '.join(types)}, received {fault['input']!r:.80}"
+
+
+def _location(fault: Any) -> list[str]:
+    """Returns the key of an error of pydantic, which adds each type of a union: `float | int`."""
+    added = ("literal['auto']", "bool", "float", "int")
+    return [str(part) for part in fault["loc"] if part not in added]
+
+
+def _expected(message: str) -> str:
+    """Returns what a message of pydantic expects, for example "at most 2 items"."""
+    rest = r"^[A-Z]\w+ should (be |have )?| after validation, not \d+$| or instance of \w+$"
+    return re.sub("^match pattern", "text that matches", re.sub(rest, "", message))
 
 
 def _toml(value: Any) -> str:

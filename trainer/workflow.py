@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -209,11 +210,14 @@ def predict(
 
     run = open_run(reference, runs_directory=runs_directory)
     selected = devices.select(device)
-    model = restore(run, selected)
+
+    @cache
+    def model() -> keras.Model:  # restored after the first images were read
+        return restore(run, selected)
 
     def probabilities(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         with tf.device(selected.names[0]):
-            found: NDArray[np.float32] = model(pixels, training=False).numpy()
+            found: NDArray[np.float32] = model()(pixels, training=False).numpy()
         return found
 
     return predict_files(probabilities, spec_of(run), paths, invert=invert, on_error=on_error)

@@ -151,6 +151,7 @@ def test_curves_go_on_without_the_data_server(
     flags[0].reload_interval, flags[0].reload_task = 0, "blocking"  # reads once and returns
     run = Run(in_tmp_path / "runs" / "a")
     curves = TensorBoardCurves(run.path, histograms=False)
+    curves.on_train_begin()
     ingester = LocalDataIngester(flags[0])
     for epoch in range(3):
         curves.on_epoch_end(epoch, {"loss": 1.0})

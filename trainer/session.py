@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -32,7 +31,6 @@ from trainer.training.checkpoint import Checkpoint, Checkpoints
 from trainer.training.loop import Loop
 from trainer.training.optimizer import averages_weights
 from trainer.training.signals import Signals
-from trainer.training.user_callbacks import make_callbacks
 from trainer.training.weights import save_weights
 
 if TYPE_CHECKING:
@@ -65,17 +63,16 @@ class Training:
     Attributes:
         experiment: The experiment.
         run: Receives what this process writes.
-        resumable: Path of the run to resume after an interruption: the run of the chief.
         given: Callbacks that follow those of the configuration.
         timer: Contains the seconds of earlier phases.
         console: Shows the progress bar; None: no bar.
         saved: Checkpoint to continue from.
         score_test: As in `fit`.
+        resumable: Path of the run to resume after an interruption: the run of the chief.
     """
 
     experiment: Experiment
     run: Run
-    resumable: str
     given: Sequence[keras.callbacks.Callback]
     timer: PhaseTimer
     console: Console | None
@@ -83,44 +80,67 @@ class Training:
     score_test: bool = True
 
     def __post_init__(self) -> None:
-        """Creates batches and callbacks, and collects the objects whose state is saved.
+        """Creates batches and callbacks; nothing is written.
 
         Raises:
             InputError: The images do not fit on the device, a callback is refused, or the
                 checkpoint has the states of other callbacks.
         """
         experiment, config = self.experiment, self.experiment.config
-        self._callbacks = make_callbacks(config, experiment.model, self.run.path, self.given)
-        with self.timer.phase("to_device"):
-            self._train = experiment.batches("train", shuffled=True)
-            self._validation = experiment.batches("validation")
-        self._times = StepTimes()
-        self._kernels: KernelReport | None = None
-        advice = f"continue with `{shell_command('fit', '--resume', Path(self.resumable))}`"
+        self.resumable = experiment.devices.broadcast(str(self.run.path))
+        advice = f"continue with `{shell_command('fit', '--resume', self.resumable)}`"
         if experiment.devices.workers > 1:
             advice += " on every worker"
         self._signals = Signals(advice, experiment.devices.all_gather)
-        self._history, self._averaging = keras.callbacks.History(), list[Any]()
-        self._saved_objects: dict[str, Any] = {"history": self._history}
-        if averages_weights(experiment.model.optimizer):
+        self._times = StepTimes()
+        self._kernels: KernelReport | None = None
+        named = self._named_callbacks()
+        with self.timer.phase("to_device"):
+            self._train = experiment.batches("train", shuffled=True)
+            self._validation = experiment.batches("validation")
+        self._callbacks = [*named.values()]
+        if config.logging.profile:
+            self._callbacks.append(Profiler(self.run.path / "train"))
+        if self.console is not None and experiment.devices.chief:
+            steps, epochs = self._train.steps, config.training.epochs
+            self._callbacks.append(ProgressBar(self.console, steps=steps, epochs=epochs))
+        checkpoints = Checkpoints(
+            self.run,
+            objects={**named, "seconds": experiment.loop.seconds},
+            variables=experiment.random_state,
+            fingerprint=experiment.data.spec.fingerprint,
+            every_seconds=config.training.checkpoint_seconds,
+            signals=self._signals,
+        )
+        self._callbacks.append(checkpoints)
+        if self.saved is not None:
+            from trainer.resuming import with_named_states
+
+            self.saved = with_named_states(self.saved, [*named, "seconds"])
+            checkpoints.continue_from(self.saved)
+
+    def _named_callbacks(self) -> dict[str, Any]:
+        """Creates the callbacks whose state is saved, by name, in the order of their calls."""
+        config, run, named = self.experiment.config, self.run, dict[str, Any]()
+        if averages_weights(self.experiment.model.optimizer):
             from trainer.training.averaging import AveragedWeights
 
-            self._averaging = [AveragedWeights()]
-            self._saved_objects["averaged_weights"] = self._averaging[0]
-        for callback in self._callbacks:
-            # The second callback of a class gets the suffix "-2".
-            name = f"callbacks.{type(callback).__name__}"
-            same = sum(each.partition("-")[0] == name for each in self._saved_objects)
-            self._saved_objects[f"{name}-{same + 1}" if same else name] = callback
-        self._saved_objects |= {
-            "step_times": self._times,
-            "metrics": MetricsFile(self.run.metrics),
-            "tensorboard": None,  # opened when training begins
-            "seconds": experiment.loop.seconds,
-        }
-        if self.saved is not None:
-            states = self.saved.named_states(list(self._saved_objects))
-            self.saved = replace(self.saved, states=states)
+            named["averaged_weights"] = AveragedWeights()
+        if config.training.callbacks or self.given:
+            from trainer.training.user_callbacks import make_callbacks
+
+            for each in make_callbacks(config, self.experiment.model, run.path, self.given):
+                # The second callback of a class gets the suffix "-2".
+                name = f"callbacks.{type(each).__name__}"
+                same = sum(other.partition("-")[0] == name for other in named)
+                named[f"{name}-{same + 1}" if same else name] = each
+        # After the user's callbacks, the history also records the logs that they add.
+        named["history"] = keras.callbacks.History()
+        named |= {"step_times": self._times, "metrics": MetricsFile(run.metrics)}
+        if config.logging.tensorboard:
+            histograms = config.logging.histograms
+            named["tensorboard"] = TensorBoardCurves(run.path, histograms=histograms)
+        return named
 
     def run_to_end(self) -> FitResult:
         """Trains, scores and reports."""
@@ -166,45 +186,27 @@ class Training:
 
     def _fit(self) -> None:
         """Runs the loop with all callbacks, and closes their files in any case."""
-        experiment, config, run = self.experiment, self.experiment.config, self.run
+        experiment, config = self.experiment, self.experiment.config
         if experiment.devices.type != "CPU":
             from trainer.kernel_internals import check_step
 
             self._kernels = check_step(experiment.loop, self._train)
             _log.info("kernels  %s", self._kernels)
-        own: list[Callback] = [self._times, self._saved_objects["metrics"]]
-        if config.logging.tensorboard:
-            own.append(TensorBoardCurves(run.path, histograms=config.logging.histograms))
-            self._saved_objects["tensorboard"] = own[-1]
-        if config.logging.profile:
-            own.append(Profiler(run.path / "train"))
         asked = config.training.epochs
-        if self.console is not None and experiment.devices.chief:
-            own.append(ProgressBar(self.console, steps=self._train.steps, epochs=asked))
-        checkpoints = Checkpoints(
-            run,
-            objects={name: each for name, each in self._saved_objects.items() if each is not None},
-            variables=experiment.random_state,
-            fingerprint=experiment.data.spec.fingerprint,
-            every_seconds=config.training.checkpoint_seconds,
-            signals=self._signals,
-        )
-        if self.saved is not None:
-            checkpoints.continue_from(self.saved)
         try:
             experiment.loop.fit(
                 self._train,
                 self._validation,
                 epochs=asked,
-                # After the user's callbacks, the history also records the logs that they add.
-                callbacks=[*self._averaging, *self._callbacks, self._history, *own, checkpoints],
+                callbacks=self._callbacks,
                 warmup_calls=2 if config.logging.profile else 1,
                 start=None if self.saved is None else self.saved.progress,
             )
         finally:
-            for callback in own:
-                callback.close()
-        save_weights(run.weights, experiment.model)
+            for callback in self._callbacks:
+                if isinstance(callback, Callback):
+                    callback.close()
+        save_weights(self.run.weights, experiment.model)
         if (epochs := len(experiment.model.history.epoch)) < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 

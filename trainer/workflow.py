@@ -1,6 +1,5 @@
 """The functions `fit`, `resume`, `evaluate` and `predict`: from a configuration to a result."""
 
-import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -24,7 +23,6 @@ from trainer.experiment import (
     Experiment,
     PhaseTimer,
     build_experiment,
-    require_data,
     restore,
     spec_of,
 )
@@ -32,12 +30,9 @@ from trainer.files import require_writable
 from trainer.run import Run, make_directory, open_run
 from trainer.session import FitResult, Training, score
 from trainer.training.callbacks import to_json
-from trainer.training.checkpoint import Checkpoint, all_variables, newest_checkpoint, roll_back
 
 if TYPE_CHECKING:
     from trainer.cluster import Cluster
-
-_log = logging.getLogger(__name__)
 
 
 def fit(
@@ -87,17 +82,14 @@ def fit(
         temporary = dry_run or not chief
         run = _temporary_run(stack) if temporary else _create_run(experiment, run)
         try:
-            resumable = experiment.devices.broadcast(str(run.path))
-            training = Training(
-                experiment, run, resumable, callbacks, timer, console, score_test=score_test
-            )
+            training = Training(experiment, run, callbacks, timer, console, score_test=score_test)
         except BaseException:
             for folder in (run.path, run.path.parent):  # what is refused leaves nothing
                 with suppress(OSError):
                     folder.rmdir()
             raise
         run.begin(experiment.config)
-        with run.locked(), run.logging(), watched(cluster, resumable):
+        with run.locked(), run.logging(), watched(cluster, training.resumable):
             result = training.run_to_end()
     return replace(result, run=None) if dry_run else result
 
@@ -123,6 +115,8 @@ def resume(
             model or configuration are not the same.
         MissingError, CheckError, StoppedError: As in `fit`.
     """
+    from trainer.resuming import fitting_checkpoint, roll_back
+
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
     config = changed or run.config()
@@ -133,12 +127,10 @@ def resume(
         for context in (own.locked(), own.logging(), watched(cluster, str(run.path))):
             stack.enter_context(context)
         experiment = build_experiment(config, timer, cluster=cluster)
-        saved = _checkpoint_that_fits(run, experiment)
+        saved = fitting_checkpoint(run, experiment)
         progress = saved and asdict(saved.progress)
         experiment.devices.require_same({"the newest checkpoint": progress})
-        training = Training(
-            experiment, own, str(run.path), callbacks, timer, console, saved, score_test
-        )
+        training = Training(experiment, own, callbacks, timer, console, saved, score_test)
         own.begin(experiment.config)  # files of the run are changed from here on
         if chief:
             roll_back(run, saved)
@@ -245,35 +237,3 @@ def _create_run(experiment: Experiment, given: Run | None) -> Run:
 def _temporary_run(stack: ExitStack) -> Run:
     """Returns a run for a dry run, or for a worker other than the chief; removed with the stack."""
     return Run(Path(stack.enter_context(TemporaryDirectory())))
-
-
-def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None:
-    """Reads the newest checkpoint of a run and checks it; None: it has none yet.
-
-    Raises:
-        InputError: The checkpoint does not fit the experiment.
-    """
-    saved = newest_checkpoint(run)
-    if saved is None:
-        # One line is possible: that of epoch 1 is written just before the first checkpoint.
-        if run.finished or run.trained_epochs > 1:
-            raise InputError(f"{run.checkpoints} has no checkpoint any more: it cannot be resumed")
-        return None
-    require_data(run, saved.fingerprint, experiment.data.spec)
-    epochs = experiment.config.training.epochs
-    if epochs > run.config().training.epochs:
-        # A callback may have stopped the run. It must not stop the longer training at once.
-        saved = replace(saved, stopped=False)
-        if experiment.config.optimizer.schedule is not None:
-            _log.warning(
-                "The learning-rate schedule now covers %d epochs: the result differs from a "
-                "training that had this length from the start.",
-                epochs,
-            )
-    variables = all_variables(experiment.model, experiment.random_state)
-    if [tuple(v.shape) for v in variables] != [value.shape for value in saved.variables]:
-        raise InputError(
-            f"the checkpoint of {run.path} belongs to another model or optimizer: did the code "
-            "change?"
-        )
-    return saved

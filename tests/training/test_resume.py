@@ -20,9 +20,9 @@ import pytest
 from rich.console import Console
 
 import trainer
+from trainer import resuming
 from trainer.errors import InputError, StoppedError
 from trainer.run import Run, open_run
-from trainer.training import checkpoint
 from trainer.training.signals import Signals
 
 # Dropout and augmentation draw at random; every call of four steps is followed by a checkpoint.
@@ -288,10 +288,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     else:
         content = {"cut": whole[: len(whole) // 2], "empty": b"", "foreign": b"PK\x03\x04 no zip"}
         two.write_bytes(content[how])
-    expected = checkpoint._read(one).progress
-    trainer_log = "trainer.training.checkpoint"
+    expected = resuming.read_checkpoint(one).progress
+    trainer_log = "trainer.resuming"
     with caplog.at_level("WARNING", logger=trainer_log):
-        found = checkpoint.newest_checkpoint(run)
+        found = resuming.newest_checkpoint(run)
     assert found is not None
     assert found.progress == expected
     (said,) = [record.getMessage() for record in caplog.records if record.name == trainer_log]
@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "trying the previous checkpoint" in said
     damage(one)
     with pytest.raises(InputError, match=r"every checkpoint of .* is damaged"):
-        checkpoint.newest_checkpoint(run)
+        resuming.newest_checkpoint(run)
 
 
 def test_the_newest_two_are_kept_and_the_best_weights(finished: Path) -> None:
@@ -599,12 +599,13 @@ def test_a_refused_resume_leaves_a_finished_run_finished(
 
 
 def as_version_0_1_0(path: Path) -> None:
-    """Rewrites a checkpoint: states without names, none of averaged weights, an older position."""
+    """Rewrites a checkpoint: states without names, the history first, none of averaged weights."""
     with np.load(path) as saved:
         arrays = dict(saved)
     facts = json.loads(arrays["facts"].tobytes())
-    states = facts["states"].items()
-    facts["states"] = [state for name, state in states if name != "averaged_weights"]
+    states = facts["states"]
+    names = ["history", *(name for name in states if name not in ("history", "averaged_weights"))]
+    facts["states"] = [states[name] for name in names]
     facts["position"] = {"dict": [*facts.pop("progress").items()]}
     del facts["trainable"]
     np.savez(path, **arrays | {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)})

@@ -64,13 +64,16 @@ class ProgressBar(Callback):
     """Shows loss, metrics, images per second and the time left, and logs one line per epoch."""
 
     def __init__(self, console: Console, *, steps: int, epochs: int) -> None:
-        """Shows a bar for `epochs` of `steps` each."""
+        """Creates a bar for `epochs` of `steps` each."""
         super().__init__()
         self._epochs = epochs
         columns, hidden = Progress.get_default_columns(), not console.is_terminal
         text = TextColumn("{task.fields[text]}")
         self._bar = Progress(*columns, text, console=console, transient=True, disable=hidden)
         self._task = self._bar.add_task("epoch 1", total=steps * epochs, text="")
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
+        """Shows the bar."""
         self._bar.start()
 
     def on_call_end(self, record: CallRecord) -> None:
@@ -123,15 +126,18 @@ class TensorBoardCurves(Callback):
     """
 
     def __init__(self, folder: Path, *, histograms: bool) -> None:
-        """Opens `folder`/train and `folder`/validation."""
+        """Stores the arguments; the files are in `folder`/train and `folder`/validation."""
         super().__init__()
-        self._writers = {
-            run: tf.summary.create_file_writer(str(folder / run)) for run in ("train", "validation")
-        }
-        self._histograms = histograms
+        self._folder, self._histograms = folder, histograms
+        self._writers: dict[str, Any] = {}
         self._gradient_norms: list[Any] = []  # of each call of the epoch, [steps, weights]
         self._learning_rate = 0.0
         self._write_steps: Any = None  # the graph that writes the points of each step
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:  # noqa: ARG002
+        """Opens the files."""
+        for run in ("train", "validation"):
+            self._writers[run] = tf.summary.create_file_writer(str(self._folder / run))
 
     def on_call_end(self, record: CallRecord) -> None:
         """Writes the points of each step of a call, and its times."""

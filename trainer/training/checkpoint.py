@@ -5,15 +5,15 @@ checkpoints/
     best.weights.h5       weights of the epoch with the lowest validation loss
     final.weights.h5      weights at the end
 
-A checkpoint stores the size of each log. Resuming truncates the logs to these sizes, so that steps
-that are trained again are not logged twice.
+A checkpoint stores the size of each log. Resuming (`trainer.resuming`) truncates the logs to these
+sizes, so that steps that are trained again are not logged twice.
 """
 
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trainer.errors import InputError
 from trainer.keras_internals import CALLBACK_ATTRIBUTES
 from trainer.keras_objects import nested_layers
 from trainer.run import Run
@@ -31,14 +30,12 @@ from trainer.training.call import Logs
 from trainer.training.callbacks import Callback
 from trainer.training.loop import CallRecord, Progress
 from trainer.training.signals import Signals
-from trainer.training.state import pack_state, unpack_state
+from trainer.training.state import pack_state
 from trainer.training.weights import save_weights, write_state
 
 _log = logging.getLogger(__name__)
 
 _KEPT = 2
-# States that a checkpoint may lack: a resumed run may switch TensorBoard on or off.
-_OPTIONAL_STATES = ("averaged_weights", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -53,17 +50,9 @@ class Checkpoint:
     fingerprint: str  # of the data
     best_loss: float | None  # the lowest validation loss; None before the first validation
     variables: list[NDArray[Any]]  # values of `all_variables`, in this order
-    states: dict[str, dict[str, Any]]  # attributes of callbacks by name; see `_name_states`
+    states: dict[str, dict[str, Any]]  # attributes of callbacks by name
     log_sizes: dict[str, int]  # bytes of each log, by path
     trainable: Sequence[bool] = ()  # each of `nested_layers`; empty in older checkpoints
-
-    def named_states(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Returns the states by name. Raises InputError if the training had other callbacks."""
-        states = _name_states(self.states, names) if "0" in self.states else self.states
-        if (states.keys() ^ set(names)) - {*_OPTIONAL_STATES}:
-            trained, given = _callbacks_in(states), _callbacks_in(names)
-            raise InputError(f"the run was trained with the callbacks {trained}; received {given}")
-        return states
 
 
 class Checkpoints(Callback):
@@ -155,7 +144,7 @@ class Checkpoints(Callback):
             "fingerprint": self._fingerprint,
             "best_loss": self._best_loss,
             "states": states,
-            "log_sizes": _log_sizes(self._run, self._objects.values()),
+            "log_sizes": log_sizes(self._run, self._objects.values()),
             "trainable": [layer.trainable for layer in nested_layers(self.model.layers)],
         }
         for i, variable in enumerate(all_variables(self.model, self._variables)):
@@ -186,71 +175,10 @@ class Checkpoints(Callback):
         self.model.stop_training = saved.stopped
 
 
-def newest_checkpoint(run: Run) -> Checkpoint | None:
-    """Reads the newest undamaged checkpoint of a run; None if it has none yet.
-
-    Raises InputError if it has checkpoints and all of them are damaged.
-    """
-    paths = sorted(run.checkpoints.glob("step-*.npz"), reverse=True)
-    for path in paths:
-        try:
-            return _read(path)
-        except Exception as error:  # zipfile, NumPy and json raise many types
-            _log.warning("%s is damaged (%s): trying the previous checkpoint.", path, error)
-    if paths:
-        raise InputError(f"every checkpoint of {run.path} is damaged: it cannot be resumed")
-    return None
-
-
 def all_variables(model: keras.Model, others: Sequence[Any]) -> list[Any]:
     """Returns each variable of a compiled model once, and the others: those of augmentation."""
     every = [*model.variables, *model.optimizer.variables, *model.metrics_variables, *others]
     return list({id(variable): variable for variable in every}.values())
-
-
-def roll_back(run: Run, saved: Checkpoint | None) -> None:
-    """Truncates the logs of a run, except log.txt, to their size at a checkpoint.
-
-    Without a checkpoint the training starts again, and the logs are removed.
-    """
-    sizes = {} if saved is None else saved.log_sizes
-    for name in _log_sizes(run) | sizes:
-        path, size = run.path / name, sizes.get(name)
-        if size is None:
-            path.unlink()
-        elif path.exists():  # a user may have shortened or removed it
-            os.truncate(path, min(size, path.stat().st_size))
-    for left in run.path.rglob(".partial-*"):
-        left.unlink()
-
-
-def _read(path: Path) -> Checkpoint:
-    """Reads a checkpoint. A damaged file raises an error: the zip format has checksums."""
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-        arrays = {name: saved[name] for name in saved.files}
-    facts = json.loads(arrays["facts"].tobytes())
-    states = facts["states"]
-    if isinstance(states, list):  # version 0.1.0
-        states = {str(i): state for i, state in enumerate(states)}
-        ((_, items),) = facts.pop("position").items()
-        facts["progress"] = dict(items)
-    facts["states"] = {name: unpack_state(state, arrays) for name, state in states.items()}
-    facts["progress"] = Progress(**unpack_state(facts["progress"], arrays))
-    variables = [array for name, array in arrays.items() if name.startswith("v ")]
-    return Checkpoint(variables=variables, **facts)
-
-
-def _name_states(states: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Names the states of version 0.1.0, which saved them without names, in the same order."""
-    optional = [name for name in names if name in _OPTIONAL_STATES]
-    missing = optional[: max(0, len(names) - len(states))]
-    order = [name for name in names if name not in missing]
-    order += [f"callbacks.{i}" for i in range(len(order), len(states))]
-    return dict(zip(order, states.values(), strict=False))
-
-
-def _callbacks_in(names: Iterable[str]) -> str:
-    return ", ".join(name.partition(".")[2] for name in names if "." in name) or "none"
 
 
 def _value(variable: Any) -> NDArray[Any]:
@@ -259,7 +187,7 @@ def _value(variable: Any) -> NDArray[Any]:
     return array if array.dtype.isbuiltin else array.view(f"V{array.itemsize}")
 
 
-def _log_sizes(run: Run, objects: Any = ()) -> dict[str, int]:
+def log_sizes(run: Run, objects: Any = ()) -> dict[str, int]:
     """Returns the bytes of each file that only grows: metrics, TensorBoard, and CSV files."""
     paths = [run.metrics, *run.path.rglob("*.tfevents.*")]
     paths += [Path(o.filename) for o in objects if isinstance(o, keras.callbacks.CSVLogger)]

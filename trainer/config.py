@@ -350,7 +350,7 @@ def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) 
         whole = _whole_file().model_validate(tables)
         return Config.model_validate({name: getattr(whole, name) for name in tables})
     except ValueError as error:
-        raise InputError(f"{origin}: {_explain(error)}") from None
+        raise InputError(f"{origin}: {explain_invalid(error)}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -403,7 +403,7 @@ def call_with_options(
         return TypeAdapter(call, config=_STRICT_OPTIONS).validate_json(to_json(options))
     except ValidationError as error:
         known = inspect.signature(call).parameters
-        raise InputError(_explain(error, where, known)) from None
+        raise InputError(explain_invalid(error, where, known)) from None
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -417,11 +417,13 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValueError, where: str = "", options: Iterable[str] = ()) -> str:
-    """Returns the key of an error, what was expected and what was received.
+def explain_invalid(error: ValueError, where: str = "", options: Iterable[str] = ()) -> str:
+    """Returns the key of an error of pydantic, what was expected and what was received.
 
-    `where` is the table that was checked; "" for the whole file. `options` are the known keys of a
-    table with the options of a function.
+    Args:
+        error: Raised by pydantic, or by a check of this module.
+        where: The table that was checked; "" for a whole file.
+        options: The known keys of a table with the options of a function.
     """
     if not isinstance(error, ValidationError):
         return f"{where}: {error}".removeprefix(": ")

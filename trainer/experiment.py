@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from trainer import data as datasets
 from trainer import devices, keras_objects, models
-from trainer.config import Config
+from trainer.config import Config, explain_invalid
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
 from trainer.errors import InputError, did_you_mean, expect
@@ -238,8 +238,8 @@ def _resolve(
     if not jit_compile:
         model.jit_compile = False  # also for Keras's own fit() and evaluate()
     resolved: dict[str, Any] = {
-        "data": datasets.resolve(config.data).model_dump(),
-        "model": models.resolve(config.model).model_dump(),
+        "data": config.data.resolved(datasets.find(config.data)).model_dump(),
+        "model": config.model.resolved(models.find(config.model)).model_dump(),
         "training.precision": precision,
         "training.jit_compile": jit_compile,
     }
@@ -333,11 +333,10 @@ def restore(
 def spec_of(run: Run) -> DataSpec:
     """Returns the description of the data of a finished run; InputError if it is damaged."""
     try:
-        return DataSpec.model_validate(run.read_json("summary.json")["data"])
-    except (KeyError, ValidationError) as error:
-        missing = f"missing key {error}" if isinstance(error, KeyError) else None
-        reason = missing or keras_objects.explain(error)
-        raise InputError(f"{run.path / 'summary.json'} is damaged: {reason}") from None
+        return DataSpec.model_validate(run.read_json("summary.json").get("data"))
+    except ValidationError as error:
+        where = f"{run.path / 'summary.json'} is damaged: data"
+        raise InputError(explain_invalid(error, where)) from None
 
 
 def require_data(run: Run, expected: str | None, found: DataSpec) -> None:

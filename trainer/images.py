@@ -7,6 +7,8 @@ Data sets, `predict`, the server and its page call `fit_image`. The exported sig
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _MODES = {"grayscale": "L", "rgb": "RGB", "rgba": "RGBA"}
 # An image with more pixels is refused before it is decoded.
 _MAX_PIXELS = 50_000_000
-# Errors of Pillow for damaged files; struct.error for damaged EXIF.
-_DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 # Mean brightness of the pixels at the border: below and above, it counts as dark and bright.
 _DARK, _BRIGHT = 64, 192
 
@@ -117,27 +117,11 @@ def read_image(file: Path | bytes, how: Preprocessing, name: str = "") -> tuple[
         InputError: It is not an image, damaged, or larger than 50 million pixels.
     """
     name = name or str(file)
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
-            Image.open(
-                io.BytesIO(file) if isinstance(file, bytes) else file, "r", FORMATS
-            ) as image,
-        ):
-            fits, size = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
-            expect(fits, name, f"at most {_MAX_PIXELS} pixels", size)
-            image.load()
-            return fit_image(image, how)
-    except UnidentifiedImageError:
-        count = len(file) if isinstance(file, bytes) else file.stat().st_size
-        formats = ", ".join(FORMATS)
-        raise InputError(
-            f"{name} is not an image: expected {formats} or .npy, received {count} bytes"
-        ) from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{name}: expected at most {_MAX_PIXELS} pixels, received more") from None
-    except _DAMAGED_IMAGE as error:
-        raise InputError(f"{name} cannot be read as an image: {error}") from None
+    with _opened(file, name) as image:
+        fits, size = image.width * image.height <= _MAX_PIXELS, "{}x{}".format(*image.size)
+        expect(fits, name, f"at most {_MAX_PIXELS} pixels", size)
+        image.load()
+        return fit_image(image, how)
 
 
 def read_header(path: Path) -> tuple[int, int, bool]:
@@ -146,13 +130,32 @@ def read_header(path: Path) -> tuple[int, int, bool]:
     Raises:
         InputError: The file is not an image or damaged.
     """
+    with _opened(path, str(path)) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation by 90 degrees
+        height, width = (image.width, image.height) if turned else (image.height, image.width)
+        return height, width, image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B")
+
+
+@contextmanager
+def _opened(file: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """Opens an image file. Errors in the block, as of damaged pixels, become an InputError."""
+    content = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, "r", FORMATS) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation by 90 degrees
-            height, width = (image.width, image.height) if turned else (image.height, image.width)
-            return height, width, image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B")
-    except _DAMAGED_IMAGE as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+        with (
+            warnings.catch_warnings(action="ignore"),  # large images, damaged EXIF
+            Image.open(content, "r", FORMATS) as image,
+        ):
+            yield image
+    except UnidentifiedImageError:
+        count = len(file) if isinstance(file, bytes) else file.stat().st_size
+        formats = ", ".join(FORMATS)
+        raise InputError(
+            f"{name} is not an image: expected {formats} or .npy, received {count} bytes"
+        ) from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: expected at most {_MAX_PIXELS} pixels, received more") from None
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # struct.error: damaged EXIF
+        raise InputError(f"{name} cannot be read as an image: {error}") from None
 
 
 def looks_inverted(images: Images, trained: float | None) -> bool:

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from pydantic import ValidationError
 
-from trainer.config import KerasObject
+from trainer.config import KerasObject, explain_invalid
 from trainer.errors import InputError, MissingError, did_you_mean, expect, explain_user_code, reason
 
 # Errors that Keras and TensorFlow raise for wrong options.
@@ -121,7 +121,5 @@ def raised_in_keras_callback(error: Exception) -> bool:
 def explain(error: Exception) -> str:
     """Returns the message of an error; in the user's code, also its type, file and line."""
     if isinstance(error, ValidationError):
-        fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"]))
-        return f"{key}: {fault['msg']}".removeprefix(": ")
+        return explain_invalid(error)
     return explain_user_code(error) or reason(error)[:300] or type(error).__name__

@@ -602,7 +602,7 @@ def test_a_damaged_search_is_refused(content: str, search: Callable[..., Config]
         (
             "records/0.json",
             {"score": float("nan")},
-            "tune-s is damaged: score: Input should be a finite number",
+            "tune-s is damaged: score: expected a finite number",
         ),
         ("oracle/oracle.json", None, "tune-s is damaged: [Errno 2] No such file"),
         ("tensorboard", "file", "cannot be written: [Errno 17] File exists: "),

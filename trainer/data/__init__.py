@@ -184,7 +184,7 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         InputError: The data set is unknown, damaged or not available.
     """
-    where, function = f"data set {config.name!r}", _find(config)
+    where, function = f"data set {config.name!r}", find(config)
     try:
         source = call_with_options(function, config, options=config.arguments, where="data.options")
     except OSError as error:
@@ -201,11 +201,6 @@ def load(config: DataConfig) -> Dataset:
             raise InputError(f"{where}: {untrained} of its classes are {message}")
         _log.warning("%s: %d of its classes are %s", where, untrained, message)
     return dataset
-
-
-def resolve(config: DataConfig) -> DataConfig:
-    """Returns a configuration that also contains the default options of its data set."""
-    return config.resolved(_find(config))
 
 
 def _check_class_names(class_names: Sequence[str], where: str) -> None:
@@ -239,7 +234,8 @@ def module_function(package: str, name: str, function: str) -> Callable[..., Any
     return cast("Callable[..., Any]", found)
 
 
-def _find(config: DataConfig) -> Callable[..., Any]:
+def find(config: DataConfig) -> Callable[..., Any]:
+    """Returns the function that loads the data set of a configuration."""
     return module_function(__name__, config.name if config.name in names() else "tfds", "load")
 
 

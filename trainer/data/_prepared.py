@@ -98,7 +98,8 @@ def open_prepared(folder: Path, *, checked_bytes: int = 0) -> Source:
                 images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
                 labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
                 facts[split] = images, labels
-        facts["preprocessing"] = _preprocessing(facts.get("preprocessing"))
+        if facts.get("preprocessing") is not None:
+            facts["preprocessing"] = Preprocessing.model_validate(facts["preprocessing"])
         facts["origin"] = f"prepared in {folder} from {facts['origin']}"
         return Source(**facts)
     except Exception as error:  # numpy parses the header of a file as Python literals
@@ -107,10 +108,6 @@ def open_prepared(folder: Path, *, checked_bytes: int = 0) -> Source:
             f"prepared data in {folder} is damaged ({reason}); prepare it again with "
             "`trainer data prepare --overwrite` and the same configuration"
         ) from None
-
-
-def _preprocessing(stored: Any) -> Preprocessing | None:
-    return None if stored is None else Preprocessing.model_validate(stored)
 
 
 def stored_version(folder: Path) -> str | None:

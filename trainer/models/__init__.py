@@ -30,11 +30,6 @@ def find(config: ModelConfig) -> Callable[..., Any]:
     return module_function(__name__, config.name, "build")
 
 
-def resolve(config: ModelConfig) -> ModelConfig:
-    """Returns a configuration that also contains the default options of its network."""
-    return config.resolved(find(config))
-
-
 def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     """Builds the network of a configuration for the images of a data set.
 

@@ -34,7 +34,7 @@ class Augmentation:
         return tf.cast(tf.clip_by_value(tf.round(changed), 0, 255), tf.uint8)
 
 
-def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentation | None:
+def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentation:
     """Builds the augmentation that the loop applies to each training batch.
 
     Random layers use generators seeded by `keras.utils.set_random_seed`, so that resident and
@@ -45,8 +45,6 @@ def make_augmentation(layers: Sequence[KerasObject], data: Dataset) -> Augmentat
         InputError: A layer is unknown, refuses its options, changes the shape, has weights that
             would not be trained, mixes labels, or returns another range of pixels.
     """
-    if not layers:
-        return None
     made = [keras_objects.make("layer", layer, dtype="float32") for layer in layers]
     step = max(1, len(data.train) // _TRIED_IMAGES)
     images = data.train.read(slice(0, None, step))[0][:_TRIED_IMAGES]

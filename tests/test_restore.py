@@ -165,3 +165,14 @@ def test_a_file_that_is_gone_is_named_with_the_run(
         assert (code, "Traceback" in err) == (2, False)
     assert not Path("saved_models").exists()
     assert not Path("model.keras").exists()
+
+
+@pytest.mark.usefixtures("own_code")
+def test_a_run_compiled_for_one_device_is_scored_on_several() -> None:
+    run = fit()
+    path = run.path / "config.toml"  # as after a training on one GPU
+    path.write_text(path.read_text().replace("jit_compile = false", "jit_compile = true"))
+    assert run.config().training.jit_compile is True
+    one, two = (trainer.evaluate("latest", device=device) for device in ("cpu", "all"))
+    assert (len(one["devices"]), len(two["devices"])) == (1, 2)
+    assert two["accuracy"] == one["accuracy"]

@@ -156,7 +156,9 @@ def evaluate(
         MissingError: The device is missing.
     """
     run = open_run(reference, runs_directory=runs_directory)
-    config = run.config().with_changes({"training.device": device})
+    # The step is not used, and several devices would refuse a compiled one.
+    changes = {"training.device": device, "training.jit_compile": False}
+    config = run.config().with_changes(changes)
     experiment = build_experiment(config, PhaseTimer(), restored=run)
     batches = experiment.batches(split)
     scores, _ = score(experiment.loop, batches)

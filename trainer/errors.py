@@ -91,7 +91,7 @@ def explain_user_code(error: BaseException) -> str | None:
     if isinstance(error, SyntaxError):
         stack.append((str(error.filename), error.lineno, "<module>"))
     written: Iterable[Any] = _FRAME.findall(str(error))
-    if "Detected at node" in str(error):  # from the start of the program, which is not its error
+    if "Detected at node" in str(error):  # these frames begin with the program that called us
         written = itertools.dropwhile(lambda f: _PACKAGE not in Path(f[0]).parents, written)
     frames = [frame for frame in (*stack, *written) if _is_user_file(Path(frame[0]).resolve())]
     if not frames:

@@ -104,12 +104,13 @@ class Run:
         of what is trained cannot change.
         """
         own, trained = self.config(), self.trained_epochs
-        least = own.training.epochs + 1 if self.finished else min(trained + 1, own.training.epochs)
-        if changed.training.epochs < least:
+        configured = own.training.epochs
+        minimum = configured + 1 if self.finished else min(trained + 1, configured)
+        if changed.training.epochs < minimum:
             state = "is finished, after" if self.finished else "has trained"
             raise InputError(
                 f"run {self.name} {state} {trained} epochs: train it for longer with "
-                f"--epochs {least} or more; received {changed.training.epochs}"
+                f"--epochs {minimum} or more; received {changed.training.epochs}"
             )
         before, after = own.flat(), changed.flat()
         differing = [

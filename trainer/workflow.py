@@ -77,7 +77,7 @@ def fit(
     elif chief:
         require_writable(config.logging.directory)
     with ExitStack() as stack:
-        stack.enter_context(watched(cluster))
+        stack.enter_context(_watched(cluster))
         experiment = build_experiment(config, timer, cluster=cluster)
         temporary = dry_run or not chief
         run = _temporary_run(stack) if temporary else _create_run(experiment, run)
@@ -89,7 +89,7 @@ def fit(
                     folder.rmdir()
             raise
         run.begin(experiment.config)
-        with run.locked(), run.logging(), watched(cluster, training.resumable):
+        with run.locked(), run.logging(), _watched(cluster, training.resumable):
             result = training.run_to_end()
     return replace(result, run=None) if dry_run else result
 
@@ -124,7 +124,7 @@ def resume(
     chief = cluster is None or cluster.chief  # the other workers only read the run
     with ExitStack() as stack:
         own = run if chief else _temporary_run(stack)
-        for context in (own.locked(), own.logging(), watched(cluster, str(run.path))):
+        for context in (own.locked(), own.logging(), _watched(cluster, str(run.path))):
             stack.enter_context(context)
         experiment = build_experiment(config, timer, cluster=cluster)
         saved = fitting_checkpoint(run, experiment)
@@ -217,7 +217,7 @@ def predict(
     return predict_files(probabilities, spec_of(run), paths, invert=invert, on_error=on_error)
 
 
-def watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContextManager[None]:
+def _watched(cluster: "Cluster | None", run: str | None = None) -> AbstractContextManager[None]:
     """Raises MissingError if a worker is lost, with the command to continue; see `Cluster`."""
     if cluster is None:
         return nullcontext()

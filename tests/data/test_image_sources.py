@@ -72,6 +72,13 @@ def test_a_folder_of_classes_is_read(resize: str, shapes: Path) -> None:
     check_pixels(dataset)
 
 
+def test_a_link_to_a_folder_above_repeats_no_image(shapes: Path) -> None:
+    first = shapes / sorted(pictures.CLASSES)[0]
+    (first / "again").symlink_to(first)
+    dataset = load("folder", shapes)
+    assert [len(dataset.split(name)) for name in data.SPLITS] == [21, 3, 3]
+
+
 def test_splits_are_folders_too(in_tmp_path: Path) -> None:
     for seed, (name, count) in enumerate([("Train", 6), ("val", 2), ("test", 3)]):
         pictures.write_folder(in_tmp_path / "all" / name, count, seed=seed)

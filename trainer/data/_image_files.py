@@ -52,14 +52,18 @@ Files = dict[str, list[LabeledFile]]  # by split
 def list_images(folder: Path, others: Counter[str]) -> list[Path]:
     """Returns the image files in a folder and its subfolders, sorted.
 
-    Hidden files and folders are skipped.
+    Hidden files and folders are skipped. A folder with several links to it is read once.
 
     Args:
         folder: The folder.
         others: Counts the files that are not images, by file name extension.
     """
-    found: list[Path] = []
+    found, seen = list[Path](), set[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             suffix = Path(name).suffix.lower()

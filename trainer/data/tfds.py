@@ -201,7 +201,7 @@ def _archives(config: DataConfig, builder: Any) -> Path | None:
 
 
 def _download(config: DataConfig, builder: Any, archives: Path | None) -> str:
-    """Makes tensorflow-datasets write its files, if necessary, and returns where they are from."""
+    """Prepares the files of tensorflow-datasets, if necessary, and returns their origin."""
     import tensorflow_datasets as tfds
 
     if builder.is_prepared():

@@ -1,1 +1,1 @@
-"""Training: batches that reach the device, the step, the loop around it, and what it keeps."""
+"""Training: batches, the step, the loop, its callbacks and checkpoints, optimizer and losses."""

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class StepTimes(Callback):
         if self.step_ms:
             low, median, high = np.percentile(self.step_ms, (25, 50, 75)).round(4).tolist()
             summary["step_ms"], summary["step_ms_quartiles"] = median, [low, high]
-            summary["images_per_second"] = round(statistics.median(self.images_per_second), 1)
+            summary["images_per_second"] = round(float(np.median(self.images_per_second)), 1)
         return summary | {"windows": len(self.step_ms)}
 
 
@@ -242,7 +241,7 @@ def to_json(logs: Logs) -> dict[str, Any]:
             return [convert(item) for item in value]
         if isinstance(value, int | float):
             return value if np.isfinite(value) else None
-        return None if value is None else str(value)  # that a callback added
+        return None if value is None else str(value)  # a callback may add any value
 
     return {name: convert(np.asarray(value).tolist()) for name, value in logs.items()}
 

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -169,6 +170,13 @@ def tensorboard(
     """Open TensorBoard on the runs; only this machine can connect to it."""
     if not runs or not Path(runs).is_dir():
         raise InputError(f"there is no folder {runs!r}: `trainer fit` creates one")
+    try:
+        socket.create_server(("localhost", port)).close()
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise InputError(
+            f"--port: expected a free port (0: any), received {port}: {reason}"
+        ) from None
     from tensorboard import program
 
     board = program.TensorBoard()

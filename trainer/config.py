@@ -334,10 +334,8 @@ def put_value(tree: dict[str, Any], key: str, value: Any) -> None:
 def config_schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration file, for editors."""
     schema = _whole_file().model_json_schema()
-    schema["properties"]["extends"] = {
-        "type": "string",
-        "description": "TOML file whose settings this file inherits, relative to this file.",
-    }
+    text = "The TOML file whose settings this file changes, relative to this file."
+    schema["properties"]["extends"] = {"type": "string", "description": text}
     return schema
 
 

@@ -2,21 +2,19 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, parse_config, put_value
 from trainer.errors import InputError, did_you_mean, expect
 
-_COMMENT_COLUMN = 60  # longer lines have their comment at their end
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Reads, changes and checks a configuration.
 
     Args:
-        path: A TOML file. A key `extends` names a file whose tables it changes, key by key.
+        path: A TOML file. Its key `extends` names another file, whose tables it changes.
         overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
             `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
         stored: As in `parse_config`.
@@ -31,25 +29,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 def load_with_origins(
     path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False
 ) -> tuple[Config, dict[str, str]]:
-    """Reads a configuration as `load_config` does, and the origin of each of its values.
+    """Reads a configuration as `load_config` does, and the origin of each `section.key`.
 
-    Returns:
-        The configuration, and for each `section.key` the file that sets it, "--set" or "default". A
-        table can have several origins, separated by commas.
+    An origin is a file, "--set" or "default". A table can have several, separated by commas.
     """
-    tree, origins = _read(Path(path))
+    layers = _read_files(Path(path))
+    tree: dict[str, Any] = {}
+    for number, (origin, changes) in enumerate(layers, 1):
+        _merge(tree, changes)
+        if number < len(layers):
+            parse_config(tree, origin=origin)  # a file that is extended must be valid itself
     given = [parse_override(override) for override in overrides]
     for key, value in given:
-        section = key.removesuffix(".name")
-        if isinstance(tree.get(section), dict):
-            _drop_options(tree[section], origins[section], value)
+        table = tree.get(key.removesuffix(".name"))
+        if isinstance(table, dict):
+            _drop_options(table, value)
+    layers.append(("--set", {}))
     for key, value in given:
         put_value(tree, key, value)
-        put_value(origins, key, _set_origin(value, "--set"))
+        put_value(layers[-1][1], key, value)
     origin = f"{path} and --set" if overrides else str(path)
     config = parse_config(tree, origin=origin, stored=stored)
-    found = {name: dict.fromkeys(_leaves(origins, *name.split("."))) for name in config.flat()}
-    return config, {name: ", ".join(each) or "default" for name, each in found.items()}
+    # The last layer that has a value sets it.
+    origins = {key: origin for origin, changes in layers for key in flatten(changes)}
+    found: dict[str, list[str]] = {}
+    for key in flatten(tree):
+        found.setdefault(".".join(key.split(".", 2)[:2]), []).append(origins[key])
+    names = {name: dict.fromkeys(found.get(name, ["default"])) for name in config.flat()}
+    return config, {name: ", ".join(each) for name, each in names.items()}
 
 
 def add_origins(toml: str, origins: Mapping[str, str]) -> str:
@@ -58,8 +65,7 @@ def add_origins(toml: str, origins: Mapping[str, str]) -> str:
     for line in toml.splitlines():
         key, equals, _ = line.partition(" = ")
         section = line.strip("[]") if line.startswith("[") else section
-        comment = f"  # {origins[f'{section}.{key}']}" if equals else ""
-        lines.append(f"{line:<{_COMMENT_COLUMN}}{comment}" if comment else line)
+        lines.append(f"{line:<60}  # {origins[f'{section}.{key}']}" if equals else line)
     return "\n".join([*lines, ""])
 
 
@@ -83,70 +89,57 @@ def parse_override(text: str) -> tuple[str, Any]:
     )
 
 
-def _read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a file and the files that it extends.
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested tables by dotted key. Lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
-    Args:
-        path: The file.
-        extending: The files that extend it, the first one that was read first.
 
-    Returns:
-        The merged tables, and tables of the same structure with the file of each value.
-    """
+def _read_files(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the names and tables of a file and of those that it extends, the base first."""
+    chain: list[Path] = []
+    layers: list[tuple[str, dict[str, Any]]] = []
+    while True:
+        tree = _read(path, chain)
+        layers.insert(0, (str(path), tree))
+        base = tree.pop("extends", None)
+        if base is None:
+            return layers
+        expect(isinstance(base, str), f"{path}: extends", "the path of a TOML file", repr(base))
+        chain, path = [*chain, path], path.parent / base
+        if path.resolve() in [each.resolve() for each in chain]:
+            text = " -> ".join(map(str, [*chain, path]))
+            raise InputError(f"extends: expected no cycle, received {text}")
+
+
+def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
-        by = f", which {extending[-1]} extends" if extending else ""
+        by = "".join(f", which {each} extends" for each in extending[-1:])
         known = did_you_mean(str(path), files)
         raise InputError(f"there is no configuration file {path}{by}: {known}") from None
     except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
         raise InputError(f"{path} cannot be read as TOML: {error}") from None
-    name, chain = tree.pop("extends", None), (*extending, path)
-    if name is None:
-        return tree, _set_origin(tree, str(path))
-    expect(isinstance(name, str), f"{path}: extends", "the path of a TOML file", repr(name))
-    base = path.parent / name
-    if base.resolve() in [each.resolve() for each in chain]:
-        raise InputError(f"extends must not form a cycle: {' -> '.join(map(str, (*chain, base)))}")
-    merged, origins = _read(base, chain)
-    parse_config(merged, origin=str(base))  # an error in it names this file
-    _merge(merged, origins, tree, str(path))
-    return merged, origins
 
 
-def _merge(
-    tree: dict[str, Any], origins: dict[str, Any], changes: dict[str, Any], origin: str
-) -> None:
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
     """Changes tables key by key. Another `name` drops the options for the old one."""
     if "name" in changes:
-        _drop_options(tree, origins, changes["name"])
+        _drop_options(tree, changes["name"])
     for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], origins[key], value, origin)
+        if isinstance(value, dict):
+            below = tree.get(key)
+            tree[key] = below if isinstance(below, dict) else {}
+            _merge(tree[key], value)
         else:
-            tree[key], origins[key] = value, _set_origin(value, origin)
+            tree[key] = value
 
 
-def _drop_options(table: dict[str, Any], origins: dict[str, Any], name: Any) -> None:
+def _drop_options(table: dict[str, Any], name: Any) -> None:
     for key in ("options", "unset_options") if name != table.get("name") else ():
         table.pop(key, None)
-        origins.pop(key, None)
-
-
-def _set_origin(value: Any, origin: str) -> Any:
-    """Returns the origin for each value of nested tables, in the same structure."""
-    if isinstance(value, dict):
-        return {key: _set_origin(each, origin) for key, each in value.items()}
-    return origin
-
-
-def _leaves(origins: Any, *keys: str) -> Iterator[str]:
-    """Yields the origins of all values below a key."""
-    for key in keys:
-        origins = origins.get(key, {})
-    if isinstance(origins, dict):
-        for each in origins.values():
-            yield from _leaves(each)
-    else:
-        yield origins

@@ -417,7 +417,7 @@ def test_pruned_runs_keep_their_curves(trained: list[Run], command: Command) -> 
 
     run = trained[1]
     run.write_json("summary.json", run.read_json("summary.json") | {"steps": 1000})
-    writer = tf.summary.create_file_writer(str(run.tensorboard))
+    writer = tf.summary.create_file_writer(str(run.path))
     with writer.as_default(step=0):
         tf.summary.image("sample_images", tf.zeros((1, 8, 8, 3)))
         tf.summary.image("own_picture", tf.zeros((1, 8, 8, 3)))
@@ -427,11 +427,11 @@ def test_pruned_runs_keep_their_curves(trained: list[Run], command: Command) -> 
         for epoch in (1, 2):
             tf.summary.scalar("epoch/loss", 1 / epoch, step=epoch)
     writer.close()
-    (path,) = run.tensorboard.iterdir()
+    (path,) = run.path.glob("events.out.tfevents.*")
     content = path.read_bytes()
     path.write_bytes(content + content[:20])  # a killed process writes a part of an event
     assert command("runs", "prune", "--keep-best", "1", "--yes")[0] == 0
-    board = EventAccumulator(str(run.tensorboard), size_guidance={"tensors": 0}).Reload()
+    board = EventAccumulator(str(run.path), size_guidance={"tensors": 0}).Reload()
     tags = board.Tags()
     assert tags["tensors"] == ["own_picture", "step/loss", "epoch/loss"]
     assert not tags["graph"]

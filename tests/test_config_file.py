@@ -144,6 +144,7 @@ def test_errors_name_the_file(files: Callable[..., None]) -> None:
         itself='extends = "./itself.toml"',
         missing='extends = "sub/d.toml"',
         number="extends = 3",
+        null=r'extends = "\u0000"',
         old="[training]\nsteps_per_call = 3",
         extends_old='extends = "old.toml"\ntraining.steps_per_execution = 4',
         wrong='extends = "base.toml"\ntraining.epochs = 0',
@@ -159,6 +160,7 @@ def test_errors_name_the_file(files: Callable[..., None]) -> None:
     assert refused("number.toml") == (
         "number.toml: extends: expected the path of a TOML file, received 3"
     )
+    assert refused("null.toml").endswith(r"expected the path of a TOML file, received '\x00'")
     assert refused("extends_old.toml") == (
         "old.toml: training.steps_per_call was renamed to training.steps_per_execution"
     )

@@ -108,7 +108,8 @@ def _read_files(path: Path) -> list[tuple[str, dict[str, Any]]]:
         base = tree.pop("extends", None)
         if base is None:
             return layers
-        expect(isinstance(base, str), f"{path}: extends", "the path of a TOML file", repr(base))
+        usable = isinstance(base, str) and "\0" not in base
+        expect(usable, f"{path}: extends", "the path of a TOML file", repr(base))
         chain, path = [*chain, path], path.parent / base
         if path.resolve() in [each.resolve() for each in chain]:
             text = " -> ".join(map(str, [*chain, path]))

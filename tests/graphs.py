@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.experiment import Experiment, PhaseTimer, build_experiment
 from trainer.kernel_internals import check_kernels
 

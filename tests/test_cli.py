@@ -189,12 +189,13 @@ def test_flags_override_the_file_and_the_result_is_printed(run: Run) -> None:
 
 
 def test_config_show_is_complete_and_config_schema_is_json(run: Run) -> None:
-    shown = run("config", "show", "configs/debug.toml")
-    Path("shown.toml").write_text(shown.out)
-    assert run("config", "show", "shown.toml").out == shown.out
+    Path("shown.toml").write_text(run("config", "show", "configs/debug.toml").out)
+    shown = run("config", "show", "configs/debug.toml", "--json").json
+    assert shown["model"]["name"] == "mlp"
+    assert shown["origins"]["model.name"] == "configs/debug.toml"
+    again = run("config", "show", "shown.toml", "--json").json
+    assert again | {"origins": shown["origins"]} == shown
     assert "clip_norm" in json.dumps(run("config", "schema").json)
-    as_json = run("config", "show", "configs/debug.toml", "--json").json
-    assert as_json["model"]["name"] == "mlp"
 
 
 def test_a_closed_pipe_ends_a_verb_as_the_signal_would() -> None:

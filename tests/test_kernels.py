@@ -14,7 +14,8 @@ import tensorflow as tf
 from graphs import OWN_LAYERS, host_operations, prepare_mnist, traced_graphs
 
 from trainer import devices
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.errors import InputError
 from trainer.experiment import Experiment
 from trainer.kernel_internals import check_kernels

@@ -1,6 +1,7 @@
 """What TensorBoard shows about a run, read from a real TensorBoard over HTTP."""
 
 import json
+import socket
 import time
 import urllib.parse
 import urllib.request
@@ -55,6 +56,15 @@ def _ask_until(address: str, path: str, complete: Callable[[Any], bool]) -> Any:
         assert time.monotonic() < deadline, answer
         time.sleep(0.2)
     return answer
+
+
+def test_a_port_in_use_is_one_line(in_tmp_path: Path, command: Any) -> None:
+    (in_tmp_path / "runs").mkdir()
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        code, _, err = command("tensorboard", "--port", port)
+    text = f"expected a free port (0: any), received {port}: Address already in use"
+    assert (code, err) == (2, f"trainer: --port: {text}\n")
 
 
 def test_tensorboard_shows_all_documented_pages(

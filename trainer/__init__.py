@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from trainer import tools
 
 if TYPE_CHECKING:
-    from trainer.config import Config, load_config
+    from trainer.config import Config
+    from trainer.config_file import load_config
     from trainer.workflow import evaluate, fit, predict, resume
 
 # TensorFlow reads this when it first uses a GPU. It would otherwise allocate the whole memory of
@@ -24,7 +25,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 __version__ = "0.1.0"
 __all__ = ["Config", "evaluate", "fit", "load_config", "predict", "resume"]
 
-_MODULES = dict.fromkeys(("Config", "load_config"), "trainer.config")
+_MODULES = {"Config": "trainer.config", "load_config": "trainer.config_file"}
 _MODULES |= dict.fromkeys(("evaluate", "fit", "predict", "resume"), "trainer.workflow")
 
 

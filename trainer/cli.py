@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -169,6 +170,13 @@ def tensorboard(
     """Open TensorBoard on the runs; only this machine can connect to it."""
     if not runs or not Path(runs).is_dir():
         raise InputError(f"there is no folder {runs!r}: `trainer fit` creates one")
+    try:
+        socket.create_server(("localhost", port)).close()
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise InputError(
+            f"--port: expected a free port (0: any), received {port}: {reason}"
+        ) from None
     from tensorboard import program
 
     board = program.TensorBoard()
@@ -204,12 +212,14 @@ def data_info(
 def config_show(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
-    """Print a configuration with all defaults."""
-    loaded = console.load_config(config, set_)
+    """Print a configuration with all defaults, and the origin of each value."""
+    from trainer.config_file import add_origins, load_with_origins
+
+    loaded, origins = load_with_origins(config, set_ or ())
     if json_:
-        console.print_json(loaded.model_dump(mode="json"))
+        console.print_json(loaded.model_dump(mode="json") | {"origins": origins})
     else:
-        console.print_line(loaded.to_toml(), end="")
+        console.print_line(add_origins(loaded.to_toml(), origins), end="")
 
 
 @config_app.command("schema")
@@ -283,7 +293,7 @@ def _explained(error: Exception) -> TrainerError | None:
 
 def _load_resumed(reference: str, overrides: list[str]) -> tuple[str, "Config"]:
     """Returns the path of a run to resume, and its configuration with the changes."""
-    from trainer.config import load_config, parse_override
+    from trainer.config_file import load_config, parse_override
     from trainer.run import open_run
 
     changed = dict(map(parse_override, overrides))

@@ -1,7 +1,7 @@
 """The configuration of an experiment: the tables of the core, their types and defaults.
 
-A configuration is read from a TOML file, changed by `--set section.key=value`, checked and frozen.
-Keys that are missing in the file have the defaults of this module.
+A configuration is checked and frozen. Keys that are not given have the defaults of this module.
+`config_file` reads it from a TOML file.
 """
 
 import contextlib
@@ -11,8 +11,7 @@ import inspect
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from types import GenericAlias
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -282,7 +281,7 @@ class Config(Section):
         """Returns a validated copy with changed keys, for example `{"training.epochs": 1}`."""
         tree = self.model_dump()
         for key, value in changes.items():
-            _put(tree, key, value)
+            put_value(tree, key, value)
         return parse_config(tree, origin="the changed configuration")
 
     def to_toml(self) -> str:
@@ -293,39 +292,6 @@ class Config(Section):
             for key, value in section.items():
                 lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml(value)}")
         return "\n".join([*lines[1:], ""])
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
-    """Reads, changes and checks a configuration.
-
-    Args:
-        path: A TOML file.
-        overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
-            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
-        stored: As in `parse_config`.
-
-    Raises:
-        InputError: The file is missing or is not TOML, a key is unknown, or a value has the wrong
-            type or is out of range.
-    """
-    path, origin = Path(path), f"{path} and --set" if overrides else str(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
-        message = f"there is no configuration file {path}: {did_you_mean(str(path), files)}"
-        raise InputError(message) from None
-    except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
-        raise InputError(f"{path} cannot be read as TOML: {error}") from None
-    given = [parse_override(override) for override in overrides]
-    for key, value in given:
-        table = tree.get(key.removesuffix(".name"))
-        if isinstance(table, dict) and value != table.get("name"):
-            table.pop("options", None)
-            table.pop("unset_options", None)
-    for key, value in given:
-        _put(tree, key, value)
-    return parse_config(tree, origin=origin, stored=stored)
 
 
 def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) -> Config:
@@ -353,29 +319,24 @@ def parse_config(tree: Mapping[str, Any], *, origin: str, stored: bool = False) 
         raise InputError(f"{origin}: {explain_invalid(error)}") from None
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """Splits `section.key=value` and reads the value as TOML.
-
-    A word is read as a string, so `data.name=fashion_mnist` needs no quotes.
-    """
-    key, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
-        raise InputError(f"--set expected section.key=value, received {text!r}")
-    try:
-        parsed = tomllib.loads(f"value = {value}")
-        if parsed.keys() == {"value"}:
-            return key, parsed["value"]
-    except (ValueError, RecursionError):
-        if re.fullmatch(r"[A-Za-z_/~.][\w.:/~-]*", value):
-            return key, value
-    raise InputError(
-        f'--set {key}: expected one TOML value (1, 0.5, true, "text", [1, 2]), received {value!r}'
-    )
+def put_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a value of nested tables by dotted key; missing tables are created."""
+    *tables, last = key.split(".")
+    for name in tables:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise InputError(f"{key}: {name} is a value, not a table; received {tree!r}")
+    tree[last] = value
 
 
 def config_schema() -> dict[str, Any]:
     """Returns the JSON schema of a configuration file, for editors."""
-    return _whole_file().model_json_schema()
+    schema = _whole_file().model_json_schema()
+    text = "The TOML file whose settings this file changes, relative to this file."
+    schema["properties"]["extends"] = {"type": "string", "description": text}
+    return schema
 
 
 @functools.cache
@@ -404,17 +365,6 @@ def call_with_options(
     except ValidationError as error:
         known = inspect.signature(call).parameters
         raise InputError(explain_invalid(error, where, known)) from None
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for name in tables:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
-            raise InputError(f"{key}: {name} is a value, not a table; received {tree!r}")
-    tree[last] = value
 
 
 def explain_invalid(error: ValueError, where: str = "", options: Iterable[str] = ()) -> str:

@@ -47,7 +47,7 @@ def load_config(
 
     An option that is None was not given.
     """
-    from trainer.config import load_config as load
+    from trainer.config_file import load_config as load
 
     return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
 

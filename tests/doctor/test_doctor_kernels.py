@@ -10,7 +10,8 @@ import pytest
 import tensorflow as tf
 from graphs import OWN_LAYERS
 
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.doctor import checks
 from trainer.errors import MissingError
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import typer
 
-from trainer import Config, evaluate
-from trainer.errors import InputError
+from trainer import Config, cli, evaluate, fit
+from trainer.errors import CheckError, InputError
 from trainer.run import Run
 from trainer.runs.cli import app
 from trainer.runs.compare import Predictions, compare_accuracy
@@ -141,6 +142,44 @@ def test_runs_are_listed_newest_first_with_their_state(three: list[Run], command
     assert "runs: 5" in out
 
 
+def test_a_loss_that_is_not_finite_is_a_state(command: Command) -> None:
+    changes: dict[str, Any] = {"data.name": "synthetic", "data.options": {"examples": 200}}
+    changes |= {"model.name": "mlp", "optimizer.name": "SGD", "optimizer.learning_rate": 1e30}
+    with pytest.raises(CheckError):
+        fit(Config().with_changes(changes | {"logging.tensorboard": False}))
+    (row,) = json.loads(command("runs", "--json")[1])
+    assert row["state"] == "diverged"
+
+
+def test_data_in_files_is_named(command: Command) -> None:
+    for number, folder in enumerate(("shapes", "leaves")):
+        options = {"path": f"pictures/{folder}"}
+        make_run(f"2026010{number}T000000Z-a", data__name="folder", data__options=options)
+    rows = json.loads(command("runs", "--json")[1])
+    assert [row["data"] for row in rows] == ["folder:leaves", "folder:shapes"]
+
+
+@pytest.mark.parametrize(("width", "last"), [(60, "accuracy"), (80, "epochs"), (120, "mb")])
+def test_a_narrow_terminal_has_fewer_columns(
+    width: int, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "20260101T000000Z-twenty-two-characters-."
+    make_run(name, accuracy=0.9)
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["trainer", "runs"])
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        cli.main()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert max(map(len, lines[:-1])) <= width
+    titles = next(line for line in lines if line.lstrip().startswith("name"))
+    assert titles.split()[-1] == last
+    assert any(name in line for line in lines)
+    assert ("a wider terminal shows" in lines[-1]) == (width < 120)
+
+
 def test_scores_are_sorted_best_first(three: list[Run], command: Command) -> None:
     make_run("20260104T000000Z-d")  # has no score
     assert names(command, "--sort", "val_accuracy") == ["b", "c", "a", "d"]
@@ -232,6 +271,20 @@ def test_compare_prints_only_what_differs(three: list[Run], command: Command) ->
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     assert "expected two runs or more, received 1" in refused(command, "compare", "a")
+
+
+def test_compare_prints_no_options_of_other_networks(command: Command) -> None:
+    make_run("a", accuracy=0.9, model__options={"dense": 8, "crop": 2})
+    make_run("b", accuracy=0.9, model__options={"dense": 9, "crop": 2})
+    make_run("c", accuracy=0.9, model__name="mlp", model__options={"units": [8]})
+    out = command("runs", "compare", "a", "b", "c")[1]
+    assert "model.options.dense" in out  # differs between networks of the same name
+    assert "model.options.crop" not in out
+    assert "model.options.units" not in out
+    result = json.loads(command("runs", "compare", "a", "b", "c", "--json")[1])
+    assert result["configuration"]["model.options.crop"] == [2, 2, None]
+    make_run("d", accuracy=0.9)
+    assert "model.options.crop" in command("runs", "compare", "a", "c", "d")[1]  # d lacks it
 
 
 def test_compared_intervals_are_those_of_the_papers() -> None:
@@ -355,6 +408,36 @@ def test_pruned_runs_keep_their_scores(trained: list[Run], command: Command) -> 
         assert "has no checkpoint any more: it cannot be resumed" in err
     code, out, _ = command("runs", "prune", "--keep-best", "1", "--yes", "--json")
     assert (code, json.loads(out)["pruned"]) == (0, [])
+
+
+def test_pruned_runs_keep_their_curves(trained: list[Run], command: Command) -> None:
+    """Breaks if TensorBoard moves the class of events: trainer/runs/tensorboard_internals.py."""
+    import tensorflow as tf
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trained[1]
+    run.write_json("summary.json", run.read_json("summary.json") | {"steps": 1000})
+    writer = tf.summary.create_file_writer(str(run.path))
+    with writer.as_default(step=0):
+        tf.summary.image("sample_images", tf.zeros((1, 8, 8, 3)))
+        tf.summary.image("own_picture", tf.zeros((1, 8, 8, 3)))
+        tf.summary.graph(tf.Graph().as_graph_def())
+        for step in range(1, 1001):
+            tf.summary.scalar("step/loss", 1 / step, step=step)
+        for epoch in (1, 2):
+            tf.summary.scalar("epoch/loss", 1 / epoch, step=epoch)
+    writer.close()
+    (path,) = run.path.glob("events.out.tfevents.*")
+    content = path.read_bytes()
+    path.write_bytes(content + content[:20])  # a killed process writes a part of an event
+    assert command("runs", "prune", "--keep-best", "1", "--yes")[0] == 0
+    board = EventAccumulator(str(run.path), size_guidance={"tensors": 0}).Reload()
+    tags = board.Tags()
+    assert tags["tensors"] == ["own_picture", "step/loss", "epoch/loss"]
+    assert not tags["graph"]
+    assert [event.step for event in board.Tensors("step/loss")] == list(range(11, 1001, 11))
+    assert [event.step for event in board.Tensors("epoch/loss")] == [1, 2]
+    assert path.stat().st_size < len(content) / 5
 
 
 def test_prune_asks_first(

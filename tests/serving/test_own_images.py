@@ -18,7 +18,8 @@ import pytest
 
 import trainer
 from trainer import data
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.serving.app import make_server
 from trainer.serving.servable import Servables
 

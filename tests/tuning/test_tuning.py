@@ -15,7 +15,8 @@ import tensorflow as tf
 from keras_tuner.engine.trial import TrialStatus
 
 import trainer
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.errors import CheckError, InputError
 from trainer.run import Run
 from trainer.tuning.config import (

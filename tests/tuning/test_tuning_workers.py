@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.tuning.config import TuningConfig
 from trainer.tuning.search import Worker
 from trainer.tuning.search_directory import SearchDirectory

@@ -1,5 +1,7 @@
 """The verbs of the runs tool: runs, and runs show, compare, remove, prune."""
 
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ _Filter = Annotated[
 ]
 _Keep = Annotated[int, typer.Option(min=0, help="Runs of each data set that stay complete")]
 _Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
-_COLUMNS = ("name", "state", "data", "network", "epochs", "step_ms", "size_mb")
+_FACTS = ("epochs", "data", "network", "step_ms", "size_mb")
 _TESTS = ("accuracy", "low", "high", "difference", "p_value", "method", "significant")
 
 
@@ -47,8 +49,8 @@ def table(
     if json_:
         console.print_json([record.columns for record in records])
     else:
-        keys = dict.fromkeys([*_COLUMNS, f"val_{score}", f"test_{score}", sort or "name"])
-        _print_records(records, list(keys))
+        keys = ["name", "state", sort or "name", f"val_{score}", f"test_{score}", *_FACTS]
+        _print_records(records, list(dict.fromkeys(keys)))
 
 
 @_runs.command()
@@ -78,7 +80,8 @@ def compare(names: _Names, *, runs: RunsOption = "runs", json_: JsonOption = Fal
     for part in ("configuration", "environment", "scores", "times"):
         rows += [[f"[{part}]", *("" for _ in labels)]] if result[part] else []
         for key, values in result[part].items():
-            rows.append([key, *(_cell(value, 60 // len(labels)) for value in values)])
+            if not _only_by_name(key, values, result["configuration"]):
+                rows.append([key, *(_cell(value, 45 // len(labels)) for value in values)])
     console.print_rows(rows, titles=("", *labels), dense=True)
     tests = zip(labels, result["test_accuracy"], strict=True)
     rows = [[label, *(_cell(row.get(key)) for key in _TESTS)] for label, row in tests]
@@ -115,7 +118,7 @@ def _delete(records: list[Any], delete: Callable[..., None], *, yes: bool, as_js
     exports = find_exports(names)
     try:
         with console.stdout_to_stderr():
-            _print_records(records, ["name", "state", "val_accuracy", "val_loss", "size_mb"])
+            _print_records(records, ["name", "state", "size_mb", "val_accuracy", "val_loss"])
             for name, versions in exports.items():
                 console.print_line(f"{name} was exported to {', '.join(versions)}, which is kept")
             if records and not yes:
@@ -131,12 +134,28 @@ def _delete(records: list[Any], delete: Callable[..., None], *, yes: bool, as_js
     console.print_table(facts, as_json=as_json)
 
 
+def _only_by_name(key: str, values: Sequence[Any], configuration: dict[str, list[Any]]) -> bool:
+    """Returns whether an option differs only because models of other names do not have it."""
+    names = configuration.get(f"{key.partition('.options.')[0]}.name", [])
+    pairs = list(zip(names, values, strict=False))
+    given = [value for _, value in pairs if value is not None]
+    lacking = {name for name, value in pairs if value is None}
+    known = {name for name, value in pairs if value is not None}
+    return bool(lacking) and not lacking & known and all(each == given[0] for each in given)
+
+
 def _print_records(records: Sequence[Any], keys: Sequence[str]) -> None:
-    rows = [[_cell(each.columns.get(k, each.config.get(k))) for k in keys] for each in records]
-    titles = [key.replace("_", "\n", 1) for key in keys]  # narrow columns
+    """Prints a table. A narrow terminal gets the first columns, so that names are not wrapped."""
+    shown = keys
+    if sys.stdout.isatty():
+        shown = keys[: max(2, shutil.get_terminal_size().columns // 10 - 3)]
+    hidden = [key for key in keys if key not in shown]
+    rows = [[_cell(each.columns.get(k, each.config.get(k))) for k in shown] for each in records]
+    titles = [key.replace("_", "\n", 1) for key in shown]  # narrow columns
     console.print_rows(rows, titles=titles, dense=True)
     size = sum(record.columns["size_mb"] for record in records)
-    console.print_line(f"{size:.1f} MB, runs: {len(records)}")
+    advice = f"; a wider terminal shows {', '.join(hidden)}" if hidden else ""
+    console.print_line(f"{size:.1f} MB, runs: {len(records)}{advice}")
 
 
 def _cell(value: Any, characters: int = 60) -> str:

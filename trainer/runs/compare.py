@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from trainer.config_file import flatten
 from trainer.errors import expect
-from trainer.runs.records import RunRecord, flatten
+from trainer.runs.records import RunRecord
 
 _LEVEL = 0.05  # probability of a false "significant", of all comparisons together
 _NAMES = ("logging.name", "logging.directory")  # always differ

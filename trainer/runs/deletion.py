@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from trainer.errors import InputError
 from trainer.files import sha256, write_atomic
 from trainer.run import Run
 from trainer.runs.records import RunRecord, open_records
+from trainer.runs.tensorboard_internals import copy_curves
+
+_CURVE_POINTS = 100  # of each curve per step, in TensorBoard, after pruning
 
 
 def find_removable(names: Sequence[str], folder: str) -> list[RunRecord]:
@@ -56,10 +60,10 @@ def find_prunable(records: Sequence[RunRecord], keep_best: int) -> list[RunRecor
 
 
 def prune(run: Run) -> None:
-    """Deletes checkpoints; compresses the final weights, without the state of the optimizer."""
+    """Deletes checkpoints; reduces the final weights to the model, and TensorBoard to curves."""
 
-    def copy_model(partial: Path) -> None:
-        with h5py.File(run.weights) as old, h5py.File(partial, "w", libver="latest") as new:
+    def copy_model(target: Path) -> None:
+        with h5py.File(run.weights) as old, h5py.File(target, "w", libver="latest") as new:
 
             def copy(name: str, item: Any) -> None:
                 if name.partition("/")[0] == "optimizer":
@@ -79,6 +83,9 @@ def prune(run: Run) -> None:
             raise InputError(f"{run.weights} is damaged: the other checkpoints are not deleted")
         write_atomic(run.weights, copy_model)
         run.write_json("summary.json", summary | {"weights_sha256": sha256(run.weights)})
+        for path in run.path.rglob("events.out.tfevents.*"):
+            stride = 1 + summary["steps"] // _CURVE_POINTS
+            write_atomic(path, partial(copy_curves, path, stride=stride))
         for path in _other_checkpoints(run):
             path.unlink()
 

@@ -5,12 +5,13 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
 
+from trainer.config_file import flatten
 from trainer.errors import InputError, did_you_mean
 from trainer.run import Run, open_run
 
@@ -33,14 +34,16 @@ class RunRecord(NamedTuple):
 def read_record(run: Run) -> RunRecord:
     """Reads a run. Files that cannot be read make its state "damaged"."""
     summary, config = {}, {}
-    state = "training" if _is_locked(run) else "finished" if run.finished else "unfinished"
+    state = "training" if _is_locked(run) else "finished" if run.finished else _how_ended(run)
     try:
         config = flatten(tomllib.loads((run.path / "config.toml").read_text(encoding="utf-8")))
         summary = run.read_json("summary.json") if run.finished else {}
     except (InputError, OSError, ValueError, RecursionError):
         state = "damaged"
-    facts = flatten(summary)
-    columns = {"name": run.name, "state": state, "data": config.get("data.name")}
+    facts, data = flatten(summary), config.get("data.name")
+    if path := config.get("data.options.path"):  # of a folder, a table or arrays
+        data = f"{data}:{Path(path).name}"
+    columns = {"name": run.name, "state": state, "data": data}
     columns |= {"network": config.get("model.name"), "parameters": facts.get("parameters")}
     columns |= {"epochs": facts.get("epochs", run.trained_epochs), "step_ms": facts.get("step_ms")}
     columns |= {"seconds": facts.get("seconds.total"), "size_mb": folder_mb(run.path)}
@@ -116,18 +119,16 @@ def folder_mb(folder: Path) -> float:
     return total / 1e6
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested tables by dotted key. Lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
 def to_text(value: Any) -> str:
     """Returns a value as in JSON, and a string without quotes."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _how_ended(run: Run) -> str:
+    """Returns the state of a run without scores from the last line of its log."""
+    log = run.log.read_bytes() if run.log.is_file() else b""
+    last = log.rstrip().rpartition(b"\n")[2]
+    return "diverged" if b" ended: the loss became " in last else "unfinished"
 
 
 def _is_locked(run: Run) -> bool:

@@ -26,7 +26,8 @@ from keras_tuner.engine.trial import TrialStatus
 from rich.console import Console
 
 from trainer import devices
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.errors import CheckError, InputError, StoppedError, did_you_mean, expect
 from trainer.experiment import PhaseTimer, build_experiment
 from trainer.training.user_callbacks import make_callbacks

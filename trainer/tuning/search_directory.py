@@ -18,7 +18,8 @@ from typing import Any, Literal
 import filelock
 from pydantic import Field
 
-from trainer.config import Config, Section, load_config
+from trainer.config import Config, Section
+from trainer.config_file import load_config
 from trainer.errors import CheckError, InputError
 from trainer.files import write_text
 from trainer.run import Run

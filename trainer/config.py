@@ -147,6 +147,9 @@ class ModelConfig(ModuleSection):
 
     name: str = "cnn"
     """A module of trainer/models."""
+    freeze: list[str] = []
+    """Patterns of layer paths, for example "block_1*" or "*/block_1/*": these layers are not
+    trained."""
 
 
 class OptimizerConfig(Section):
@@ -215,6 +218,9 @@ class TrainingConfig(Section):
     limit_batches: _Count | None = None
     """Use only this many batches of each split. Validation and test then use a fixed sample of all
     classes."""
+    init_from: _Folder | None = None
+    """Start with the weights of a finished run (directory, name or "latest") or of a .weights.h5 or
+    .keras file; layers are matched by path and shape."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
     """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
 
@@ -301,7 +307,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
     Args:
         path: A TOML file.
         overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
-            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
+            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name,
+            and `model.freeze`.
         stored: As in `parse_config`.
 
     Raises:
@@ -321,8 +328,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
     for key, value in given:
         table = tree.get(key.removesuffix(".name"))
         if isinstance(table, dict) and value != table.get("name"):
-            table.pop("options", None)
-            table.pop("unset_options", None)
+            for dropped in ("options", "unset_options", "freeze"):
+                table.pop(dropped, None)
     for key, value in given:
         _put(tree, key, value)
     return parse_config(tree, origin=origin, stored=stored)

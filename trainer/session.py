@@ -16,6 +16,7 @@ from trainer.environment import describe_environment
 from trainer.errors import CheckError, shell_command
 from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
+from trainer.keras_objects import count_trainable
 from trainer.run import Run
 from trainer.training.batches import Batches
 from trainer.training.callbacks import (
@@ -37,6 +38,7 @@ from trainer.training.weights import save_weights
 
 if TYPE_CHECKING:
     from trainer.kernel_internals import KernelReport
+    from trainer.training.initial_weights import InitialWeights
 
 _log = logging.getLogger(__name__)
 
@@ -141,10 +143,14 @@ class Training:
             if not cluster.chief:
                 return
         sizes = f"{spec.train} train, {spec.validation} validation, {spec.test} test images"
+        model = experiment.model
+        counts = (
+            f"{model.count_params():,} parameters, {count_trainable(model):,} of them trainable"
+        )
         facts = {
             "run": run.path,
             "data": f"{spec.name}: {sizes} ({spec.origin})",
-            "network": f"{config.model.name}, {experiment.model.count_params():,} parameters",
+            "network": f"{config.model.name}, {counts}",
             "device": f"{', '.join(experiment.placed)}, {config.training.precision}",
         }
         if config.training.limit_batches is not None:
@@ -191,6 +197,8 @@ class Training:
         )
         if self.saved is not None:
             checkpoints.continue_from(self.saved)
+        if experiment.initial is not None:
+            self._score_initial(experiment.initial)
         try:
             experiment.loop.fit(
                 self._train,
@@ -208,6 +216,17 @@ class Training:
         if (epochs := len(experiment.model.history.epoch)) < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
 
+    def _score_initial(self, initial: "InitialWeights") -> None:
+        """Scores the validation images before the first step; writes initial_weights.json."""
+        self.experiment.loop.trace(self._validation, "evaluate")  # has its own seconds
+        with self.timer.phase("evaluation"):
+            scores, _ = score(self.experiment.loop, self._validation, signals=self._signals)
+        named = {f"val_{name}": value for name, value in scores.items()}
+        _log.info("weights  %s", initial)
+        _log.info("start    %s  before training", format_metrics(named))
+        facts = asdict(initial) | {"validation": to_json(scores)}
+        self.run.write_json("initial_weights.json", facts)
+
     def _finish(self) -> FitResult:
         """Scores the final weights, which can be those of an earlier epoch, and reports."""
         experiment, run, timer = self.experiment, self.run, self.timer
@@ -224,6 +243,8 @@ class Training:
         if cluster is not None and not cluster.chief:
             return FitResult(summary, experiment.model, None, cluster.index)
         summary |= {"run": str(run.path), "weights_sha256": sha256(run.weights)}
+        if (run.path / "initial_weights.json").exists():
+            summary["initial_weights"] = run.read_json("initial_weights.json")
         if probabilities is not None:
             summary["test_images"] = len(probabilities)
             run.write_json("summary.json", summary)  # finished, even if the report fails
@@ -252,6 +273,7 @@ class Training:
             "data": experiment.data.spec.model_dump(mode="json"),
             "model": experiment.config.model.name,
             "parameters": experiment.model.count_params(),
+            "trainable_parameters": count_trainable(experiment.model),
             "devices": experiment.placed,
             "workers": experiment.devices.workers,
             "precision": training.precision,

@@ -131,8 +131,9 @@ def resume(
         own = run if chief else _temporary_run(stack)
         for context in (own.locked(), own.logging(), watched(cluster, str(run.path))):
             stack.enter_context(context)
-        experiment = build_experiment(config, timer, cluster=cluster)
-        saved = _checkpoint_that_fits(run, experiment)
+        saved = newest_checkpoint(run)
+        experiment = build_experiment(config, timer, cluster=cluster, initialize=saved is None)
+        saved = _require_fitting(saved, run, experiment)
         progress = saved and asdict(saved.progress)
         experiment.devices.require_same({"the newest checkpoint": progress})
         training = Training(
@@ -243,13 +244,14 @@ def _temporary_run(stack: ExitStack) -> Run:
     return Run(Path(stack.enter_context(TemporaryDirectory())))
 
 
-def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None:
-    """Reads the newest checkpoint of a run and checks it; None: it has none yet.
+def _require_fitting(
+    saved: Checkpoint | None, run: Run, experiment: Experiment
+) -> Checkpoint | None:
+    """Returns the newest checkpoint of a run; None: it has none yet.
 
     Raises:
-        InputError: The checkpoint does not fit the experiment.
+        InputError: The checkpoint does not fit the experiment, or is missing.
     """
-    saved = newest_checkpoint(run)
     if saved is None:
         # One line is possible: that of epoch 1 is written just before the first checkpoint.
         if run.finished or run.trained_epochs > 1:

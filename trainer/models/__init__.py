@@ -3,11 +3,15 @@
 To add a network, add one module to this folder. Its file name is the value of `[model] name`. Its
 function `build(spec, **options)` returns a `keras.Model` that takes uint8 images of
 `spec.image_shape` and returns `spec.class_count` probabilities. There is no registry.
+
+An option `weights` is the initial weights: for example a file, or "none" for random ones. A run
+that is restored or resumed does not need them: `build` receives "none".
 """
 
 import pkgutil
 import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import keras
@@ -35,8 +39,10 @@ def resolve(config: ModelConfig) -> ModelConfig:
     return config.resolved(find(config))
 
 
-def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
-    """Builds the network of a configuration for the images of a data set.
+def build(config: ModelConfig, spec: DataSpec, *, initialize: bool = True) -> keras.Model:
+    """Builds the network of a configuration for the images of a data set, with its frozen layers.
+
+    Without `initialize`, its initial weights are random, because others are loaded later.
 
     Returns:
         A model from images (uint8 [batch, height, width, channels], 0 to 255) to probabilities
@@ -45,9 +51,11 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     Raises:
         InputError: The network or one of its options is unknown or does not fit the images.
     """
-    function, where = find(config), f"model {config.name!r}"
+    function, where, options = find(config), f"model {config.name!r}", config.arguments
+    if not initialize and "weights" in options:
+        options["weights"] = "none"
     try:
-        model = call_with_options(function, spec, options=config.arguments, where="model.options")
+        model = call_with_options(function, spec, options=options, where="model.options")
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"{where} cannot be built: {keras_objects.explain(error)}") from error
     built = isinstance(model, keras.Model) and model.built
@@ -62,7 +70,22 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     found = list(getattr(outputs, "shape", [type(outputs).__name__]))
     expected = [None, spec.class_count]
     expect(found == expected, where, f"probabilities of shape {expected}", found)
+    _freeze(model, config.freeze)
     return cast("keras.Model", model)
+
+
+def _freeze(model: keras.Model, patterns: list[str]) -> None:
+    """Freezes the layers whose path matches a pattern, and the layers in them."""
+    paths = keras_objects.nested_layers(model.layers)
+    for pattern in patterns:
+        matching = [layer for layer, path in paths.items() if fnmatchcase(path, pattern)]
+        if not matching:
+            names = did_you_mean(pattern, paths.values())
+            raise InputError(f"model.freeze: no layer matches {pattern!r}: {names}")
+        for layer in matching:
+            layer.trainable = False
+    trained = model.trainable_variables or not patterns
+    expect(trained, "model.freeze", "a layer with weights that is not frozen", patterns)
 
 
 def image_input(spec: DataSpec) -> tuple[Any, Any]:

@@ -259,7 +259,7 @@ def test_the_model_card_describes_the_run() -> None:
         "loss 0.0312",
         "**fashion_mnist** 3.0.1 (tensorflow-datasets)",
         f"`{'0123abcd' * 8}`",
-        "`cnn` network of 1,234,567 parameters, 1,000,000 of them trainable,",
+        "`cnn` network of 1,234,567 parameters, 1,000,000 trainable.",
         "1,000 images, scored once",
         "Training: 5,400 images, epochs: 3; 6,000 more for validation",
         "CPU:0, CPU:1; precision: mixed_bfloat16; seed: 7",

@@ -148,8 +148,7 @@ class ModelConfig(ModuleSection):
     name: str = "cnn"
     """A module of trainer/models."""
     freeze: list[str] = []
-    """Patterns of layer paths, for example "block_1*" or "*/block_1/*": these layers are not
-    trained."""
+    """Patterns of the paths of layers that are not trained, for example "block/conv_*"."""
 
 
 class OptimizerConfig(Section):

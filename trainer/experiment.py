@@ -162,14 +162,9 @@ def build_experiment(
         if training.deterministic:
             tf.config.experimental.enable_op_determinism()
         with devices.dtype_policy(precision), selected.scope():
-            augmentation = initial = None
-            if restored is not None:
-                model = restore(restored, selected, compiled=True)
-            else:
-                model = compiled_model(config, data.spec, initialize=initialize)
-                augmentation = _make_augmentation(config, data)
-                if initialize and training.init_from is not None:
-                    config, initial = _load_initial(config, model)
+            model, augmentation, initial = _make_model(config, data, selected, restored, initialize)
+        if initial is not None:
+            config = config.with_changes({"training.init_from": initial.source})  # not "latest"
         placed = _check_forward(model, data, selected)
         config = _resolve(config, data.spec, model, selected, precision)
         loop = Loop(
@@ -186,11 +181,22 @@ def build_experiment(
     return Experiment(config, data, selected, placed, model, loop, augmentation, initial)
 
 
-def compiled_model(config: Config, spec: DataSpec, *, initialize: bool = True) -> keras.Model:
-    """Builds and compiles the model of a configuration; InputError if a name or option is wrong.
+def _make_model(
+    config: Config, data: Dataset, selected: Devices, restored: Run | None, initialize: bool
+) -> "tuple[keras.Model, Augmentation | None, InitialWeights | None]":
+    """Returns the compiled model, the augmentation, and what `training.init_from` loaded."""
+    if restored is not None:
+        return restore(restored, selected, compiled=True), None, None
+    model, initial = compiled_model(config, data.spec, initialize=initialize), None
+    if initialize and config.training.init_from is not None:
+        from trainer.training.initial_weights import load_initial_weights
 
-    `initialize` is that of `models.build`.
-    """
+        initial = load_initial_weights(model, config.training.init_from, config.logging.directory)
+    return model, _make_augmentation(config, data), initial
+
+
+def compiled_model(config: Config, spec: DataSpec, *, initialize: bool = True) -> keras.Model:
+    """Builds and compiles the model of a configuration; InputError if a name or option is wrong."""
     training = config.training
     model = models.build(config.model, spec, initialize=initialize)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -212,14 +218,6 @@ def compiled_model(config: Config, spec: DataSpec, *, initialize: bool = True) -
         jit_compile=training.jit_compile,
     )
     return model
-
-
-def _load_initial(config: Config, model: keras.Model) -> tuple[Config, "InitialWeights"]:
-    """Loads `training.init_from`, and returns the configuration with the path of the source."""
-    from trainer.training.initial_weights import load_initial_weights
-
-    initial = load_initial_weights(model, str(config.training.init_from), config.logging.directory)
-    return config.with_changes({"training.init_from": initial.source}), initial
 
 
 def _make_augmentation(config: Config, data: Dataset) -> "Augmentation | None":

@@ -98,10 +98,7 @@ def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
 
 
 def nested_layers(layers: Iterable[keras.layers.Layer]) -> dict[keras.layers.Layer, str]:
-    """Returns layers and the layers in their attributes, at any depth, with their paths.
-
-    The path of a layer is its name after those of the layers around it, for example "block/conv".
-    """
+    """Returns layers and the layers in their attributes, with paths of names as "block/conv"."""
     found: dict[keras.layers.Layer, str] = {}
     waiting = [(layer, layer.name) for layer in layers]
     while waiting:

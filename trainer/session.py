@@ -38,7 +38,6 @@ from trainer.training.weights import save_weights
 
 if TYPE_CHECKING:
     from trainer.kernel_internals import KernelReport
-    from trainer.training.initial_weights import InitialWeights
 
 _log = logging.getLogger(__name__)
 
@@ -143,14 +142,11 @@ class Training:
             if not cluster.chief:
                 return
         sizes = f"{spec.train} train, {spec.validation} validation, {spec.test} test images"
-        model = experiment.model
-        counts = (
-            f"{model.count_params():,} parameters, {count_trainable(model):,} of them trainable"
-        )
+        parameters, trained = experiment.model.count_params(), count_trainable(experiment.model)
         facts = {
             "run": run.path,
             "data": f"{spec.name}: {sizes} ({spec.origin})",
-            "network": f"{config.model.name}, {counts}",
+            "network": f"{config.model.name}, {parameters:,} parameters, {trained:,} trainable",
             "device": f"{', '.join(experiment.placed)}, {config.training.precision}",
         }
         if config.training.limit_batches is not None:
@@ -197,9 +193,12 @@ class Training:
         )
         if self.saved is not None:
             checkpoints.continue_from(self.saved)
-        if experiment.initial is not None:
-            self._score_initial(experiment.initial)
         try:
+            if experiment.initial is not None:
+                experiment.loop.trace(self._validation, "evaluate")  # has its own seconds
+                with self.timer.phase("evaluation"):
+                    scores, _ = score(experiment.loop, self._validation, signals=self._signals)
+                experiment.initial.record(run, scores)
             experiment.loop.fit(
                 self._train,
                 self._validation,
@@ -215,17 +214,6 @@ class Training:
         save_weights(run.weights, experiment.model)
         if (epochs := len(experiment.model.history.epoch)) < asked:
             _log.info("stopped  by a callback, after epoch %d of %d", epochs, asked)
-
-    def _score_initial(self, initial: "InitialWeights") -> None:
-        """Scores the validation images before the first step; writes initial_weights.json."""
-        self.experiment.loop.trace(self._validation, "evaluate")  # has its own seconds
-        with self.timer.phase("evaluation"):
-            scores, _ = score(self.experiment.loop, self._validation, signals=self._signals)
-        named = {f"val_{name}": value for name, value in scores.items()}
-        _log.info("weights  %s", initial)
-        _log.info("start    %s  before training", format_metrics(named))
-        facts = asdict(initial) | {"validation": to_json(scores)}
-        self.run.write_json("initial_weights.json", facts)
 
     def _finish(self) -> FitResult:
         """Scores the final weights, which can be those of an earlier epoch, and reports."""

@@ -131,7 +131,7 @@ def test_layers_are_matched_by_path_and_shape(fit: Callable[..., Any], source: R
     initial = result.summary["initial_weights"]
     assert sorted(initial["loaded"]) == ["batch_normalization", "one", "two"]
     assert initial["not_loaded"] == {
-        "logits": "expected shapes [[12, 5], [5]], found [[12, 3], [3]]",
+        "logits": "expected shapes [[12, 5], [5]], received [[12, 3], [3]]",
         "new": "not in the source",
     }
     with h5py.File(source.weights) as file:
@@ -181,7 +181,8 @@ def test_files_of_keras_are_sources(name: str, tmp_path: Path) -> None:
     initial = load_initial_weights(other, str(tmp_path / name))
     assert initial.loaded == ["dense"]
     assert (
-        initial.not_loaded["inner/dense"] == "expected shapes [[16, 5], [5]], found [[16, 4], [4]]"
+        initial.not_loaded["inner/dense"]
+        == "expected shapes [[16, 5], [5]], received [[16, 4], [4]]"
     )
     np.testing.assert_array_equal(other.get_weights()[0], before[0])
     np.testing.assert_array_equal(other.get_weights()[-2], saved.get_weights()[-2])
@@ -197,11 +198,10 @@ def test_wrong_sources_are_refused_in_one_line(
         (tmp_path / name).write_text(text)
     with zipfile.ZipFile(tmp_path / "d.keras", "w") as archive:
         archive.writestr("config.json", "{}")
-    kinds = "expected a finished run, or an existing .weights.h5 or .keras file, received "
     for reference, changes, message in [
         (source.path, {"model__options": other}, "expected layers with the same path and shape"),
-        ("nowhere.weights.h5", {}, f"training.init_from: {kinds}'nowhere.weights.h5'"),
-        (tmp_path / "a.h5", {}, kinds),
+        ("nowhere.weights.h5", {}, "training.init_from: nowhere.weights.h5 cannot be read: "),
+        (tmp_path / "a.h5", {}, f"there is no run '{tmp_path}/a.h5': "),
         (tmp_path / "b.weights.h5", {}, "b.weights.h5 cannot be read: "),
         (tmp_path / "c.keras", {}, "c.keras cannot be read: "),
         (tmp_path / "d.keras", {}, "d.keras cannot be read: "),

@@ -11,7 +11,6 @@ that is restored or resumed does not need them: `build` receives "none".
 import pkgutil
 import re
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import keras
@@ -70,22 +69,11 @@ def build(config: ModelConfig, spec: DataSpec, *, initialize: bool = True) -> ke
     found = list(getattr(outputs, "shape", [type(outputs).__name__]))
     expected = [None, spec.class_count]
     expect(found == expected, where, f"probabilities of shape {expected}", found)
-    _freeze(model, config.freeze)
+    if config.freeze:
+        from trainer.models._freezing import freeze
+
+        freeze(model, config.freeze)
     return cast("keras.Model", model)
-
-
-def _freeze(model: keras.Model, patterns: list[str]) -> None:
-    """Freezes the layers whose path matches a pattern, and the layers in them."""
-    paths = keras_objects.nested_layers(model.layers)
-    for pattern in patterns:
-        matching = [layer for layer, path in paths.items() if fnmatchcase(path, pattern)]
-        if not matching:
-            names = did_you_mean(pattern, paths.values())
-            raise InputError(f"model.freeze: no layer matches {pattern!r}: {names}")
-        for layer in matching:
-            layer.trainable = False
-    trained = model.trainable_variables or not patterns
-    expect(trained, "model.freeze", "a layer with weights that is not frozen", patterns)
 
 
 def image_input(spec: DataSpec) -> tuple[Any, Any]:

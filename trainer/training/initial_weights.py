@@ -5,10 +5,12 @@ needed. The path is the name of a layer after those of the layers around it. Ker
 without a name per process. Here they are numbered by class in their order, as in these files.
 """
 
+import logging
 import re
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import h5py
@@ -16,7 +18,11 @@ import keras
 
 from trainer.errors import InputError, expect
 from trainer.files import sha256
-from trainer.run import open_run
+from trainer.run import Run, open_run
+from trainer.training.call import Logs
+from trainer.training.callbacks import format_metrics, to_json
+
+_log = logging.getLogger(__name__)
 
 _SHOWN = 4  # layers in a line of the log
 
@@ -36,6 +42,13 @@ class InitialWeights:
     sha256: str
     loaded: list[str]
     not_loaded: dict[str, str]
+
+    def record(self, run: Run, scores: Logs) -> None:
+        """Logs what was loaded and its scores on the validation images; writes the JSON file."""
+        named = {f"val_{name}": value for name, value in scores.items()}
+        _log.info("weights  %s", self)
+        _log.info("start    %s  before training", format_metrics(named))
+        run.write_json("initial_weights.json", asdict(self) | {"validation": to_json(scores)})
 
     def __str__(self) -> str:
         """Returns one line for the log."""
@@ -58,11 +71,8 @@ def load_initial_weights(
         InputError: There is no such run or file, the run is not finished, the file is damaged, or
             no layer matches.
     """
-    source = file = Path(reference)
-    if source.is_file() or source.suffix in (".h5", ".keras"):
-        fits = source.is_file() and source.name.endswith((".weights.h5", ".keras"))
-        kinds = "a finished run, or an existing .weights.h5 or .keras file"
-        expect(fits, "training.init_from", kinds, repr(reference))
+    if reference.endswith((".weights.h5", ".keras")):
+        source = file = Path(reference)
     else:
         run = open_run(reference, runs_directory=runs_directory)
         source, file = run.path, run.final_weights()
@@ -87,13 +97,12 @@ def _copy_weights(file: Path, model: keras.Model, folder: Path) -> tuple[list[st
     with h5py.File(file, "r") as source, h5py.File(merged, "r+") as target:
         found = _weights_by_path(source)
         for path, own in _weights_by_path(target).items():
-            shapes = [
-                [list(each[name].shape) for name in each] for each in (own, found.get(path, ()))
-            ]
+            expected, received = _shapes(own), _shapes(found.get(path, {}))
             if path not in found:
                 not_loaded[path] = "not in the source"
-            elif shapes[0] != shapes[1]:
-                not_loaded[path] = f"expected shapes {shapes[0]}, found {shapes[1]}"
+            elif expected != received:
+                why = f"expected shapes {[*expected.values()]}, received {[*received.values()]}"
+                not_loaded[path] = why
             else:
                 loaded.append(path)
                 for name in own:
@@ -127,6 +136,10 @@ def _layer_path(file: h5py.File, location: str) -> str:
         if key != "layers":
             names.append(key if by_keras else name)
     return "/".join(names)
+
+
+def _shapes(weights: Mapping[str, h5py.Dataset]) -> dict[str, list[int]]:
+    return {name: list(weight.shape) for name, weight in weights.items()}
 
 
 def _first(names: list[str]) -> str:

@@ -39,10 +39,9 @@ def optimizer_variables(run: Run) -> int:
 
 def check_restored(run: Run, command: Callable[..., Any]) -> None:
     """Every verb that restores a run works."""
-    commands = [
+    commands: list[list[Any]] = [
         ["evaluate", run.path],
         ["predict", run.path, "pictures/round"],
-        ["save", run.path, f"{run.name}.keras"],
         ["fit", "--resume", run.path, "--epochs", "2"],
     ]
     for arguments in commands:
@@ -81,37 +80,6 @@ def test_two_stages(in_tmp_path: Path, command: Callable[..., Any]) -> None:
         assert equal == normalization, name  # the others were trained
     shutil.rmtree(head.path)
     check_restored(tuned, command)
-
-
-@pytest.mark.slow
-def test_an_application_can_be_saved_and_exported(
-    in_tmp_path: Path, command: Callable[..., Any]
-) -> None:
-    """With swapped channels, in every format, and in Keras without this package."""
-    pictures.write_folder(in_tmp_path / "pictures", 12)
-    options = '{ name = "ResNet50", weights = "none", batch_normalization = "trained" }'
-    arguments = ["--set", f"model.options={options}", "--set", 'model.freeze=["*/conv[1-4]_*"]']
-    code, _, err = command("fit", CONFIG, "--epochs", "1", *SMALL, *arguments)
-    assert code == 0, err
-    (run,) = map(Run, Path("runs").iterdir())
-    for kind in ("saved_model", "litert", "litert_int8", "onnx"):
-        code, _, err = command("export", run.path, "--format", kind)
-        assert code == 0, err
-        assert " trainable, from the run" in next(
-            Path("saved_models").rglob("README.md")
-        ).read_text(encoding="utf-8")
-    assert command("save", run.path, "model.keras")[0] == 0
-    assert command("evaluate", "model.keras")[0] == 0
-    np.save("images.npy", np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3), np.uint8))
-    program = (
-        "import keras, numpy as np, sys\n"
-        "model = keras.saving.load_model('model.keras', safe_mode=True)\n"
-        "np.save('probabilities.npy', model(np.load('images.npy')))\n"
-        "assert 'trainer' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-    expected = restore(run)(np.load("images.npy"))
-    np.testing.assert_allclose(np.load("probabilities.npy"), expected, atol=1e-6)
 
 
 @pytest.mark.slow

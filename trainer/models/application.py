@@ -40,7 +40,7 @@ def build(
 
     Args:
         spec: Contains the image shape and the class count.
-        name: A function of keras.applications. In small letters, it is the name of the layer.
+        name: A function of keras.applications. The layer has its name, usually in small letters.
         weights: Initial weights: "imagenet" (downloaded by Keras), "none" (random), or a weights
             file without the classification layers, for example "..._no_top.h5".
         pooling: Average or maximum over all positions of the last feature map.
@@ -114,7 +114,8 @@ def _make_network(factory: Any, shape: Any, weights: str, pooling: str) -> keras
                 weights="imagenet" if weights == "imagenet" else None,
                 input_shape=shape,
                 pooling=pooling,
-                name=name.lower(),
+                # EfficientNetV2 refuses other names; some default names contain the image size.
+                name=inspect.signature(factory).parameters["name"].default or name.lower(),
             )
     except ValueError as error:
         message = f"model.options.name = {name!r}: {keras_objects.explain(error)}"

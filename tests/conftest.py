@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TFDS_DATA_DIR"] = str(Path(__file__).parent / "there-is-no-such-folder")
+_KERAS_HOME = tempfile.TemporaryDirectory()  # its settings and downloads
+os.environ["KERAS_HOME"] = _KERAS_HOME.name
 
 pytest_plugins = ["worker_groups"]
 pytest.register_assert_rewrite("data_contract")

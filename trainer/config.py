@@ -146,6 +146,8 @@ class ModelConfig(ModuleSection):
 
     name: str = "cnn"
     """A module of trainer/models."""
+    freeze: list[str] = []
+    """Patterns of the paths of layers that are not trained, for example "block/conv_*"."""
 
 
 class OptimizerConfig(Section):
@@ -214,6 +216,9 @@ class TrainingConfig(Section):
     limit_batches: _Count | None = None
     """Use only this many batches of each split. Validation and test then use a fixed sample of all
     classes."""
+    init_from: _Folder | None = None
+    """Start with the weights of a finished run (directory, name or "latest") or of a .weights.h5 or
+    .keras file; layers are matched by path and shape."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
     """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
 

@@ -16,7 +16,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
     Args:
         path: A TOML file. Its key `extends` names another file, whose tables it changes.
         overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
-            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
+            `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name,
+            and `model.freeze`.
         stored: As in `parse_config`.
 
     Raises:
@@ -142,5 +143,5 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def _drop_options(table: dict[str, Any], name: Any) -> None:
-    for key in ("options", "unset_options") if name != table.get("name") else ():
+    for key in ("options", "unset_options", "freeze") if name != table.get("name") else ():
         table.pop(key, None)

@@ -111,7 +111,7 @@ def reason(error: BaseException) -> str:
 
 def _is_user_file(path: Path) -> bool:
     if path.is_relative_to(_PACKAGE):
-        ours = path.stem.startswith("_") or path.stem in ("layers", "tfds")
+        ours = path.stem.startswith("_") or path.stem in ("application", "layers", "tfds")
         return path.parent.name in ("data", "models") and not ours
     generated = not path.is_file() or path.name.startswith("__autograph_generated_file")
     installed = {"site-packages", "dist-packages"} & set(path.parts)

@@ -21,7 +21,6 @@ from trainer.config import Config, explain_invalid
 from trainer.data import Dataset, DataSpec, Split
 from trainer.devices import Devices
 from trainer.errors import InputError, did_you_mean, expect
-from trainer.files import sha256
 from trainer.run import Run
 from trainer.training import losses  # noqa: F401 - registers its class by name
 from trainer.training.batches import Batches, make_batches, steps_per_epoch
@@ -33,6 +32,7 @@ from trainer.training.weights import load_weights
 if TYPE_CHECKING:
     from trainer.cluster import Cluster
     from trainer.training.augmentation import Augmentation
+    from trainer.training.initial_weights import InitialWeights
 
 # Names that a metric must not have: logs, and results of `evaluate`, already contain them.
 _IN_LOGS = {"epoch", "images_per_second", "learning_rate", "step", "step_ms", "step_ms_quartiles"}
@@ -75,6 +75,7 @@ class Experiment:
         model: Built and compiled.
         loop: Trains and evaluates the model.
         augmentation: Changes training images; None: no augmentation.
+        initial: What was loaded with `training.init_from`; None: nothing.
     """
 
     config: Config
@@ -84,6 +85,7 @@ class Experiment:
     model: keras.Model
     loop: Loop
     augmentation: "Augmentation | None"
+    initial: "InitialWeights | None" = None
 
     @property
     def random_state(self) -> list[Any]:
@@ -124,6 +126,7 @@ def build_experiment(
     *,
     cluster: "Cluster | None" = None,
     restored: Run | None = None,
+    initialize: bool = True,
 ) -> Experiment:
     """Selects devices, loads data, builds and compiles the model, and checks that they fit.
 
@@ -133,6 +136,7 @@ def build_experiment(
         selected: Devices to use in place of the configuration's.
         cluster: The workers that train together, each with the same configuration and data.
         restored: A finished run whose model is restored instead of building a new one.
+        initialize: False: the weights of a checkpoint are loaded later, so no others are.
 
     Raises:
         InputError: Parts of the configuration do not fit together.
@@ -158,11 +162,9 @@ def build_experiment(
         if training.deterministic:
             tf.config.experimental.enable_op_determinism()
         with devices.dtype_policy(precision), selected.scope():
-            if restored is None:
-                model = compiled_model(config, data.spec)
-                augmentation = _make_augmentation(config, data)
-            else:
-                model, augmentation = restore(restored, selected, compiled=True), None
+            model, augmentation, initial = _make_model(config, data, selected, restored, initialize)
+        if initial is not None:
+            config = config.with_changes({"training.init_from": initial.source})  # not "latest"
         placed = _check_forward(model, data, selected)
         config = _resolve(config, data.spec, model, selected, precision)
         loop = Loop(
@@ -176,13 +178,27 @@ def build_experiment(
             gradient_norms=config.logging.histograms,
             class_weight=_class_weight(training.class_weight, data),
         )
-    return Experiment(config, data, selected, placed, model, loop, augmentation)
+    return Experiment(config, data, selected, placed, model, loop, augmentation, initial)
 
 
-def compiled_model(config: Config, spec: DataSpec) -> keras.Model:
+def _make_model(
+    config: Config, data: Dataset, selected: Devices, restored: Run | None, initialize: bool
+) -> "tuple[keras.Model, Augmentation | None, InitialWeights | None]":
+    """Returns the compiled model, the augmentation, and what `training.init_from` loaded."""
+    if restored is not None:
+        return restore(restored, selected, compiled=True), None, None
+    model, initial = compiled_model(config, data.spec, initialize=initialize), None
+    if initialize and config.training.init_from is not None:
+        from trainer.training.initial_weights import load_initial_weights
+
+        initial = load_initial_weights(model, config.training.init_from, config.logging.directory)
+    return model, _make_augmentation(config, data), initial
+
+
+def compiled_model(config: Config, spec: DataSpec, *, initialize: bool = True) -> keras.Model:
     """Builds and compiles the model of a configuration; InputError if a name or option is wrong."""
     training = config.training
-    model = models.build(config.model, spec)
+    model = models.build(config.model, spec, initialize=initialize)
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
         # Statistics of the whole batch, not of the part of each device, as on one device.
         for layer in keras_objects.nested_layers(model.layers):
@@ -316,17 +332,13 @@ def restore(
     try:
         with policy, nullcontext() if selected is None else selected.scope():
             if compiled:
-                model = compiled_model(config, spec)
+                model = compiled_model(config, spec, initialize=False)
                 model.optimizer.build(model.trainable_variables)
             else:
-                model = models.build(config.model, spec)
+                model = models.build(config.model, spec, initialize=False)
     except InputError as error:
         raise InputError(f"run {run.name} cannot be restored: {error}") from error
-    expected = run.read_json("summary.json").get("weights_sha256")
-    found = sha256(run.weights) if run.weights.is_file() else "no file"
-    if found != expected:
-        raise InputError(f"{run.weights} is damaged: expected sha256 {expected}, found {found}")
-    load_weights(run.weights, model)
+    load_weights(run.final_weights(), model)
     return model
 
 

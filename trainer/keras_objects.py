@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,18 +97,24 @@ def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
 
 
-def nested_layers(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:
-    """Returns layers and the layers in their attributes, at any depth."""
-    found: list[keras.layers.Layer] = []
-    waiting = list(layers)
+def nested_layers(layers: Iterable[keras.layers.Layer]) -> dict[keras.layers.Layer, str]:
+    """Returns layers and the layers in their attributes, with paths of names as "block/conv"."""
+    found: dict[keras.layers.Layer, str] = {}
+    waiting = [(layer, layer.name) for layer in layers]
     while waiting:
-        layer = waiting.pop()
+        layer, path = waiting.pop()
         if layer not in found:
-            found.append(layer)
+            found[layer] = path
             for value in vars(layer).values():
                 parts = value if isinstance(value, list | tuple) else [value]
-                waiting += [part for part in parts if isinstance(part, keras.layers.Layer)]
+                inner = [part for part in parts if isinstance(part, keras.layers.Layer)]
+                waiting += [(part, f"{path}/{part.name}") for part in inner]
     return found
+
+
+def count_trainable(model: keras.Model) -> int:
+    """Returns the number of parameters that are trained."""
+    return sum(math.prod(weight.shape) for weight in model.trainable_variables)
 
 
 def raised_in_keras_callback(error: Exception) -> bool:

@@ -26,8 +26,8 @@ _HPARAMS = {"epochs", "batch_size", "seed", "device", "precision", "clip_norm"}
 _MODEL_CARD = """\
 # {name}
 
-A `{model}` network of {parameters:,} parameters, trained on **{data[name]}** {data[version]} \
-({data[origin]}).
+A `{model}` network of {parameters:,} parameters, {trainable_parameters:,} trainable. It was \
+trained on **{data[name]}** {data[version]} ({data[origin]}).
 
 - Test: {scores} ({test_images:,} images, scored once, after training)
 - Training: {train_images:,} images, epochs: {epochs}; {held_out}

@@ -26,13 +26,14 @@ _log = logging.getLogger(__name__)
 _OPTIONAL_STATES = ("averaged_weights", "tensorboard")
 
 
-def fitting_checkpoint(run: Run, experiment: Experiment) -> Checkpoint | None:
-    """Reads the newest checkpoint of a run and checks it; None: it has none yet.
+def require_fitting(
+    saved: Checkpoint | None, run: Run, experiment: Experiment
+) -> Checkpoint | None:
+    """Returns the newest checkpoint of a run; None: it has none yet.
 
     Raises:
-        InputError: The checkpoint does not fit the experiment.
+        InputError: The checkpoint does not fit the experiment, or is missing.
     """
-    saved = newest_checkpoint(run)
     if saved is None:
         # One line is possible: that of epoch 1 is written just before the first checkpoint.
         if run.finished or run.trained_epochs > 1:

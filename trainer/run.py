@@ -3,6 +3,7 @@
 runs/<UTC time>-<name>/
     config.toml        the resolved configuration
     environment.json   versions, CPU, GPU, git revision, data fingerprint
+    initial_weights.json   with training.init_from: the layers that were loaded, and their scores
     metrics.jsonl      one line per epoch
     classes.json       precision, recall and F1 of each class
     predictions.npz    label, predicted class and its probability, for each test image
@@ -36,6 +37,7 @@ _TIME = re.compile(r"\d{8}T\d{6}Z-")  # the start of the name of a run directory
 _FILES = (
     "config.toml",
     "environment.json",
+    "initial_weights.json",
     "summary.json",
     "classes.json",
     "predictions.npz",
@@ -69,6 +71,16 @@ class Run:
     def trained_epochs(self) -> int:
         """The number of lines in metrics.jsonl."""
         return len(self.metrics.read_bytes().splitlines()) if self.metrics.is_file() else 0
+
+    def final_weights(self) -> Path:
+        """Returns the file of the final weights of a finished run; InputError if it is damaged."""
+        expected = self.read_json("summary.json").get("weights_sha256")
+        found = files.sha256(self.weights) if self.weights.is_file() else "no file"
+        if found != expected:
+            raise InputError(
+                f"{self.weights} is damaged: expected sha256 {expected}, found {found}"
+            )
+        return self.weights
 
     def owns(self, path: Path) -> bool:
         """Returns whether a path is the run directory or a file that the run itself writes."""

@@ -15,6 +15,7 @@ from trainer.environment import describe_environment
 from trainer.errors import CheckError, shell_command
 from trainer.experiment import Experiment, PhaseTimer
 from trainer.files import sha256
+from trainer.keras_objects import count_trainable
 from trainer.run import Run
 from trainer.training.batches import Batches
 from trainer.training.callbacks import (
@@ -161,10 +162,11 @@ class Training:
             if not cluster.chief:
                 return
         sizes = f"{spec.train} train, {spec.validation} validation, {spec.test} test images"
+        parameters, trained = experiment.model.count_params(), count_trainable(experiment.model)
         facts = {
             "run": run.path,
             "data": f"{spec.name}: {sizes} ({spec.origin})",
-            "network": f"{config.model.name}, {experiment.model.count_params():,} parameters",
+            "network": f"{config.model.name}, {parameters:,} parameters, {trained:,} trainable",
             "device": f"{', '.join(experiment.placed)}, {config.training.precision}",
         }
         if config.training.limit_batches is not None:
@@ -194,6 +196,11 @@ class Training:
             _log.info("kernels  %s", self._kernels)
         asked = config.training.epochs
         try:
+            if experiment.initial is not None:
+                experiment.loop.trace(self._validation, "evaluate")  # has its own seconds
+                with self.timer.phase("evaluation"):
+                    scores, _ = score(experiment.loop, self._validation, signals=self._signals)
+                experiment.initial.record(self.run, scores)
             experiment.loop.fit(
                 self._train,
                 self._validation,
@@ -226,6 +233,8 @@ class Training:
         if cluster is not None and not cluster.chief:
             return FitResult(summary, experiment.model, None, cluster.index)
         summary |= {"run": str(run.path), "weights_sha256": sha256(run.weights)}
+        if (run.path / "initial_weights.json").exists():
+            summary["initial_weights"] = run.read_json("initial_weights.json")
         if probabilities is not None:
             summary["test_images"] = len(probabilities)
             run.write_json("summary.json", summary)  # finished, even if the report fails
@@ -254,6 +263,7 @@ class Training:
             "data": experiment.data.spec.model_dump(mode="json"),
             "model": experiment.config.model.name,
             "parameters": experiment.model.count_params(),
+            "trainable_parameters": count_trainable(experiment.model),
             "devices": experiment.placed,
             "workers": experiment.devices.workers,
             "precision": training.precision,

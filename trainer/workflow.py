@@ -115,7 +115,7 @@ def resume(
             model or configuration are not the same.
         MissingError, CheckError, StoppedError: As in `fit`.
     """
-    from trainer.resuming import fitting_checkpoint, roll_back
+    from trainer.resuming import newest_checkpoint, require_fitting, roll_back
 
     timer, cluster = PhaseTimer(import_seconds), read_cluster()
     run = open_run(reference, runs_directory=runs_directory, unfinished=True)
@@ -126,8 +126,9 @@ def resume(
         own = run if chief else _temporary_run(stack)
         for context in (own.locked(), own.logging(), _watched(cluster, str(run.path))):
             stack.enter_context(context)
-        experiment = build_experiment(config, timer, cluster=cluster)
-        saved = fitting_checkpoint(run, experiment)
+        saved = newest_checkpoint(run)
+        experiment = build_experiment(config, timer, cluster=cluster, initialize=saved is None)
+        saved = require_fitting(saved, run, experiment)
         progress = saved and asdict(saved.progress)
         experiment.devices.require_same({"the newest checkpoint": progress})
         training = Training(experiment, own, callbacks, timer, console, saved, score_test)

@@ -1,7 +1,7 @@
 """The contract of all networks. A new module is tested without a change here."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,12 @@ def test_equal_seeds_make_equal_networks(name: str) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def refusal(name: str, options: dict[str, Any], spec: DataSpec = SMALL) -> str:
+def refusal(
+    name: str, options: dict[str, Any], spec: DataSpec = SMALL, freeze: Sequence[str] = ()
+) -> str:
     """Returns the error message for a network, which must be one line."""
     with pytest.raises(InputError) as refused:
-        build(ModelConfig(name=name, options=options), spec)
+        build(ModelConfig(name=name, options=options, freeze=[*freeze]), spec)
     message = str(refused.value)
     assert "\n" not in message
     assert len(message) < 600

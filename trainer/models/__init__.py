@@ -3,6 +3,9 @@
 To add a network, add one module to this folder. Its file name is the value of `[model] name`. Its
 function `build(spec, **options)` returns a `keras.Model` that takes uint8 images of
 `spec.image_shape` and returns `spec.class_count` probabilities. There is no registry.
+
+An option `weights` is the initial weights: for example a file, or "none" for random ones. A run
+that is restored or resumed does not need them: `build` receives "none".
 """
 
 import pkgutil
@@ -30,8 +33,10 @@ def find(config: ModelConfig) -> Callable[..., Any]:
     return module_function(__name__, config.name, "build")
 
 
-def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
-    """Builds the network of a configuration for the images of a data set.
+def build(config: ModelConfig, spec: DataSpec, *, initialize: bool = True) -> keras.Model:
+    """Builds the network of a configuration for the images of a data set, with its frozen layers.
+
+    Without `initialize`, its initial weights are random, because others are loaded later.
 
     Returns:
         A model from images (uint8 [batch, height, width, channels], 0 to 255) to probabilities
@@ -40,9 +45,11 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     Raises:
         InputError: The network or one of its options is unknown or does not fit the images.
     """
-    function, where = find(config), f"model {config.name!r}"
+    function, where, options = find(config), f"model {config.name!r}", config.arguments
+    if not initialize and "weights" in options:
+        options["weights"] = "none"
     try:
-        model = call_with_options(function, spec, options=config.arguments, where="model.options")
+        model = call_with_options(function, spec, options=options, where="model.options")
     except keras_objects.KERAS_ERRORS as error:
         raise InputError(f"{where} cannot be built: {keras_objects.explain(error)}") from error
     built = isinstance(model, keras.Model) and model.built
@@ -57,6 +64,10 @@ def build(config: ModelConfig, spec: DataSpec) -> keras.Model:
     found = list(getattr(outputs, "shape", [type(outputs).__name__]))
     expected = [None, spec.class_count]
     expect(found == expected, where, f"probabilities of shape {expected}", found)
+    if config.freeze:
+        from trainer.models._freezing import freeze
+
+        freeze(model, config.freeze)
     return cast("keras.Model", model)
 
 

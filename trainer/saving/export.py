@@ -19,6 +19,7 @@ from trainer.errors import CheckError, InputError, expect, shell_command
 from trainer.experiment import require_data, restore
 from trainer.files import require_writable
 from trainer.images import read_image
+from trainer.keras_objects import count_trainable
 from trainer.report import markdown_text
 from trainer.run import open_run
 from trainer.saving.formats import ExportFormat, find_format
@@ -103,6 +104,7 @@ def _write(
         format=export_format.name,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         parameters=model.count_params(),
+        trainable_parameters=count_trainable(model),
         verified=compare(export_format, folder, check),
         files=_compare_files(model, data, folder) if export_format.name == "saved_model" else None,
         sha256=compute_checksums(folder),

@@ -203,7 +203,7 @@ def _load_weights(path: Path, *, trust: bool) -> tuple[keras.Model, Origin]:
     if not trust:
         safety.check_network(path, origin.config.model.options)
     with devices.dtype_policy(origin.config.training.precision):
-        model = models.build(origin.config.model, origin.spec)
+        model = models.build(origin.config.model, origin.spec, initialize=False)
     load_weights(path, model)
     return model, origin
 

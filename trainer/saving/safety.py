@@ -29,6 +29,9 @@ _MAX_CONFIG_BYTES = 10**8  # of the unpacked config.json; Keras checks the other
 _KERAS_CLASSES = re.compile(
     r"(keras(\.(layers|models|initializers|regularizers|constraints|activations|losses|metrics"
     r"|optimizers|optimizers\.schedules|random))?|keras\.src\.models\.(functional|sequential)):\w+"
+    # Networks of keras.applications:
+    r"|keras\.src\.applications\.(convnext:LayerScale|inception_resnet_v2:CustomScaleLayer)"
+    r"|keras\.src\.ops\.numpy:(Add|Multiply)"
 )
 # In small letters: configurations may write names of layers so.
 _CODE = {"lambda", "__lambda__", "function", "tfsmlayer", "torchmodulewrapper"}

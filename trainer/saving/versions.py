@@ -81,6 +81,7 @@ class ExportRecord(Origin):
     format: str
     time: str  # of the export (UTC)
     parameters: int
+    trainable_parameters: int | None = None  # None: an earlier version wrote the file
     verified: Verification
     files: FileComparison | None = (
         None  # None: the data has no files, or the format has no such input

@@ -56,7 +56,7 @@ class Checkpoint:
 
 
 class Checkpoints(Callback):
-    """Writes checkpoints after each epoch and at intervals, and restores one.
+    """Writes checkpoints at the start, after each epoch and at intervals, and restores one.
 
     It must be the last callback: it saves and restores the state of the other callbacks after their
     own `on_epoch_end` and `on_train_begin`.
@@ -104,6 +104,8 @@ class Checkpoints(Callback):
                 _log.info("callback %s: checkpoints do not save %s", kind, names)
         if self._saved is not None:
             self._restore(self._saved)
+        else:
+            self._save()  # the training no longer needs the files that it starts from
 
     def on_call_end(self, record: CallRecord) -> None:
         """Saves after a call if it is time, or if a signal was received."""

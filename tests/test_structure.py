@@ -160,8 +160,8 @@ class Checkout:
         text = self.trainer("--help")
         assert re.search(r"\bfit\b", text)
         for tool in tools:
-            assert not re.search(rf"^\W*{TOOLS[tool]}\b", text, re.MULTILINE)
-            assert "No such command" in self.trainer(TOOLS[tool], code=2)
+            assert not re.search(rf"^\W*{VERBS[tool]}\b", text, re.MULTILINE)
+            assert "No such command" in self.trainer(VERBS[tool], code=2)
         collected = self.run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0")
         assert re.search(r"\d+/\d+ tests collected", collected)
 

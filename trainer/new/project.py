@@ -52,23 +52,22 @@ def create_project(directory: Path, name: str, without: Collection[str], data: P
         (copy / "configs" / f"{name}.toml").write_text(config, encoding="utf-8")
         for words in (("check", "--fix", "--exit-zero"), ("format",)):  # for the length of the name
             command = [sys.executable, "-m", "ruff", *words, "--quiet", "--no-cache", "."]
-            subprocess.run(command, cwd=copy, check=True)
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+            expect(done.returncode == 0, "ruff", "Python files without errors", done.stderr)
         hint = _commit(copy, f"{name}, created with trainer new {__version__}")
         copy.replace(target)
     return hint
 
 
 def _check(target: Path) -> None:
-    if not (ROOT / "pyproject.toml").is_file():
-        raise InputError("trainer new copies its repository: clone it, and run `make check` there")
+    if not (ROOT / "docs" / "new.md").is_file():
+        raise InputError("trainer new copies its repository: clone it, and use its `trainer new`")
     if shutil.which("git") is None:
         raise InputError("trainer new needs git: install it")
     empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    fits = empty and target.parent.is_dir() and target != Path.cwd()
-    fits = fits and not target.is_relative_to(ROOT)
-    expected = (
-        "a new or empty folder in an existing one, not the current one, not in the repository"
-    )
+    outside = target != Path.cwd() and not target.is_relative_to(ROOT)
+    fits = empty and outside and target.parent.is_dir()
+    expected = "a new or empty folder in an existing one, not this folder, not in the repository"
     expect(fits, "DIRECTORY", expected, f"'{target}'")
 
 
@@ -100,7 +99,7 @@ def _write_files(copy: Path, name: str, files: Mapping[str, str], removal: Remov
             text = "# Changelog\n\n## Unreleased\n"
         elif file == "README.md":
             start = (Path(__file__).with_name("readme.txt")).read_text(encoding="utf-8")
-            text = start + text[text.index("\n## After the first run") :]
+            text = start + "".join(text.partition("\n## After the first run")[1:])
             template = r"^## (A project of your own|Results on MNIST)\n.*?(?=^## )"
             text = re.sub(template, "", text, flags=re.M | re.S)
         elif file == "trainer/console.py":

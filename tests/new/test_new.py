@@ -76,7 +76,7 @@ def test_a_project_has_its_own_name(name: str, command: Callable[..., Any]) -> N
 def test_the_parts_of_a_tool_are_removed(tool: str) -> None:
     files = project._read_files(Path())
     removal = Removal([tool], files)
-    assert {f"trainer/{tool}/cli.py", f"docs/{tool}.md", "docs/performance.md"} <= removal.files
+    assert {f"trainer/{tool}/cli.py", f"docs/{tool}.md", "docs/comparison.md"} <= removal.files
     kept = files.keys() - removal.files
     assert {"trainer/cli.py", "configs/mnist.toml", "scripts/kill_and_resume.py"} <= kept
     for file in kept:

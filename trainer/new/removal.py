@@ -1,4 +1,4 @@
-"""What a new project does not contain: tools, and measurements of this repository."""
+"""What a new project does not contain: tools, and pages about this template."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from trainer import tools
 from trainer.errors import did_you_mean, expect
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_MEASUREMENTS = ("docs/performance.md", "scripts/research/")
+_TEMPLATE = ("docs/comparison.md", "docs/performance.md", "scripts/research/")
 _OWNED = ("configs/", "saved_models/", "scripts/")  # their files belong to the tools they mention
 
 
@@ -44,7 +44,7 @@ class Removal:
         folders = re.compile(rf"(trainer|tests)/({any_of})/|docs/({any_of})\.md$")
         uses = rf"\btrainer\s+({verbs})\b|\b(trainer[./]|tests/)({any_of})\b|`({any_of})`"
         owned = [f for f in files if f.startswith(_OWNED) and re.search(uses, files[f])]
-        owned += [f for f in files if f.startswith(_MEASUREMENTS)]
+        owned += [f for f in files if f.startswith(_TEMPLATE)]
         self.files = {*owned, *filter(folders.match, files)}
         paths = "|".join(re.escape(file.removeprefix("docs/")) for file in owned)
         pages = rf"\b({any_of})\.md|^  ({any_of})/|scripts/research"

@@ -2,7 +2,8 @@
 
     python scripts/gpu_acceptance.py
 
-Needs a GPU and all of MNIST (`TRAINER_DATA_FILES` or a network); takes about ten minutes. Writes
+Needs a GPU, all of MNIST (`TRAINER_DATA_FILES` or a network), and the tools `benchmark`, `doctor`,
+`saving` and `serving`; takes about ten minutes. Writes
 `runs/gpu_acceptance/results.json` and the part of `docs/gpu.md` between its two markers. Without a
 GPU it ends with exit code 3. `--rehearse` runs the same commands with the CPU in place of the GPU,
 to test the script itself: its figures say nothing about a GPU, and docs/gpu.md stays as it is.

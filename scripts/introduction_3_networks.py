@@ -2,8 +2,8 @@
 
     python scripts/introduction_3_networks.py
 
-Last of three; it trains on made-up images and takes seconds. `trainer fit`, `save`, `load`,
-`export` and `verify` are the same on the command line.
+Last of three; it trains on made-up images and takes seconds. `trainer fit` and the
+verbs of `saving` do the same on the command line.
 """
 
 import tempfile

@@ -51,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Seen:
-    """What came back; `new` says whether version 2 was said to serve before it was asked."""
+    """A reply. The field new is true if version 2 was reported as serving before the request."""
 
     request: Request
     status: int

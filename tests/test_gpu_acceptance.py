@@ -11,6 +11,10 @@ import pytest
 from trainer import devices
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+# It is deleted together with the tools that it uses.
+pytestmark = pytest.mark.skipif(
+    not (SCRIPTS / "gpu_acceptance.py").exists(), reason="the script is missing"
+)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 
 import trainer
-from trainer import cli, data, models, tools
+from trainer import cli, console, data, models, tools
 from trainer.data import mnist_sample
 from trainer.data._prepared import write_prepared
 
@@ -82,7 +82,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("TRAINER_DATA_FILES", raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # no network, on every machine
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "configs" / "mnist.toml", console.DEFAULT_CONFIG)
     random = np.random.RandomState(0)
     write_pictures(tmp_path / "pictures", 100)
     Image.fromarray(random.randint(0, 255, (28, 28), np.uint8)).save("digit.png")
@@ -199,12 +200,14 @@ def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
         (clone / f"example-{i}.toml").write_text(block)
     shipped = sorted((clone / "configs").glob("*.toml"))
     known = {"mnist.toml", "mnist_mlp.toml", "fashion_mnist.toml", "debug.toml"}
-    known |= {"mnist_best.toml", "mnist_tiny.toml", "mnist_tune.toml"}
+    known |= {"mnist_best.toml", "mnist_tiny.toml"}
     assert known <= {path.name for path in shipped}
     for path in [*sorted(clone.glob("example-*.toml")), *shipped]:
         if tomllib.loads(path.read_text()).keys() & REMOVED or path.stem == "transfer":
             continue  # it configures a removed tool, or takes long: tests/test_transfer.py
         config = trainer.load_config(path)
+        if not Path(config.data.options.get("path", ".")).resolve().is_relative_to(clone):
+            continue  # images of the user, which would be decoded here
         if config.data.name == "mnist":
             config = config.with_changes({"data.name": "mnist_sample"})
         summary = trainer.fit(config, dry_run=True).summary

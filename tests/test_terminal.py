@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import trainer
-from trainer import cli, console, errors, workflow
+from trainer import cli, console, errors, tools, workflow
 
 NAME = "\u0663\u4e09-\u00e9\u2026"  # latin-1 has one of the four characters
 
@@ -75,6 +75,8 @@ def test_tables_and_lines_are_printed_in_any_encoding(
     table = printed(monkeypatch, Stream(encoding), "predict", "latest", *images)
     for image in images:
         assert image.encode(encoding, "backslashreplace").decode(encoding) in table
+    if "gradient" not in tools.names():
+        return
     line = printed(monkeypatch, Stream(encoding), "gradient", "w+pi", "--at", "w=1", "--runs", NAME)
     assert f"saved in {NAME.encode(encoding, 'backslashreplace').decode(encoding)}/" in line
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.all_of_mnist
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_tmp_path")
 def test_the_default_reaches_99_percent_and_evaluate_repeats_it(prepared_mnist: Path) -> None:
-    """Checks one of the twenty seeds in docs/performance.md."""
+    """Checks one seed of the README's table."""
     config = trainer.load_config(CONFIGS / "mnist.toml", [f'data.directory="{prepared_mnist}"'])
     fitted = trainer.fit(config)
     data = fitted.summary["data"]

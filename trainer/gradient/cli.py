@@ -22,13 +22,11 @@ app = typer.Typer()
 @app.command(context_settings={"ignore_unknown_options": True})
 def gradient(
     expression: Annotated[
-        str | None,
-        typer.Argument(metavar="EXPR", help="An expression of numbers, vectors and matrices"),
+        str | None, typer.Argument(metavar="EXPR", help='For example "a*w**2 + sin(w)"')
     ] = None,
     *,
     at: Annotated[
-        str | None,
-        typer.Option("--at", metavar="NAME=VALUE,...", help="a=1,x=[1,2],A=[[1,2],[3,4]]"),
+        str | None, typer.Option("--at", metavar="NAME=NUMBER,...", help="a=1,w=-0.5")
     ] = None,
     wrt: Annotated[
         str | None, typer.Option("--wrt", metavar="NAME,...", help="Variables to differentiate by")

@@ -255,7 +255,7 @@ def _checkpoint_that_fits(run: Run, experiment: Experiment) -> Checkpoint | None
         if run.finished or run.trained_epochs > 1:
             raise InputError(f"{run.checkpoints} has no checkpoint any more: it cannot be resumed")
         return None
-    require_data(run, saved.fingerprint, experiment.data.spec)
+    require_data(run.name, saved.fingerprint, experiment.data.spec)
     epochs = experiment.config.training.epochs
     if epochs > run.config().training.epochs:
         # A callback may have stopped the run. It must not stop the longer training at once.

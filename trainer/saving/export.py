@@ -74,7 +74,7 @@ def export(
     expect(valid, "--name", "letters, digits, '.', '_' and '-'", repr(name))
     require_writable(directory, "--directory")
     data = datasets.load(origin.config.data)
-    require_data(run, origin.spec.fingerprint, data.spec)
+    require_data(run.name, origin.spec.fingerprint, data.spec)
     model = restore(run, precision="float32")
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
@@ -123,17 +123,17 @@ def _compare_files(model: keras.Model, data: Dataset, folder: Path) -> FileCompa
     if how is None or test.files is None:
         return None
     signature = tf.saved_model.load(str(folder)).signatures["serving_files"]
-    served, predicted, labels = [], [], []
+    served, pixels, labels = [], [], []
     for row in test.rows:
         file = Path(test.files[row])
         with contextlib.suppress(tf.errors.InvalidArgumentError):  # for example TIFF
             served.append(int(signature(image_bytes=tf.constant([file.read_bytes()]))["class"][0]))
-            pixels = read_image(file, how)[0]
-            predicted.append(int(np.argmax(model(pixels[np.newaxis], training=False))))
+            pixels.append(read_image(file, how)[0])
             labels.append(int(test.labels[row]))
     if not labels:
         return None
-    by_server, by_predict, truth = map(np.array, (served, predicted, labels))
+    by_server, truth = np.array(served), np.array(labels)
+    by_predict = predict_in_batches(of_keras(model), np.stack(pixels)).argmax(axis=1)
     agreement = float((by_server == by_predict).mean())
     if agreement < _MIN_AGREEMENT and (by_server != by_predict).sum() > 1:
         raise CheckError(

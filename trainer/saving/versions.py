@@ -82,9 +82,7 @@ class ExportRecord(Origin):
     time: str  # of the export (UTC)
     parameters: int
     verified: Verification
-    files: FileComparison | None = (
-        None  # None: the data has no files, or the format has no such input
-    )
+    files: FileComparison | None = None  # None: no files, or the format does not read files
     sha256: dict[str, str]  # of each file of the exported model
 
 

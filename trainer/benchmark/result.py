@@ -128,7 +128,7 @@ def _text(key: str, value: Any) -> str:
         return f"{(high - low) / value['median_seconds']:.0%}"
     if key.endswith("seconds"):
         return time_text(value)
-    if key.endswith(("share", "overhead")):
+    if key.endswith("share"):
         return f"{value:.1%}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

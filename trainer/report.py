@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,9 +16,6 @@ from trainer.data import Dataset, DataSpec, Labels, Split
 from trainer.errors import shell_command
 from trainer.files import write_atomic
 from trainer.run import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # The keys of [training] that the HParams page compares.
 _HPARAMS = {"epochs", "batch_size", "seed", "device", "precision", "clip_norm"}
@@ -121,15 +118,6 @@ def write_results(
             ]
             grid = figures.image_grid(split.read(wrong)[0], titles)
             tf.summary.image("confident_mistakes", grid[np.newaxis])
-
-
-def write_figure(tag: str, figure: "Figure") -> None:
-    """Writes a figure to TensorBoard with the default summary writer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    tf.summary.image(tag, np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3])
 
 
 def most_confident_mistakes(

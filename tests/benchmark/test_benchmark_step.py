@@ -140,7 +140,7 @@ def test_steps_are_measured_and_written(tmp_path: Path, command: Callable[..., A
     assert "GPU" in document["skipped"]
     assert (folder / "step.png").is_file()
     events = EventAccumulator(str(folder / "tensorboard" / "CPU1")).Reload()
-    points = events.Tensors("step_float32/graph/step_ms")
+    points = events.Tensors("step_float32/graph/seconds")
     assert [point.step for point in points] == [20, 50]
 
 

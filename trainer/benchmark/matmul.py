@@ -75,9 +75,7 @@ def benchmark_matmul(
         devices=names,
         x="n",
         panel="shape",
-        scalars=_scalars,
         skipped=skipped,
-        measured=measured,
     )
 
 
@@ -94,20 +92,13 @@ def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     return complete_row(each, measured, "bytes", at_least=row["bytes"], **same)
 
 
-def _scalars(row: dict[str, Any]) -> dict[str, float]:
-    tag = f"{row['shape']}_{row['dtype']}"
-    rate = "gflop_per_s" if row["shape"] == "square" else "gbyte_per_s"
-    return {f"{tag}/microseconds": row["seconds"] * 1e6, f"{tag}/{rate}": row[rate]}
-
-
 def _product_row(shape: str, n: int, device: str, dtype: str) -> dict[str, Any]:
     """Returns the description of a product, its flops (2 m n k) and the bytes of both operands.
 
     The types are "float32", "bfloat16", "float16" and "tf32" (float32 operands, TF32 arithmetic).
     """
     return {
-        # Results of earlier versions also had products with operands outside the caches ("cold").
-        "key": f"{shape}/{n}/{device}/{dtype}/hot",
+        "key": f"{shape}/{n}/{device}/{dtype}",
         "label": dtype,
         "shape": shape,
         "n": n,

@@ -87,7 +87,6 @@ def benchmark_operations(
         x="operation",
         panel="size",
         skipped=skipped,
-        measured=measured,
     )
 
 

@@ -78,12 +78,8 @@ def benchmark_step(
         settings={"config": config.model_dump(mode="json"), **asdict(budget)},
         devices=names,
         x="batch_size",
-        scalars=lambda row: {
-            f"step_{row['label']}/{name}": row[name] for name in ("step_ms", "images_per_second")
-        },
         fingerprint=spec.fingerprint,
         skipped=skipped,
-        measured=measured,
     )
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter
 from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import write_text
+from trainer.report import markdown_table
 from trainer.run import make_directory
 
 RATES = ("seconds", "timing", "gflop_per_s", "gbyte_per_s", "share")  # columns
@@ -92,11 +93,8 @@ class BenchmarkResult:
         path = make_directory(runs, f"benchmark-{self.name}")
         write_text(path / f"{self.name}.json", self.json())
         board = path / "tensorboard"
-        titles, *rows = self.table()
-        cells = (titles, ["---"] * len(titles), *rows)
-        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
         with tf.summary.create_file_writer(str(board)).as_default(step=0):
-            text = "\n\n".join([table, *self.lines()])
+            text = "\n\n".join([markdown_table(self.table()), *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
             picture = path / f"{self.name}.png"
             draw_times(self.rows, self.x, self.panel).savefig(picture, dpi=150)

@@ -163,18 +163,6 @@ def _publish(partial: Path, folder: Path, record: ExportRecord) -> Path:
                 raise
 
 
-def _files_text(files: FileComparison | None) -> str:
-    if files is None:
-        return ""
-    return (
-        f"- Original files ({files.images:,} of the test split): `serving_files` and `predict` "
-        f"agree on {files.agreement:.2%}; accuracy {files.accuracy:.4f} and "
-        f"{files.predict_accuracy:.4f}. "
-        "Other servers than `trainer serve` read no TIFF, and turn only JPEG files by their EXIF "
-        "orientation; resized pixels may differ by one or two of 255 steps\n"
-    )
-
-
 def model_card(record: ExportRecord, version: Path) -> str:
     """Returns the README of an exported model: its facts, and the commands to use it."""
     version = version.absolute()  # Docker accepts absolute paths only
@@ -184,14 +172,12 @@ def model_card(record: ExportRecord, version: Path) -> str:
         "version": version,
         "model": model,
         "path": str(version),
-        "files": _files_text(record.files),
         "classes": ", ".join(map(markdown_text, record.spec.class_names)),
         "verify": shell_command("verify", version),
         "serve": shell_command("serve", model.name, "--directory", model.parent),
         "mount": shlex.quote(f"{model}:/models/{model.name}"),
     }
-    names = ["model_card.txt"]
-    if record.format == "saved_model":
-        names.append("model_card_serving.txt")
-    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
+    names = ["model_card", *(["model_card_files"] if record.files else [])]
+    names += ["model_card_serving"] if record.format == "saved_model" else []
+    texts = [Path(__file__).with_name(f"{name}.txt").read_text("utf-8") for name in names]
     return "\n".join(texts).format(**values)

@@ -140,8 +140,8 @@ class SearchDirectory:
             config = trial_config(self.config, best.values | {"training.epochs": best.epochs})
             write_text(self.best, head + config.to_toml())
 
-    def write_results(self, seconds: float) -> dict[str, Any]:
-        """Writes results.json after `seconds` of search, and returns its content."""
+    def write_results(self) -> dict[str, Any]:
+        """Writes results.json, and returns its content."""
         records, ranked = self.records().values(), self.ranked()
         if not ranked:
             raise CheckError(f"none of {len(records)} trials has a score")
@@ -149,7 +149,7 @@ class SearchDirectory:
             "search": str(self.path),
             **self.tuning.model_dump(include={"objective", "direction", "algorithm"}),
             "best": ranked[0].model_dump() | {"config": str(self.best)},
-            "seconds": round(seconds, 1),
+            "seconds": round(sum(record.seconds for record in records), 1),
             "trials": [record.model_dump() for record in records],
         }
         run = self.refit_run()

@@ -152,12 +152,12 @@ def test_a_rate_above_the_peak_is_rejected() -> None:
         return SimpleNamespace(row=row, median=1.0, block_seconds=[1.0], timing=dict)
 
     kinds = {"float32": 1e9, "bfloat16": 5e9}
-    baselines = [measured(dtype=dtype, flops=n, baseline="") for dtype, n in kinds.items()]
-    parts = [measured(precision="float32", flops=1.2e9), baselines[0]]
-    assert step._complete(*parts, baselines)["share"] == pytest.approx(1.2)
+    products = [measured(dtype=dtype, flops=n) for dtype, n in kinds.items()]
+    parts = [measured(precision="float32", flops=1.2e9), products[0]]
+    assert step._complete(*parts, products)["share"] == pytest.approx(1.2)
     parts[0].row["flops"] = 2e9
     with pytest.raises(CheckError, match=r"step/128: 200% of the best"):
-        step._complete(*parts, baselines)
+        step._complete(*parts, products)
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,12 @@ def test_the_verbs_and_options_are_frozen() -> None:
     walk(typer.main.get_command(cli.app), "")
     found = {verb: names for verb, names in found.items() if not verb.startswith("runs ")}
     assert found == {
-        "benchmark formats": "run --quick --compare --tolerance --runs --json",
-        "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --compare "
-        "--tolerance --seed --runs --json",
+        "benchmark formats": "run --quick --runs --json",
+        "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --seed "
+        "--runs --json",
         "benchmark step": "config --device --batch-size --precision --jit-compile --set --quick "
-        "--compare --tolerance --runs --json",
-        "benchmark operations": "--device --quick --compare --tolerance --seed --runs --json",
+        "--runs --json",
+        "benchmark operations": "--device --quick --seed --runs --json",
         "config schema": "",
         "config show": "config --set --json",
         "data info": "config --set --json",

@@ -46,11 +46,11 @@ from keras import layers
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
+from operation_internals import operation_definition
 from trainer import data, models
 from trainer.config import DataConfig, ModelConfig
 from trainer.saving.formats import FORMATS
 from trainer.saving.safety import SAVER_OPERATIONS
-from trainer.saving.tensorflow_internals import operation_definition
 
 # ---------------------------------------------------------------- what is harmless, by review
 

@@ -41,9 +41,7 @@ _FIT_COLUMNS = (
     *("device", "precision", "jit_compile", "accuracy", "step_ms"),
     *("training_seconds", "process_seconds", "peak_memory_mb"),
 )
-_BENCHMARK_COLUMNS = (
-    *("key", "seconds", "step_ms", "bare_ms", "batches_ms", "gflop_per_s", "gbyte_per_s"),
-)
+_BENCHMARK_COLUMNS = (*("key", "seconds", "step_ms", "batches_ms", "gflop_per_s", "gbyte_per_s"),)
 # NVIDIA's switch for TF32 in its libraries: without it, float32 products keep all their bits.
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 # Changes as --set takes them, and environment variables.

@@ -39,7 +39,7 @@ def main() -> None:
     print(f"GradientTape: d/dw of w^2 + 2 w + 3 at w = 4 is {slope(1.0, 2.0, 3.0, 4.0):g}")
     result = derive("a*w**2 + b*w + c", at="a=1,b=2,c=3,w=4", wrt="w")
     for name, found in result.document["methods"].items():
-        print(f"{name:>20}: {found['derivative']:.12g}")
+        print(f"{name:>20}: {found['d/dw']:.12g}")
     print(result.verdict)
     weight, bias = fit_line()
     print(f"a line through points of y = 3 x - 1, by 200 steps: y = {weight:.3f} x {bias:+.3f}")

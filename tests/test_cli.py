@@ -79,8 +79,8 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --compare "
         "--tolerance --seed --runs --json",
         "benchmark step": "config --device --batch-size --precision --jit-compile --set --quick "
-        "--compare --tolerance --runs --json",
-        "benchmark operations": "--device --quick --compare --tolerance --seed --runs --json",
+        "--runs --json",
+        "benchmark operations": "--device --quick --seed --runs --json",
         "config schema": "",
         "config show": "config --set --json",
         "data info": "config --set --json",
@@ -91,7 +91,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "fit": "config --resume --device --set --epochs --name --dry-run --deterministic "
         "--profile --json",
         "gradient": "expression --at --wrt --order --model --runs --json",
-        "load": "path --evaluate --trust --json",
+        "load": "path --trust --json",
         "predict": "run images --invert --device --trust --runs --csv --json",
         "save": "run path --overwrite --runs --json",
         "serve": "name --directory --host --port --max-body-bytes --trust",

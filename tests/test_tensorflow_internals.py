@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer import tensorflow_internals
 from trainer.keras_objects import nested_layers
-from trainer.kernel_internals import check_kernels, check_xla
+from trainer.kernel_internals import check_kernels
 
 lists_gpu_kernels = pytest.mark.skipif(
     not tf.sysconfig.get_build_info()["is_cuda_build"],
@@ -99,21 +99,11 @@ def test_constraints_that_are_no_types_hold_too() -> None:
 
 
 @lists_gpu_kernels
-def test_python_runs_on_the_host_and_xla_has_no_default_kernels() -> None:
+def test_python_runs_on_the_host() -> None:
     def call() -> Any:
         return tf.py_function(lambda: 1.0, [], tf.float32)
 
     assert [each.partition(" ")[0] for each in found(call)] == ["EagerPyFunc"]
-    assert [each.operation for each in check_xla(graph_of(call))] == ["EagerPyFunc"]
-
-
-@lists_gpu_kernels
-def test_xla_compiles_what_is_placed_on_the_cpu() -> None:
-    def pinned() -> Any:
-        with tf.device("CPU:0"):
-            return tf.sin(tf.random.uniform((3,)))
-
-    assert check_xla(graph_of(pinned)) == ()
 
 
 class Shuffles(keras.layers.Layer):

@@ -155,7 +155,7 @@ def build_experiment(
     with timer.phase("data"):
         data = datasets.load(config.data)
     if restored is not None:
-        require_data(restored, spec_of(restored).fingerprint, data.spec)
+        require_data(restored.name, spec_of(restored).fingerprint, data.spec)
     selected.require_same(config.flat() | {"the data itself": data.spec.fingerprint})
     with timer.phase("model"):
         keras.utils.set_random_seed(training.seed)
@@ -351,9 +351,9 @@ def spec_of(run: Run) -> DataSpec:
         raise InputError(explain_invalid(error, where)) from None
 
 
-def require_data(run: Run, expected: str | None, found: DataSpec) -> None:
-    """Raises InputError if data has another fingerprint than the data that a run trained on."""
-    what = f"the data differs from the data that {run.name} was trained on"
+def require_data(name: str, expected: str | None, found: DataSpec) -> None:
+    """Raises InputError if data has another fingerprint than the data a model was trained on."""
+    what = f"the data differs from the data that {name} was trained on"
     received = f"{found.fingerprint} ({found.origin})"
     expect(found.fingerprint == expected, what, f"fingerprint {expected}", received)
 

@@ -16,7 +16,6 @@ from tensorflow.python.framework import kernels  # no public function returns th
 from trainer.errors import InputError
 from trainer.keras_objects import nested_layers
 
-_XLA_GPU = "XLA_GPU_JIT"
 # These have a GPU kernel, but it calls Python on the host.
 _PYTHON_CALLS = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
 
@@ -62,7 +61,7 @@ def check_kernels(
 
     TensorFlow runs these on the CPU without a message, and copies their inputs and outputs in every
     step. Its Linux package lists the kernels of all devices, so the check needs no GPU. Functions
-    that XLA compiles are skipped (see `check_xla`).
+    that XLA compiles are skipped.
 
     Args:
         graph: The graph of a traced function.
@@ -78,13 +77,6 @@ def check_kernels(
     )
     host = (HostOperation(*key, count) for key, count in sorted(missing.items()))
     return KernelReport(len(nodes), tuple(host))
-
-
-def check_xla(graph: tf.Graph, layers: Collection[str] = ()) -> tuple[HostOperation, ...]:
-    """Returns the operations of a graph that XLA has no GPU kernel for."""
-    tf.function(lambda: tf.zeros(()), jit_compile=True)()  # registers the kernels of XLA
-    missing = check_kernels(graph, _XLA_GPU, layers=layers).host
-    return tuple(each for each in missing if each.operation != "Placeholder")  # the arguments
 
 
 def explain_xla_error(error: Exception, loop: Any) -> None:
@@ -138,10 +130,8 @@ def _runs_on(node: Any, device_type: str, traced_on: Collection[str]) -> bool:
     pinned = device.startswith("CPU") and device not in traced_on
     if device_type == "GPU" and (pinned or node.op in _PYTHON_CALLS):
         return False
-    # A kernel for "DEFAULT" runs on every device, but not in XLA.
-    types = (device_type,) if device_type == _XLA_GPU else (device_type, "DEFAULT")
     return any(
-        kernel.device_type in types
+        kernel.device_type in (device_type, "DEFAULT")
         and kernel.label == node.attr["_kernel"].s.decode()
         and all(_allows(constraint, node) for constraint in kernel.constraint)
         for kernel in kernels.get_registered_kernels_for_op(node.op).kernel

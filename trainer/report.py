@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,9 +16,6 @@ from trainer.data import Dataset, DataSpec, Labels, Split
 from trainer.errors import shell_command
 from trainer.files import write_atomic
 from trainer.run import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # The keys of [training] that the HParams page compares.
 _HPARAMS = {"epochs", "batch_size", "seed", "device", "precision", "clip_norm"}
@@ -123,15 +120,6 @@ def write_results(
             tf.summary.image("confident_mistakes", grid[np.newaxis])
 
 
-def write_figure(tag: str, figure: "Figure") -> None:
-    """Writes a figure to TensorBoard with the default summary writer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    tf.summary.image(tag, np.asarray(canvas.buffer_rgba())[np.newaxis, ..., :3])
-
-
 def most_confident_mistakes(
     labels: Labels, probabilities: NDArray[Any], count: int
 ) -> NDArray[np.int64]:
@@ -171,8 +159,6 @@ def write_hparams(run: Run, config: Config, scores: dict[str, dict[str, float]])
         config: Its configuration.
         scores: Scores by split, "validation" first: runs should be chosen by those.
     """
-    from tensorboard.plugins.hparams import api
-
     included: Any = {
         "data": {"name"},
         "model": {"name", "options"},
@@ -187,25 +173,45 @@ def write_hparams(run: Run, config: Config, scores: dict[str, dict[str, float]])
         for section, table in config.model_dump(include=included).items()
         for key, value in table.items()
     }
-    writer = tf.summary.create_file_writer(str(run.path))
+    tags = {f"{split}/{name}": x for split, table in scores.items() for name, x in table.items()}
+    write_session(run.path, run.name, values, tags)
+
+
+def write_session(
+    folder: Path,
+    session: str,
+    values: Mapping[str, Any],
+    scores: Mapping[str, float | None],
+    *,
+    ended: bool = True,
+) -> None:
+    """Writes a row of TensorBoard's HParams page.
+
+    Args:
+        folder: Folder for the file.
+        session: ID of the row, unique on the page.
+        values: The value of each hyperparameter. None: an empty cell, because TensorBoard cannot
+            sort a column of numbers and text.
+        scores: The value of each metric by its tag; None: no value.
+        ended: Whether the training has ended.
+    """
+    from tensorboard.plugins.hparams import api
+
+    writer = tf.summary.create_file_writer(str(folder))
     with writer.as_default(step=0):
-        # TensorBoard reads its columns from one run, so every run lists all keys. A key without a
-        # value has no cell, because TensorBoard cannot sort a column of numbers and text.
+        # TensorBoard reads its columns from one row, so every row lists all of them.
         api.hparams_config(
             hparams=[api.HParam(name) for name in values],
-            metrics=[
-                api.Metric(f"{split}/{name}", display_name=f"{split} {name}")
-                for split, numbers in scores.items()
-                for name in numbers
-            ],
+            metrics=[api.Metric(tag, display_name=tag.replace("/", " ")) for tag in scores],
         )
-        for split, numbers in scores.items():
-            for name, value in numbers.items():
-                tf.summary.scalar(f"{split}/{name}", value)
         cells = {name: value for name, value in values.items() if value is not None}
-        session = api.KerasCallback(writer, cells, trial_id=run.name)
-        session.on_train_begin()
-        session.on_train_end()
+        callback = api.KerasCallback(writer, cells, trial_id=session)
+        callback.on_train_begin()
+        for tag, score in scores.items():
+            if score is not None:
+                tf.summary.scalar(tag, score)
+        if ended:
+            callback.on_train_end()
 
 
 def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], config: Config) -> str:
@@ -235,6 +241,12 @@ def model_card(path: Path, summary: dict[str, Any], classes: dict[str, Any], con
 def markdown_text(text: str) -> str:
     """Returns one line of text with all Markdown characters escaped, also for table cells."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", text)
+
+
+def markdown_table(rows: Iterable[Iterable[str]]) -> str:
+    """Returns a table whose first row has the titles."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], re.sub(r"[^|]+", " --- ", lines[0]), *lines[1:]])
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:

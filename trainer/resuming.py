@@ -39,7 +39,7 @@ def require_fitting(
         if run.finished or run.trained_epochs > 1:
             raise InputError(f"{run.checkpoints} has no checkpoint any more: it cannot be resumed")
         return None
-    require_data(run, saved.fingerprint, experiment.data.spec)
+    require_data(run.name, saved.fingerprint, experiment.data.spec)
     epochs = experiment.config.training.epochs
     if epochs > run.config().training.epochs:
         # A callback may have stopped the run. It must not stop the longer training at once.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.benchmark import matmul
 from trainer.benchmark.cases import select_each
@@ -51,10 +52,6 @@ def test_products_are_measured_on_the_requested_devices() -> None:
     assert "GPU" in result.skipped
     assert {row["speedup"] for row in result.rows if row["device"] == "CPU:0"} == {1}
     assert all(row["speedup"] > 0 for row in result.rows)
-    assert {tag for row in result.rows for tag in result.scalars(row)} == {
-        *("dot_float32/microseconds", "dot_float32/gbyte_per_s"),
-        *("square_float32/microseconds", "square_float32/gflop_per_s"),
-    }
     json.dumps(result.document(), allow_nan=False)
 
 
@@ -72,15 +69,15 @@ def test_devices_are_compared_and_drawn() -> None:
     assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--", "-."]
 
 
-@pytest.mark.slow
 def test_a_clock_that_does_not_wait_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow returns before the work is done, as it does on a GPU."""
-    monkeypatch.setattr(matmul, "QUICK", replace(TINY, square_sizes=(512,), warmup_seconds=0.0))
+    few_calls = replace(TINY, square_sizes=(1024,), warmup_seconds=0.0, block_seconds=1e-7)
+    monkeypatch.setattr(matmul, "QUICK", few_calls)
     synchronize = tf.test.experimental.sync_devices
     monkeypatch.setattr(tf.test.experimental, "sync_devices", lambda: None)
     tf.config.experimental.set_synchronous_execution(False)
     try:
-        with pytest.raises(CheckError, match="% of the best rate measured in the same run"):
+        with pytest.raises(CheckError, match="the clock does not wait for the device"):
             measured(["cpu:0"], ["square"])
     finally:
         synchronize()
@@ -120,15 +117,15 @@ def test_large_products_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(matmul, "QUICK", replace(TINY, square_sizes=(16, 10**7)))
     result = measured(["cpu:0"], ["square"])
     assert [row["n"] for row in result.rows] == [16]
-    reason = result.skipped["square/10000000/CPU:0/float32/hot"]
+    reason = result.skipped["square/10000000/CPU:0/float32"]
     assert "800,000,000,000,000 bytes of operands do not fit" in reason
     monkeypatch.setattr(matmul, "QUICK", TINY)
     monkeypatch.setattr(matmul, "_MAX_CALL_SECONDS", 0.0)
     result = measured(["cpu:0"], ["square"])
-    assert result.skipped["square/64/CPU:0/float32/hot"].startswith("one call would take about")
+    assert result.skipped["square/64/CPU:0/float32"].startswith("one call would take about")
 
 
-def test_the_command_writes_files_and_compares(tmp_path: Path, command: Callable[..., Any]) -> None:
+def test_the_command_writes_files(tmp_path: Path, command: Callable[..., Any]) -> None:
     old, runs = tmp_path / "old.json", ("--quick", "--runs", tmp_path / "runs")
     code, out, _ = command("benchmark", "matmul", "--dtype", "float32", "--json", old, *runs)
     assert code == 0
@@ -140,17 +137,8 @@ def test_the_command_writes_files_and_compares(tmp_path: Path, command: Callable
     assert document == json.loads((folder / "matmul.json").read_text())
     assert document["environment"]["packages"]["tensorflow"] == tf.__version__
     assert document["settings"]["blocks"] == 11
-    for row in document["rows"]:  # an earlier result that took a tenth of the time
-        timing = row["timing"]
-        timing["median_seconds"] /= 10
-        timing["quartiles_seconds"] = [seconds / 10 for seconds in timing["quartiles_seconds"]]
-    (tmp_path / "fast.json").write_text(json.dumps(document))
-    options = ("--dtype", "float32", "--shape", "square", "--largest", 64)
-    code, out, err = command(
-        *("benchmark", "matmul", "--compare", tmp_path / "fast.json", *options, *runs)
-    )
-    assert code == 4
-    assert "slower by more than 10%" in err
+    events = EventAccumulator(str(folder / "tensorboard" / "CPU0")).Reload()
+    assert [point.step for point in events.Tensors("square_float32/seconds")] == [16, 64]
 
 
 def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> None:
@@ -162,7 +150,7 @@ def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> No
     assert all(row["book_seconds"] > 0 and row["waited_seconds"] > 0 for row in rows)
     code, _, err = command("benchmark", "matmul", "--textbook", "--shape", "square")
     assert code == 2
-    assert "--textbook cannot be combined with --shape, --dtype or --compare" in err
+    assert "--textbook cannot be combined with --shape or --dtype" in err
 
 
 @pytest.mark.parametrize(
@@ -175,8 +163,6 @@ def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> No
         ),
         (3, "--device gpu: expected a GPU, found none", ("--device", "gpu")),
         (2, "--shape: expected dot or square, received 'cube'", ("--shape", "cube")),
-        (2, "is not the result of a benchmark", ("--compare", "README.md")),
-        (2, "is not the result of a benchmark", ("--compare", "nowhere.json")),
     ],
 )
 def test_bad_input_is_one_line(

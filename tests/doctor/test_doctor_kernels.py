@@ -19,14 +19,6 @@ if not tf.sysconfig.get_build_info()["is_cuda_build"]:
     pytest.skip("this TensorFlow lists no GPU kernels", allow_module_level=True)
 
 OWN_OBJECTS = f"""{OWN_LAYERS}
-class Refuses(keras.layers.Layer):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.supports_jit = False
-
-    def call(self, x):
-        return x
-
 def rounded(labels, outputs):
     images = tf.cast(tf.one_hot(tf.cast(labels, tf.int32), 4) * 255, tf.uint8)
     wanted = tf.cast(tf.gather(images, tf.range(tf.shape(images)[0])), outputs.dtype) / 255
@@ -53,25 +45,16 @@ def own_config(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     )
 
 
-def check_findings(kernels: tuple[str, ...], xla: tuple[str, ...]) -> None:
+def check_finding(kernels: tuple[str, ...]) -> None:
     assert kernels[0] == "note"
     assert "3 of the " in kernels[1]
     assert "GatherV2 in the step (" in kernels[1]
     assert "RandomShuffle in layer 'shift'" in kernels[1]
     assert "PyFunc in layer 'outside'" in kernels[1]
-    value = "cannot compile PyFunc in layer 'outside' (any type)"
-    assert xla == ("problem", value, "`--set training.jit_compile=false`")
 
 
 def test_layer_and_operation_without_a_kernel_are_named(own_config: Config) -> None:
-    check_findings(checks._kernels(own_config), checks._xla(own_config))
-
-
-def test_xla_is_off_for_a_layer_that_refuses_it(own_config: Config) -> None:
-    layers = [{"name": "doctor_objects:Refuses"}, {"name": "Flatten"}]
-    config = own_config.with_changes({"model.options": {"layers": layers}})
-    with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
-        assert checks._xla(config)[1] == "off, because Keras does not compile one of the layers"
+    check_finding(checks._kernels(own_config))
 
 
 @pytest.mark.slow
@@ -81,7 +64,7 @@ def test_the_verb_checks_the_step_of_the_configuration(
     Path("own.toml").write_text(own_config.to_toml())
     _, out, _ = command("doctor", "own.toml", "--json")
     found = {each.pop("subject"): tuple(each.values()) for each in json.loads(out)}
-    check_findings(found["GPU kernels"], found["XLA"])
+    check_finding(found["GPU kernels"])
 
 
 def test_the_step_of_the_default_configuration_has_all_kernels() -> None:
@@ -91,11 +74,6 @@ def test_the_step_of_the_default_configuration_has_all_kernels() -> None:
     assert status == "ok"
     assert value.startswith("all ")
     assert value.endswith(" operations of the training step have a GPU kernel")
-    expected = "every operation of the training step has an XLA kernel"
-    assert checks._xla(config) == ("ok", expected, "")
-    for key, value in (("jit_compile", False), ("deterministic", True)):
-        status, value, _ = checks._xla(config.with_changes({f"training.{key}": value}))
-        assert (status, value[:12]) == ("ok", "off, because")
 
 
 def test_nothing_is_downloaded_to_check_kernels(in_tmp_path: Path) -> None:

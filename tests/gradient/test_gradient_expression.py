@@ -21,12 +21,17 @@ from trainer.gradient.expression import parse, parse_values
 METHODS = ["tf.GradientTape", "symbolic (sympy)", "central differences"]
 
 
-def derivatives(text: str, at: str, wrt: str | None = None, order: int = 1) -> Any:
-    """Returns the derivative, as a nested list, which all three methods agree on."""
+def numbers(document: dict[str, Any], method: str = METHODS[0]) -> list[float]:
+    """Returns the derivatives by a method, in the order of the document."""
+    return list(document["methods"][method].values())[1:]
+
+
+def derivatives(text: str, at: str, wrt: str | None = None, order: int = 1) -> list[float]:
+    """Returns the derivatives that all three methods agree on."""
     result = derive(text, at=at, wrt=wrt, order=order)
     assert result.passed, result.verdict
     assert list(result.document["methods"]) == METHODS
-    return result.document["methods"]["tf.GradientTape"]["derivative"]
+    return numbers(result.document)
 
 
 def test_the_default_prints_ten_three_ways(command: Callable[..., Any], in_tmp_path: Path) -> None:
@@ -42,7 +47,7 @@ def test_the_default_prints_ten_three_ways(command: Callable[..., Any], in_tmp_p
     assert run.name.endswith("-gradient")
     assert f"saved in runs/{run.name}" in out
     document = json.loads((run / "gradient.json").read_text())
-    assert document["methods"]["tf.GradientTape"] == {"value": 27, "derivative": 10}
+    assert document["methods"]["tf.GradientTape"] == {"value": 27, "d/dw": 10}
     (events,) = run.glob("*.tfevents.*")
     written = list(tf.compat.v1.train.summary_iterator(str(events)))
     graphs = [tf.compat.v1.GraphDef.FromString(e.graph_def) for e in written if e.graph_def]
@@ -59,7 +64,7 @@ def test_json_is_one_document(command: Callable[..., Any], in_tmp_path: Path) ->
     )
     found = json.loads(out)
     assert (code, found["formulas"], found["agree"]) == (0, {"d2/dw2": "6*w"}, True)
-    assert [method["derivative"] for method in found["methods"].values()] == pytest.approx([12] * 3)
+    assert [method["d2/dw2"] for method in found["methods"].values()] == pytest.approx([12] * 3)
     assert (in_tmp_path / found["run"] / "gradient.json").is_file()
 
 
@@ -71,7 +76,7 @@ _GUARDED = [
 ]
 _PAIRS = [
     *("({} + {})", "({} - {})", "({} * {})", "({} / (2 + cos({})))", "maximum({}, {})"),
-    *("minimum({}, {})", "(2 + tanh({}))**sin({})", "sum({}) * mean({})"),
+    *("minimum({}, {})", "(2 + tanh({}))**sin({})"),
 ]
 
 
@@ -106,9 +111,7 @@ def test_drawn_expressions_agree(text: str, x: float, y: float) -> None:
     except InputError as error:
         assert any(words in str(error) for words in ("not differentiable", "not finite")), error
         assume(False)
-    taped, exact = (
-        np.array(result.document["methods"][method]["derivative"]) for method in METHODS[:2]
-    )
+    taped, exact = (np.array(numbers(result.document, method)) for method in METHODS[:2])
     assume(abs(exact).max() < 1e4)
     assert result.passed, f"{text}: {result.verdict}"
     # Tape and symbols differ only by rounding. The tolerance is for the differences.
@@ -139,33 +142,22 @@ def test_drawn_expressions_agree(text: str, x: float, y: float) -> None:
     ],
 )
 def test_every_function_has_the_slope_of_the_textbook(text: str, slope: float) -> None:
-    assert derivatives(text, "w=0.6") == pytest.approx(slope, rel=1e-12)
+    assert derivatives(text, "w=0.6") == [pytest.approx(slope, rel=1e-12)]
 
 
-def test_higher_orders_gradient_hessian_and_jacobian() -> None:
-    assert derivatives("sin(2*w)", "w=0.3", order=3) == pytest.approx(-8 * math.cos(0.6))
-    assert derivatives("exp(2*w)", "w=0.5", order=4) == pytest.approx(16 * math.e)
-    assert derivatives("w**2", "w=0", order=3) == 0  # where 0 * inf lies in wait
+def test_higher_orders_and_several_variables() -> None:
+    assert derivatives("sin(2*w)", "w=0.3", order=3) == pytest.approx([-8 * math.cos(0.6)])
+    assert derivatives("exp(2*w)", "w=0.5", order=4) == pytest.approx([16 * math.e])
+    assert derivatives("w**2", "w=0", order=3) == [0]  # where 0 * inf lies in wait
     assert derivatives("a*w**2 + b*w", "a=1,b=2,w=3", "a,w") == [9, 8]
     assert derivatives("a*w", "a=1,w=3") == [3, 1]  # by all variables
-    third = derivatives("sum(x**3)", "x=[1,2]", order=3)
-    assert third == [[[6, 0], [0, 0]], [[0, 0], [0, 6]]]
-    hessian = derivatives("a*w**2 + b*w", "a=1,b=2,w=3", "a,b,w", order=2)
-    assert hessian == [[0, 0, 6], [0, 0, 1], [6, 1, 2]]
-    assert derivatives("A@x", "A=[[1,2],[3,4],[5,6]],x=[1,2]", "x") == [[1, 2], [3, 4], [5, 6]]
-    assert derivatives("x*w", "x=[1,2,3],w=5", "w") == [1, 2, 3]
-
-
-def test_tensors() -> None:
-    at = "A=[[1,2],[3,4]],x=[1,-2]"
-    assert derivatives("dot(x, x)", "x=[1,2,3]") == [2, 4, 6]
-    assert derivatives("mean(x**2)", "x=[1,2,4]") == pytest.approx([2 / 3, 4 / 3, 8 / 3])
-    assert derivatives("x@A@x", at, "A") == [1, -2, -2, 4]
-    large = f"A={[[0.1] * 7] * 8},x={[0.5] * 7}"  # 63 elements
-    assert len(derivatives("sigmoid(A@x)", large, "A,x")[0]) == 63
-    assert derivatives("dot(x, matmul(A, x))", at, "x") == [-8, -11]
-    assert derivatives("sum(transpose(A)@A)", "A=[[1,2],[3,4]]") == [6, 6, 14, 14]
-    assert derivatives("x@A@x", at, "x", order=2) == [[2, 5], [5, 8]]
+    hessian = derive("a*w**2 + b*w", at="a=1,b=2,w=3", wrt="a,b,w", order=2)
+    expected = {"d2/da2": 0, "d2/da db": 0, "d2/da dw": 6, "d2/db2": 0, "d2/db dw": 1, "d2/dw2": 2}
+    for found in hessian.document["methods"].values():
+        assert found == {"value": 15, **{name: pytest.approx(x) for name, x in expected.items()}}
+    assert hessian.document["formulas"]["d2/da dw"] == "2*w"
+    third = derivatives("x**3 * y**2", "x=2,y=3", order=3)  # xxx, xxy, xyy, yyy
+    assert third == pytest.approx([54, 72, 24, 0])
 
 
 @pytest.mark.parametrize(
@@ -185,12 +177,13 @@ def test_an_expression_may_begin_with_a_minus(
 ) -> None:
     code, out, err = command("gradient", "--json", *arguments)
     assert code == 0, err
-    assert json.loads(out)["methods"]["tf.GradientTape"]["derivative"] == slope
+    assert numbers(json.loads(out)) == [slope]
 
 
 def test_the_derivative_by_an_independent_variable_is_zero() -> None:
     assert derivatives("a**2", "a=3,b=1", "a,b") == [6, 0]
-    assert derivatives("a*w", "a=2,w=1", "w", order=2) == 0
+    assert derivatives("a*w", "a=2,w=1", "w", order=2) == [0]
+    assert derivatives("a", "a=2,w=1", "w") == [0]
 
 
 @pytest.mark.parametrize("text", ["sin(pi)", "0.1 + 0.2 - 0.3", "log(e) - 1 + 0*x"])
@@ -210,13 +203,13 @@ def test_rounding_of_constants_is_no_disagreement(text: str) -> None:
             "its derivative of order 1 is 1 on the left and 0 on the right",
         ),
         ("maximum(w, 2*w)", "w=0", 1, "not differentiable at w = 0"),
-        ("sum(abs(x))", "x=[1,0]", 1, "not differentiable at x[1] = 0"),
+        ("abs(x) + abs(y)", "x=1,y=0", 1, "not differentiable at y = 0"),
         ("abs(w - 1e-10) + 1", "w=1e-10", 1, "not differentiable at w = 1e-10"),
         ("sqrt(w)", "w=0", 1, "its derivative of order 1 is nan on the left"),
         ("asin(w)", "w=1", 1, "nan on the right"),
         ("relu(w)**2", "w=0", 2, "its derivative of order 2 is 0 on the left and 2 on the right"),
         ("1 + log(w)", "w=-1", 1, "column 5: invalid value encountered in log"),
-        ("1/w", "w=0", 1, "column 1: divide by zero encountered in divide"),
+        ("1/w", "w=0", 1, "column 1: divide by zero encountered in scalar divide"),
         ("exp(w)", "w=1000", 1, "column 1: overflow encountered in exp"),
         ("(-w)**0.5", "w=2", 1, "column 1: invalid value encountered in scalar power"),
     ],
@@ -262,7 +255,6 @@ def test_smooth_points_near_or_on_a_kink_are_accepted(text: str, at: str) -> Non
         ("abs(1-w)", "w=0.9999999", 1, -1),
         ("sin(1/w)", "w=1e-6", 1, -math.cos(1e6) * 1e12),
         ("log(w + 1e-30)", "w=0", 1, 1e30),
-        ("log(x)", "x=[1e-9,1,1e9]", 1, np.diag([1e9, 1, 1e-9])),
         ("log(1-x-y)", "x=0.5,y=0.4999999", 1, [-1 / (0.5 - 0.4999999)] * 2),
         (
             "sqrt(x)*log(1-y)",
@@ -277,7 +269,7 @@ def test_differences_are_correct_beside_a_singularity(
 ) -> None:
     expression = parse(text, parse_values(at))
     found = methods.by_differences(expression, order)
-    np.testing.assert_allclose(found.squeeze(), exact, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(np.squeeze(found), exact, rtol=1e-9, atol=1e-9)
     assert derive(text, at=at, wrt=",".join(expression.at), order=order).passed
 
 
@@ -286,8 +278,6 @@ def test_points_are_printed_with_all_their_digits(
 ) -> None:
     code, out, _ = command("gradient", "log(1-p)", "--at", "p=0.9999999999999")
     assert (code, out.splitlines()[0]) == (0, "log(1-p) at p=0.9999999999999")
-    result = derive("sum(x)", at="x=[0.9999999999,1e-9]")
-    assert result.title == "sum(x) at x=[0.9999999999,1e-9]"
     with pytest.raises(InputError, match=r"not differentiable at w = 0\.9999999999: its"):
         derive("abs(w - 0.9999999999)", at="w=0.9999999999")
     assert list(in_tmp_path.iterdir())
@@ -312,8 +302,9 @@ HOSTILE = [
     "(w := 2)",
     "True",
     "1j * w",
-    "sum(*w)",
-    "sum(w, axis=0)",
+    "exp(*w)",
+    "exp(w, axis=0)",
+    "w @ w",
     "exp(exp)",
     "(w, w)",
     "eval(w)",
@@ -335,7 +326,6 @@ HOSTILE = [
     "w" + "**w" * 240,
     "w" * 1_000_000,
     "*".join(f"sin(w+{i})" for i in range(90)),
-    "A" + "@A" * 12,
     "",
     "   ",
 ]
@@ -344,9 +334,8 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:24]))
 def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
     start = time.process_time()
-    at, wrt = ("A=[[1,2],[3,4]]", "A") if "@" in text else ("w=1.5", "w")
     with pytest.raises(InputError) as refused:
-        derive(text, at=at, wrt=wrt, order=2 if "sin" in text else 1)
+        derive(text, at="w=1.5", wrt="w", order=2 if "sin" in text else 1)
     assert "--at:" not in str(refused.value)  # the expression is wrong, not the values
     assert time.process_time() - start < 5  # a generous bound: the test is for hanging
     assert len(str(refused.value)) < 400
@@ -358,7 +347,7 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
     [
         (["w +* 2", "--at", "w=1"], "column 4: invalid syntax"),
         (["  (w + 2", "--at", "w=1"], "column 1: '(' was never closed"),
-        (["2*w^2", "--at", "w=1"], "** (not ^) @, parentheses and functions; received '2 * w ^ 2'"),
+        (["2*w^2", "--at", "w=1"], "** (not ^), parentheses and functions; received '2 * w ^ 2'"),
         (
             ["1 + sine(w)", "--at", "w=1"],
             "received 'sine(w)'; did you mean 'sin'? available: abs, acos",
@@ -366,7 +355,7 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
         (["rate*w", "--at", "rat=1,w=2"], "received 'rate'; did you mean 'rat'?"),
         (
             ["w"],
-            "names with a value (--at), + - * / ** (not ^) @, parentheses and functions; received",
+            "names with a value (--at), + - * / ** (not ^), parentheses and functions; received",
         ),
         (
             ["w", "--at", "w=1", "--wrt", "v"],
@@ -378,31 +367,28 @@ def test_hostile_text_is_refused_at_once(text: str, in_tmp_path: Path) -> None:
         ),
         (["sin(w, w)", "--at", "w=1"], "received 'sin(w, w)'"),
         (["sin*w", "--at", "w=1"], "received 'sin'"),
-        (
-            ["x*y", "--at", "x=[1,2],y=[1,2,3]", "--wrt", "x"],
-            "column 1: operands could not be broadcast together",
-        ),
-        (["A@x", "--at", "A=[[1,2]],x=[1]", "--wrt", "x"], "column 1: matmul: "),
-        (["w", "--at", "w"], "or [[1,2],[3,4]], received 'w'"),
+        (["w", "--at", "w"], "each NUMBER finite, received 'w'"),
         (
             ["w", "--at", "w=nan"],
-            "expected NAME=VALUE,..., each NAME once and no function or constant",
+            "expected NAME=NUMBER,..., each NAME once and no function or constant",
         ),
-        (["w", "--at", "w=[1,[2]]"], "received 'w=[1,[2]]'"),
-        (["w", "--at", "w=[True]"], "received 'w=[True]'"),
-        (["w", "--at", "w=1e999"], "each VALUE a finite number"),
-        (["w", "--at", "w=[]"], "received 'w=[]'"),
-        (["w", "--at", "w=[[[1]]]"], "[1,2,...] or [[1,2],[3,4]], received 'w=[[[1]]]'"),
-        (["w", "--at", "w=" + "[" * 900], "expected NAME=VALUE,..."),
-        (["w", "--at", "w=" + "-" * 90_000 + "1"], "expected NAME=VALUE,..."),
+        (["w", "--at", "w=[1,2]"], "received 'w=[1,2]'"),
+        (["w", "--at", "w=True"], "received 'w=True'"),
+        (["w", "--at", "w=1j"], "received 'w=1j'"),
+        (["w", "--at", "w=1e999"], "each NUMBER finite"),
+        (["w", "--at", "w=1" + "0" * 400], "each NUMBER finite"),
+        (["w", "--at", "w=" + "[" * 900], "expected NAME=NUMBER,..."),
+        (["w", "--at", "w=" + "-" * 90_000 + "1"], "expected NAME=NUMBER,..."),
         (["w", "--at", "w=print(1)"], "received 'w=print(1)'"),
         (["w", "--at", "w=1,w=2"], "each NAME once"),
-        (["w", "--at", "sum=1,w=1"], "no function or constant"),
+        (["w", "--at", "exp=1,w=1"], "no function or constant"),
         (["w", "--at", "lambda=1,w=1"], "received 'lambda=1,w=1'"),
-        (["w", "--at", f"w={[1] * 65}"], "at most 64 elements, received 65"),
         (["w", "--at", "w=1", "--order", "5"], "--order: expected 1 to 4, and at most 256"),
         (["-w", "--at", "v=1"], "expression, column 2: expected numbers"),
-        (["x", "--at", f"x={[1] * 7}", "--order", "3"], "received 3 for 7 elements of --wrt"),
+        (
+            ["a+b+c+d+f+g+h", "--at", "a=1,b=1,c=1,d=1,f=1,g=1,h=1", "--order", "3"],
+            "received 3 for 7 variables",
+        ),
         (["w", "--model", "x.toml"], "--model uses the network's loss"),
         (["--model", "x.toml"], "x.toml"),
     ],
@@ -442,9 +428,9 @@ def test_a_wrong_method_is_found(
     def wrong(*arguments: Any) -> Any:
         found = right(*arguments)
         if method == "by_differences":
-            return found * factor
-        value, derivative, rest = found
-        return value, derivative * factor, rest
+            return [number * factor for number in found]
+        value, derivatives, rest = found
+        return value, [number * factor for number in derivatives], rest
 
     monkeypatch.setattr(methods, method, wrong)
     code, out, err = command("gradient")
@@ -454,5 +440,5 @@ def test_a_wrong_method_is_found(
     (run,) = (in_tmp_path / "runs").iterdir()
     document = json.loads((run / "gradient.json").read_text())
     assert not document["agree"]
-    derivatives = [method["derivative"] for method in document["methods"].values()]
+    derivatives = [method["d/dw"] for method in document["methods"].values()]
     assert (derivatives.count(10), None in derivatives) == (2, math.isnan(factor))

@@ -1,9 +1,16 @@
-"""Each name of TensorFlow that is not documented still works as `saving` uses it."""
+"""The name of TensorFlow that scripts/allowed_operations.py uses without documentation."""
 
-from trainer.saving.tensorflow_internals import operation_definition
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def test_the_definition_of_an_operation() -> None:
+def test_the_definition_of_an_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from operation_internals import operation_definition
+
     definition = operation_definition("RandomUniform")
     assert definition.is_stateful
     assert [each.name for each in definition.output_arg] == ["output"]

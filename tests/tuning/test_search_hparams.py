@@ -9,7 +9,7 @@ import trainer
 from trainer import report
 from trainer.run import Run
 from trainer.tuning.search_directory import SearchDirectory, TrialRecord
-from trainer.tuning.trial import write_session
+from trainer.tuning.trial import write_trial
 
 
 def test_every_column_of_the_hparams_page_can_be_sorted(
@@ -44,7 +44,7 @@ def test_every_column_of_the_hparams_page_can_be_sorted(
             record = TrialRecord(
                 trial=str(trial), status="completed", values={key: value}, epochs=1, score=0.5
             )
-            write_session(directory, record)
+            write_trial(directory, record)
     address = tensorboard(in_tmp_path)
     deadline = time.monotonic() + 60
     while len(groups := session_groups(address)) < 17:

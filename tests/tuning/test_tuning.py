@@ -364,16 +364,16 @@ def test_a_kill_neither_loses_nor_repeats_a_trial(search: Callable[..., Config])
     worker = Worker(directory)
     taken: list[Any] = []
     for _ in range(3):
-        with worker._oracle() as oracle:
+        with restored_oracle(directory) as oracle:
             taken.append(worker._take(oracle))
     assert [trial.trial_id for trial, _ in taken] == ["1", "2", "3"]  # 0 has ended
     assert taken[0][0].hyperparameters.values == begun  # first the interrupted one
     assert taken[1][0].hyperparameters.values != begun
-    with worker._oracle() as oracle:
+    with restored_oracle(directory) as oracle:
         assert worker._take(oracle) is None  # every trial is held
         assert sorted(oracle.ongoing_trials) == ["1", "2", "3"]
     taken[1][1].lock.release()  # as when its process dies
-    with worker._oracle() as oracle:
+    with restored_oracle(directory) as oracle:
         again: Any = worker._take(oracle)
     assert again[0].trial_id == "2"
     assert again[0].hyperparameters.values == taken[1][0].hyperparameters.values

@@ -18,6 +18,7 @@ import pytest
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.tuning.config import TuningConfig
+from trainer.tuning.oracles import restored_oracle
 from trainer.tuning.search import Worker
 from trainer.tuning.search_directory import SearchDirectory
 
@@ -220,7 +221,7 @@ def test_a_trial_that_a_process_holds_is_waited_for(search: Config) -> None:
     directory = SearchDirectory(search.with_changes(short))
     directory.create()
     first, second = Worker(directory), Worker(directory)
-    with first._oracle() as oracle:
+    with restored_oracle(directory) as oracle:
         taken = first._take(oracle)
         assert taken is not None
         trial, lock = taken
@@ -232,34 +233,22 @@ def test_a_trial_that_a_process_holds_is_waited_for(search: Config) -> None:
     assert [*directory.records()] == [trial.trial_id]
 
 
-def test_the_time_of_a_search_excludes_pauses_and_counts_parallel_time_once(
+def test_no_trial_starts_after_the_time_of_the_command(
     search: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    directory = SearchDirectory(search)
+    directory = SearchDirectory(search.with_changes({"tuning.max_seconds": 10.0}))
     directory.create()
 
-    def step(worker: Worker) -> float:
-        with worker._oracle() as oracle:
-            return float(oracle.seconds)
+    def take(worker: Worker) -> Any:
+        with restored_oracle(directory) as oracle:
+            return worker._take(oracle)
 
     first = Worker(directory)
-    assert step(first) == 0
-    now += 10
-    second = Worker(directory)
-    step(second)
-    now += 10
-    assert step(first) == 20
-    assert step(second) == 20
-    now += 500  # a pause
-    third = Worker(directory)
-    assert step(third) == 20
-    now += 5
-    assert step(third) == 25
-    taken = []
-    for limit in (26.0, 24.0):
-        worker = Worker(SearchDirectory(search.with_changes({"tuning.max_seconds": limit})))
-        with worker._oracle() as oracle:
-            taken.append(worker._take(oracle))
-    assert [trial is None for trial in taken] == [False, True]
+    now += 11
+    held = [take(first)]  # one trial at least
+    held.append(take(first))
+    now += 500
+    held.append(take(Worker(directory)))
+    assert [trial is None for trial in held] == [False, True, False]

@@ -54,8 +54,7 @@ def measure(
     """Prepares all cases, then times them in turns. A case that raises InputError is skipped.
 
     Returns:
-        The measurements, among them baselines with a "baseline" in their row; and the reason for
-        each case that was skipped, by key.
+        The measurements, and the reason for each case that was skipped, by key.
     """
     prepared: list[Measurement] = []
     skipped = {}
@@ -105,19 +104,18 @@ def complete_row(
 
     Args:
         each: The measurement of the row.
-        measured: The measurements of the run. A clock that does not wait for the device is wrong
-            by factors, so a rate far above their baselines is rejected.
+        measured: The measurements of the run.
         work: The work that limits it, "flops" or "bytes".
         **limit: See `fastest`.
 
     Raises:
-        CheckError: The rate is more than a quarter above the baselines.
+        CheckError: The rate is more than a quarter above the highest rate: the work or the time is
+            wrong.
     """
     row = each.row | {"seconds": each.median, "timing": each.timing(), "share": None}
     for name, column in _RATES.items():
         row[column] = row[name] / each.median / 1e9 if row.get(name) else None
-    baselines = [other for other in measured if "baseline" in other.row]
-    rate, most = row[_RATES[work]], fastest(baselines, work, **limit)
+    rate, most = row[_RATES[work]], fastest(measured, work, **limit)
     if rate is None or not most:
         return row
     if not rate <= _NOISE * most:
@@ -125,4 +123,4 @@ def complete_row(
             f"{row['key']}: {rate / most:.0%} of the best rate measured in the same run: one of "
             "the two timings is wrong"
         )
-    return row | {"share": rate / fastest(measured, work, **limit)}
+    return row | {"share": rate / most}

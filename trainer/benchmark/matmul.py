@@ -8,8 +8,7 @@ import functools
 import itertools
 import time
 import timeit
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,7 +26,8 @@ from trainer.errors import CheckError, InputError
 FULL = Budget(15, 0.03, 0.5, tuple(2**k for k in range(13)), tuple(10**k for k in range(9)))
 QUICK = Budget(7, 0.004, 0.05, tuple(4**k for k in range(6)), (1, 100, 10**4, 10**6, 10**7))
 _MAX_CALL_SECONDS = 1.0  # longer products are skipped, and the skip is recorded
-_LEAST_PEAK_SIZE = 512  # squares of at least this size have baselines
+_CLOCK_CHECKS = 20  # a clock is wrong if all of them fail: other programs can delay some
+_LEAST_CHECKED_SECONDS = 1e-3  # reading a value takes a tenth of this
 # Largest error of a product relative to |a||b|. Rounding alone causes less than half of it.
 _LARGEST_ERROR = {"float32": 1e-5, "tf32": 2e-3, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -56,8 +56,7 @@ def benchmark_matmul(
         budget = replace(budget, square_sizes=squares, dot_sizes=dots)
     cases = product_cases(names, products, budget, seed=seed)
     measured, skipped = measure(cases, budget, seed=seed)
-    own = [each for each in measured if "baseline" not in each.row]
-    for each in own if textbook else ():
+    for each in measured if textbook else ():
         timeit.timeit(each.call, number=10)  # as the book does: ten calls to warm up
         synchronize()
         start = time.perf_counter()
@@ -69,15 +68,13 @@ def benchmark_matmul(
     return BenchmarkResult(
         name="textbook" if textbook else "matmul",
         subject=f"matrix products on {', '.join(names)}",
-        rows=[_complete(each, measured) for each in own],
+        rows=[_complete(each, measured) for each in measured],
         columns=columns if textbook else ("shape", "n", "device", "dtype", *RATES),
         settings={"seed": seed, "products": products, **asdict(budget)},
         devices=names,
         x="n",
         panel="shape",
-        scalars=_scalars,
         skipped=skipped,
-        measured=measured,
     )
 
 
@@ -94,20 +91,13 @@ def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     return complete_row(each, measured, "bytes", at_least=row["bytes"], **same)
 
 
-def _scalars(row: dict[str, Any]) -> dict[str, float]:
-    tag = f"{row['shape']}_{row['dtype']}"
-    rate = "gflop_per_s" if row["shape"] == "square" else "gbyte_per_s"
-    return {f"{tag}/microseconds": row["seconds"] * 1e6, f"{tag}/{rate}": row[rate]}
-
-
 def _product_row(shape: str, n: int, device: str, dtype: str) -> dict[str, Any]:
     """Returns the description of a product, its flops (2 m n k) and the bytes of both operands.
 
     The types are "float32", "bfloat16", "float16" and "tf32" (float32 operands, TF32 arithmetic).
     """
     return {
-        # Results of earlier versions also had products with operands outside the caches ("cold").
-        "key": f"{shape}/{n}/{device}/{dtype}/hot",
+        "key": f"{shape}/{n}/{device}/{dtype}",
         "label": dtype,
         "shape": shape,
         "n": n,
@@ -121,7 +111,7 @@ def _product_row(shape: str, n: int, device: str, dtype: str) -> dict[str, Any]:
 def product_cases(
     names: list[str], products: dict[str, list[str]], budget: Budget, *, seed: int
 ) -> Iterator[Case]:
-    """Yields the products and their baselines, in ascending size.
+    """Yields the products in ascending size.
 
     `products` are the types of each shape. A GPU also multiplies float32 operands as TF32.
     """
@@ -138,11 +128,11 @@ def product_cases(
 def _prepare(
     row: dict[str, Any], smaller: list[Measurement], budget: Budget, generator: np.random.Generator
 ) -> list[Measurement]:
-    """Warms up a product and its baselines, and checks its result.
+    """Warms up a product, and checks its result and its time.
 
     Raises:
         InputError: It is too large.
-        CheckError: A tensor is on another device, or the product is wrong.
+        CheckError: A tensor is on another device, or the product or its time is wrong.
     """
     n, device, dtype = row["n"], row["device"], row["dtype"]
     # The host needs operands of the type, in float32 and in float64.
@@ -164,39 +154,35 @@ def _prepare(
 
     wait = functools.partial(synchronize, tf32=dtype == "tf32")
     measurement = Measurement(multiply, wait, budget, row)
+    _check_clock(measurement)
     tensors = [*pair, multiply()]
     for tensor in tensors:
         devices.check_placement([tensor], devices.single(device))
     a, b, product = (tensor.numpy() for tensor in tensors)
     row["error"] = _check_product(a, b, product, dtype)
     smaller.append(measurement)
-    if row["shape"] == "dot" or n >= min(_LEAST_PEAK_SIZE, budget.square_sizes[-1]):
-        return [measurement, *_baselines(row, multiply, (a, b), budget)]
     return [measurement]
 
 
-def _baselines(
-    row: dict[str, Any], multiply: Callable[[], tf.Tensor], operands: Any, budget: Budget
-) -> list[Measurement]:
-    """Measures the same product with another wait, and in numpy."""
-    last: deque[tf.Tensor] = deque(maxlen=1)
+def _check_clock(measured: Measurement) -> None:
+    """Compares the time of a product with the time until one of its values can be read.
 
-    def read_back() -> None:
-        """Reads one value of the last result. A device executes its operations in order."""
-        for tensor in last:
-            tensor[0, 0].numpy()
-        tf.config.experimental.enable_tensor_float_32_execution(row["dtype"] == "tf32")
+    A device executes its operations in order, so the last value needs all of them.
 
-    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "product": (lambda: last.append(multiply()), read_back)
-    }
-    if row["dtype"] == "float32" and row["device"].startswith("CPU"):
-        calls["numpy"] = (functools.partial(np.matmul, *operands), lambda: None)
-    longer = replace(budget, block_seconds=3 * budget.block_seconds)  # reading takes time, too
-    return [
-        Measurement(*each, longer, row | {"key": f"{row['key']}/{name}", "baseline": name})
-        for name, each in calls.items()
-    ]
+    Raises:
+        CheckError: The clock does not wait for the device: it is wrong by factors.
+    """
+    for _ in range(_CLOCK_CHECKS):
+        start = time.perf_counter()
+        measured.call()
+        measured.call()[0, 0].numpy()
+        seconds = (time.perf_counter() - start) / 2
+        if seconds <= max(_LEAST_CHECKED_SECONDS, 3 * measured.call_seconds):
+            return
+    raise CheckError(
+        f"{measured.row['key']}: measured {measured.call_seconds:.3g} s, but its value can be read "
+        f"after {seconds:.3g} s: the clock does not wait for the device"
+    )
 
 
 def _check_product(a: NDArray[Any], b: NDArray[Any], product: NDArray[Any], dtype: str) -> float:

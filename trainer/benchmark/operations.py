@@ -87,7 +87,6 @@ def benchmark_operations(
         x="operation",
         panel="size",
         skipped=skipped,
-        measured=measured,
     )
 
 
@@ -149,6 +148,6 @@ def _complete(each: Measurement, measured: list[Measurement]) -> dict[str, Any]:
     Roofline, Communications of the ACM 52(4).
     """
     device = each.row["device"]
-    row = cases.complete_row(each, measured, "flops", device=device)
+    row = cases.complete_row(each, measured, "flops", device=device, shape="square")
     bandwidth = fastest(measured, "bytes", at_least=row["bytes"], device=device)
     return row | {"share": max(row["share"] or 0.0, row["gbyte_per_s"] / bandwidth)}

@@ -8,7 +8,6 @@ runs/<UTC time>-benchmark-<name>/
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from trainer.benchmark.timing import Measurement
 from trainer.environment import describe_environment
 from trainer.errors import InputError
 from trainer.files import write_text
-from trainer.report import write_figure
+from trainer.report import markdown_table
 from trainer.run import make_directory
 
 RATES = ("seconds", "timing", "gflop_per_s", "gbyte_per_s", "share")  # columns
@@ -43,10 +41,8 @@ class BenchmarkResult:
     devices: list[str]
     x: str  # the column that the figure draws the times against: a size or a name
     panel: str = ""  # the figure has one panel for each value of this column; "": only one panel
-    scalars: Callable[[dict[str, Any]], dict[str, float]] | None = None  # by tag, if x is a size
     fingerprint: str = ""  # of the data
     skipped: dict[str, str] = field(default_factory=dict)  # the reason for each skipped thing
-    measured: list[Measurement] = field(default_factory=list)  # its baselines make two comparable
 
     def __post_init__(self) -> None:
         """Adds the conditions, the reason if no GPU is measured, and how devices compare.
@@ -73,9 +69,7 @@ class BenchmarkResult:
     def document(self) -> dict[str, Any]:
         """Returns everything except the figure as plain values."""
         names = ("subject", "settings", "rows", "skipped", "environment")
-        baselines = {m.row["key"]: m.timing() for m in self.measured if "baseline" in m.row}
-        plain = {name: getattr(self, name) for name in names}
-        return {"benchmark": self.name, **plain, "baselines": baselines}
+        return {"benchmark": self.name, **{name: getattr(self, name) for name in names}}
 
     def json(self) -> str:
         """Returns the document as JSON."""
@@ -99,23 +93,21 @@ class BenchmarkResult:
         path = make_directory(runs, f"benchmark-{self.name}")
         write_text(path / f"{self.name}.json", self.json())
         board = path / "tensorboard"
-        titles, *rows = self.table()
-        cells = (titles, ["---"] * len(titles), *rows)
-        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
         with tf.summary.create_file_writer(str(board)).as_default(step=0):
-            text = "\n\n".join([table, *self.lines()])
+            text = "\n\n".join([markdown_table(self.table()), *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
-            figure = draw_times(self.rows, self.x, self.panel)
-            figure.savefig(path / f"{self.name}.png", dpi=150)
-            write_figure(f"benchmark/{self.name}", figure)
-        if self.scalars is None:
+            picture = path / f"{self.name}.png"
+            draw_times(self.rows, self.x, self.panel).savefig(picture, dpi=150)
+            pixels = tf.io.decode_png(picture.read_bytes(), channels=3)
+            tf.summary.image(f"benchmark/{self.name}", pixels[tf.newaxis])
+        if not isinstance(self.rows[0][self.x], int):
             return path
         # One TensorBoard run for each device: devices are drawn in the same charts.
         for device in self.devices:
             with tf.summary.create_file_writer(str(board / device.replace(":", ""))).as_default():
                 for row in (row for row in self.rows if row["device"] == device):
-                    for tag, value in self.scalars(row).items():
-                        tf.summary.scalar(tag, value, step=row[self.x])
+                    tag = f"{row.get(self.panel, self.name)}_{row['label']}/seconds"
+                    tf.summary.scalar(tag, row["seconds"], step=row[self.x])
         return path
 
 
@@ -128,7 +120,7 @@ def _text(key: str, value: Any) -> str:
         return f"{(high - low) / value['median_seconds']:.0%}"
     if key.endswith("seconds"):
         return time_text(value)
-    if key.endswith(("share", "overhead")):
+    if key.endswith("share"):
         return f"{value:.1%}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -1,15 +1,15 @@
 """`trainer benchmark step`: the time of a configuration's training step, and its parts.
 
-Three calls are measured: the loop as `fit` runs it; a bare epoch, the shortest `tf.function` that
-trains the same network on the same batches; and the batches alone, without training.
+Two calls are measured: the loop as `fit` runs it, and the batches alone, without training.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, cast
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -32,7 +32,7 @@ _BATCH_SIZES = (32, 128, 512, 2048)
 _BLOCKS_PER_CALL = 5  # a call of the loop lasts at most as long as this many blocks
 _COLUMNS = (
     *("batch_size", "device", "label", "seconds", "timing", "images_per_second", "gflop_per_s"),
-    *("share", "overhead", "batches_share"),
+    *("share", "batches_share"),
 )
 
 
@@ -69,20 +69,17 @@ def benchmark_step(
     steps = [(key, functools.partial(_prepare, config, rows[key], budget)) for key in rows]
     measured, skipped = cases.measure([*products, *steps], budget, seed=own.seed)
     parts = [each for each in measured if "part" in each.row]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
     return BenchmarkResult(
         name="step",
         subject=f"training step of {config.model.name} on {spec.name}",
-        rows=[_complete(parts[i : i + 3], measured) for i in range(0, len(parts), 3)],
+        rows=[_complete(*pair, measured) for pair in pairs],
         columns=_COLUMNS,
         settings={"config": config.model_dump(mode="json"), **asdict(budget)},
         devices=names,
         x="batch_size",
-        scalars=lambda row: {
-            f"step_{row['label']}/{name}": row[name] for name in ("step_ms", "images_per_second")
-        },
         fingerprint=spec.fingerprint,
         skipped=skipped,
-        measured=measured,
     )
 
 
@@ -98,7 +95,7 @@ def _row(device: str, batch_size: int, precision: str, jit_compile: bool | str) 
 
 
 def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measurement]:
-    """Builds the experiment of a row, and warms up its loop, bare epoch and batches.
+    """Builds the experiment of a row, and warms up its loop and batches.
 
     Raises:
         InputError: There are too few images, or XLA cannot compile the network.
@@ -117,16 +114,14 @@ def _prepare(config: Config, row: dict[str, Any], budget: Budget) -> list[Measur
     examples = experiment.data.train.read(slice(row["batch_size"]))
     with tf.device(device):
         images, labels = (tf.identity(tf.constant(array)) for array in examples)
-        row["flops"] = count_flops(trace_gradients(experiment, (images, labels)))
+        row["flops"] = count_flops(trace_gradients(experiment.model, images, labels))
     most = max(1, int(_BLOCKS_PER_CALL * budget.block_seconds / single.call_seconds))
     row["steps_per_execution"] = steps = min(loop.steps_per_execution, train.steps, most)
-    bare, batches = bare_epoch(experiment, train), bare_epoch(experiment, train, training=False)
     calls: dict[str, Iterator[Any]] = {
         "loop": repeat_loop(loop, train, steps),
-        "bare": _repeat(bare, train, steps, device),
-        "batches": _repeat(batches, train, steps, device),
+        "batches": repeat_batches(experiment, train, steps, device),
     }
-    places.check_placement([next(calls["bare"])], places.single(device))
+    places.check_placement([next(calls["batches"])], places.single(device))
     return [
         Measurement(
             functools.partial(next, results), synchronize, budget, row | {"part": name}, parts=steps
@@ -141,14 +136,26 @@ def repeat_loop(loop: Loop, train: Batches, steps: int) -> Iterator[CallRecord]:
         yield loop.run_call(train, state, epoch, first, steps)
 
 
-def _repeat(
-    function: Callable[..., tf.Tensor], train: Batches, steps: int, device: str
+def repeat_batches(
+    experiment: Experiment, train: Batches, steps: int, device: str
 ) -> Iterator[tf.Tensor]:
-    """Calls `function` with the next `steps` batches, epoch after epoch, and yields its results."""
+    """Reads and augments the batches of the same calls, and yields a number of the last batch."""
+    augment = experiment.augmentation or tf.identity
+
+    @tf.function
+    def read(state: Any, first: tf.Tensor) -> tf.Tensor:
+        found = tf.constant(0.0)
+        for i in tf.range(steps):
+            batch = train.local_batch(state, first + i)
+            # One number of each: TensorFlow removes work that nothing uses.
+            numbers = augment(batch.images)[0, 0, 0, 0], batch.labels[0]
+            found = tf.add_n([tf.cast(number, tf.float32) for number in numbers])
+        return found
+
     for _, state, first in _calls(train, steps):
         with tf.device(device):
-            result = function(state, tf.constant(first), tf.constant(steps))
-        yield result
+            found = read(state, tf.constant(first))
+        yield found
 
 
 def _calls(train: Batches, steps: int) -> Iterator[tuple[int, Any, int]]:
@@ -159,77 +166,27 @@ def _calls(train: Batches, steps: int) -> Iterator[tuple[int, Any, int]]:
             yield epoch, state, first
 
 
-def _gradients(
-    experiment: Experiment, images: tf.Tensor, labels: tf.Tensor
-) -> tuple[tf.Tensor, Any]:
-    """Returns the loss and its gradients, scaled for float16."""
-    model = experiment.model
-    with tf.GradientTape() as tape:
-        outputs = model(images, training=True)
-        loss = compute_loss(model, images, labels, outputs, None, training=True)
-        scaled = model.optimizer.scale_loss(loss)
-    return loss, tape.gradient(scaled, model.trainable_variables)
-
-
-def bare_epoch(
-    experiment: Experiment, train: Batches, *, training: bool = True
-) -> Callable[..., tf.Tensor]:
-    """Returns the shortest training loop for a network, without metrics, records and callbacks.
-
-    Args:
-        experiment: Its model is trained.
-        train: The batches.
-        training: False reads and augments the batches, and does not train.
-
-    Returns:
-        A `tf.function` of the state of an epoch, its first step and the number of steps (int32
-        scalars). It returns the last loss.
-    """
-    model, options = experiment.model, experiment.config.training
-    augment = experiment.augmentation or tf.identity
-
-    def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        if not training:  # one number of each: TensorFlow removes work that nothing uses
-            return tf.cast(images[0, 0, 0, 0], tf.float32) + tf.cast(labels[0], tf.float32)
-        loss, gradients = _gradients(experiment, images, labels)
-        if options.clip_norm is not None:
-            gradients, _ = tf.clip_by_global_norm(gradients, options.clip_norm)
-        model.optimizer.apply(gradients, model.trainable_variables)
-        return loss
-
-    if training and options.jit_compile:
-        step = tf.function(step, jit_compile=True)
-
-    def steps(state: Any, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-        loss = tf.constant(0.0)
-        for i in tf.range(count):
-            batch = train.local_batch(state, first + i)
-            loss = step(augment(batch.images), batch.labels)
-        return loss
-
-    return cast("Callable[..., tf.Tensor]", tf.function(steps))
-
-
-def trace_gradients(experiment: Experiment, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Graph:
+def trace_gradients(model: keras.Model, images: tf.Tensor, labels: tf.Tensor) -> tf.Graph:
     """Returns the graph of forward and backward pass with the shapes of this batch."""
-    function = tf.function(functools.partial(_gradients, experiment))
-    return cast("Any", function).get_concrete_function(*batch).graph
+
+    def differentiate(images: tf.Tensor, labels: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            outputs = model(images, training=True)
+            loss = compute_loss(model, images, labels, outputs, None, training=True)
+        return tape.gradient(loss, model.trainable_variables)
+
+    return cast("Any", tf.function(differentiate)).get_concrete_function(images, labels).graph
 
 
-def _complete(parts: list[Measurement], measured: list[Measurement]) -> dict[str, Any]:
-    """Returns a complete row. The parts are the loop, the bare epoch and the batches."""
-    loop, bare, batches = parts
+def _complete(loop: Measurement, batches: Measurement, measured: list[Measurement]) -> Any:
+    """Returns a complete row from the measurements of the loop and of the batches alone."""
     device, dtype = loop.row["device"], loop.row["precision"].removeprefix("mixed_")
     if dtype == "float32" and device.startswith("GPU"):
         dtype = "tf32"  # TensorFlow's default
     row = cases.complete_row(loop, measured, "flops", device=device, dtype=dtype)
-    # The ratio of interleaved blocks: a slow phase of the machine cancels out.
-    ratios = np.divide(loop.block_seconds, bare.block_seconds)
     return row | {
         "step_ms": loop.median * 1e3,
-        "bare_ms": bare.median * 1e3,
         "batches_ms": batches.median * 1e3,
         "images_per_second": row["batch_size"] / loop.median,
-        "overhead": float(np.median(ratios)) - 1,
         "batches_share": batches.median / loop.median,
     }

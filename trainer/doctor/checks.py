@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -40,7 +39,7 @@ class Result(NamedTuple):
 
 def examine(config: Config) -> dict[str, Result]:
     """Runs all checks; the configuration describes the data, the folders and the step."""
-    fault, missing = _import_elsewhere()
+    fault = _import_elsewhere()
     checks: dict[str, Callable[[], Result]] = {
         "packages": _packages,
         "CPU": _cpu,
@@ -48,13 +47,12 @@ def examine(config: Config) -> dict[str, Result]:
         "runs folder": partial(_folder, config.logging.directory, "logging.directory"),
         "data": partial(_data, config.data),
         "TensorFlow": partial(_tensorflow, fault),
-        "GPU": partial(_gpu, missing),
+        "GPU": _gpu,
         "GPU kernels": partial(_kernels, config),
-        "XLA": partial(_xla, config),
     }
     if fault:
         skipped = partial(Result, "note", "not checked: TensorFlow cannot be imported")
-        checks |= dict.fromkeys(("GPU", "GPU kernels", "XLA"), skipped)
+        checks |= dict.fromkeys(("GPU", "GPU kernels"), skipped)
     results = {}
     for subject, check in checks.items():
         try:
@@ -121,25 +119,21 @@ def _data(config: DataConfig) -> Result:
     return Result("note" if source else "problem", value, remedy)
 
 
-def _import_elsewhere() -> tuple[str, list[str]]:
+def _import_elsewhere() -> str:
     """Imports TensorFlow in another process, because the import can end or block a process.
 
-    Returns:
-        Why the import fails, empty if it does not; and the libraries that TensorFlow cannot load.
+    Returns why the import fails, or "".
     """
-    program = "import tensorflow as tf; tf.config.list_physical_devices('GPU')"
-    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "0"}
-    variables["TF_CPP_VMODULE"] = "dso_loader=1"  # logs each library that cannot be loaded
-    options: dict[str, Any] = {"env": os.environ | variables, "timeout": _TIMEOUT_SECONDS}
-    command = [sys.executable, "-P", "-c", program]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    options: dict[str, Any] = {"env": variables, "timeout": _TIMEOUT_SECONDS}
+    command = [sys.executable, "-P", "-c", "import tensorflow"]
     try:
         done = subprocess.run(command, capture_output=True, errors="replace", **options)
     except subprocess.TimeoutExpired:
-        return f"it takes more than {_TIMEOUT_SECONDS:.0f} s", []
-    fault = done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
+        return f"it takes more than {_TIMEOUT_SECONDS:.0f} s"
     if done.returncode < 0:
-        fault = signal.strsignal(-done.returncode) or fault
-    return fault, re.findall("Could not load dynamic library '(.+?)'", done.stderr)
+        return signal.strsignal(-done.returncode) or f"signal {-done.returncode}"
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 
 
 def _tensorflow(fault: str) -> Result:
@@ -152,7 +146,7 @@ def _tensorflow(fault: str) -> Result:
     return Result("ok", f"{names}; the automatic precision is {precision}")
 
 
-def _gpu(missing: list[str]) -> Result:
+def _gpu() -> Result:
     if usable := environment.gpu_models():
         return Result("ok", "; ".join(usable))
     if not devices.gpu_driver_files():
@@ -160,40 +154,22 @@ def _gpu(missing: list[str]) -> Result:
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # any value can hide all GPUs
         remedy = "`unset CUDA_VISIBLE_DEVICES`; `nvidia-smi -L` lists the GPUs"
         return Result("note", f"none: {devices.cuda_visible_devices()}", remedy)
-    reason = f"TensorFlow cannot load {', '.join(missing) or 'its CUDA libraries'}"
-    return Result("problem", f"none, although a driver is loaded: {reason}", _GPU_REMEDY)
+    value = "none, although a driver is loaded: TensorFlow cannot load its CUDA libraries"
+    return Result("problem", value, _GPU_REMEDY)
 
 
 def _kernels(config: Config) -> Result:
     """Looks for operations of the training step without a GPU kernel; needs no GPU."""
     from trainer.kernel_internals import check_step
 
-    report = check_step(*_training(config, jit_compile=False), "GPU")
+    report = check_step(*_training(config), "GPU")
     if not report.host:
         return Result("ok", str(report))
     return Result("note", str(report), "write these parts with operations that have a GPU kernel")
 
 
-def _xla(config: Config) -> Result:
-    """Looks for operations of the training step that XLA cannot compile for one GPU."""
-    training = config.training
-    automatic = training.jit_compile == "auto"
-    if not training.jit_compile or (automatic and training.deterministic):
-        return Result("ok", "off, because of training.jit_compile or training.deterministic")
-    from trainer.kernel_internals import check_xla, layer_names
-
-    loop, train = _training(config, jit_compile=True)
-    if automatic and not loop.model.jit_compile:  # Keras sets it to False
-        return Result("ok", "off, because Keras does not compile one of the layers")
-    loop.trace(train)
-    missing = "; ".join(map(str, check_xla(loop.step_graph, layer_names(loop))))
-    if not missing:
-        return Result("ok", "every operation of the training step has an XLA kernel")
-    return Result("problem", f"cannot compile {missing}", "`--set training.jit_compile=false`")
-
-
-def _training(config: Config, *, jit_compile: bool) -> tuple[Any, Any]:
-    """Returns the loop and batches of a training as on one GPU. Downloads nothing."""
+def _training(config: Config) -> tuple[Any, Any]:
+    """Returns the loop and batches of a training as on one GPU, without XLA. Downloads nothing."""
     import keras
     import tensorflow as tf
 
@@ -202,7 +178,7 @@ def _training(config: Config, *, jit_compile: bool) -> tuple[Any, Any]:
 
     if not tf.sysconfig.get_build_info()["is_cuda_build"]:
         raise MissingError("this TensorFlow was built without CUDA")
-    changes: dict[str, Any] = {"training.device": "cpu", "training.jit_compile": jit_compile}
+    changes: dict[str, Any] = {"training.device": "cpu", "training.jit_compile": False}
     if config.training.precision == "auto":
         changes["training.precision"] = "mixed_bfloat16"  # on GPUs from compute capability 8.0
     if (name := config.data.name).partition(":")[0] == "mnist":

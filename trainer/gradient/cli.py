@@ -22,13 +22,11 @@ app = typer.Typer()
 @app.command(context_settings={"ignore_unknown_options": True})
 def gradient(
     expression: Annotated[
-        str | None,
-        typer.Argument(metavar="EXPR", help="An expression of numbers, vectors and matrices"),
+        str | None, typer.Argument(metavar="EXPR", help='For example "a*w**2 + sin(w)"')
     ] = None,
     *,
     at: Annotated[
-        str | None,
-        typer.Option("--at", metavar="NAME=VALUE,...", help="a=1,x=[1,2],A=[[1,2],[3,4]]"),
+        str | None, typer.Option("--at", metavar="NAME=NUMBER,...", help="a=1,w=-0.5")
     ] = None,
     wrt: Annotated[
         str | None, typer.Option("--wrt", metavar="NAME,...", help="Variables to differentiate by")
@@ -71,13 +69,12 @@ def _write(result: Any, runs: str) -> Path:
     """Writes a GradientResult to a new run directory in the folder `runs`, and returns its path."""
     import tensorflow as tf
 
+    from trainer.report import markdown_table
     from trainer.run import make_directory
 
     path = make_directory(runs, "gradient")
     write_text(path / "gradient.json", json.dumps(result.document, indent=2) + "\n")
-    titles = list(result.table[0])
-    rows = [titles, ["---"] * len(titles), *map(dict.values, result.table)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    table = markdown_table([result.table[0], *map(dict.values, result.table)])
     lines = (f"`{line}`" for line in (result.title, result.verdict, *result.document["notes"]))
     with tf.summary.create_file_writer(str(path)).as_default(step=0):
         tf.summary.text("gradient", "\n\n".join((table, *lines)))

@@ -1,7 +1,6 @@
 """Compares the derivative of an expression by three methods."""
 
 import ast
-import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import InputError, expect
-from trainer.gradient.expression import CONSTANTS, Array, Expression, parse, parse_values
+from trainer.gradient.expression import CONSTANTS, Expression, parse, parse_values
 
 DEFAULT_EXPRESSION, DEFAULT_AT, DEFAULT_WRT = "a*w**2 + b*w + c", "a=1,b=2,c=3,w=4", "w"
-MAX_DERIVATIVES = 256  # of each output, each by three methods
+MAX_DERIVATIVES = 256  # each by three methods
 MAX_ORDER = 4
 TOLERANCE = 1e-6  # the relative disagreement that rounding of float64 may cause
 _WATCH = (
@@ -40,7 +39,7 @@ def derive(
 
     Args:
         text: The expression; default: "a*w**2 + b*w + c".
-        at: The value of each name: "a=1,x=[1,2,3],A=[[1,2],[3,4]]".
+        at: The value of each name: "a=1,b=-0.5".
         wrt: The variables, separated by commas; default: all variables of the expression.
         order: Order of the derivative, 1 to 4.
 
@@ -59,44 +58,40 @@ def derive(
 
     disagreement = _disagreement(expression, found)
     agree = disagreement <= TOLERANCE  # False for nan
-    heading = f"derivative by {', '.join(expression.wrt)}"
-    forms = _closed_forms(expression, formulas)
     facts = {
         "expression": expression.text,
         "wrt": expression.wrt,
         "order": order,
-        "inputs": expression.labels,
         "agree": agree,
         "largest_relative_disagreement": disagreement,
         "tolerance": TOLERANCE,
-        "notes": [*(f"{name} = {formula[:150]}" for name, formula in forms.items()), _WATCH],
+        "notes": [*(f"{name} = {formula[:150]}" for name, formula in formulas.items()), _WATCH],
     }
-    methods = {name: to_json(each) for name, each in found.items()}
-    groups = {"at": to_json(expression.at), "formulas": forms, "methods": methods}
+    methods = {method: to_json(numbers) for method, numbers in found.items()}
     return GradientResult(
         title=f"{expression.text} at {at}",
         passed=agree,
         verdict=f"the three {'agree' if agree else 'DISAGREE'}: largest relative disagreement "
         f"{disagreement:.1e}, tolerance {TOLERANCE:.0e}",
         table=[
-            {"method": name, "value": _text(each["value"]), heading: _text(each["derivative"])}
-            for name, each in found.items()
+            {"method": method, **{name: f"{number:.12g}" for name, number in numbers.items()}}
+            for method, numbers in found.items()
         ],
-        document=to_json(facts) | groups,
+        document=to_json(facts) | {"at": expression.at, "formulas": formulas, "methods": methods},
         graph=graph,
     )
 
 
 def _differentiate(
     expression: Expression, order: int
-) -> tuple[dict[str, dict[str, Array]], Any, Any]:
-    """Returns value and derivative by method, the symbolic formulas, and the recorded graph."""
-    inputs = len(expression.point)
+) -> tuple[dict[str, dict[str, float]], dict[str, str], Any]:
+    """Returns value and derivatives by method, the symbolic formulas, and the recorded graph."""
+    inputs = len(expression.wrt)
     expect(
         1 <= order <= MAX_ORDER and inputs**order <= MAX_DERIVATIVES,
         "--order",
         f"1 to {MAX_ORDER}, and at most {MAX_DERIVATIVES} derivatives",
-        f"{order} for {inputs} elements of --wrt",
+        f"{order} for {inputs} variables",
     )
     # TensorFlow and sympy need seconds to import. Mistakes are reported before that.
     from trainer.gradient import methods
@@ -104,49 +99,36 @@ def _differentiate(
     numeric = methods.by_differences(expression, order)
     symbolic_value, symbolic, formulas = methods.by_symbols(expression, order)
     taped_value, taped, graph = methods.by_tape(expression, order)
-    # A scalar expression has no axis of outputs, and one scalar variable no axes of inputs.
-    outputs = numeric.shape[:1] if expression.value.shape else ()
-    shape = outputs + (numeric.shape[1:] if expression.labels != expression.wrt[:1] else ())
-    found = {
-        "tf.GradientTape": {"value": taped_value, "derivative": taped.reshape(shape)},
-        "symbolic (sympy)": {"value": symbolic_value, "derivative": symbolic.reshape(shape)},
-        "central differences": {"value": expression.value, "derivative": numeric.reshape(shape)},
+    names = list(map(_derivative_name, expression.derivatives(order)))
+    results = {
+        "tf.GradientTape": (taped_value, taped),
+        "symbolic (sympy)": (symbolic_value, symbolic),
+        "central differences": (expression.value, numeric),
     }
-    return found, formulas, graph
+    found = {
+        method: {"value": value, **dict(zip(names, derivatives, strict=True))}
+        for method, (value, derivatives) in results.items()
+    }
+    return found, dict(zip(names, formulas, strict=True)), graph
 
 
-def _disagreement(expression: Expression, found: dict[str, dict[str, Array]]) -> float:
+def _disagreement(expression: Expression, found: dict[str, dict[str, float]]) -> float:
     """Returns the largest difference of value or derivative, relative to the largest method.
 
     Results of less than a millionth of the largest number, or 1e-40, are compared with that
     instead: they can consist of the rounding of float64, or of the step of the differences.
     """
-    rows = np.array([[*each["value"].flat, *each["derivative"].flat] for each in found.values()])
+    rows = np.array([list(numbers.values()) for numbers in found.values()])
     nodes = list(ast.walk(expression.tree))
     written: list[Any] = [node.value for node in nodes if isinstance(node, ast.Constant)]
     written += [CONSTANTS.get(node.id, 0.0) for node in nodes if isinstance(node, ast.Name)]
-    largest = max(np.max(np.abs(each)) for each in (rows, *expression.at.values(), *written))
+    largest = np.abs([*rows.flat, *expression.at.values(), *written]).max()
     scales = np.maximum(abs(rows).max(0), max(1e-6 * largest, 1e-40))
     return float((np.ptp(rows, 0) / scales).max())  # nan if a result is not finite
 
 
-def _closed_forms(expression: Expression, formulas: Any) -> dict[str, str]:
-    """Returns the formulas by names such as "d2/da dw", if everything is a scalar."""
-    import sympy
-
-    if any(array.shape for array in expression.at.values()):
-        return {}
-    order, forms = formulas.ndim - 1, {}
-    # Each mixed derivative once.
-    for index in itertools.combinations_with_replacement(range(len(expression.wrt)), order):
-        counts = Counter(expression.wrt[i] for i in index)
-        below = " ".join(f"d{name}{'' if n == 1 else n}" for name, n in counts.items())
-        formula = sympy.sstr(formulas[0, *index], full_prec=False)
-        forms[f"d{'' if order == 1 else order}/{below}"] = formula
-    return forms
-
-
-def _text(array: Array) -> str:
-    if array.shape == ():
-        return f"{float(array):.12g}"
-    return np.array2string(array, precision=6, separator=", ", threshold=36, edgeitems=2)
+def _derivative_name(variables: tuple[str, ...]) -> str:
+    """Returns a name such as "d2/da dw"."""
+    below = [f"d{name}{'' if n == 1 else n}" for name, n in Counter(variables).items()]
+    order = "" if len(variables) == 1 else len(variables)
+    return f"d{order}/{' '.join(below)}"

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.errors import InputError, did_you_mean, expect
-
-Array = NDArray[np.float64]
 
 CONSTANTS = {"pi": np.float64(math.pi), "e": np.float64(math.e)}
 # numpy, tf.math, sympy and mpmath have all these names.
@@ -25,34 +22,28 @@ ELEMENTARY = (
     *("exp", "log", "sqrt", "sin", "cos", "tan"),
     *("asin", "acos", "atan", "sinh", "cosh", "tanh"),
 )
-# Most of Python's operators work with the numbers, arrays and formulas of every library.
+# Python's operators work with the numbers and formulas of every library.
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 NUMPY: dict[str, Callable[..., Any]] = {
-    **{name: getattr(np, name) for name in (*ELEMENTARY, "abs", "sum", "transpose")},
-    **{name: getattr(np, name) for name in ("minimum", "maximum", "matmul")},
-    "dot": np.matmul,
-    "mean": lambda x: np.sum(x) / np.size(x),
+    **{name: getattr(np, name) for name in (*ELEMENTARY, "abs", "minimum", "maximum")},
     "sigmoid": lambda x: 0.5 * (1 + np.tanh(0.5 * x)),  # cannot overflow
     "relu": lambda x: np.maximum(x, 0.0),
     "softplus": lambda x: np.logaddexp(0.0, x),
 }
-_ARITY = dict.fromkeys(NUMPY, 1) | dict.fromkeys(("minimum", "maximum", "dot", "matmul"), 2)
-NUMPY |= OPERATORS | {"**": operator.pow, "@": np.matmul}
-_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.MatMult: "@"}
-_GRAMMAR = "numbers, names with a value (--at), + - * / ** (not ^) @, parentheses and functions"
+_ARITY = dict.fromkeys(NUMPY, 1) | {"minimum": 2, "maximum": 2}
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
+_GRAMMAR = "numbers, names with a value (--at), + - * / ** (not ^), parentheses and functions"
 
 MAX_CHARACTERS = 1000
-MAX_ELEMENTS = 64
 MAX_EXPONENT = 1000  # sympy writes out (3*x)**n: it computes all digits of 3**n
 
 
 class Library(NamedTuple):
     """A library that evaluates expressions."""
 
-    operations: Mapping[str, Callable[..., Any]]  # by the names in `NUMPY`
+    operations: Mapping[str, Callable[..., Any]]  # by the names in `NUMPY` and `OPERATORS`, and **
     constants: Mapping[str, Any]  # "pi" and "e"
     number: Callable[[Any], Any]  # converts a number of the text
-    reshape: Callable[..., Any] = np.reshape  # of an array and a shape
 
 
 @dataclass(frozen=True)
@@ -61,48 +52,34 @@ class Expression:
 
     text: str
     tree: ast.expr
-    at: dict[str, Array]  # shape (), (n,) or (rows, columns), by name
-    wrt: list[str]  # names of the variables to differentiate by; their elements are the inputs
-    value: Array  # at the point
+    at: dict[str, float]
+    wrt: list[str]  # names of the variables to differentiate by
+    value: float  # at the point
 
-    @property
-    def labels(self) -> list[str]:
-        """A name for each input: "w", or "A[0,1]"."""
-        return [
-            f"{name}[{','.join(map(str, index))}]" if index else name
-            for name in self.wrt
-            for index in np.ndindex(*self.at[name].shape)
-        ]
+    def derivatives(self, order: int) -> list[tuple[str, ...]]:
+        """Returns the variables of each derivative of an order. Mixed derivatives occur once."""
+        return list(itertools.combinations_with_replacement(self.wrt, order))
 
-    @property
-    def point(self) -> Array:
-        """The inputs, one variable after the other, float64 [inputs]."""
-        return np.concatenate([self.at[name].ravel() for name in self.wrt])
-
-    def evaluate(self, point: Any, library: Library) -> Any:
-        """Evaluates the expression at a point, an array of the library, [inputs]."""
-        values: dict[str, Any] = {**library.constants, **self.at}
-        start = 0
-        for name in self.wrt:
-            end = start + self.at[name].size
-            values[name] = library.reshape(point[start:end], self.at[name].shape)
-            start = end
-        return _evaluate(self.tree, values, library)
+    def evaluate(self, values: Mapping[str, Any], library: Library) -> Any:
+        """Evaluates the expression with numbers or formulas of the library by name."""
+        return _evaluate(self.tree, {**library.constants, **values}, library)
 
 
-def element_operations(library: Any, sign: Callable[[Any], Any]) -> dict[str, Callable[..., Any]]:
-    """Returns operations on numpy arrays of a library's own numbers or formulas.
+def composed_operations(library: Any, sign: Callable[[Any], Any]) -> dict[str, Callable[..., Any]]:
+    """Returns the operations of a library that has only those in `ELEMENTARY`.
 
     Args:
-        library: A module with the functions in `ELEMENTARY` for one element.
+        library: A module with these functions.
         sign: Its sign function.
     """
 
     def relu(x: Any) -> Any:
         return x * (1 + sign(x)) / 2
 
-    elements: dict[str, Callable[..., Any]] = {
+    return {
+        **OPERATORS,
         **{name: getattr(library, name) for name in ELEMENTARY},
+        "**": operator.pow,
         "abs": lambda x: x * sign(x),
         "sigmoid": lambda x: 1 / (1 + library.exp(-x)),
         "relu": relu,
@@ -110,11 +87,10 @@ def element_operations(library: Any, sign: Callable[[Any], Any]) -> dict[str, Ca
         "minimum": lambda x, y: x - relu(x - y),
         "maximum": lambda x, y: y + relu(x - y),
     }
-    return NUMPY | {name: np.vectorize(call, otypes=[object]) for name, call in elements.items()}
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    if np.max(abs(exponent)) > MAX_EXPONENT:
+    if abs(exponent) > MAX_EXPONENT:
         raise ValueError(f"expected exponents of at most {MAX_EXPONENT:,}")
     return base**exponent
 
@@ -145,17 +121,17 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any], library: Library) -> An
         raise InputError(f"expression, column {node.col_offset + 1}: {error}") from None
 
 
-def parse(text: str, at: dict[str, Array], wrt: str | None = None) -> Expression:
+def parse(text: str, at: dict[str, float], wrt: str | None = None) -> Expression:
     """Parses an expression and checks it at a point.
 
     Args:
-        text: At most 1,000 characters, such as "a*w**2 + sum(x)".
+        text: At most 1,000 characters, such as "a*w**2 + sin(x)".
         at: A value for every name.
         wrt: The variables to differentiate by, separated by commas; None: all of the expression.
 
     Raises:
-        InputError: The text is not an expression of this language, a name has no value, shapes do
-            not fit, or a part of the expression is not finite at the point.
+        InputError: The text is not an expression of this language, a name has no value, or a part
+            of the expression is not finite at the point.
     """
     expect(len(text) <= MAX_CHARACTERS, "expression", f"{MAX_CHARACTERS:,} characters", len(text))
     try:
@@ -164,8 +140,9 @@ def parse(text: str, at: dict[str, Array], wrt: str | None = None) -> Expression
         column, reason = getattr(error, "offset", None) or 1, getattr(error, "msg", error)
         raise InputError(f"expression, column {column}: {reason} (expected {_GRAMMAR})") from None
     with np.errstate(all="raise", under="ignore"):
-        checked = Library(NUMPY | {"**": _power}, CONSTANTS, np.float64)
-        value = np.asarray(_evaluate(tree, {**CONSTANTS, **at}, checked))
+        checked = Library(NUMPY | OPERATORS | {"**": _power}, CONSTANTS, np.float64)
+        values = {name: np.float64(number) for name, number in at.items()}
+        value = float(_evaluate(tree, CONSTANTS | values, checked))
     used = sorted({n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & at.keys())
     names = used if wrt is None else [name.strip() for name in wrt.split(",")]
     known = names and all(name in at and names.count(name) == 1 for name in names)
@@ -175,28 +152,25 @@ def parse(text: str, at: dict[str, Array], wrt: str | None = None) -> Expression
     return Expression(text.strip(), tree, at, names, value)
 
 
-def parse_values(text: str) -> dict[str, Array]:
-    """Parses "a=1,x=[1,2],A=[[1,2],[3,4]]" to float64 arrays by name.
+def parse_values(text: str) -> dict[str, float]:
+    """Parses "a=1,b=-0.5" to numbers by name.
 
     Raises:
-        InputError: The text has another form, or there are more than 64 elements.
+        InputError: The text has another form.
     """
     try:
         call: Any = ast.parse(f"f({text})", mode="eval").body
-        values = {str(k.arg): np.array(ast.literal_eval(k.value)) for k in call.keywords}
+        values = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         fits = not call.args and len(values) == len(call.keywords)
         fits = fits and all(itertools.starmap(_is_variable, values.items()))
     except (AttributeError, SyntaxError, ValueError, RecursionError, MemoryError):
         values, fits = {}, False
-    form = "NAME=VALUE,..., each NAME once and no function or constant, each VALUE a finite number,"
-    expect(fits, "--at", f"{form} [1,2,...] or [[1,2],[3,4]]", repr(text[:40]))
-    elements = sum(array.size for array in values.values())
-    expect(elements <= MAX_ELEMENTS, "--at", f"at most {MAX_ELEMENTS} elements", elements)
-    return {name: array.astype(np.float64) for name, array in values.items()}
+    form = "NAME=NUMBER,..., each NAME once and no function or constant, each NUMBER finite"
+    expect(fits, "--at", form, repr(text[:40]))
+    return {name: float(number) for name, number in values.items()}
 
 
-def _is_variable(name: str, array: NDArray[Any]) -> bool:
+def _is_variable(name: str, value: Any) -> bool:
     """Returns whether a name and its value can be used in an expression."""
-    is_new = name.isascii() and name[0].isalpha() and name not in NUMPY | CONSTANTS
-    is_real = array.dtype.kind in "iuf" and array.size > 0 and array.ndim <= 2
-    return is_new and is_real and bool(np.isfinite(array).all())
+    is_new = name.isascii() and name[0].isalpha() and name not in _ARITY | CONSTANTS
+    return is_new and type(value) in (int, float) and abs(value) < 1e308

@@ -1,30 +1,27 @@
 """The three methods: automatic, symbolic and numeric differentiation. They share no rules.
 
-Each evaluates the same syntax tree with its own library. A derivative is an array [outputs, inputs]
-with one more axis of inputs for each further order.
+Each evaluates the same syntax tree with its own library. Derivatives are in the order of
+`Expression.derivatives`.
 """
 
 import functools
 import itertools
 import math
-from dataclasses import replace
 from typing import Any
 
 import mpmath
 import numpy as np
 import sympy
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from trainer.errors import InputError, expect
 from trainer.gradient.expression import (
     CONSTANTS,
     ELEMENTARY,
     OPERATORS,
-    Array,
     Expression,
     Library,
-    element_operations,
+    composed_operations,
 )
 
 MAX_PARTS = 5_000  # operations of all formulas; sympy needs seconds for this many
@@ -46,41 +43,40 @@ _TF_NAMES = (*ELEMENTARY, "abs", "sigmoid", "softplus", "minimum", "maximum")
 _TF_OPERATIONS = {
     **OPERATORS,
     **{name: getattr(tf.math, name) for name in _TF_NAMES},
-    **dict.fromkeys(("@", "dot", "matmul"), functools.partial(tf.tensordot, axes=1)),
     "**": _power,
     "relu": tf.nn.relu,
-    "sum": tf.reduce_sum,
-    "mean": tf.reduce_mean,
-    "transpose": tf.transpose,
 }
-_TENSORFLOW = Library(_TF_OPERATIONS, CONSTANTS, np.float64, tf.reshape)
+_TENSORFLOW = Library(_TF_OPERATIONS, CONSTANTS, np.float64)
 
 
-def by_tape(expression: Expression, order: int) -> tuple[Array, Array, Any]:
+def by_tape(expression: Expression, order: int) -> tuple[float, list[float], Any]:
     """Differentiates by tf.GradientTape, in float64, in a graph that TensorBoard shows.
 
     Returns:
-        The value of the expression, the derivative, and the recorded tf.Graph.
+        The value of the expression, the derivatives, and the recorded tf.Graph.
     """
+    at = {name: np.float64(number) for name, number in expression.at.items()}
 
     def differentiate(x: Any, level: int) -> tuple[Any, Any]:
-        """Returns value and derivative by all elements, with one tape around another."""
+        """Returns the value and all derivatives of a level, with one tape around another."""
         if level == 0:
             with tf.name_scope("expression"):
-                value = expression.evaluate(x, _TENSORFLOW)
-                return value, tf.reshape(value, [-1])
+                variables = zip(expression.wrt, tf.unstack(x), strict=True)
+                value = tf.convert_to_tensor(expression.evaluate(at | dict(variables), _TENSORFLOW))
+                return value, value
         with tf.GradientTape() as tape:
             tape.watch(x)  # a tape records a tensor, unlike a tf.Variable, only if it watches it
             value, target = differentiate(x, level - 1)
         with tf.name_scope(f"derivative_{level}"):
             return value, tape.jacobian(target, x, unconnected_gradients="zero")
 
-    point = tf.constant(expression.point)
+    point = tf.constant([at[name] for name in expression.wrt])
     traced = tf.function(lambda x: differentiate(x, order), autograph=False).get_concrete_function(
         tf.TensorSpec.from_tensor(point, name="_".join(expression.wrt))
     )
-    value, derivative = (np.array(tensor) for tensor in traced(point))
-    return value, derivative, traced.graph
+    value, found = (tensor.numpy() for tensor in traced(point))  # found: [inputs] * order
+    places = itertools.combinations_with_replacement(range(len(expression.wrt)), order)
+    return float(value), [float(found[place]) for place in places], traced.graph
 
 
 class Sign(sympy.Function):
@@ -105,28 +101,23 @@ def _number(value: float) -> Any:
     return sympy.Integer(value) if isinstance(value, int) else sympy.Float(repr(value), _DIGITS)
 
 
-_SYMPY = Library(element_operations(sympy, Sign), {"pi": sympy.pi, "e": sympy.E}, _number)
+_SYMPY = Library(composed_operations(sympy, Sign), {"pi": sympy.pi, "e": sympy.E}, _number)
 
 
-def by_symbols(expression: Expression, order: int) -> tuple[Array, Array, NDArray[Any]]:
+def by_symbols(expression: Expression, order: int) -> tuple[float, list[float], list[str]]:
     """Differentiates by sympy's rules, then inserts the numbers of the point.
 
-    Each element of a variable is a scalar symbol.
-
     Returns:
-        The value of the expression, the derivative, and its formulas.
+        The value of the expression, the derivatives, and their formulas.
 
     Raises:
         InputError: The formulas are too long, or not finite at the point.
     """
-    every = replace(expression, wrt=list(expression.at))
-    symbols = np.array([sympy.Symbol(label) for label in every.labels], object)
-    exact = [sympy.Float(number, _DIGITS) for number in every.point.tolist()]
-    numbers = dict(zip(symbols, exact, strict=True))
+    symbols = {name: sympy.Symbol(name) for name in expression.at}
+    numbers = {symbols[name]: sympy.Float(x, _DIGITS) for name, x in expression.at.items()}
 
-    @functools.cache  # a Jacobian can have many equal elements
     def insert(formula: Any) -> float:
-        number = sympy.sympify(formula).xreplace(numbers).evalf(_DIGITS)
+        number = formula.xreplace(numbers).evalf(_DIGITS)
         if not (number.is_number and number.is_extended_real and number.is_finite):
             raise InputError(
                 f"the closed form {sympy.sstr(formula, full_prec=False)[:100]} is not finite at "
@@ -134,63 +125,59 @@ def by_symbols(expression: Expression, order: int) -> tuple[Array, Array, NDArra
             )
         return float(number)
 
-    to_float = np.vectorize(insert, otypes=[np.float64])
-    differentiate = np.frompyfunc(functools.cache(sympy.diff), 2, 1)  # a Hessian is symmetric
-    value = np.asarray(every.evaluate(symbols, _SYMPY), object)
-    inputs = [sympy.Symbol(label) for label in expression.labels]
-    formulas = value.ravel()
-    for _ in range(order):
-        parts = sum(1 + sympy.count_ops(formula) for formula in formulas.flat)
-        shorter = "choose a shorter expression, fewer elements or a lower --order"
+    value = expression.evaluate(symbols, _SYMPY)
+    formulas: dict[tuple[str, ...], Any] = {(): value}
+    for level in range(1, order + 1):
+        parts = sum(1 + sympy.count_ops(formula) for formula in formulas.values())
+        shorter = "choose a shorter expression, fewer variables or a lower --order"
         expect(parts <= MAX_PARTS, "formulas", f"at most {MAX_PARTS} parts", f"{parts}; {shorter}")
-        formulas = differentiate.outer(formulas, inputs)
-    return to_float(value), to_float(formulas), formulas
+        formulas = {
+            names: sympy.diff(formulas[names[:-1]], symbols[names[-1]])
+            for names in expression.derivatives(level)
+        }
+    texts = [sympy.sstr(formula, full_prec=False) for formula in formulas.values()]
+    return insert(value), [insert(formula) for formula in formulas.values()], texts
 
 
 _MPMATH = Library(
-    element_operations(mpmath, mpmath.sign), {"pi": mpmath.pi, "e": mpmath.e}, mpmath.mpf
+    composed_operations(mpmath, mpmath.sign), {"pi": mpmath.pi, "e": mpmath.e}, mpmath.mpf
 )
 
 
-def by_differences(expression: Expression, order: int) -> Array:
+def by_differences(expression: Expression, order: int) -> list[float]:
     """Differentiates by central differences, with so many digits that rounding does not matter.
 
     Raises:
         InputError: The derivatives from the left and from the right differ.
     """
-    point = [mpmath.mpf(number) for number in expression.point.tolist()]
-    units = [abs(x) or 1 for x in point]  # the step is relative to the point, or absolute at 0
+    point = {name: mpmath.mpf(number) for name, number in expression.at.items()}
+    # The step is relative to the point, or absolute at 0.
+    units = {name: abs(point[name]) or 1 for name in expression.wrt}
 
-    def value(*offsets: Any) -> NDArray[Any]:
-        """Returns the outputs beside the point, [outputs]; nan if one is not real."""
-        moved = [x + unit * t for x, unit, t in zip(point, units, offsets, strict=True)]
+    def value(*offsets: Any) -> Any:
+        """Returns the value beside the point; nan if it is not real."""
+        steps = zip(expression.wrt, offsets, strict=True)
+        moved = {name: point[name] + units[name] * offset for name, offset in steps}
         try:
-            found = expression.evaluate(np.array(moved, object), _MPMATH)
+            found = expression.evaluate(point | moved, _MPMATH)
         except (ArithmeticError, TypeError):  # division by 0, comparison of complex numbers
-            found = np.full(expression.value.shape, mpmath.nan)
-        outputs = [x if isinstance(x, mpmath.mpf) else mpmath.nan for x in np.ravel(found)]
-        return np.array(outputs, object)
+            return mpmath.nan
+        return found if isinstance(found, mpmath.mpf) else mpmath.nan
 
-    @functools.cache
-    def quotient(index: tuple[int, ...], direction: int = 0) -> NDArray[Any]:
-        """Returns the difference quotient by each input of `index` in turn, [outputs]."""
-        orders = [index.count(i) for i in range(len(point))]
-        difference = mpmath.diff(value, [0] * len(point), orders, direction=direction)
-        return np.asarray(difference / math.prod(units[i] for i in index))
+    def quotient(names: tuple[str, ...], direction: int = 0) -> Any:
+        """Returns the difference quotient by each of these variables in turn."""
+        orders = [names.count(name) for name in units]
+        difference = mpmath.diff(value, [0] * len(units), orders, direction=direction)
+        return difference / math.prod(units[name] for name in names)
 
-    derivative = np.empty((expression.value.size, *[len(point)] * order))
     with mpmath.workprec(PRECISION):
-        for (i, label), lower in itertools.product(enumerate(expression.labels), range(order)):
-            left, right = (quotient((i,) * (lower + 1), direction) for direction in (-1, 1))
+        for name, lower in itertools.product(expression.wrt, range(1, order + 1)):
+            left, right = (quotient((name,) * lower, direction) for direction in (-1, 1))
             # At a smooth point they differ by the step times the next derivative.
-            smooth = abs(right - left) <= 1e-30 * abs(right) + 1e-40  # False for nan
-            if not smooth.all():  # a kink, a pole or an edge
-                k = int(np.argmin(smooth))
-                raise InputError(
-                    f"the expression is not differentiable at {label} = {float(point[i])!r}: its "
-                    f"derivative of order {lower + 1} is {float(left[k]):.4g} on the left and "
-                    f"{float(right[k]):.4g} on the right (nan: not defined there)"
+            if not abs(right - left) <= 1e-30 * abs(right) + 1e-40:  # also refuses nan
+                raise InputError(  # a kink, a pole or an edge
+                    f"the expression is not differentiable at {name} = {expression.at[name]!r}: "
+                    f"its derivative of order {lower} is {float(left):.4g} on the left and "
+                    f"{float(right):.4g} on the right (nan: not defined there)"
                 )
-        for index in np.ndindex(*derivative.shape[1:]):
-            derivative[:, *index] = quotient(tuple(sorted(index)))
-    return derivative
+        return [float(quotient(names)) for names in expression.derivatives(order)]

@@ -31,7 +31,7 @@ def _call(verb: str, *arguments: Any, **options: Any) -> Any:
 @app.command()
 def save(
     run: RunArgument,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="name.keras or name.weights.h5")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A new file, name.keras")],
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file")] = False,
     runs: RunsOption = "runs",
@@ -47,15 +47,11 @@ def save(
 def load(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, saved or exported model")],
     *,
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Score its test images")] = False,
     trust: TrustOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Print format, input, output, size and origin of a model in any format."""
-    loaded = _call("load", path, trust=trust)
-    with stdout_to_stderr():
-        result = loaded.describe() | (loaded.evaluate() if evaluate else {})
-    print_table(result, as_json=json_)
+    print_table(_call("load", path, trust=trust).describe(), as_json=json_)
 
 
 @app.command()

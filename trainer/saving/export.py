@@ -75,7 +75,7 @@ def export(
     expect(valid, "--name", "letters, digits, '.', '_' and '-'", repr(name))
     require_writable(directory, "--directory")
     data = datasets.load(origin.config.data)
-    require_data(run, origin.spec.fingerprint, data.spec)
+    require_data(run.name, origin.spec.fingerprint, data.spec)
     model = restore(run, precision="float32")
     folder = Path(directory) / (name if kind == "saved_model" else f"{name}-{kind}")
     try:
@@ -125,17 +125,17 @@ def _compare_files(model: keras.Model, data: Dataset, folder: Path) -> FileCompa
     if how is None or test.files is None:
         return None
     signature = tf.saved_model.load(str(folder)).signatures["serving_files"]
-    served, predicted, labels = [], [], []
+    served, pixels, labels = [], [], []
     for row in test.rows:
         file = Path(test.files[row])
         with contextlib.suppress(tf.errors.InvalidArgumentError):  # for example TIFF
             served.append(int(signature(image_bytes=tf.constant([file.read_bytes()]))["class"][0]))
-            pixels = read_image(file, how)[0]
-            predicted.append(int(np.argmax(model(pixels[np.newaxis], training=False))))
+            pixels.append(read_image(file, how)[0])
             labels.append(int(test.labels[row]))
     if not labels:
         return None
-    by_server, by_predict, truth = map(np.array, (served, predicted, labels))
+    by_server, truth = np.array(served), np.array(labels)
+    by_predict = predict_in_batches(of_keras(model), np.stack(pixels)).argmax(axis=1)
     agreement = float((by_server == by_predict).mean())
     if agreement < _MIN_AGREEMENT and (by_server != by_predict).sum() > 1:
         raise CheckError(
@@ -165,18 +165,6 @@ def _publish(partial: Path, folder: Path, record: ExportRecord) -> Path:
                 raise
 
 
-def _files_text(files: FileComparison | None) -> str:
-    if files is None:
-        return ""
-    return (
-        f"- Original files ({files.images:,} of the test split): `serving_files` and `predict` "
-        f"agree on {files.agreement:.2%}; accuracy {files.accuracy:.4f} and "
-        f"{files.predict_accuracy:.4f}. "
-        "Other servers than `trainer serve` read no TIFF, and turn only JPEG files by their EXIF "
-        "orientation; resized pixels may differ by one or two of 255 steps\n"
-    )
-
-
 def model_card(record: ExportRecord, version: Path) -> str:
     """Returns the README of an exported model: its facts, and the commands to use it."""
     version = version.absolute()  # Docker accepts absolute paths only
@@ -186,14 +174,12 @@ def model_card(record: ExportRecord, version: Path) -> str:
         "version": version,
         "model": model,
         "path": str(version),
-        "files": _files_text(record.files),
         "classes": ", ".join(map(markdown_text, record.spec.class_names)),
         "verify": shell_command("verify", version),
         "serve": shell_command("serve", model.name, "--directory", model.parent),
         "mount": shlex.quote(f"{model}:/models/{model.name}"),
     }
-    names = ["model_card.txt"]
-    if record.format == "saved_model":
-        names.append("model_card_serving.txt")
-    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
+    names = ["model_card", *(["model_card_files"] if record.files else [])]
+    names += ["model_card_serving"] if record.format == "saved_model" else []
+    texts = [Path(__file__).with_name(f"{name}.txt").read_text("utf-8") for name in names]
     return "\n".join(texts).format(**values)

@@ -14,20 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import data as datasets
-from trainer import devices, models
 from trainer.data import Images
 from trainer.errors import InputError, expect
-from trainer.experiment import restore
+from trainer.experiment import require_data, restore
 from trainer.files import write_atomic
 from trainer.prediction import predict_files
-from trainer.run import Run, open_run
+from trainer.run import open_run
 from trainer.saving import safety
 from trainer.saving.formats import find_format
 from trainer.saving.runtimes import RUNTIMES, Predict, of_keras, predict_in_batches
 from trainer.saving.versions import Origin, artefact_files, find_version, read_record
-from trainer.training.weights import load_weights, save_weights
 
-_ATTRIBUTE = "trainer.origin"
 _KINDS = {".tflite": "litert", ".onnx": "onnx"}
 
 
@@ -36,7 +33,7 @@ class LoadedModel:
     """A model that can be called on raw images."""
 
     path: Path
-    kind: str  # "run", "keras", "weights" or a format of `trainer export`
+    kind: str  # "run", "keras" or a format of `trainer export`
     parameters: int | None  # None: not recorded
     bytes: int  # size of its files
     origin: Origin | None  # None: not recorded
@@ -52,9 +49,7 @@ class LoadedModel:
         Raises:
             InputError: The data that it was trained on is not recorded.
         """
-        if self.origin is None:
-            raise InputError(f"{self.path} does not record the data that it was trained on")
-        return predict_files(self, self.origin.spec, paths, **options)
+        return predict_files(self, self._recorded_origin().spec, paths, **options)
 
     def describe(self) -> dict[str, Any]:
         """Returns format, input, output, size and origin as plain values."""
@@ -80,11 +75,9 @@ class LoadedModel:
         Raises:
             InputError: The data is not recorded, is not available, or has changed.
         """
-        if self.origin is None:
-            raise InputError(f"{self.path} does not record the data that it was trained on")
-        data = datasets.load(self.origin.config.data)
-        if data.spec.fingerprint != self.origin.spec.fingerprint:
-            raise InputError(f"the data is not what {self.path} was trained on: {data.spec.origin}")
+        origin = self._recorded_origin()
+        data = datasets.load(origin.config.data)
+        require_data(str(self.path), origin.spec.fingerprint, data.spec)
         images, labels = data.split(split).read()
         probabilities = self(images)
         of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
@@ -99,6 +92,11 @@ class LoadedModel:
             "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
         }
 
+    def _recorded_origin(self) -> Origin:
+        if self.origin is None:
+            raise InputError(f"{self.path} does not record the data that it was trained on")
+        return self.origin
+
 
 def save(
     reference: str, path: str | Path, *, overwrite: bool = False, runs_directory: str = "runs"
@@ -107,7 +105,7 @@ def save(
 
     Args:
         reference: A run directory, its name, or "latest".
-        path: Ends in `.keras` (the whole model with its optimizer) or `.weights.h5`.
+        path: Ends in `.keras`. The file has the whole model with its optimizer.
         overwrite: Replace an existing file.
         runs_directory: Folder of the run directories.
 
@@ -119,28 +117,23 @@ def save(
             written.
     """
     path = Path(path)
-    known = path.suffix == ".keras" or path.suffixes[-2:] == [".weights", ".h5"]
-    expect(known, "PATH", "a name that ends in .keras or .weights.h5", path)
+    expect(path.suffix == ".keras", "PATH", "a name that ends in .keras", path)
     expect(path.parent.is_dir(), "PATH", "an existing folder", path.parent)
     if os.path.lexists(path) and not overwrite:
         raise InputError(f"{path} exists already: replace it with --overwrite")
     run = open_run(reference, runs_directory=runs_directory)
     model = restore(run, compiled=True)
-    origin = Origin.of(run).model_dump_json()
-    # A zip comment and an HDF5 attribute hold at most 64 KiB.
-    size = len(origin.encode())
-    expect(size < 60_000, "configuration and class names", "under 60000 bytes", size)
+    origin = Origin.of(run).model_dump_json().encode()
+    size = len(origin)
+    expect(size < 2**16, "configuration and class names", "a zip comment of 65535 bytes", size)
 
-    def write_keras(partial: Path) -> None:
+    def write(partial: Path) -> None:
         model.save(partial, overwrite=True)
         with zipfile.ZipFile(partial, "a") as archive:
-            archive.comment = origin.encode()
+            archive.comment = origin
 
-    if path.suffix == ".keras":
-        with safety.explained(f"{path} cannot be written"):
-            write_atomic(path, write_keras)
-    else:
-        save_weights(path, model, attributes={_ATTRIBUTE: origin})
+    with safety.explained(f"{path} cannot be written"):
+        write_atomic(path, write)
     size = path.stat().st_size
     return {"path": str(path), "bytes": size, "parameters": model.count_params(), "run": run.name}
 
@@ -149,8 +142,8 @@ def load(path: str | Path, *, trust: bool = False) -> LoadedModel:
     """Loads a model of any format, after checking that loading it runs no other code.
 
     Args:
-        path: A run directory, a `.keras` or `.weights.h5` file, a SavedModel folder, a `.tflite` or
-            `.onnx` file, or a folder of exported models.
+        path: A run directory, a `.keras` file, a SavedModel folder, a `.tflite` or `.onnx` file, or
+            a folder of exported models.
         trust: Accept code in the file. Use this only if you trust its author.
 
     Raises:
@@ -166,8 +159,6 @@ def load(path: str | Path, *, trust: bool = False) -> LoadedModel:
         return _loaded(path, "run", restore(run), Origin.of(run), run.weights)
     if path.suffix == ".keras":
         return _loaded(path, "keras", *_load_keras(path, trust=trust), path)
-    if path.suffixes[-2:] == [".weights", ".h5"]:
-        return _loaded(path, "weights", *_load_weights(path, trust=trust), path)
     return _load_exported(path, trust=trust)
 
 
@@ -183,7 +174,9 @@ def _load_keras(path: Path, *, trust: bool) -> tuple[keras.Model, Origin | None]
     with safety.explained(f"{path} cannot be loaded by Keras"):
         _check_weights(path)
         model = keras.saving.load_model(path, compile=False, **options)
-    return model, _read_origin(path)
+        with zipfile.ZipFile(path) as archive:
+            text = archive.comment
+        return model, Origin.model_validate_json(text) if text else None
 
 
 def _check_weights(path: Path) -> None:
@@ -192,32 +185,6 @@ def _check_weights(path: Path) -> None:
         for name in archive.namelist():
             if name.endswith(".h5"):
                 h5py.File(archive.extract(name, folder), "r").close()
-
-
-def _load_weights(path: Path, *, trust: bool) -> tuple[keras.Model, Origin]:
-    origin, run = _read_origin(path), Run(path.absolute().parent.parent)
-    if origin is None and run.finished and path.absolute().parent == run.checkpoints:
-        origin = Origin.of(run)
-    if origin is None:
-        raise InputError(f"{path} does not record its network: load its run, or use `trainer save`")
-    if not trust:
-        safety.check_network(path, origin.config.model.options)
-    with devices.dtype_policy(origin.config.training.precision):
-        model = models.build(origin.config.model, origin.spec, initialize=False)
-    load_weights(path, model)
-    return model, origin
-
-
-def _read_origin(path: Path) -> Origin | None:
-    """Reads the origin from a `.keras` or `.weights.h5` file. None: the file contains none."""
-    with safety.explained(f"{path} is no Keras file, or is damaged"):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                text: Any = archive.comment
-        else:
-            with h5py.File(path, "r") as file:
-                text = file.attrs.get(_ATTRIBUTE, "")
-        return Origin.model_validate_json(text) if len(text) else None
 
 
 def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
@@ -233,8 +200,8 @@ def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
         record = None  # of another file in this folder
     if kind is None:
         raise InputError(
-            f"{path}: expected a run, a SavedModel, or a .keras, .weights.h5, .tflite or .onnx "
-            "file; legacy .h5 models and pickles can contain code and are never loaded"
+            f"{path}: expected a run, a SavedModel, or a .keras, .tflite or .onnx file; "
+            "weights alone have no network, and .h5 models and pickles can contain code"
         )
     find_format(kind)  # its packages are installed
     if path.is_dir():

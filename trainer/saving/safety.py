@@ -83,17 +83,6 @@ def check_keras(path: Path, *, trust: bool = False) -> dict[str, Any]:
     return imported
 
 
-def check_network(path: Path, options: dict[str, Any]) -> None:
-    """Checks the options of the network of a weights file.
-
-    Raises:
-        InputError: An option names a class outside Keras, or one that runs code.
-    """
-    for option in _values(options):
-        if isinstance(option, str) and (":" in option or option.lower() in _CODE):
-            raise InputError(f"{path} contains code: {option}. {_TRUST}")
-
-
 def _values(tree: Any) -> Iterator[Any]:
     """Yields a JSON value and all values in it."""
     yield tree

@@ -83,9 +83,7 @@ class ExportRecord(Origin):
     parameters: int
     trainable_parameters: int | None = None  # None: an earlier version wrote the file
     verified: Verification
-    files: FileComparison | None = (
-        None  # None: the data has no files, or the format has no such input
-    )
+    files: FileComparison | None = None  # None: no files, or the format does not read files
     sha256: dict[str, str]  # of each file of the exported model
 
 
@@ -125,12 +123,6 @@ def verify_checksums(folder: Path, record: ExportRecord) -> None:
         raise CheckError(f"{folder / name}: expected sha256 {expected}, found {found.get(name)}")
 
 
-def is_version(path: Path) -> bool:
-    """Returns whether a path is a version folder: its name is a number, and it holds a model."""
-    holds_model = any((path / name).is_file() for name in ("saved_model.pb", "export.json"))
-    return holds_model and _NUMBER.fullmatch(path.name) is not None
-
-
 def list_versions(folder: Path) -> dict[int, Path]:
     """Returns the version folders of a model by number, or nothing if the folder is unreadable.
 
@@ -139,7 +131,9 @@ def list_versions(folder: Path) -> dict[int, Path]:
     itself.
     """
     with contextlib.suppress(OSError):
-        paths = [folder] if is_version(folder) else sorted(folder.iterdir())
+        holds_model = any((folder / name).is_file() for name in ("saved_model.pb", "export.json"))
+        is_version = holds_model and _NUMBER.fullmatch(folder.name)
+        paths = [folder] if is_version else sorted(folder.iterdir())
         return {int(path.name): path for path in paths if _NUMBER.fullmatch(path.name)}
     return {}
 

@@ -57,8 +57,10 @@ class _Handlers:
 
     async def predict(self, request: Request) -> Response:
         servable = await self._find(request)
-        signature, tensors, by_row = parse_request(await request.body(), servable.signatures)
-        outputs = await servable.batchers[signature].predict(tensors)
+        body = await request.body()
+        # In a thread, because it may decode image files.
+        images, by_row = await run_in_threadpool(parse_request, body, servable.spec)
+        outputs = await servable.batcher.predict(images)
         return _json(render_response(outputs, by_row=by_row))
 
     async def metadata(self, request: Request) -> Response:

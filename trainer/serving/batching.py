@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 
+from trainer.images import Images
 from trainer.serving.messages import Tensors
 
 
@@ -14,11 +15,8 @@ from trainer.serving.messages import Tensors
 class _Request:
     """A request in the queue."""
 
-    tensors: Tensors
+    images: Images
     result: "asyncio.Future[Tensors]" = field(default_factory=asyncio.Future)
-
-    def rows(self) -> int:
-        return max((len(np.atleast_1d(array)) for array in self.tensors.values()), default=0)
 
 
 class Batcher:
@@ -27,19 +25,19 @@ class Batcher:
     No request waits for a batch to fill. More requests lead to larger batches.
     """
 
-    def __init__(self, run: Callable[[Tensors], Tensors], *, max_rows: int) -> None:
-        """Sets the function and the most rows that are joined. A larger request is not joined."""
-        self._run, self._max_rows = run, max_rows
+    def __init__(self, run: Callable[[Images], Tensors], *, max_images: int = 256) -> None:
+        """Sets the function, and the most images that are joined. Larger requests are not."""
+        self._run, self._max_images = run, max_images
         self._waiting: list[_Request] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def predict(self, tensors: Tensors) -> Tensors:
-        """Returns the outputs of the function for its inputs.
+    async def predict(self, images: Images) -> Tensors:
+        """Returns the outputs of the function for these images.
 
         Raises:
-            Exception: The error of the function for these inputs. It does not affect others.
+            Exception: The error of the function for these images. It does not affect others.
         """
-        request = _Request(tensors)
+        request = _Request(images)
         self._waiting.append(request)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._answer_all())
@@ -48,17 +46,14 @@ class Batcher:
     async def _answer_all(self) -> None:
         while self._waiting:
             batch = [self._waiting.pop(0)]
-            rows = batch[0].rows()
-            while self._waiting and rows + self._waiting[0].rows() <= self._max_rows:
+            count = len(batch[0].images)
+            while self._waiting and count + len(self._waiting[0].images) <= self._max_images:
                 batch.append(self._waiting.pop(0))
-                rows += batch[-1].rows()
+                count += len(batch[-1].images)
             await self._answer(batch)
 
     async def _answer(self, batch: list[_Request]) -> None:
-        """Calls the function for a batch. If that fails, each request gets its own call.
-
-        So only faulty requests fail, and inputs of different shapes need not be joined.
-        """
+        """Calls the function for a batch. If that fails, each request gets its own call."""
         try:
             results = await run_in_threadpool(self._predict, batch)
         except Exception as error:
@@ -72,13 +67,7 @@ class Batcher:
                 request.result.set_result(result)
 
     def _predict(self, batch: list[_Request]) -> list[Tensors]:
-        if len(batch) == 1:
-            return [self._run(batch[0].tensors)]
-        names = batch[0].tensors
-        joined = {name: np.concatenate([each.tensors[name] for each in batch]) for name in names}
-        outputs = self._run(joined)
-        ends = np.cumsum([each.rows() for each in batch])
-        if any(len(array) != ends[-1] for array in (*joined.values(), *outputs.values())):
-            raise ValueError("expected one row of each input and output for each row of a request")
-        parts = {name: np.split(array, ends[:-1]) for name, array in outputs.items()}
+        outputs = self._run(np.concatenate([request.images for request in batch]))
+        ends = np.cumsum([len(request.images) for request in batch])[:-1]
+        parts = {name: np.split(array, ends) for name, array in outputs.items()}
         return [{name: parts[name][i] for name in parts} for i in range(len(batch))]

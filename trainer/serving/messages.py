@@ -8,53 +8,58 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from trainer.images import FORMATS
+from trainer.data import DataSpec
+from trainer.images import FORMATS, Images, read_image
+from trainer.preprocessing import Preprocessing
 
 # Checked before decoding, because a few bytes of PNG can unpack to gigabytes.
 _MAX_PIXELS = 4096 * 4096
+# The signatures of an export, and their inputs.
+_INPUTS = {"serving_default": "images", "serving_files": "image_bytes"}
 
-Inputs = Mapping[str, tf.TensorSpec]
 Tensors = dict[str, NDArray[Any]]
 
 
-def parse_request(body: bytes, signatures: Mapping[str, Inputs]) -> tuple[str, Tensors, bool]:
+def parse_request(body: bytes, spec: DataSpec) -> tuple[Images, bool]:
     """Parses the body of a `:predict` request.
 
     Args:
         body: JSON: {"signature_name": ..., "instances": [...]} or {..., "inputs": ...}.
-        signatures: The inputs of each available function.
+        spec: The data that the model was trained on.
 
     Returns:
-        The name of the function to call, its inputs, and True for "instances".
+        The images, uint8 [n, height, width, channels], and True for "instances".
 
     Raises:
-        HTTPException: The body is not such JSON, or does not fit the function.
+        HTTPException: The body is not such JSON, or does not contain such images.
+        InputError: An image file is damaged.
     """
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:  # also raised for text that is not UTF-8
         raise HTTPException(400, f"JSON Parse error: {error}") from None
     _require(isinstance(document, dict), "expected a JSON object with 'instances' or 'inputs'")
-    signature = document.get("signature_name") or "serving_default"
-    names = sorted(signatures)
-    _require(signature in names, f"signature_name: expected one of {names}, received {signature!r}")
+    signature, how = document.get("signature_name") or "serving_default", spec.preprocessing
+    known = list(_INPUTS)[: 1 if how is None else 2]
+    _require(signature in known, f"signature_name: expected one of {known}, received {signature!r}")
     forms = [form for form in ("instances", "inputs") if form in document]
     _require(len(forms) == 1, f"expected one of 'instances' and 'inputs', received {forms}")
-    inputs, by_row = signatures[signature], "instances" in forms
-    values = _by_name(document[forms[0]], inputs, by_row=by_row)
-    tensors = {name: _to_array(name, values[name], spec) for name, spec in inputs.items()}
-    # The input of image files in the exports of this project.
-    _check_images(tensors.get("image_bytes", np.empty(0)))
-    return signature, tensors, by_row
+    by_row, name, values = forms == ["instances"], _INPUTS[signature], document[forms[0]]
+    if not by_row:
+        values = _by_name(values, name)
+    _require(isinstance(values, list), f"{forms[0]}: expected a list")
+    if by_row:
+        values = [_by_name(value, name) for value in values]
+    if signature == "serving_files" and how is not None:
+        return _read_files(values, how), by_row
+    return _to_images(values, spec.image_shape), by_row
 
 
 def _require(condition: bool, message: str) -> None:
@@ -62,75 +67,60 @@ def _require(condition: bool, message: str) -> None:
         raise HTTPException(400, message)
 
 
-def _by_name(value: Any, inputs: Inputs, *, by_row: bool) -> Any:
-    """Returns the values of each input from "instances", a list of rows, or from "inputs"."""
-    rows = value if by_row else [value]
-    _require(isinstance(rows, list) and len(rows) > 0, "instances: expected a list of at least one")
-    named = isinstance(rows[0], dict) and rows[0].keys() != {"b64"}
-    if len(inputs) == 1 and not named:
-        return dict.fromkeys(inputs, value)
-    for row in rows:
-        received = ", ".join(row) if isinstance(row, dict) else "no names"
-        fits = isinstance(row, dict) and row.keys() >= inputs.keys()
-        _require(fits, f"expected a value for each of {', '.join(inputs)}, received {received}")
-    return {name: [row[name] for row in rows] for name in inputs} if by_row else value
+def _by_name(value: Any, name: str) -> Any:
+    """Returns the value of an input, which may have its name."""
+    if not isinstance(value, dict) or value.keys() == {"b64"}:
+        return value
+    _require(name in value, f"expected a value for {name}, received {', '.join(value)}")
+    return value[name]
 
 
-def _to_array(name: str, value: Any, spec: tf.TensorSpec) -> NDArray[Any]:
-    """Makes an array from nested lists that fit a specification. No value is changed."""
-    array = np.array(value, dtype=object)  # lists of unequal length remain as elements
-    values, dtype = array.ravel().tolist(), spec.dtype
-    numbers = {bool} if dtype.is_bool else {int, float} if dtype.is_floating else {int}
-    accepted = {str, dict} if dtype == tf.string else numbers
-    types = set(map(type, values))
-    fits = spec.shape.is_compatible_with(array.shape) and 0 not in array.shape
-    expected = f"{name}: expected {spec.shape} of {dtype.name}"
-    received = " and ".join(sorted(each.__name__ for each in types)) or "nothing"
-    _require(fits and types <= accepted, f"{expected}, received {array.shape} of {received}")
-    if dtype == tf.string:
-        return np.array([_to_bytes(name, each) for each in values], object).reshape(array.shape)
-    try:
-        with np.errstate(over="raise"):
-            return np.array(values, dtype.as_numpy_dtype).reshape(array.shape)
-    except (OverflowError, FloatingPointError):
-        raise HTTPException(400, f"{expected}, and a number is out of range") from None
+def _to_images(values: list[Any], shape: tuple[int, int, int]) -> Images:
+    """Makes an array from nested lists. No value is changed."""
+    array = np.array(values, dtype=object)  # lists of unequal length remain as elements
+    numbers = array.ravel().tolist()
+    fits = array.shape[1:] == shape and numbers and set(map(type, numbers)) == {int}
+    expected = f"images: expected whole numbers from 0 to 255 of shape {[None, *shape]}"
+    _require(bool(fits) and min(numbers) >= 0 and max(numbers) <= 255, expected)
+    return array.astype(np.uint8)
 
 
-def _to_bytes(name: str, value: Any) -> bytes:
-    """Returns a string as UTF-8, or decodes {"b64": ...}.
+def _read_files(values: list[Any], how: Preprocessing) -> Images:
+    """Reads image files as `predict` reads them, which knows more formats than TensorFlow.
 
-    As in TensorFlow Serving, base64 may contain white space, and its padding is optional.
+    Files that are not images, or whose headers declare too many pixels together, are refused.
     """
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
-    try:
-        text = "".join(value["b64"].split()).rstrip("=")
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (KeyError, AttributeError, ValueError) as error:
-        message = f'{name}: expected a string or {{"b64": "text in base64"}}: {error}'
-        raise HTTPException(400, message) from None
-
-
-def _check_images(files: NDArray[Any]) -> None:
-    """Refuses files that are not images, or whose headers declare too many pixels together."""
+    files = list(map(_to_bytes, values))
     expected = f"image_bytes: expected image files with at most {_MAX_PIXELS} pixels in all"
     try:
-        images = [Image.open(io.BytesIO(file), formats=FORMATS) for file in files.flat]
+        images = [Image.open(io.BytesIO(file), formats=FORMATS) for file in files]
     except Exception as error:  # damaged headers raise many types
         raise HTTPException(400, f"{expected}: {type(error).__name__}") from None
     pixels = sum(math.prod(image.size) for image in images)
-    _require(pixels <= _MAX_PIXELS, f"{expected}, received {pixels}")
+    _require(0 < pixels <= _MAX_PIXELS, f"{expected}, received {pixels}")
+    return np.stack([read_image(file, how, "image_bytes")[0] for file in files])
+
+
+def _to_bytes(value: Any) -> bytes:
+    """Decodes {"b64": ...}.
+
+    As in TensorFlow Serving, base64 may contain white space, and its padding is optional.
+    """
+    try:
+        text = "".join(value["b64"].split()).rstrip("=")
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        message = f'image_bytes: expected {{"b64": "an image file in base64"}}: {error}'
+        raise HTTPException(400, message) from None
 
 
 def render_response(outputs: Tensors, *, by_row: bool) -> dict[str, Any]:
     """Returns the body of a response, in the form of the request."""
-    content: Any = {name: _to_json(array) for name, array in outputs.items()}
-    if len(outputs) == 1:
-        (content,) = content.values()
-    elif by_row:
-        rows = zip(*content.values(), strict=True)
-        content = [dict(zip(outputs, row, strict=True)) for row in rows]
-    return {"predictions" if by_row else "outputs": content}
+    columns = {name: _to_json(array) for name, array in outputs.items()}
+    if not by_row:
+        return {"outputs": columns}
+    rows = zip(*columns.values(), strict=True)
+    return {"predictions": [dict(zip(columns, row, strict=True)) for row in rows]}
 
 
 def _to_json(array: NDArray[Any]) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import tensorflow as tf
 from google.protobuf.json_format import MessageToDict
 
 from trainer.errors import InputError
-from trainer.images import read_image
+from trainer.images import Images
 from trainer.saving.safety import check_saved_model
 from trainer.saving.versions import list_versions, read_record, verify_checksums
 from trainer.serving.batching import Batcher
-from trainer.serving.messages import Inputs, Tensors
+from trainer.serving.messages import Tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -27,8 +26,8 @@ class Servable:
     Attributes:
         name: Name of the model.
         version: Number of the version.
-        signatures: The inputs of each function.
-        batchers: They call the functions.
+        spec: The data that it was trained on.
+        batcher: Predicts images.
         metadata: The response of `/metadata` in the format of TensorFlow Serving, and the names of
             the classes, which the page needs.
     """
@@ -36,48 +35,27 @@ class Servable:
     def __init__(self, folder: Path, *, trust: bool) -> None:
         """Checks and loads a version. A damaged SavedModel raises many types of errors."""
         self.name, self.version = folder.parent.name, int(folder.name)
-        record = read_record(folder)
-        self._how = None if record is None else record.spec.preprocessing
-        if record is not None:
-            verify_checksums(folder, record)
         graph = check_saved_model(folder, trust=trust).meta_graphs[0]
+        record = read_record(folder)
+        if record is None:
+            raise InputError(f"{folder}: expected an export of this project, with export.json")
+        verify_checksums(folder, record)
+        self.spec = record.spec
         self._model = tf.saved_model.load(str(folder))
-        self.signatures: dict[str, Inputs] = {}
-        self.batchers: dict[str, Batcher] = {}
-        for name, function in self._model.signatures.items():
-            self._add_function(name, function.structured_input_signature[1])
+        self._run(np.zeros((1, *self.spec.image_shape), np.uint8))  # the first call is slow
+        self.batcher = Batcher(self._run)
         definitions = MessageToDict(
             type(graph)(signature_def=graph.signature_def),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
-        )["signature_def"]
-        class_names = record.spec.class_names if record else ()
-        metadata = {"signature_def": {"signature_def": definitions}, "class_names": class_names}
+        )
+        metadata = {"signature_def": definitions, "class_names": self.spec.class_names}
         spec = {"name": self.name, "signature_name": "", "version": str(self.version)}
         self.metadata = {"model_spec": spec, "metadata": metadata}
 
-    def _add_function(self, name: str, inputs: Inputs) -> None:
-        """Prepares a function, and calls it once, because its first call is slow."""
-        any_rows = all(spec.shape.rank and spec.shape[0] is None for spec in inputs.values())
-        self.signatures[name] = inputs
-        # Requests are joined only if the function accepts any number of rows.
-        self.batchers[name] = Batcher(partial(self._run, name), max_rows=256 if any_rows else 0)
-        if any_rows and all(spec.dtype != tf.string for spec in inputs.values()):
-            shapes = {key: [size or 1 for size in spec.shape] for key, spec in inputs.items()}
-            zeros = {key: np.zeros(shapes[key], inputs[key].dtype.as_numpy_dtype) for key in inputs}
-            self._run(name, zeros)
-
-    def _run(self, signature: str, tensors: Tensors) -> Tensors:
-        """Returns the outputs of a function by name.
-
-        Image files are read as `predict` reads them, which knows more formats than TensorFlow.
-        """
-        if signature == "serving_files" and self._how is not None:
-            files = tensors["image_bytes"]
-            images = [read_image(file, self._how, "image_bytes")[0] for file in files]
-            signature, tensors = "serving_default", {"images": np.stack(images)}
-        inputs = {name: tf.constant(array) for name, array in tensors.items()}
-        outputs = self._model.signatures[signature](**inputs)
+    def _run(self, images: Images) -> Tensors:
+        """Returns the outputs by name."""
+        outputs = self._model.signatures["serving_default"](images=tf.constant(images))
         return {name: outputs[name].numpy() for name in sorted(outputs)}
 
 

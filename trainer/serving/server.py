@@ -25,8 +25,7 @@ def serve(
     folder = _find_model(name, directory)
     host, port = address
     try:  # before anything slow starts
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server(address, family=family)
+        listening = socket.create_server(address)
     except (OSError, UnicodeError) as error:
         raise InputError(f"cannot listen on {host}, port {port}: {error}") from None
     # Connections inherit these options. Without the first, the delay of small packets turns a
@@ -41,10 +40,10 @@ def serve(
         # Parsing requests makes many small lists. Without this, Python's garbage collector scans
         # all objects of TensorFlow again and again meanwhile: 200 ms each time.
         gc.freeze()
-        newest, shown = servables.newest, f"[{host}]" if ":" in host else host
+        newest = servables.newest
         _logger.info(
             "%s, version %d, is served at http://%s:%d (a page to draw on); control-C stops it",
-            *(newest.name, newest.version, shown, listening.getsockname()[1]),
+            *(newest.name, newest.version, host, listening.getsockname()[1]),
         )
         make_server(servables, max_body_bytes=max_body_bytes).run(sockets=[listening])
 

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ from trainer.files import write_atomic
 _PARAMETERS = "trainer.parameters"
 
 
-def save_weights(
-    path: Path, model: keras.Model, *, attributes: Mapping[str, str] | None = None
-) -> None:
-    """Writes the weights of a model and the state of its optimizer, and attributes of the file.
+def save_weights(path: Path, model: keras.Model) -> None:
+    """Writes the weights of a model and the state of its optimizer.
 
     Raises:
         InputError: The disk is full or the folder cannot be written; an older file is unchanged.
@@ -39,7 +37,7 @@ def save_weights(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         model.save_weights(partial, overwrite=True)
         with h5py.File(partial, "a") as file:
-            file.attrs.update({_PARAMETERS: model.count_params(), **(attributes or {})})
+            file.attrs[_PARAMETERS] = model.count_params()
 
     write_state(path, write, size)
 

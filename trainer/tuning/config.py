@@ -88,7 +88,7 @@ class TuningConfig(Section):
     max_trials: int = Field(default=30, ge=1, lt=10**6)
     """Maximum number of trials."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """Start no trial after this search time; pauses are excluded."""
+    """Start no trial after this time, counted from the start of the command."""
     executions_per_trial: int = Field(default=1, ge=1, le=100)
     """Trainings per trial with different seeds; averaged."""
     seed: int = Field(default=0, ge=0, lt=2**31)

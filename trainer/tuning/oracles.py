@@ -69,10 +69,7 @@ _ORACLES = {
 
 @contextlib.contextmanager
 def restored_oracle(search: SearchDirectory) -> Iterator[Any]:
-    """Locks the search, restores its oracle with the results of all processes, and saves it.
-
-    The oracle has one more attribute: `seconds`, the time of the search without interruptions.
-    """
+    """Locks the search, restores its oracle with the results of all processes, and saves it."""
     with (
         search.lock,
         warnings.catch_warnings(action="ignore"),
@@ -86,15 +83,14 @@ def restored_oracle(search: SearchDirectory) -> Iterator[Any]:
             raise InputError(f"{damage}; choose another --name") from None
         yield oracle
         trials = [trial.get_state() for trial in oracle.trials.values()]
-        state = oracle.get_state() | {"trials": trials, "seconds": round(oracle.seconds, 1)}
-        write_text(search.oracle, json.dumps(state))
+        write_text(search.oracle, json.dumps(oracle.get_state() | {"trials": trials}))
 
 
 def _restore(search: SearchDirectory, folder: str) -> Any:
     """Creates an oracle, sets its state, and ends the trials that have a record by now."""
     tuning, records = search.tuning, search.records()
     new = not search.oracle.exists() and not records
-    state: dict[str, Any] = {"trials": [], "seconds": 0.0}
+    state: dict[str, Any] = {"trials": []}
     state = state if new else json.loads(search.oracle.read_bytes())
     options: dict[str, Any] = {
         "objective": keras_tuner.Objective(tuning.objective, tuning.direction),
@@ -108,7 +104,7 @@ def _restore(search: SearchDirectory, folder: str) -> Any:
     if tuning.algorithm == "hyperband":  # one bracket follows another until max_trials
         options |= {"max_epochs": search.config.training.epochs, "hyperband_iterations": None}
     oracle: Any = _ORACLES[tuning.algorithm](**options)
-    oracle.max_trials, oracle.verbose, oracle.seconds = tuning.max_trials, 0, state["seconds"]
+    oracle.max_trials, oracle.verbose = tuning.max_trials, 0
     BaseTuner(oracle=oracle, directory=folder)  # sets the directory of the oracle
     if new:
         return oracle

@@ -85,27 +85,21 @@ def tune(
             Worker(search).run()
             return None
         search.create()
-        seconds = _run_trials(search, workers)
+        with _started_workers(search, workers - 1):
+            Worker(search).run()
+        done, limit = len(search.records()), search.tuning.max_trials
+        if done < limit:
+            _log.info("%d of %d trials: the space or tuning.max_seconds is used up", done, limit)
         if refit and search.ranked():
             with search.trial_lock("refit"):  # other processes wait
                 _refit(search, console)
         with search.lock:
-            return search.write_results(seconds)
+            return search.write_results()
     except StoppedError as stop:  # its advice is about a run of the search
         advice = f"continue with the same `trainer tune` command ({search.path})"
         raise StoppedError(stop.exit_code - 128, advice) from None
     except OSError as error:
         raise InputError(f"{search.path} cannot be written: {error}") from None
-
-
-def _run_trials(search: SearchDirectory, workers: int) -> float:
-    """Runs the remaining trials, and returns the seconds of the search."""
-    with _started_workers(search, workers - 1):
-        oracle = Worker(search).run()
-    done, limit = len(oracle.end_order), search.tuning.max_trials
-    if done < limit:
-        _log.info("%d of %d trials: the space or tuning.max_seconds is used up", done, limit)
-    return float(oracle.seconds)
 
 
 def _resolved(config: Config) -> Config:
@@ -143,25 +137,21 @@ class Worker:
     """The part of this process in a search: it takes trials, trains them and logs the results."""
 
     def __init__(self, search: SearchDirectory) -> None:
-        """Starts the clock of this process, which continues the time of the search."""
-        self._search = search
-        with restored_oracle(search) as oracle:
-            self._start = time.monotonic() - oracle.seconds
-        self._earlier = search.records().keys()
+        """Starts the clock of this process."""
+        self._search, self._start = search, time.monotonic()
+        with restored_oracle(search):  # refuses a damaged directory
+            self._earlier = search.records().keys()
 
-    def run(self) -> Any:
-        """Runs trials until all processes have finished, and returns the oracle."""
-        try:
-            while self._run_next():
-                pass
-        finally:
-            with self._oracle() as oracle:  # saves the time of the search
-                self._search.write_best()
-        return oracle
+    def run(self) -> None:
+        """Runs trials until all processes have finished."""
+        while self._run_next():
+            pass
+        with self._search.lock:
+            self._search.write_best()
 
     def _run_next(self) -> bool:
         """Runs one trial, or waits for other processes; returns False after the last trial."""
-        with self._oracle() as oracle:
+        with restored_oracle(self._search) as oracle:
             self._check_failures(oracle.end_order)
             taken = self._take(oracle)
         if taken is None:
@@ -177,21 +167,13 @@ class Worker:
         self._log_result(record)
         return True
 
-    @contextlib.contextmanager
-    def _oracle(self) -> Iterator[Any]:
-        """Restores the oracle and updates the time of the search."""
-        with restored_oracle(self._search) as oracle:
-            # Other processes may search at the same time: the longest time counts.
-            oracle.seconds = max(oracle.seconds, time.monotonic() - self._start)
-            yield oracle
-
     def _take(self, oracle: Any) -> tuple[Any, Any] | None:
         """Returns a trial and its lock: one that lost its process, else a new one, or None."""
         for trial in oracle.ongoing_trials.values():
             with contextlib.suppress(filelock.Timeout):
                 return trial, self._search.trial_lock(trial.trial_id).acquire(timeout=0)
-        limit = self._search.tuning.max_seconds
-        if limit is not None and oracle.seconds > limit and oracle.trials:
+        limit, seconds = self._search.tuning.max_seconds, time.monotonic() - self._start
+        if limit is not None and seconds > limit and oracle.trials:
             return None
         trial = oracle.create_trial("")
         running = trial.status == TrialStatus.RUNNING

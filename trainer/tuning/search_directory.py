@@ -30,33 +30,19 @@ _CHANGEABLE = ("logging.", "tuning.max_", "tuning.keep", "tuning.stop_on_failure
 
 
 class TrialRecord(Section):
-    """The result of a trial.
+    """The result of a trial."""
 
-    Attributes:
-        trial: The number of the trial, the name of its directories.
-        status: "pruned": ended early because others were better. Its score counts.
-        values: The tried values by dotted key.
-        epochs: Configured epochs.
-        score: The objective at the kept weights, averaged over executions.
-        scores: All validation metrics, computed the same way.
-        trained_epochs: Trained epochs of the first execution.
-        seconds: Time of all executions, interruptions excluded.
-        curve: The objective after each epoch of the first execution.
-        runs: Run directories, relative to the directory of the search.
-        error: Of a failed trial: one line for a user's error, a traceback for a defect.
-    """
-
-    trial: str
-    status: Literal["completed", "pruned", "failed"]
-    values: dict[str, Any]
-    epochs: int
-    score: float | None = None
-    scores: dict[str, float | None] = Field(default={})
-    trained_epochs: int = 0
-    seconds: float = 0.0
-    curve: list[float] = Field(default=[])
-    runs: list[str] = Field(default=[])
-    error: str | None = None
+    trial: str  # its number, the name of its directories
+    status: Literal["completed", "pruned", "failed"]  # the score of a pruned trial counts, too
+    values: dict[str, Any]  # the tried values by dotted key
+    epochs: int  # configured
+    score: float | None = None  # the objective at the kept weights, averaged over executions
+    scores: dict[str, float | None] = Field(default={})  # all validation metrics, in the same way
+    trained_epochs: int = 0  # of the first execution
+    seconds: float = 0.0  # time of all executions, interruptions excluded
+    curve: list[float] = Field(default=[])  # the objective after each epoch of the first execution
+    runs: list[str] = Field(default=[])  # run directories, relative to that of the search
+    error: str | None = None  # one line for a user's error, a traceback for a defect
 
 
 class SearchDirectory:
@@ -141,8 +127,8 @@ class SearchDirectory:
             config = trial_config(self.config, best.values | {"training.epochs": best.epochs})
             write_text(self.best, head + config.to_toml())
 
-    def write_results(self, seconds: float) -> dict[str, Any]:
-        """Writes results.json after `seconds` of search, and returns its content."""
+    def write_results(self) -> dict[str, Any]:
+        """Writes results.json, and returns its content."""
         records, ranked = self.records().values(), self.ranked()
         if not ranked:
             raise CheckError(f"none of {len(records)} trials has a score")
@@ -150,7 +136,7 @@ class SearchDirectory:
             "search": str(self.path),
             **self.tuning.model_dump(include={"objective", "direction", "algorithm"}),
             "best": ranked[0].model_dump() | {"config": str(self.best)},
-            "seconds": round(seconds, 1),
+            "seconds": round(sum(record.seconds for record in records), 1),
             "trials": [record.model_dump() for record in records],
         }
         run = self.refit_run()

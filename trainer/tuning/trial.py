@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import tensorflow as tf
-from tensorboard.plugins.hparams import api
 
 from trainer import workflow
 from trainer.config import Config
 from trainer.errors import CheckError, StoppedError, TrainerError
+from trainer.report import write_session
 from trainer.run import Run
 from trainer.training.call import Logs
 from trainer.tuning.config import Parameter, trial_config
@@ -83,7 +82,7 @@ def run_trial(search: SearchDirectory, trial: str, chosen: dict[str, Any]) -> Tr
     keras.utils.clear_session()
     begun = [str(run.path.relative_to(search.path)) for run in runs if run.path.is_dir()]
     record = TrialRecord(trial=trial, values=values, epochs=epochs, runs=begun, **result)
-    write_session(search, record)
+    write_trial(search, record)
     # The record is written last: a trial with a record is complete.
     search.write_record(record)
     return record
@@ -132,35 +131,27 @@ def train_or_resume(run: Run, config: Config, **options: Any) -> dict[str, Any]:
     return workflow.fit(config, run=run, **options).summary
 
 
-def write_session(search: SearchDirectory, record: TrialRecord) -> None:
+def write_trial(search: SearchDirectory, record: TrialRecord) -> None:
     """Writes a trial as a row of the HParams page, and replaces an existing row."""
     path, space = search.tensorboard / record.trial, search.tuning.space
     shutil.rmtree(path, ignore_errors=True)
     if search.tuning.algorithm == "hyperband":
         space = space | {"training.epochs": Parameter(low=0, high=record.epochs)}
-    columns, row = [], {}
+    tried, row = record.values | {"training.epochs": record.epochs}, {}
     for key, parameter in space.items():
-        values = parameter.values()
-        numeric = values is None or all(type(value) in (int, float) for value in values)
-        # The page shows all searches together and cannot sort numbers with text, but an option may
-        # be a number in one search and text in another.
-        columns.append(f"{key} (text)" if ".options." in key and not numeric else key)
-        value = (record.values | {"training.epochs": record.epochs}).get(key)
+        values, value = parameter.values(), tried.get(key)
+        numeric = values is None or all(type(each) in (int, float) for each in values)
         if value is not None:
             text = value if isinstance(value, str) else json.dumps(value)
-            row[columns[-1]] = float(value) if numeric else text
-    scores = {search.tuning.objective: record.score, **record.scores, "seconds": record.seconds}
-    writer = tf.summary.create_file_writer(str(path))
-    with writer.as_default(step=record.trained_epochs):
-        # TensorBoard reads the columns of one trial, so every trial has all of them.
-        metrics = [api.Metric(name) for name in scores]
-        api.hparams_config(hparams=[api.HParam(name) for name in columns], metrics=metrics)
-        # The name of the search is part of the ID: the page can show several searches together.
-        session = api.KerasCallback(writer, row, trial_id=f"{search.name}-{record.trial}")
-        session.on_train_begin()
-        if record.status == "failed":
-            return  # a row without metrics and without an end
-        for name, value in scores.items():
-            if value is not None:
-                tf.summary.scalar(name, value)
-        session.on_train_end()
+            value = float(value) if numeric else text
+        # The page shows all searches together and cannot sort numbers with text, but an option may
+        # be a number in one search and text in another.
+        row[f"{key} (text)" if ".options." in key and not numeric else key] = value
+    scores: dict[str, float | None] = {search.tuning.objective: record.score, **record.scores}
+    scores["seconds"] = record.seconds
+    completed = record.status != "failed"
+    # The name of the search is part of the ID: the page can show several searches together.
+    session = f"{search.name}-{record.trial}"
+    write_session(
+        path, session, row, scores if completed else dict.fromkeys(scores), ended=completed
+    )

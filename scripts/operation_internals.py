@@ -1,4 +1,4 @@
-"""Uses of undocumented names of TensorFlow in the list of allowed operations."""
+"""Uses of undocumented names of TensorFlow in allowed_operations.py."""
 
 from typing import Any
 

@@ -79,8 +79,8 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "benchmark matmul": "--device --shape --dtype --largest --textbook --quick --compare "
         "--tolerance --seed --runs --json",
         "benchmark step": "config --device --batch-size --precision --jit-compile --set --quick "
-        "--runs --json",
-        "benchmark operations": "--device --quick --seed --runs --json",
+        "--compare --tolerance --runs --json",
+        "benchmark operations": "--device --quick --compare --tolerance --seed --runs --json",
         "config schema": "",
         "config show": "config --set --json",
         "data info": "config --set --json",

@@ -13,9 +13,10 @@ def test_the_verbs_and_options_are_frozen() -> None:
         for name, verb in group.commands.items()  # type: ignore[attr-defined]
     }
     assert found == {
-        "formats": "run --quick --runs --json",
-        "matmul": "--device --shape --dtype --largest --textbook --quick --seed --runs --json",
+        "formats": "run --quick --compare --tolerance --runs --json",
+        "matmul": "--device --shape --dtype --largest --textbook --quick --compare "
+        "--tolerance --seed --runs --json",
         "step": "config --device --batch-size --precision --jit-compile --set --quick "
-        "--runs --json",
-        "operations": "--device --quick --seed --runs --json",
+        "--compare --tolerance --runs --json",
+        "operations": "--device --quick --compare --tolerance --seed --runs --json",
     }

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.benchmark import matmul
 from trainer.benchmark.cases import select_each
@@ -125,20 +124,31 @@ def test_large_products_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatc
     assert result.skipped["square/64/CPU:0/float32"].startswith("one call would take about")
 
 
-def test_the_command_writes_files(tmp_path: Path, command: Callable[..., Any]) -> None:
+def test_the_command_writes_files_and_compares(tmp_path: Path, command: Callable[..., Any]) -> None:
     old, runs = tmp_path / "old.json", ("--quick", "--runs", tmp_path / "runs")
     code, out, _ = command("benchmark", "matmul", "--dtype", "float32", "--json", old, *runs)
     assert code == 0
     assert "square" in out
     assert "skipped: GPU: --device names none" in out
     folder = Path(out.split("saved in ")[1].split(";")[0])
-    assert {path.name for path in folder.iterdir()} == {"matmul.json", "matmul.png", "tensorboard"}
+    assert sorted(path.name.partition(".out")[0] for path in folder.iterdir()) == [
+        *("events", "matmul.json", "matmul.png"),
+    ]
     document = json.loads(old.read_text())
     assert document == json.loads((folder / "matmul.json").read_text())
     assert document["environment"]["packages"]["tensorflow"] == tf.__version__
     assert document["settings"]["blocks"] == 11
-    events = EventAccumulator(str(folder / "tensorboard" / "CPU0")).Reload()
-    assert [point.step for point in events.Tensors("square_float32/seconds")] == [16, 64]
+    for row in document["rows"]:  # an earlier result that took a tenth of the time
+        timing = row["timing"]
+        timing["median_seconds"] /= 10
+        timing["quartiles_seconds"] = [seconds / 10 for seconds in timing["quartiles_seconds"]]
+    (tmp_path / "fast.json").write_text(json.dumps(document))
+    options = ("--dtype", "float32", "--shape", "square", "--largest", 64)
+    code, out, err = command(
+        *("benchmark", "matmul", "--compare", tmp_path / "fast.json", *options, *runs)
+    )
+    assert code == 4
+    assert "slower by more than 10%" in err
 
 
 def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> None:
@@ -150,7 +160,7 @@ def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> No
     assert all(row["book_seconds"] > 0 and row["waited_seconds"] > 0 for row in rows)
     code, _, err = command("benchmark", "matmul", "--textbook", "--shape", "square")
     assert code == 2
-    assert "--textbook cannot be combined with --shape or --dtype" in err
+    assert "--textbook cannot be combined with --shape, --dtype or --compare" in err
 
 
 @pytest.mark.parametrize(
@@ -163,6 +173,8 @@ def test_the_textbook_program(tmp_path: Path, command: Callable[..., Any]) -> No
         ),
         (3, "--device gpu: expected a GPU, found none", ("--device", "gpu")),
         (2, "--shape: expected dot or square, received 'cube'", ("--shape", "cube")),
+        (2, "is not the result of a benchmark", ("--compare", "README.md")),
+        (2, "is not the result of a benchmark", ("--compare", "nowhere.json")),
     ],
 )
 def test_bad_input_is_one_line(

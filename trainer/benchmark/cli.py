@@ -28,6 +28,12 @@ PrecisionsOption = Annotated[
     typer.Option(help=f'{" | ".join(_PRECISIONS)}; repeatable; default: float32 and "auto"'),
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Measure less, in under a minute")]
+CompareOption = Annotated[
+    Path | None, typer.Option("--compare", metavar="OLD.json", help="Print changes beyond noise")
+]
+ToleranceOption = Annotated[
+    float, typer.Option(min=0, help="--compare: exit code 4 if slower by more than this fraction")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Random seed for numbers and order")]
 JsonFileOption = Annotated[
     Path | None,
@@ -51,17 +57,20 @@ def matmul(
         bool, typer.Option("--textbook", help="Time as the textbook does, and with a correct clock")
     ] = False,
     quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
     seed: SeedOption = 0,
     runs: console.RunsOption = "runs",
     json_: JsonFileOption = None,
 ) -> None:
     """Time matrix products of growing size on every device."""
-    if textbook and (shape or dtype):
-        raise InputError("--textbook cannot be combined with --shape or --dtype")
+    if textbook and (shape or dtype or compare):
+        raise InputError("--textbook cannot be combined with --shape, --dtype or --compare")
     shapes, dtypes = _choose("--shape", shape, _SHAPES), _choose("--dtype", dtype, _DTYPES)
     products = {"dot": ["float32"]} if textbook else dict.fromkeys(shapes, dtypes)
     options = {"largest": largest, "textbook": textbook, "quick": quick, "seed": seed}
-    _run("matmul", runs, json_, words=device, products=products, **options)
+    output = (runs, json_, compare, tolerance)
+    _run("matmul", output, words=device, products=products, **options)
 
 
 @verbs.command("operations")
@@ -69,12 +78,14 @@ def operations(
     *,
     device: DevicesOption = None,
     quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
     seed: SeedOption = 0,
     runs: console.RunsOption = "runs",
     json_: JsonFileOption = None,
 ) -> None:
     """Time operations and layers of networks, forward and with gradient."""
-    _run("operations", runs, json_, words=device, quick=quick, seed=seed)
+    _run("operations", (runs, json_, compare, tolerance), words=device, quick=quick, seed=seed)
 
 
 @verbs.command("step")
@@ -87,14 +98,16 @@ def step(
     jit_compile: Annotated[bool | None, typer.Option(help="Use XLA or not; default: both")] = None,
     set_: console.SetOption = None,
     quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
     runs: console.RunsOption = "runs",
     json_: JsonFileOption = None,
 ) -> None:
     """Time the training step of a configuration, and its parts."""
-    loaded = console.load_config(config, set_)
+    loaded, output = console.load_config(config, set_), (runs, json_, compare, tolerance)
     precision = precision and _choose("--precision", precision, _PRECISIONS)
     options = {"precisions": precision, "jit_compile": jit_compile, "quick": quick}
-    _run("step", runs, json_, config=loaded, words=device, batch_sizes=batch_size, **options)
+    _run("step", output, config=loaded, words=device, batch_sizes=batch_size, **options)
 
 
 @verbs.command("formats")
@@ -102,12 +115,15 @@ def formats(
     run: console.RunArgument = "latest",
     *,
     quick: QuickOption = False,
+    compare: CompareOption = None,
+    tolerance: ToleranceOption = 0.1,
     runs: console.RunsOption = "runs",
     json_: JsonFileOption = None,
 ) -> None:
     """Compare the export formats of a model: size, loading time, speed, accuracy."""
     console.require("cpu", run, runs)
-    _run("formats", runs, json_, reference=run, runs_directory=runs, quick=quick)
+    output = (runs, json_, compare, tolerance)
+    _run("formats", output, reference=run, runs_directory=runs, quick=quick)
 
 
 def _choose(option: str, values: list[str] | None, choices: tuple[str, ...]) -> list[str]:
@@ -117,19 +133,21 @@ def _choose(option: str, values: list[str] | None, choices: tuple[str, ...]) -> 
     return values or [*choices]
 
 
-def _run(name: str, runs: str, file: Path | None, **options: Any) -> None:
-    """Measures, writes and prints the result.
+def _run(name: str, output: tuple[str, Path | None, Path | None, float], **options: Any) -> None:
+    """Measures, writes and prints the result, and compares it with the earlier one.
 
     Args:
         name: The name of the benchmark.
-        runs: The value of --runs.
-        file: The value of --json.
+        output: The values of --runs, --json, --compare and --tolerance.
         **options: The arguments of its function. A GPU among the "words" needs a driver.
     """
+    from trainer.benchmark.compare import compare, read_document
     from trainer.files import require_writable, write_text
 
     for word in options.get("words") or ():
         console.require(word if word.startswith("gpu") else "cpu")
+    runs, file, earlier, tolerance = output
+    before = None if earlier is None else read_document(earlier)
     require_writable(runs, "--runs")
     if file is not None and file != Path("-"):
         file.touch(exist_ok=False)  # an OSError now, not after minutes
@@ -149,3 +167,6 @@ def _run(name: str, runs: str, file: Path | None, **options: Any) -> None:
         console.print_rows(rows, titles=titles)
         console.print_line("\n".join(result.lines()))
         console.print_run(folder, tensorboard=True)
+    if before is not None:
+        for line in compare(before, result.document(), tolerance=tolerance):
+            console.print_line(line, err=True)

@@ -3,7 +3,7 @@
 runs/<UTC time>-benchmark-<name>/
     <name>.json      all measurements and their conditions
     <name>.png       the figure
-    tensorboard/     table, figure and scalars
+    events.out.*     table and figure for TensorBoard
 """
 
 import itertools
@@ -92,22 +92,14 @@ class BenchmarkResult:
         """Writes a new directory for the result into the folder `runs`, and returns its path."""
         path = make_directory(runs, f"benchmark-{self.name}")
         write_text(path / f"{self.name}.json", self.json())
-        board = path / "tensorboard"
-        with tf.summary.create_file_writer(str(board)).as_default(step=0):
+        with tf.summary.create_file_writer(str(path)).as_default(step=0):
             text = "\n\n".join([markdown_table(self.table()), *self.lines()])
             tf.summary.text(f"benchmark/{self.name}_table", text)
+            # Not scalars: TensorBoard would smooth over sizes and draw them on a linear axis.
             picture = path / f"{self.name}.png"
             draw_times(self.rows, self.x, self.panel).savefig(picture, dpi=150)
             pixels = tf.io.decode_png(picture.read_bytes(), channels=3)
             tf.summary.image(f"benchmark/{self.name}", pixels[tf.newaxis])
-        if not isinstance(self.rows[0][self.x], int):
-            return path
-        # One TensorBoard run for each device: devices are drawn in the same charts.
-        for device in self.devices:
-            with tf.summary.create_file_writer(str(board / device.replace(":", ""))).as_default():
-                for row in (row for row in self.rows if row["device"] == device):
-                    tag = f"{row.get(self.panel, self.name)}_{row['label']}/seconds"
-                    tf.summary.scalar(tag, row["seconds"], step=row[self.x])
         return path
 
 

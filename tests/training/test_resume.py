@@ -51,11 +51,11 @@ STEPS = 9  # an epoch: 144 images
 
 
 class Killed(BaseException):
-    """What no handler of errors catches, as little as SIGKILL."""
+    """Like SIGKILL, it is not caught by handlers of errors."""
 
 
 class Bomb(keras.callbacks.Callback):
-    """Ends everything before so many steps are done, or in a validation."""
+    """Raises Killed at a step, or in a validation."""
 
     def __init__(self, step: int | None = None, validation: int | None = None) -> None:
         super().__init__()
@@ -354,7 +354,7 @@ def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(
 
 
 class Odd(keras.callbacks.Callback):
-    """Remembers what no checkpoint can hold, and what it only seems to hold."""
+    """Has attributes that checkpoints do not save, and some that look as if they were saved."""
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         self.numbers, self.large, self.objects = {1, 2}, 10**50, np.array([None])

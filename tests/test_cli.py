@@ -91,7 +91,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "fit": "config --resume --device --set --epochs --name --dry-run --deterministic "
         "--profile --json",
         "gradient": "expression --at --wrt --order --model --runs --json",
-        "load": "path --trust --json",
+        "load": "path --evaluate --trust --json",
         "predict": "run images --invert --device --trust --runs --csv --json",
         "save": "run path --overwrite --runs --json",
         "serve": "name --directory --host --port --max-body-bytes --trust",

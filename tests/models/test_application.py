@@ -128,7 +128,7 @@ def test_wrong_options_are_refused_in_one_line(
     for each, reason in [(no_top[0], "Layer count mismatch"), (file, "file signature not found")]:
         message = refusal("application", {"weights": str(each)}, RGB)
         expected = "expected weights of MobileNetV2 without classification layers (..._no_top.h5)"
-        assert message.startswith(f"model.options.weights: {each}: {expected}, received ")
+        assert message.startswith(f"model.options.weights: {each}: {expected}: ")
         assert reason in message
 
 

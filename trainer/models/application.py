@@ -118,8 +118,9 @@ def _make_network(factory: Any, shape: Any, weights: str, pooling: str) -> keras
                 name=inspect.signature(factory).parameters["name"].default or name.lower(),
             )
     except ValueError as error:
-        message = f"model.options.name = {name!r}: {keras_objects.explain(error)}"
-        raise InputError(f"{message}: set data.image_size") from None
+        advice = ": set data.image_size" if "size must be" in str(error) else ""
+        message = f"model.options.name = {name!r}: {keras_objects.explain(error)}{advice}"
+        raise InputError(message) from None
     except Exception as error:  # Keras raises this class if a download fails
         if weights != "imagenet":
             raise
@@ -131,9 +132,8 @@ def _make_network(factory: Any, shape: Any, weights: str, pooling: str) -> keras
         try:
             network.load_weights(weights)
         except keras_objects.KERAS_ERRORS as error:
-            reason = keras_objects.explain(error)
             raise InputError(
                 f"model.options.weights: {weights}: expected weights of {name} without "
-                f"classification layers (..._no_top.h5), received {reason}"
+                f"classification layers (..._no_top.h5): {keras_objects.explain(error)}"
             ) from None
     return network

@@ -47,11 +47,15 @@ def save(
 def load(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, saved or exported model")],
     *,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Score its test images")] = False,
     trust: TrustOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Print format, input, output, size and origin of a model in any format."""
-    print_table(_call("load", path, trust=trust).describe(), as_json=json_)
+    loaded = _call("load", path, trust=trust)
+    with stdout_to_stderr():
+        result = loaded.describe() | (loaded.evaluate() if evaluate else {})
+    print_table(result, as_json=json_)
 
 
 @app.command()

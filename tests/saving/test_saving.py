@@ -55,7 +55,7 @@ def test_the_options_are_frozen() -> None:
     verbs = typer.main.get_command(cli.app).commands
     assert {name: option_names(verb) for name, verb in verbs.items()} == {
         "save": "run path --overwrite --runs --json",
-        "load": "path --trust --json",
+        "load": "path --evaluate --trust --json",
         "export": "run --format --name --directory --runs --json",
         "verify": "path --trust --json",
     }

@@ -391,7 +391,11 @@ def explain_invalid(error: ValueError, where: str = "", options: Iterable[str] =
         return f"{key}: {fault['ctx']['error']}".removeprefix(": ")
     if fault["type"].startswith("missing"):
         return f"{key} is missing"
-    types = [_expected(each["msg"]) for each in faults if _location(each) == location]
+    # The other types of a union; a number includes integers.
+    others = [
+        each for each in faults[1:] if _location(each) == location and each["loc"][-1] != "int"
+    ]
+    types = [_expected(each["msg"]) for each in (fault, *others)]
     return f"{key}: expected {' or '.join(types)}, received {fault['input']!r:.80}"
 
 

@@ -60,7 +60,7 @@ def traced_graphs() -> Iterator[Callable[[], list[tf.Graph]]]:
 def prepare_mnist(
     path: Path, placement: str, precision: str, count: str, **changes: Any
 ) -> Experiment:
-    """Builds a configuration on a small data set with the shape of MNIST."""
+    """Builds a configuration on a small data set with the shape of MNIST, with random weights."""
     config = load_config(path).with_changes(
         {
             "data.name": "synthetic",
@@ -73,7 +73,7 @@ def prepare_mnist(
             **changes,
         }
     )
-    return build_experiment(config, PhaseTimer())
+    return build_experiment(config, PhaseTimer(), initialize=False)
 
 
 def host_operations(graphs: list[tf.Graph], experiment: Experiment) -> set[str]:

@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ValidationError, to_json, to_jsonable_python
 
-from trainer import tools
+from trainer import config_files, tools
 from trainer.errors import InputError, did_you_mean
 
 DEVICE_PATTERN = r"^(auto|cpu|gpu(:[0-9]{1,3})?|all)$"
@@ -299,7 +299,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
     """Reads, changes and checks a configuration.
 
     Args:
-        path: A TOML file.
+        path: A TOML file. If it is missing, and has the name of a shipped configuration, for
+            example "configs/mnist.toml", the shipped one is read.
         overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
             `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name.
         stored: As in `parse_config`.
@@ -308,12 +309,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
         InputError: The file is missing or is not TOML, a key is unknown, or a value has the wrong
             type or is out of range.
     """
-    path, origin = Path(path), f"{path} and --set" if overrides else str(path)
+    path = config_files.find(Path(path))
+    origin = f"{path} and --set" if overrides else str(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
-        message = f"there is no configuration file {path}: {did_you_mean(str(path), files)}"
+        known = did_you_mean(str(path), files | config_files.shipped().keys())
+        message = f"there is no configuration file {path}: {known}"
         raise InputError(message) from None
     except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
         raise InputError(f"{path} cannot be read as TOML: {error}") from None

@@ -19,20 +19,51 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from trainer import config_files
 from trainer.errors import shell_command
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
+
+def complete_config(incomplete: str) -> list[str]:
+    """Completes a configuration in a shell. If no name fits, the shell completes a file."""
+    names = {path.as_posix() for path in Path("configs").glob("*.toml")}
+    return sorted(
+        name for name in names | config_files.shipped().keys() if name.startswith(incomplete)
+    )
+
+
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Completes a run in a shell, also by the name that `--name` gave."""
+    runs = Path(context.params.get("runs") or "runs")
+    names = [path.parent.name for path in runs.glob("*/config.toml")]
+    names += [name.partition("Z-")[2] for name in names]
+    return sorted({name for name in ("latest", *names) if name and name.startswith(incomplete)})
+
+
 DEFAULT_CONFIG = Path("configs/mnist.toml")
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A TOML file", autocompletion=complete_config)
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; can be repeated"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto | cpu | gpu | gpu:N | all")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help='A run, its name, or "latest"')]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help='A run, its name, or "latest"', autocompletion=complete_run),
+]
+RunOrModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help='A run, "latest", or a saved or exported model',
+        autocompletion=complete_run,
+    ),
+]
 RunsOption = Annotated[str, typer.Option(help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
@@ -49,6 +80,8 @@ def load_config(
     """
     from trainer.config import load_config as load
 
+    if (found := config_files.find(path)) != path:
+        print_line(f"trainer: there is no {path} here; reading {found}", err=True)
     return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
 
 

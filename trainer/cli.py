@@ -66,21 +66,11 @@ def options(
 def fit(
     config: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="CONFIG",
-            help="A TOML file",
-            show_default=str(DEFAULT_CONFIG),
-            autocompletion=console.complete_config,
-        ),
+        typer.Argument(help="A TOML file", show_default=str(DEFAULT_CONFIG), **console.CONFIG),
     ] = None,
     *,
     resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN",
-            help="Continue a run from its last checkpoint",
-            autocompletion=console.complete_run,
-        ),
+        str | None, typer.Option(help="Continue a run from its last checkpoint", **console.RUN)
     ] = None,
     device: DeviceOption = None,
     set_: SetOption = None,

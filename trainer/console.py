@@ -43,26 +43,18 @@ def complete_run(context: typer.Context, incomplete: str) -> list[str]:
 
 
 DEFAULT_CONFIG = Path("configs/mnist.toml")
-ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A TOML file", autocompletion=complete_config)
-]
+CONFIG: dict[str, Any] = {"metavar": "CONFIG", "autocompletion": complete_config}
+RUN: dict[str, Any] = {"metavar": "RUN", "autocompletion": complete_run}
+ConfigArgument = Annotated[Path, typer.Argument(help="A TOML file", **CONFIG)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; can be repeated"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto | cpu | gpu | gpu:N | all")]
-RunArgument = Annotated[
-    str,
-    typer.Argument(metavar="RUN", help='A run, its name, or "latest"', autocompletion=complete_run),
-]
+RunArgument = Annotated[str, typer.Argument(help='A run, its name, or "latest"', **RUN)]
 RunOrModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help='A run, "latest", or a saved or exported model',
-        autocompletion=complete_run,
-    ),
+    str, typer.Argument(help='A run, "latest", or a saved or exported model', **RUN)
 ]
 RunsOption = Annotated[str, typer.Option(help="Folder that holds the run directories")]
 TrustOption = Annotated[

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test slow check format tensorboard clean
+.PHONY: help fit test slow check format upgrade tensorboard clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z]+):.*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,10 @@ check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, pr
 format: $(VENV)/.installed-dev  ## Fix lint and formatting where possible
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+upgrade: $(BIN)/python  ## Write constraints.txt with newer packages, and test them; ARGS="keras=3.16" moves a bound
+	$(BIN)/python scripts/upgrade.py $(ARGS)
+	@$(MAKE) --no-print-directory check test ARGS=
 
 tensorboard: $(VENV)/.installed  ## Open TensorBoard on the runs
 	$(BIN)/trainer tensorboard

@@ -3,7 +3,7 @@
 A private name can change in any release. The modules `*_internals.py` collect those that have no
 public alternative, each with its reason, and a test names the use that an upgrade breaks. All other
 files of `trainer` and `scripts` are checked here: attributes, imports, keyword arguments, and names
-in strings. `make check` runs this.
+in strings. `make check` runs this. `--list` prints the names that the modules `*_internals.py` use.
 """
 
 import ast
@@ -25,11 +25,12 @@ _DOCUMENTED = (
 _ATTRIBUTE_FUNCTIONS = {"getattr", "hasattr", "setattr", "delattr"}
 
 
-def main(*folders: str) -> int:
+def main(*folders: str, internals: bool = False) -> int:
     """Prints every use of a private name, and returns the exit code.
 
     Args:
         folders: Folders to check; imports between them are allowed.
+        internals: Only list the names that the modules `*_internals.py` use.
     """
     trees = {
         path: ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -41,10 +42,13 @@ def main(*folders: str) -> int:
     everywhere = set().union(*defined.values())
     count = 0
     for path, tree in trees.items():
-        if not path.stem.endswith("_internals") and path.resolve() != Path(__file__).resolve():
+        allowed = path.stem.endswith("_internals")
+        if allowed == internals and path.resolve() != Path(__file__).resolve():
             for line, name in _Checker(own_modules, defined[path], everywhere).uses(tree):
                 count += 1
                 print(f"{path}:{line}: {name} is private in another library")
+    if internals:
+        return 0
     if count:
         print(f"{count} private names: use public ones, or move them to a module *_internals.py")
     return int(count > 0)
@@ -131,4 +135,5 @@ def _is_inside(name: str, packages: tuple[str, ...]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(sys.argv[1:] or ("trainer", "scripts"))))
+    arguments = [each for each in sys.argv[1:] if each != "--list"]
+    sys.exit(main(*(arguments or ("trainer", "scripts")), internals="--list" in sys.argv))

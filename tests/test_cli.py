@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import typer
 from PIL import Image
 
+import trainer
 from trainer import cli, tools
 
 Run = Callable[..., "Result"]
@@ -60,6 +62,69 @@ def test_help_imports_nothing_heavy() -> None:
     assert "evaluate" in done.stdout
 
 
+def test_the_versions_are_printed_at_once() -> None:
+    code = (
+        "import sys; sys.argv = ['trainer', '--version']\n"
+        "from trainer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: sys.exit({'keras', 'pydantic'} & {*sys.modules} or e.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras"))
+    assert done.stdout.startswith(f"trainer {trainer.__version__} ({versions}, Python 3.")
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_a_shipped_configuration_works_in_every_folder(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    shipped = Path(cli.__file__).parent.parent / "configs"
+    code, out, err = command("config", "show", "--json")
+    assert (code, json.loads(out)["data"]["name"]) == (0, "mnist")
+    assert err == f"trainer: there is no configs/mnist.toml here; reading {shipped}/mnist.toml\n"
+    code, out, _ = command("config", "list")
+    names = [line.split()[0] for line in out.splitlines()]
+    assert (code, names) == (0, sorted(f"configs/{path.name}" for path in shipped.glob("*.toml")))
+    assert "configs/mnist_tiny.toml" in command("config", "show", "configs/mnits_tiny.toml")[2]
+    # A file of the user is preferred.
+    Path("configs").mkdir()
+    Path("configs/mnist.toml").write_text("data.name = 'mine'\n")
+    code, out, err = command("config", "show", "--json")
+    assert (code, json.loads(out)["data"]["name"], err) == (0, "mine", "")
+
+
+def test_a_shell_completes_verbs_options_runs_and_configurations(tmp_path: Path) -> None:
+    for name in ("runs/20260101T000000Z-first", "others/20260101T000000Z-second"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.toml").touch()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.toml").touch()
+
+    code = "import sys; sys.argv[0] = 'trainer'\nfrom trainer.cli import main; main()"
+
+    def completed(line: str) -> list[str]:
+        """Returns what bash receives when the cursor is at the end of a line."""
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **words, "_TRAINER_COMPLETE": "complete_bash"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
+
+    assert completed("trainer ev") == ["evaluate"]
+    assert completed("trainer fit --dr") == ["--dry-run"]
+    assert completed("trainer fit configs/m")[:2] == ["configs/mine.toml", "configs/mnist.toml"]
+    assert completed("trainer fit own/") == []  # the shell completes a file
+    assert completed("trainer evaluate ") == ["20260101T000000Z-first", "first", "latest"]
+    assert completed("trainer fit --resume fir") == ["first"]
+    assert completed("trainer evaluate --runs others s") == ["second"]
+
+
 def test_the_verbs_and_options_are_frozen() -> None:
     """A change can break the scripts of users: add it to CHANGELOG.md."""
     found = {}
@@ -81,6 +146,7 @@ def test_the_verbs_and_options_are_frozen() -> None:
         "benchmark step": "config --device --batch-size --precision --jit-compile --set --quick "
         "--compare --tolerance --runs --json",
         "benchmark operations": "--device --quick --compare --tolerance --seed --runs --json",
+        "config list": "",
         "config schema": "",
         "config show": "config --set --json",
         "data info": "config --set --json",

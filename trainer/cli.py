@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import os
+import platform
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from trainer import console, tools
+from trainer import __version__, console, shipped_configs, tools
 from trainer.console import DEFAULT_CONFIG, ConfigArgument, DeviceOption, JsonOption, SetOption
 from trainer.errors import InputError, TrainerError, explain_user_code
 
@@ -33,21 +34,44 @@ app = typer.Typer(
     help="Train, evaluate, measure and export Keras networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 data_app = typer.Typer(help="Prepare or describe a data set.", no_args_is_help=True)
-config_app = typer.Typer(help="Print a configuration or its schema.", no_args_is_help=True)
+config_app = typer.Typer(help="List or print configurations.", no_args_is_help=True)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        versions = ", ".join(f"{name} {version(name)}" for name in ("tensorflow", "keras"))
+        console.print_line(
+            f"trainer {__version__} ({versions}, Python {platform.python_version()})"
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the versions and exit"
+        ),
+    ] = False,
+) -> None:
+    """Defines the options of the program itself."""
 
 
 @app.command()
 def fit(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG", help="A TOML file", show_default=str(DEFAULT_CONFIG)),
+        typer.Argument(help="A TOML file", show_default=str(DEFAULT_CONFIG), **console.CONFIG),
     ] = None,
     *,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Continue a run from its last checkpoint")
+        str | None, typer.Option(help="Continue a run from its last checkpoint", **console.RUN)
     ] = None,
     device: DeviceOption = None,
     set_: SetOption = None,
@@ -92,9 +116,7 @@ def fit(
 
 @app.command()
 def evaluate(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model')
-    ],
+    run: console.RunOrModelArgument,
     *,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     device: DeviceOption = None,
@@ -117,9 +139,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help='A run, "latest", or a saved or exported model')
-    ],
+    run: console.RunOrModelArgument,
     images: Annotated[
         list[str],
         typer.Argument(metavar="IMAGE...", help="Image files, .npy files, folders or patterns"),
@@ -220,6 +240,13 @@ def config_show(
         console.print_json(loaded.model_dump(mode="json") | {"origins": origins})
     else:
         console.print_line(add_origins(loaded.to_toml(), origins), end="")
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """List the shipped configurations, which can be used in every folder."""
+    files = shipped_configs.shipped().items()
+    console.print_rows((name, shipped_configs.describe(path)) for name, path in files)
 
 
 @config_app.command("schema")

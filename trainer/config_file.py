@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer import shipped_configs
 from trainer.config import Config, parse_config, put_value
 from trainer.errors import InputError, did_you_mean, expect
 
@@ -14,7 +15,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
     """Reads, changes and checks a configuration.
 
     Args:
-        path: A TOML file. Its key `extends` names another file, whose tables it changes.
+        path: A TOML file. Its key `extends` names another file, whose tables it changes. If the
+            file is missing, and has the name of a shipped configuration, for example
+            "configs/mnist.toml", the shipped one is read.
         overrides: Changes as `"section.key=value"`, as `parse_override` reads them. Changing
             `model.name`, `data.name` or `optimizer.name` drops the file's options for the old name,
             and `model.freeze`.
@@ -34,7 +37,7 @@ def load_with_origins(
 
     An origin is a file, "--set" or "default". A table can have several, separated by commas.
     """
-    layers = _read_files(Path(path))
+    layers = _read_files(shipped_configs.find(Path(path)))
     tree: dict[str, Any] = {}
     for number, (origin, changes) in enumerate(layers, 1):
         _merge(tree, changes)
@@ -123,7 +126,7 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
     except FileNotFoundError:
         files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
         by = "".join(f", which {each} extends" for each in extending[-1:])
-        known = did_you_mean(str(path), files)
+        known = did_you_mean(str(path), files | shipped_configs.shipped().keys())
         raise InputError(f"there is no configuration file {path}{by}: {known}") from None
     except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
         raise InputError(f"{path} cannot be read as TOML: {error}") from None

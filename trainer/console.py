@@ -19,20 +19,43 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from trainer import shipped_configs
 from trainer.errors import shell_command
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
+
+def complete_config(incomplete: str) -> list[str]:
+    """Completes a configuration in a shell. If no name fits, the shell completes a file."""
+    names = {path.as_posix() for path in Path("configs").glob("*.toml")}
+    return sorted(
+        name for name in names | shipped_configs.shipped().keys() if name.startswith(incomplete)
+    )
+
+
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Completes a run in a shell, also by the name that `--name` gave."""
+    runs = Path(context.params.get("runs") or "runs")
+    names = [path.parent.name for path in runs.glob("*/config.toml")]
+    names += [name.partition("Z-")[2] for name in names]
+    return sorted({name for name in ("latest", *names) if name and name.startswith(incomplete)})
+
+
 DEFAULT_CONFIG = Path("configs/mnist.toml")
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file")]
+CONFIG: dict[str, Any] = {"metavar": "CONFIG", "autocompletion": complete_config}
+RUN: dict[str, Any] = {"metavar": "RUN", "autocompletion": complete_run}
+ConfigArgument = Annotated[Path, typer.Argument(help="A TOML file", **CONFIG)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; can be repeated"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto | cpu | gpu | gpu:N | all")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help='A run, its name, or "latest"')]
+RunArgument = Annotated[str, typer.Argument(help='A run, its name, or "latest"', **RUN)]
+RunOrModelArgument = Annotated[
+    str, typer.Argument(help='A run, "latest", or a saved or exported model', **RUN)
+]
 RunsOption = Annotated[str, typer.Option(help="Folder that holds the run directories")]
 TrustOption = Annotated[
     bool,
@@ -49,6 +72,8 @@ def load_config(
     """
     from trainer.config_file import load_config as load
 
+    if (found := shipped_configs.find(path)) != path:
+        print_line(f"trainer: there is no {path} here; reading {found}", err=True)
     return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
 
 

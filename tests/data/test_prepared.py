@@ -56,6 +56,15 @@ def test_prepared_data_is_what_was_written(prepared: Path) -> None:
     assert [path.name for path in prepared.parent.iterdir()] == ["kept"]
 
 
+def test_rows_are_read_without_preadv(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = load(kept(prepared)).train
+    positions = np.array([7, 0, 7])
+    images, labels = train.read(positions)
+    monkeypatch.delattr("os.preadv")  # as on Windows
+    for found, expected in zip(train.read(positions), (images, labels), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_prepared_data_opens_without_what_prepared_it(prepared: Path) -> None:
     script = (
         "import sys\n"

@@ -97,6 +97,28 @@ class Adds(keras.callbacks.Callback):
         logs["val_own"] = 1.0
 
 
+class Sends(keras.callbacks.Callback):
+    """A user's callback that needs the run directory, as in docs/trackers.md."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self.folder = run
+
+
+def test_own_callbacks_may_receive_the_run_directory_but_none_of_its_files(
+    make: Callable[..., list[Any]], in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sending", sys.modules[__name__])
+    (made,) = make("sending:Sends", run="{run}")
+    assert made.folder == str(in_tmp_path / "run")
+    for name, options in (
+        ("sending:Sends", {"run": "{run}/config.toml"}),
+        ("TensorBoard", {"log_dir": "{run}"}),
+    ):
+        with pytest.raises(InputError, match="is a file of the run"):
+            make(name, **options)
+
+
 def test_a_log_that_a_users_callback_adds_can_be_monitored_after_it(
     experiment: Experiment, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

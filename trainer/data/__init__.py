@@ -125,6 +125,7 @@ class Split:
         images: Any = self.images
         # Not for a slice of a map or a writable map: the file at `offset` may differ from it.
         whole = isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)
+        whole = whole and hasattr(os, "preadv")  # not on Windows
         if not (whole and images.mode == "r" and images.flags.c_contiguous):
             return np.asarray(images[rows]), self.labels[rows]
         found = np.empty((len(rows), *images.shape[1:]), np.uint8)

@@ -17,12 +17,10 @@ def doctor(
     json_: console.JsonOption = False,
 ) -> None:
     """Check the machine, the installation, the data and the GPU kernels of a configuration."""
-    from trainer.config import Config
     from trainer.doctor.checks import examine
 
-    is_default = config == console.DEFAULT_CONFIG and not config.exists() and not set_
     with console.stdout_to_stderr():
-        found = examine(Config() if is_default else console.load_config(config, set_))
+        found = examine(console.load_config(config, set_))
     if json_:
         keys, rows = ("subject", "status", "value", "remedy"), found.items()
         console.print_json([dict(zip(keys, (name, *each), strict=True)) for name, each in rows])

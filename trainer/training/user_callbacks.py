@@ -69,12 +69,16 @@ def _check_methods(callback: keras.callbacks.Callback) -> None:
 
 
 def _in_folder(callback: KerasObject, folder: Path) -> KerasObject:
-    """Replaces "{run}" by the run directory. Refuses paths of files that the run itself writes."""
+    """Replaces "{run}" by the run directory. Refuses paths of files that the run itself writes.
+
+    A Keras callback would also write to the run directory itself; your own class may receive it.
+    """
+    allowed = folder if ":" in callback.name else None
     options = {
         key: value.replace("{run}", str(folder)) if isinstance(value, str) else value
         for key, value in callback.options.items()
     }
     for key, value in options.items():
-        if isinstance(value, str) and Run(folder).owns(Path(value)):
+        if isinstance(value, str) and Path(value) != allowed and Run(folder).owns(Path(value)):
             raise InputError(f"callback {callback.name!r}: {key} = {value!r} is a file of the run")
     return callback.model_copy(update={"options": options})

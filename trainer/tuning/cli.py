@@ -18,9 +18,7 @@ _TABLE_ROWS = 10  # results.json has all trials
 def tune(
     config: Annotated[
         Path,
-        typer.Argument(
-            metavar="CONFIG", help="A TOML file that has the table tuning.space", show_default=True
-        ),
+        typer.Argument(help="A TOML file that has the table tuning.space", **console.CONFIG),
     ] = _DEFAULT_SEARCH,
     *,
     name: Annotated[

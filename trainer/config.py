@@ -216,7 +216,7 @@ class TrainingConfig(Section):
     """Use only this many batches of each split. Validation and test then use a fixed sample of all
     classes."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
-    """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
+    """The training step, "package.module:function"; docs/objects.md describes its arguments."""
 
     @field_validator("class_weight", mode="before")
     @classmethod

@@ -47,6 +47,14 @@ PAGES = {
     for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))
     if path.stem not in REMOVED
 }
+# A block that the tests cannot run has a comment with the reason before it.
+NOT_RUN = re.compile(r"^<!-- not run: ([^\n]+) -->\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
+REASONS = {
+    f"{page}: {block.splitlines()[0]}": reason
+    for page, text in PAGES.items()
+    for reason, block in NOT_RUN.findall(text)
+}
+RUN = {page: NOT_RUN.sub("", text) for page, text in PAGES.items()}
 
 
 def _blocks(language: str, text: str) -> list[str]:
@@ -129,13 +137,15 @@ def test_every_command_runs(
     applications.write_no_top(downloads / weights)
     # `make fit` comes first in the README: TensorBoard needs a run, and `latest` refers to one.
     commands = [["trainer", "fit", "--epochs", "1"]]
-    for name, text in PAGES.items():
-        if name != "docs/benchmark.md":  # takes minutes; .ci/run measures, tests/benchmark tests
-            commands += [words for words in _commands(text) if words[0] == "trainer"]
+    for text in RUN.values():
+        commands += [words for words in _commands(text) if words[0] in ("trainer", "python")]
     assert len(commands) > 12
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: None)  # noqa: ARG005
     for command in commands:
-        _, *arguments = command
+        program, *arguments = command
+        if program == "python":
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+            continue
         if arguments == ["tensorboard"]:
             assert tensorboard(clone).startswith("http://localhost:")
             continue
@@ -170,6 +180,42 @@ def test_every_command_exists(page: str) -> None:
             assert program in (".", "pip"), program
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_command_that_is_not_run_has_a_reason(page: str) -> None:
+    """`make`, `pip` and the activation install what the tests run with."""
+    programs = {words[0] for words in _commands(RUN[page])}
+    assert programs <= {"trainer", "python", "make", "pip", "."}
+
+
+@pytest.mark.parametrize("block", REASONS)
+def test_blocks_that_are_not_run(block: str) -> None:
+    """Lists them, so that they are not forgotten."""
+    pytest.skip(REASONS[block])
+
+
+PROGRAMS = {
+    f"{page}-{i}": block
+    for page, text in RUN.items()
+    if page != "README.md"  # see test_the_python_example_runs
+    for i, block in enumerate(_blocks("python", text))
+    if not block.startswith("# ")  # a module that a command of the page uses
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_python_program_runs(clone: Path, name: str) -> None:
+    """In its own process: some choose devices before TensorFlow is used."""
+    end = subprocess.run(
+        [sys.executable, "-c", PROGRAMS[name]],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert end.returncode == 0, end.stderr
+
+
 def test_an_unknown_verb_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PAGES, "page", "```sh\ntrainer fly\n```\n")
     with pytest.raises(AssertionError, match="unknown verb 'fly'"):
@@ -196,7 +242,7 @@ def test_the_table_of_modules_is_complete() -> None:
 def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
     """The TOML examples of the pages, and every file of configs/ with data that is available."""
     blocks = [block for text in PAGES.values() for block in _blocks("toml", text)]
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(dict.fromkeys(blocks)):  # some are on two pages
         (clone / f"example-{i}.toml").write_text(block)
     shipped = sorted((clone / "configs").glob("*.toml"))
     known = {"mnist.toml", "mnist_mlp.toml", "fashion_mnist.toml", "debug.toml"}
@@ -338,8 +384,9 @@ def test_every_link_and_path_leads_to_a_file(page: str) -> None:
     for link, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
         target = (folder / link).resolve() if link else ROOT / page
         targets.append(target)
-        if anchor and target.exists():
-            headings = re.findall(r"^#+ (.+)", target.read_text(encoding="utf-8"), re.MULTILINE)
+        content = target.read_text(encoding="utf-8") if anchor and target.exists() else ""
+        if content and "<!-- generated: " not in content:  # `make docs` checks generated headings
+            headings = re.findall(r"^#+ (.+)", content, re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
             assert anchor in slugs, f"{link}#{anchor}"
     if page != "CHANGELOG.md":  # it also names files of earlier versions

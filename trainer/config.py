@@ -220,7 +220,7 @@ class TrainingConfig(Section):
     """Start with the weights of a finished run (directory, name or "latest") or of a .weights.h5 or
     .keras file; layers are matched by path and shape."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
-    """The training step, "package.module:function"; docs/keras_fit.md describes its arguments."""
+    """The training step, "package.module:function"; docs/objects.md describes its arguments."""
 
     @field_validator("class_weight", mode="before")
     @classmethod

@@ -25,10 +25,10 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: tuple[int, int]  # height, width
+    size: tuple[int, int]  #: height, width
     color: Color
     resize: Literal["stretch", "crop", "pad"] = "stretch"
-    background: str = "white"  # behind transparent pixels and beside padded images
+    background: str = "white"  #: behind transparent pixels and beside padded images
 
     @classmethod
     def of_data(cls, shape: Sequence[int | None], config: DataConfig) -> "Preprocessing | None":

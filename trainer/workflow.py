@@ -187,7 +187,7 @@ def predict(
 
     Args:
         reference: A run directory, its name, or "latest".
-        paths: Image files, .npy files, folders of them, and patterns such as "photos/*.jpg".
+        paths: Image files, .npy files, folders of them, and patterns such as `photos/*.jpg`.
         invert: Exchange dark and bright first.
         device: "auto", "cpu", "gpu", "gpu:N" or "all".
         runs_directory: Folder that holds the run directories.

@@ -85,22 +85,22 @@ def test_every_format_returns_the_probabilities_of_the_model(
     folder = exported[kind]
     name = "synthetic-layers" if kind == "saved_model" else f"synthetic-layers-{kind}"
     assert (folder.parent.name, folder.name) == (name, "1")
-    model, artefact = load(run.path), load(folder)
+    model, artifact = load(run.path), load(folder)
     tolerance = FORMATS[kind].max_difference if kind != "litert_int8" else 0.2
     for count in (1, 7, 300):
         images = pictures(count, seed=count)
-        answers = artefact(images)
+        answers = artifact(images)
         assert answers.shape == (count, 4)
         assert answers.dtype == np.float32
         # The run computes in bfloat16, which has 8 significant bits.
         assert abs(answers - model(images)).max() < tolerance + 0.05
         assert answers.sum(axis=1) == pytest.approx(np.ones(count), abs=0.02)
-    scores = artefact.evaluate()
+    scores = artifact.evaluate()
     assert scores["images"] == 120
     assert scores["accuracy"] == pytest.approx(
         run.read_json("summary.json")["test"]["accuracy"], abs=2 / 120
     )
-    assert artefact.kind == kind
+    assert artifact.kind == kind
     code, out, _ = command("verify", folder.parent, "--json")
     assert code == 0
     verified = json.loads(out)

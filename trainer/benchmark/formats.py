@@ -16,7 +16,7 @@ from trainer.errors import CheckError, InputError, MissingError
 from trainer.run import open_run
 from trainer.saving.export import export
 from trainer.saving.formats import FORMATS
-from trainer.saving.versions import Verification, artefact_files, run_python
+from trainer.saving.versions import Verification, artifact_files, run_python
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _measure(arguments: list[str], processes: list[dict[str, Any]]) -> None:
 
 
 def _row(
-    kind: str, artefact: Path, verified: Verification, processes: list[dict[str, Any]]
+    kind: str, artifact: Path, verified: Verification, processes: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns the row of a format. Times are those of all its processes together."""
     one, many = ([seconds for p in processes for seconds in p[key]] for key in ("one", "many"))
@@ -95,7 +95,7 @@ def _row(
         "format": kind,
         "device": "CPU:0",
         "label": "1 image",
-        "bytes": sum(file.stat().st_size for file in artefact_files(artefact)),
+        "bytes": sum(file.stat().st_size for file in artifact_files(artifact)),
         **{name: float(np.median([p[name] for p in processes])) for name in _ONCE},
         "latency_p50_ms": 1000 * float(np.median(one)),
         "latency_p95_ms": 1000 * float(np.percentile(one, 95)),

@@ -44,17 +44,17 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str  # for example "mnist" or "mnist_sample"
+    name: str  #: for example "mnist" or "mnist_sample"
     version: str
-    image_shape: tuple[_Size, _Size, _Size]  # height, width, channels
-    class_names: tuple[str, ...]  # in the order of the labels 0, 1, ...
-    train: int  # number of images
+    image_shape: tuple[_Size, _Size, _Size]  #: height, width, channels
+    class_names: tuple[str, ...]  #: in the order of the labels 0, 1, ...
+    train: int  #: number of images
     validation: int
     test: int
-    fingerprint: str  # SHA-256 of all images and labels of the source, in order
-    origin: str  # where the data came from, as text
-    preprocessing: Preprocessing | None = None  # None: image files cannot be converted
-    border: float | None = None  # mean brightness of the edges of training images, 0 to 255
+    fingerprint: str  #: SHA-256 of all images and labels of the source, in order
+    origin: str  #: where the data came from, as text
+    preprocessing: Preprocessing | None = None  #: None if image files cannot be converted
+    border: float | None = None  #: mean brightness of the edges of training images, 0 to 255
 
     @model_validator(mode="before")
     @classmethod
@@ -75,10 +75,10 @@ class DataSpec(BaseModel):
 class Split:
     """Some rows of an array of images."""
 
-    images: Images  # uint8 [all, height, width, channels], in memory or mapped from a file
-    labels: Labels  # int32 [all]
-    rows: NDArray[np.int64]  # [n], the rows that belong to this split
-    files: Sequence[str] | None = None  # [all], the original image files; None: there are none
+    images: Images  #: uint8 [all, height, width, channels], in memory or mapped from a file
+    labels: Labels  #: int32 [all]
+    rows: NDArray[np.int64]  #: [n], the rows that belong to this split
+    files: Sequence[str] | None = None  #: [all], the original image files, or None
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -161,16 +161,16 @@ class Source:
     """
 
     name: str
-    version: str  # change it when the data changes
-    class_names: Sequence[str]  # in the order of the labels 0, 1, ...; each is one line of text
-    train: Examples  # images (uint8 [n, height, width, channels]) and labels (int [n])
+    version: str  #: change it when the data changes
+    class_names: Sequence[str]  #: in the order of the labels 0, 1, ...; each is one line of text
+    train: Examples  #: images (uint8 [n, height, width, channels]) and labels (int [n])
     test: Examples | None = None
     validation: Examples | None = None
-    origin: str = "a module of trainer/data"  # where the data came from, as text
-    fingerprint: str | None = None  # as `fingerprint` returns it; None: it is computed
-    preprocessing: Preprocessing | None = None  # how its images were made; None: from the shape
-    files: Mapping[str, Sequence[str]] = field(default_factory=dict)  # the image files by split
-    skipped: Sequence[str] = ()  # files that could not be read
+    origin: str = "a module of trainer/data"  #: where the data came from, as text
+    fingerprint: str | None = None  #: as `fingerprint` returns it; computed if None
+    preprocessing: Preprocessing | None = None  #: how its images were made; from the shape if None
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)  #: the image files by split
+    skipped: Sequence[str] = ()  #: files that could not be read
 
 
 def names() -> list[str]:

@@ -111,7 +111,7 @@ def check_weight(
     losses = np.array([[loss_at(entry, offset) for entry in drawn] for offset in offsets])
     weight.assign(start)
     quotients = (losses[3] - losses[1]) / (2 * STEP)
-    # Four neighbouring slopes: their changes are equal, except beside a kink.
+    # Four neighboring slopes: their changes are equal, except beside a kink.
     changes = np.diff(losses, 2, axis=0) / STEP
     # Rounding of two losses in a quotient. A loss is a sum of many products, hence the factor.
     noise = 100 * _EPSILON * float(abs(losses[2]).max()) / STEP

@@ -78,7 +78,7 @@ def values_of(key: str, records: Sequence[RunRecord], option: str) -> list[Any]:
 
 
 def filter_records(records: Sequence[RunRecord], conditions: Iterable[str]) -> list[RunRecord]:
-    """Returns the runs that fulfil all conditions, each "KEY=VALUE"."""
+    """Returns the runs that meet all conditions, each "KEY=VALUE"."""
     for key, equals, text in (condition.partition("=") for condition in conditions):
         if not equals:
             raise InputError(f"--filter expected KEY=VALUE, received {key!r}")

@@ -23,7 +23,7 @@ from trainer.run import open_run
 from trainer.saving import safety
 from trainer.saving.formats import find_format
 from trainer.saving.runtimes import RUNTIMES, Predict, of_keras, predict_in_batches
-from trainer.saving.versions import Origin, artefact_files, find_version, read_record
+from trainer.saving.versions import Origin, artifact_files, find_version, read_record
 
 _KINDS = {".tflite": "litert", ".onnx": "onnx"}
 
@@ -208,6 +208,6 @@ def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
         safety.check_saved_model(path, trust=trust)
     with safety.explained(f"{path} cannot be read as {kind}"):
         predict = RUNTIMES[kind][1](path)
-    size = sum(file.stat().st_size for file in artefact_files(path))
+    size = sum(file.stat().st_size for file in artifact_files(path))
     parameters = None if record is None else record.parameters
     return LoadedModel(path, kind, parameters, size, record, predict)

@@ -100,15 +100,15 @@ def read_record(folder: Path) -> ExportRecord | None:
         return ExportRecord.model_validate_json(file.read_bytes())
 
 
-def artefact_files(artefact: Path) -> list[Path]:
+def artifact_files(artifact: Path) -> list[Path]:
     """Returns the files of an exported model (a file or a version folder), without our own."""
-    ours = [artefact / name for name in ("export.json", "check.npz", "README.md")]
-    return [p for p in (artefact, *artefact.rglob("*")) if p.is_file() and p not in ours]
+    ours = [artifact / name for name in ("export.json", "check.npz", "README.md")]
+    return [p for p in (artifact, *artifact.rglob("*")) if p.is_file() and p not in ours]
 
 
 def compute_checksums(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of each of these files in a version folder."""
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in artefact_files(folder)}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in artifact_files(folder)}
 
 
 def verify_checksums(folder: Path, record: ExportRecord) -> None:

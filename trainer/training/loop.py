@@ -41,18 +41,18 @@ class CallRecord:
     workers, because reading a metric needs communication.
     """
 
-    epoch: int  # counted from 0
-    first_step: int  # counted from 0 over the whole run
+    epoch: int  #: counted from 0
+    first_step: int  #: counted from 0 over the whole run
     steps: int
     images: int
-    seconds: float  # the device is idle at the start and has finished at the end
-    worker_seconds: NDArray[np.float64]  # of each worker of a cluster, [workers]
-    warm: bool  # False for the first calls, which set up kernels or are traced by the profiler
-    loss: NDArray[np.float32]  # of the batch of each step, [steps]
-    learning_rate: NDArray[np.float32]  # [steps]
-    metrics: dict[str, NDArray[np.float32]]  # each [steps]
-    gradient_norms: NDArray[np.float32] | None  # [steps, weights]
-    logs: Logs  # loss and metrics since the start of the epoch, as Keras passes them to callbacks
+    seconds: float  #: the device is idle at the start and has finished at the end
+    worker_seconds: NDArray[np.float64]  #: of each worker of a cluster, [workers]
+    warm: bool  #: False for the first calls, which set up kernels or are traced by the profiler
+    loss: NDArray[np.float32]  #: of the batch of each step, [steps]
+    learning_rate: NDArray[np.float32]  #: [steps]
+    metrics: dict[str, NDArray[np.float32]]  #: each [steps]
+    gradient_norms: NDArray[np.float32] | None  #: [steps, weights]
+    logs: Logs  #: loss and metrics since the start of the epoch, as Keras passes them to callbacks
 
 
 @dataclass

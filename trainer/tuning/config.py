@@ -35,7 +35,7 @@ class Parameter(Section):
     high: float | int | None = None
     """Largest value; if both ends are whole, all values are."""
     step: float | int | None = Field(default=None, gt=0)
-    """Difference between neighbours; with log: their ratio."""
+    """Difference between neighbors; with log: their ratio."""
     scale: Literal["linear", "log"] = "linear"
     """log: sample the logarithm uniformly."""
     choices: list[Any] | None = None

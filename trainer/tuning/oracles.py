@@ -1,7 +1,7 @@
 """keras-tuner's oracles choose the values of each trial. Here their state survives a kill.
 
 keras-tuner 1.4.8 writes one file per trial and one for the oracle, and replaces none atomically.
-Its grid forgets its position, and its Bayesian oracle repeats its favourite values.
+Its grid forgets its position, and its Bayesian oracle repeats its favorite values.
 
 It supports numbers and strings. A choice here can be any TOML value, for example a list of layer
 sizes, so keras-tuner receives its index. Values of a range with a step are indices, too.

@@ -113,7 +113,8 @@ def configuration() -> str:
     """Returns a table of the keys of each table of a configuration file."""
     schema = config_schema()
     kinds = schema["$defs"]
-    sections = {name: table["$ref"].split("/")[-1] for name, table in schema["properties"].items()}
+    tables = {name: value for name, value in schema["properties"].items() if "$ref" in value}
+    sections = {name: value["$ref"].split("/")[-1] for name, value in tables.items()}
     parts = [_keys(f"[{name}]", kinds.pop(kind)) for name, kind in sections.items()]
     return "\n".join([*parts, *(_keys(_words(name), kind) for name, kind in kinds.items())])
 

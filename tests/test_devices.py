@@ -389,7 +389,7 @@ VERBS = {
     "verify": "model",
 }
 WITHOUT_TENSORFLOW = {
-    *("config schema", "config show", "data info", "data prepare", "tensorboard"),
+    *("config list", "config schema", "config show", "data info", "data prepare", "tensorboard"),
     *("runs compare", "runs prune", "runs remove", "runs show"),
 }
 

@@ -389,7 +389,8 @@ VERBS = {
     "verify": "model",
 }
 WITHOUT_TENSORFLOW = {
-    *("config schema", "config show", "data info", "data prepare", "new", "tensorboard"),
+    *("config list", "config schema", "config show", "data info", "data prepare", "new"),
+    "tensorboard",
     *("runs compare", "runs prune", "runs remove", "runs show"),
 }
 

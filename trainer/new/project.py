@@ -99,8 +99,8 @@ def _write_files(copy: Path, name: str, files: Mapping[str, str], removal: Remov
             text = "# Changelog\n\n## Unreleased\n"
         elif file == "README.md":
             start = (Path(__file__).with_name("readme.txt")).read_text(encoding="utf-8")
-            text = start + "".join(text.partition("\n## After the first run")[1:])
-            template = r"^## (A project of your own|Results on MNIST)\n.*?(?=^## )"
+            text = start + "".join(text.partition("\n## Verbs")[1:])
+            template = r"^## (Results on MNIST|Compared with other starting points)\n.*?(?=^## )"
             text = re.sub(template, "", text, flags=re.M | re.S)
         elif file == "trainer/console.py":
             text = text.replace("configs/mnist.toml", f"configs/{name}.toml")

@@ -11,7 +11,7 @@ from trainer import tools
 from trainer.errors import did_you_mean, expect
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_TEMPLATE = ("docs/comparison.md", "docs/performance.md", "scripts/research/")
+_TEMPLATE = ("docs/comparison.md", "docs/performance.md", "docs/pictures/", "scripts/research/")
 _OWNED = ("configs/", "saved_models/", "scripts/")  # their files belong to the tools they mention
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,6 +124,21 @@ def test_a_shell_completes_verbs_options_runs_and_configurations(tmp_path: Path)
     assert completed("trainer evaluate ") == ["20260101T000000Z-first", "first", "latest"]
     assert completed("trainer fit --resume fir") == ["first"]
     assert completed("trainer evaluate --runs others s") == ["second"]
+
+
+def test_help_groups_the_verbs_and_each_has_an_example_that_works() -> None:
+    program: Any = typer.main.get_command(cli.app)
+    for command in program.commands.values():
+        assert command.rich_help_panel in ("Train", "Inspect", "Keep", "Measure"), command.name
+        for verb in getattr(command, "commands", {"": command}).values():
+            start, *words = shlex.split(verb.epilog or "no example")
+            assert (start, words[0]) == ("Example:", "trainer"), verb.name
+            words = words[: words.index(">")] if ">" in words else words
+            found = program
+            for word in words[1:3]:
+                found = getattr(found, "commands", {}).get(word, found)
+            assert found is verb
+            verb.make_context(verb.name, words[2 if verb is command else 3 :])  # or a UsageError
 
 
 def test_the_verbs_and_options_are_frozen() -> None:

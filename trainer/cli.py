@@ -63,7 +63,11 @@ def options(
     """Defines the options of the program itself."""
 
 
-@app.command()
+@app.command(
+    **console.in_help(
+        "trainer fit configs/mnist_mlp.toml --epochs 2 --name first-try", console.TRAIN
+    )
+)
 def fit(
     config: Annotated[
         Path | None,
@@ -86,7 +90,7 @@ def fit(
     profile: Annotated[bool, typer.Option("--profile", help="Profile for TensorBoard")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a network, score it on the test images, and write a run directory."""
+    """Train a network, score it, and write a run."""
     flags = {
         "training.device": device,
         "training.epochs": epochs,
@@ -114,7 +118,7 @@ def fit(
         _print_fit(result, as_json=json_)
 
 
-@app.command()
+@app.command(**console.in_help("trainer evaluate latest --split validation", console.INSPECT))
 def evaluate(
     run: console.RunOrModelArgument,
     *,
@@ -124,7 +128,7 @@ def evaluate(
     runs: console.RunsOption = "runs",
     json_: JsonOption = False,
 ) -> None:
-    """Score a finished run with its own configuration, or a saved or exported model."""
+    """Score a finished run, or a saved or exported model."""
     load = _loader(run, runs, device)
     device = console.require(device, run if load is None else None, runs)
     console.start_logging()
@@ -137,7 +141,7 @@ def evaluate(
     console.print_table(result, as_json=json_)
 
 
-@app.command()
+@app.command(**console.in_help("trainer predict latest digit.png", console.INSPECT))
 def predict(
     run: console.RunOrModelArgument,
     images: Annotated[
@@ -152,7 +156,10 @@ def predict(
     csv_: Annotated[bool, typer.Option("--csv", help="Print a CSV table on stdout")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Print the class of image files. A file that cannot be read is reported and skipped."""
+    """Print the class of image files.
+
+    A file that cannot be read is reported and skipped.
+    """
     load = _loader(run, runs, device)
     device = console.require(device, run if load is None else None, runs)
     console.start_logging()
@@ -181,13 +188,16 @@ def predict(
         raise typer.Exit(InputError.exit_code)
 
 
-@app.command()
+@app.command(**console.in_help("trainer tensorboard --port 6007", console.INSPECT))
 def tensorboard(
     *,
     runs: console.RunsOption = "runs",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 6006,
 ) -> None:
-    """Open TensorBoard on the runs; only this machine can connect to it."""
+    """Open TensorBoard on the runs.
+
+    Only this machine can connect to it.
+    """
     if not runs or not Path(runs).is_dir():
         raise InputError(f"there is no folder {runs!r}: `trainer fit` creates one")
     try:
@@ -207,7 +217,7 @@ def tensorboard(
     raise typer.Exit(board.main())
 
 
-@data_app.command("prepare")
+@data_app.command("prepare", **console.in_help("trainer data prepare configs/fashion_mnist.toml"))
 def data_prepare(
     config: ConfigArgument = DEFAULT_CONFIG,
     *,
@@ -220,7 +230,7 @@ def data_prepare(
     console.print_table(facts, as_json=json_)
 
 
-@data_app.command("info")
+@data_app.command("info", **console.in_help("trainer data info configs/fashion_mnist.toml"))
 def data_info(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
@@ -228,7 +238,7 @@ def data_info(
     console.print_table(_data_facts("describe", console.load_config(config, set_)), as_json=json_)
 
 
-@config_app.command("show")
+@config_app.command("show", **console.in_help("trainer config show --set training.epochs=1"))
 def config_show(
     config: ConfigArgument = DEFAULT_CONFIG, *, set_: SetOption = None, json_: JsonOption = False
 ) -> None:
@@ -242,14 +252,14 @@ def config_show(
         console.print_line(add_origins(loaded.to_toml(), origins), end="")
 
 
-@config_app.command("list")
+@config_app.command("list", **console.in_help("trainer config list"))
 def config_list() -> None:
     """List the shipped configurations, which can be used in every folder."""
     files = shipped_configs.shipped().items()
     console.print_rows((name, shipped_configs.describe(path)) for name, path in files)
 
 
-@config_app.command("schema")
+@config_app.command("schema", **console.in_help("trainer config schema > schema.json"))
 def config_schema() -> None:
     """Print the JSON schema of a configuration file, for editors."""
     from trainer.config import config_schema as schema
@@ -257,8 +267,8 @@ def config_schema() -> None:
     console.print_json(schema())
 
 
-app.add_typer(data_app, name="data")
-app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data", rich_help_panel=console.INSPECT)
+app.add_typer(config_app, name="config", rich_help_panel=console.INSPECT)
 for tool_app in tools.apps():
     app.add_typer(tool_app)
 

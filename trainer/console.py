@@ -42,6 +42,9 @@ def complete_run(context: typer.Context, incomplete: str) -> list[str]:
     return sorted({name for name in ("latest", *names) if name and name.startswith(incomplete)})
 
 
+# The groups of verbs in `trainer --help`.
+TRAIN, INSPECT, KEEP, MEASURE = "Train", "Inspect", "Keep", "Measure"
+
 DEFAULT_CONFIG = Path("configs/mnist.toml")
 CONFIG: dict[str, Any] = {"metavar": "CONFIG", "autocompletion": complete_config}
 RUN: dict[str, Any] = {"metavar": "RUN", "autocompletion": complete_run}
@@ -61,6 +64,11 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust", help="Allow the model to run any code; only for authors you trust"),
 ]
+
+
+def in_help(example: str, group: str | None = None) -> dict[str, Any]:
+    """Returns the arguments of a verb's decorator: an example, and its group in the help."""
+    return {"epilog": f"Example: {example}", "rich_help_panel": group}
 
 
 def load_config(

@@ -9,8 +9,8 @@ from trainer import console
 from trainer.errors import InputError, expect
 
 app = typer.Typer()
-verbs = typer.Typer(help="Measure this machine.", no_args_is_help=True)
-app.add_typer(verbs, name="benchmark")
+verbs = typer.Typer(help="Time operations, steps and exported models.", no_args_is_help=True)
+app.add_typer(verbs, name="benchmark", rich_help_panel=console.MEASURE)
 
 _SHAPES, _DTYPES = ("dot", "square"), ("float32", "bfloat16", "float16")
 _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
@@ -41,7 +41,7 @@ JsonFileOption = Annotated[
 ]
 
 
-@verbs.command("matmul")
+@verbs.command("matmul", **console.in_help("trainer benchmark matmul --quick"))
 def matmul(
     *,
     device: DevicesOption = None,
@@ -73,7 +73,7 @@ def matmul(
     _run("matmul", output, words=device, products=products, **options)
 
 
-@verbs.command("operations")
+@verbs.command("operations", **console.in_help("trainer benchmark operations --quick"))
 def operations(
     *,
     device: DevicesOption = None,
@@ -88,7 +88,9 @@ def operations(
     _run("operations", (runs, json_, compare, tolerance), words=device, quick=quick, seed=seed)
 
 
-@verbs.command("step")
+@verbs.command(
+    "step", **console.in_help("trainer benchmark step configs/mnist_mlp.toml --batch-size 128")
+)
 def step(
     config: console.ConfigArgument = console.DEFAULT_CONFIG,
     *,
@@ -110,7 +112,7 @@ def step(
     _run("step", output, config=loaded, words=device, batch_sizes=batch_size, **options)
 
 
-@verbs.command("formats")
+@verbs.command("formats", **console.in_help("trainer benchmark formats latest"))
 def formats(
     run: console.RunArgument = "latest",
     *,

@@ -9,14 +9,17 @@ app = typer.Typer()
 _STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
-@app.command()
+@app.command(**console.in_help("trainer doctor", console.MEASURE))
 def doctor(
     config: console.ConfigArgument = console.DEFAULT_CONFIG,
     *,
     set_: console.SetOption = None,
     json_: console.JsonOption = False,
 ) -> None:
-    """Check the machine, the installation, the data and the GPU kernels of a configuration."""
+    """Check the machine and the installation.
+
+    Also the data and the GPU kernels of a configuration.
+    """
     from trainer.doctor.checks import examine
 
     with console.stdout_to_stderr():

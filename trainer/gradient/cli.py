@@ -19,7 +19,12 @@ app = typer.Typer()
 
 
 # Without `ignore_unknown_options`, an expression that begins with a minus sign would be an option.
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    **console.in_help(
+        "trainer gradient 'a*w**2 + b*w + c' --at a=1,b=4,c=6,w=3 --wrt w", console.MEASURE
+    ),
+)
 def gradient(
     expression: Annotated[
         str | None, typer.Argument(metavar="EXPR", help='For example "a*w**2 + sin(w)"')
@@ -39,7 +44,10 @@ def gradient(
     runs: console.RunsOption = "runs",
     json_: console.JsonOption = False,
 ) -> None:
-    """Differentiate an expression by three methods, or check the gradients of a network."""
+    """Compare gradients of an expression, or of a network.
+
+    Three methods compute them: automatic, symbolic or exact, and finite differences.
+    """
     if model is not None and (expression, at, wrt, order) != (None, None, None, 1):
         raise InputError("--model uses the network's loss: expected no EXPR, --at, --wrt, --order")
     console.start_logging()

@@ -10,7 +10,7 @@ from trainer import console
 app = typer.Typer()
 
 
-@app.command()
+@app.command(**console.in_help("trainer new ../birds --name birds --data pictures", console.KEEP))
 def new(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="A new or empty folder")],
     *,
@@ -18,7 +18,7 @@ def new(
     without: Annotated[str, typer.Option(metavar="TOOL,...", help="Tools to leave out")] = "",
     data: Annotated[Path | None, typer.Option(help="Images: a folder, a .csv or .npz file")] = None,
 ) -> None:
-    """Create a project of your own: a copy of this repository with another name."""
+    """Create a project of your own from this repository."""
     from trainer.new.project import create_project
 
     removed = [tool for tool in without.replace(" ", "").split(",") if tool]

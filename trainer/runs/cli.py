@@ -13,7 +13,7 @@ from trainer.errors import InputError
 
 app = typer.Typer()
 _runs = typer.Typer(help="List, compare and remove runs.", invoke_without_command=True)
-app.add_typer(_runs, name="runs")
+app.add_typer(_runs, name="runs", rich_help_panel=console.INSPECT)
 
 _Names = Annotated[list[str], typer.Argument(metavar="RUN...", help='Runs, names, or "latest"')]
 _Sort = Annotated[str | None, typer.Option(metavar="KEY", help="Score or column, best first")]
@@ -53,7 +53,7 @@ def table(
         _print_records(records, list(dict.fromkeys(keys)))
 
 
-@_runs.command()
+@_runs.command(**console.in_help("trainer runs show latest"))
 def show(run: console.RunArgument, *, runs: RunsOption = "runs", json_: JsonOption = False) -> None:
     """Print the facts, scores and settings of one run."""
     from trainer.runs.records import find_exports, open_records
@@ -64,7 +64,7 @@ def show(run: console.RunArgument, *, runs: RunsOption = "runs", json_: JsonOpti
     console.print_table(columns | {"exports": exports} | record.config, as_json=json_)
 
 
-@_runs.command()
+@_runs.command(**console.in_help("trainer runs compare first-try second-try"))
 def compare(names: _Names, *, runs: RunsOption = "runs", json_: JsonOption = False) -> None:
     """Print what differs between runs, and whether their test accuracies differ significantly."""
     from trainer.runs.compare import compare_runs
@@ -88,7 +88,7 @@ def compare(names: _Names, *, runs: RunsOption = "runs", json_: JsonOption = Fal
     console.print_rows(rows, titles=("test", *_TESTS), dense=True)
 
 
-@_runs.command()
+@_runs.command(**console.in_help("trainer runs remove first-try"))
 def remove(
     names: _Names, *, yes: _Yes = False, runs: RunsOption = "runs", json_: JsonOption = False
 ) -> None:
@@ -98,7 +98,7 @@ def remove(
     _delete(deletion.find_removable(names, runs), deletion.remove, yes=yes, as_json=json_)
 
 
-@_runs.command()
+@_runs.command(**console.in_help("trainer runs prune --keep-best 3"))
 def prune(
     *, keep_best: _Keep, yes: _Yes = False, runs: RunsOption = "runs", json_: JsonOption = False
 ) -> None:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from trainer.console import TrustOption, import_module, start_logging
+from trainer import console
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(**console.in_help("trainer serve digits", console.KEEP))
 def serve(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An exported model or its folder")],
     *,
@@ -22,9 +22,12 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1, help="Largest body of a request, in bytes")
     ] = 16_000_000,
-    trust: TrustOption = False,
+    trust: console.TrustOption = False,
 ) -> None:
-    """Serve an exported model over HTTP with TensorFlow Serving's REST API."""
-    start_logging()
-    run = import_module("trainer.serving.server").serve
+    """Serve an exported model over HTTP.
+
+    The API is TensorFlow Serving's REST API.
+    """
+    console.start_logging()
+    run = console.import_module("trainer.serving.server").serve
     run(name, Path(directory), (host, port), max_body_bytes=max_body_bytes, trust=trust)

@@ -14,7 +14,7 @@ _DEFAULT_SEARCH = Path("configs/mnist_tune.toml")
 _TABLE_ROWS = 10  # results.json has all trials
 
 
-@app.command()
+@app.command(**console.in_help("trainer tune configs/mnist_tune.toml --trials 20", console.TRAIN))
 def tune(
     config: Annotated[
         Path,
@@ -35,7 +35,10 @@ def tune(
     ] = False,
     json_: console.JsonOption = False,
 ) -> None:
-    """Search for better settings. The same command continues an interrupted search."""
+    """Search for better settings.
+
+    The same command continues an interrupted search.
+    """
     from trainer.tuning.config import check_space
 
     loaded = console.load_config(config, set_, {"tuning.max_trials": trials, "logging.name": name})

@@ -65,7 +65,7 @@ def test_every_file_of_a_run_is_documented(run: Path) -> None:
     for name in files:
         assert any(each.fullmatch(name) for each in patterns.values()), name
     absent = {name for name, each in patterns.items() if not any(map(each.fullmatch, files))}
-    assert absent <= {"summary-N-epochs.json", ".lock"}
+    assert absent <= {"summary-N-epochs.json", "initial_weights.json", ".lock"}
     assert folders == {name.split("/")[0] for name in found - files}
 
 
@@ -113,7 +113,7 @@ def test_every_key_is_listed_with_type_default_and_range() -> None:
     rows = (
         "| `epochs` | Number of passes over the training images. | integer | `3` | ≥ 1, < 2^31 |",
         "with XLA; auto: on one GPU, if Keras can compile every layer; not on a CPU, where XLA is "
-        'slower. | string or boolean | `"auto"` | `"auto"`, `true`, `false` |',
+        'slower. | string or boolean | `"auto"` | `"auto"` |',
         "if the images differ in size. | [integer, integer] | not set | ≥ 1, ≤ 4096 |",
         "| `metrics` | Keras metrics, in order. | list of Keras object | "
         '`[{ name = "SparseCategoricalAccuracy", options = { name = "accuracy" } }]` |',

@@ -396,9 +396,14 @@ def test_every_link_and_path_leads_to_a_file(page: str) -> None:
 
 def test_contributing_counts_the_lines_of_the_examples() -> None:
     counted = re.findall(
-        r"\((\d+) lines in the README's example\)", (ROOT / "CONTRIBUTING.md").read_text()
+        r"\((\d+) lines in the example of (docs/\w+\.md)\)", PAGES["CONTRIBUTING.md"]
     )
-    examples = [block for block in _blocks("python", README) if block.startswith("# trainer/")]
+    examples = [
+        block
+        for _, page in counted
+        for block in _blocks("python", PAGES[page])
+        if block.startswith("# trainer/")
+    ]
     lines = [
         len(
             [
@@ -409,5 +414,5 @@ def test_contributing_counts_the_lines_of_the_examples() -> None:
         )
         for block in examples
     ]
-    assert [int(number) for number in counted] == lines
+    assert [int(number) for number, _ in counted] == lines
     assert max(lines) <= 40

@@ -245,6 +245,7 @@ def config_show(
     """Print a configuration with all defaults, and the origin of each value."""
     from trainer.config_file import add_origins, load_with_origins
 
+    console.announce_shipped(config)
     loaded, origins = load_with_origins(config, set_ or ())
     if json_:
         console.print_json(loaded.model_dump(mode="json") | {"origins": origins})

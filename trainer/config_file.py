@@ -126,7 +126,9 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
     except FileNotFoundError:
         files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
         by = "".join(f", which {each} extends" for each in extending[-1:])
-        known = did_you_mean(str(path), files | shipped_configs.shipped().keys())
+        if not extending:
+            files |= shipped_configs.shipped().keys()
+        known = did_you_mean(str(path), files)
         raise InputError(f"there is no configuration file {path}{by}: {known}") from None
     except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
         raise InputError(f"{path} cannot be read as TOML: {error}") from None

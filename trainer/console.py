@@ -80,9 +80,14 @@ def load_config(
     """
     from trainer.config_file import load_config as load
 
+    announce_shipped(path)
+    return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
+
+
+def announce_shipped(path: Path) -> None:
+    """Prints on stderr if a shipped configuration is read, because there is no such file here."""
     if (found := shipped_configs.find(path)) != path:
         print_line(f"trainer: there is no {path} here; reading {found}", err=True)
-    return load(path, [*(overrides or ()), *flags_as_overrides(flags or {})])
 
 
 def flags_as_overrides(flags: dict[str, Any]) -> list[str]:

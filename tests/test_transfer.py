@@ -23,7 +23,8 @@ SMALL = ["--set", "data.image_size=[32, 32]", "--set", "training.batch_size=8"]
 SMALL += ["--set", "logging.tensorboard=false", "--set", "training.precision=float32"]
 HEAD = [*SMALL, "--set", "model.options.weights=no_top.h5", "--name", "head"]
 TUNED = [*SMALL, "--set", "training.init_from=head", "--set", "model.freeze=[]", "--name", "tuned"]
-TUNED += ["--set", "model.options.weights=none", "--set", "optimizer.learning_rate=1e-4"]
+# The ImageNet weights of the configuration are not loaded: the weights of the first run are.
+TUNED += ["--set", "optimizer.learning_rate=1e-4"]
 
 
 def weights(run: Run) -> dict[str, list[Any]]:

@@ -218,7 +218,7 @@ class TrainingConfig(Section):
     classes."""
     init_from: _Folder | None = None
     """Start with the weights of a finished run (directory, name or "latest") or of a .weights.h5 or
-    .keras file; layers are matched by path and shape."""
+    .keras file; layers are matched by path and shape. The network loads no other weights."""
     step: str = Field(default="trainer.training.step:train_step", pattern=r"^[^:]+:[^:]+$")
     """The training step, "package.module:function"; docs/objects.md describes its arguments."""
 

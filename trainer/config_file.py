@@ -1,5 +1,6 @@
 """Reads a configuration from a TOML file, the files that it extends, and `--set`."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ def _read_files(path: Path) -> list[tuple[str, dict[str, Any]]]:
             return layers
         usable = isinstance(base, str) and "\0" not in base
         expect(usable, f"{path}: extends", "the path of a TOML file", repr(base))
-        chain, path = [*chain, path], path.parent / base
+        chain, path = [*chain, path], shipped_configs.find(path.parent / base)
         if path.resolve() in [each.resolve() for each in chain]:
             text = " -> ".join(map(str, [*chain, path]))
             raise InputError(f"extends: expected no cycle, received {text}")
@@ -125,11 +126,22 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         files = {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.toml")}
-        by = "".join(f", which {each} extends" for each in extending[-1:])
+        files |= shipped_configs.shipped().keys()
         if not extending:
-            files |= shipped_configs.shipped().keys()
-        known = did_you_mean(str(path), files)
-        raise InputError(f"there is no configuration file {path}{by}: {known}") from None
+            known = did_you_mean(str(path), files)
+            raise InputError(f"there is no configuration file {path}: {known}") from None
+        folder = extending[-1].parent  # the paths in a file are relative to its folder
+        known = did_you_mean(
+            os.path.relpath(path, folder), {os.path.relpath(file, folder) for file in files}
+        )
+        message = f"there is no configuration file {path}, which {extending[-1]} extends"
+        raise InputError(f"{message}: {known}") from None
+    except IsADirectoryError:
+        message = f"expected a TOML file, received the folder {path}"
+        raise InputError(
+            f"{message}: `trainer fit configs/pictures.toml --set data.options.path=FOLDER` "
+            "trains on a folder of images"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:  # some errors of tomllib are ValueErrors
         raise InputError(f"{path} cannot be read as TOML: {error}") from None
 

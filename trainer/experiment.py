@@ -187,11 +187,12 @@ def _make_model(
     """Returns the compiled model, the augmentation, and what `training.init_from` loaded."""
     if restored is not None:
         return restore(restored, selected, compiled=True), None, None
-    model, initial = compiled_model(config, data.spec, initialize=initialize), None
-    if initialize and config.training.init_from is not None:
+    source, initial = config.training.init_from if initialize else None, None
+    model = compiled_model(config, data.spec, initialize=initialize and source is None)
+    if source is not None:
         from trainer.training.initial_weights import load_initial_weights
 
-        initial = load_initial_weights(model, config.training.init_from, config.logging.directory)
+        initial = load_initial_weights(model, source, config.logging.directory)
     return model, _make_augmentation(config, data), initial
 
 

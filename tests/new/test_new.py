@@ -44,6 +44,12 @@ def git(folder: str, *words: str) -> str:
     ).stdout
 
 
+def test_the_images_of_the_user_are_not_copied() -> None:
+    names = {*project._read_files(Path(), None)}
+    left = project._read_files(Path(), project.ROOT / "saved_models")
+    assert names - left.keys() == {"saved_models/README.md"}
+
+
 def test_its_options_are_frozen() -> None:
     command: Any = typer.main.get_command(cli.app)
     names = [parameter.opts[0] for parameter in command.commands["new"].params]
@@ -74,7 +80,7 @@ def test_a_project_has_its_own_name(name: str, command: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("tool", ALL)
 def test_the_parts_of_a_tool_are_removed(tool: str) -> None:
-    files = project._read_files(Path())
+    files = project._read_files(Path(), None)
     removal = Removal([tool], files)
     assert {f"trainer/{tool}/cli.py", f"docs/{tool}.md", "docs/comparison.md"} <= removal.files
     kept = files.keys() - removal.files
@@ -89,7 +95,7 @@ def test_the_parts_of_a_tool_are_removed(tool: str) -> None:
 
 
 def test_what_belongs_to_a_tool() -> None:
-    files = project._read_files(Path())
+    files = project._read_files(Path(), None)
     assert {"configs/mnist_tune.toml", "scripts/kill_and_tune.py"} <= Removal(
         ["tuning"], files
     ).files
@@ -120,7 +126,7 @@ def test_only_the_package_is_renamed() -> None:
 )
 def test_a_name_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"--name: expected .*, received '"):
-        check_name(name, project._read_files(Path()))
+        check_name(name, project._read_files(Path(), None))
 
 
 WRONG = {
@@ -129,7 +135,7 @@ WRONG = {
     "no/folder --name a1": "DIRECTORY: expected a new or empty folder in an existing ",
     ". --name a1": "DIRECTORY: expected a new or empty folder ",
     f"{ROOT}/own --name a1": "DIRECTORY: .* not in the repository, received ",
-    "own --name numpy": "--name: expected a name that no package, .*, received 'numpy'",
+    "own --name numpy": "--name: expected a name that no installed package has, received 'numpy'",
     "own --name a1 --without tunning": r"--without: .*'tunning': did you mean 'tuning'\? ",
     "own --name a1 --without new": "--without: .*available: ",
     "own --name a1 --without saving": "--without: expected also benchmark, which imports saving",
@@ -186,7 +192,7 @@ def test_a_checkout_is_not_needed_and_an_interruption_leaves_nothing(
 ) -> None:
     """A copy without .git: the files that .gitignore does not exclude, with those of the user."""
     root = tmp_path / "root"
-    for file, text in project._read_files(Path()).items():
+    for file, text in project._read_files(Path(), None).items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(text.encode("utf-8", "surrogateescape"))
     (root / "data").mkdir()

@@ -195,12 +195,14 @@ def load(config: DataConfig) -> Dataset:
     _check_class_names(source.class_names, where)
     checked: Any = {split: _checked(source, split) for split in SPLITS}
     dataset = _make_splits(_fitted(replace(source, **checked), config), config)
-    untrained = dataset.train.class_counts(dataset.spec.class_count).count(0)
+    counts = dataset.train.class_counts(dataset.spec.class_count)
+    untrained = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
     if untrained:
-        message = "without training images: see `trainer data info`"
+        message = f"{where}: {len(untrained)} of its classes are without training images"
+        message += f": {', '.join(untrained[:5])}{', ...' if len(untrained) > 5 else ''}"
         if source.files:
-            raise InputError(f"{where}: {untrained} of its classes are {message}")
-        _log.warning("%s: %d of its classes are %s", where, untrained, message)
+            raise InputError(message)
+        _log.warning("%s", message)
     return dataset
 
 

@@ -35,10 +35,12 @@ def check_name(name: str, files: Mapping[str, str]) -> None:
     installed = {*packages, *(each for names in packages.values() for each in names)}
     taken = {each.lower().replace("-", "_") for each in installed}
     taken |= {*keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names}
-    taken.update(re.findall(r"\w+", files[".gitignore"]), *(re.split("[/.]", f) for f in files))
+    expect(name not in taken, "--name", "a name that no installed package has", repr(name))
+    where = dict.fromkeys(re.findall(r"\w+", files[".gitignore"]), ".gitignore")
+    where |= {part: file for file in files for part in re.split("[/.]", file)}
     for file, text in files.items():
         if file.endswith(".py") and name in text:
             tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-            taken |= {token.string for token in tokens if token.type == tokenize.NAME}
-    expected = "a name that no package, folder or variable has"
-    expect(name not in taken, "--name", expected, repr(name))
+            where |= {token.string: file for token in tokens if token.type == tokenize.NAME}
+    expected = "a name that no file, folder or variable of the repository has"
+    expect(name not in where, "--name", expected, f"{name!r}, which {where.get(name)} uses")

@@ -45,7 +45,7 @@ def create_project(directory: Path, name: str, without: Collection[str], data: P
         copy = Path(temporary) / "project"
         copy.mkdir()
         _git(copy, "init", "--quiet")
-        files = _read_files(copy)
+        files = _read_files(copy, data)
         check_name(name, files)
         config = default_config(ROOT / "configs", name, data, target)
         _write_files(copy, name, files, Removal([*without, "new"], files))
@@ -78,8 +78,8 @@ def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
 
 
-def _read_files(copy: Path) -> dict[str, str]:
-    """Returns the files that git tracks or does not ignore: relative paths, and texts.
+def _read_files(copy: Path, data: Path | None) -> dict[str, str]:
+    """Returns the files that git tracks or does not ignore, without `data`: paths and texts.
 
     The text of a file that is no text, a picture for example, can be encoded again.
     """
@@ -88,7 +88,12 @@ def _read_files(copy: Path) -> dict[str, str]:
     options = [] if has_git else [f"--git-dir={copy}/.git", f"--work-tree={ROOT}"]
     listed = _git(ROOT, *options, "ls-files", "-z", "-co", "--exclude-standard")
     expect(listed.returncode == 0, str(ROOT), "a git checkout", listed.stderr.strip())
-    names = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    own = ROOT / ".git" if data is None else data.resolve()  # the images are used where they are
+    names = [
+        name
+        for name in listed.stdout.split("\0")
+        if (ROOT / name).is_file() and not (ROOT / name).is_relative_to(own)
+    ]
     return {name: (ROOT / name).read_bytes().decode("utf-8", "surrogateescape") for name in names}
 
 
@@ -102,6 +107,7 @@ def _write_files(copy: Path, name: str, files: Mapping[str, str], removal: Remov
             text = start + "".join(text.partition("\n## Verbs")[1:])
             template = r"^## (Results on MNIST|Compared with other starting points)\n.*?(?=^## )"
             text = re.sub(template, "", text, flags=re.M | re.S)
+            text = re.sub(r"^Only these parts.*?\n\n", "", text, flags=re.M | re.S)
         elif file == "trainer/console.py":
             text = text.replace("configs/mnist.toml", f"configs/{name}.toml")
         elif file == "pyproject.toml" and len(name) > len("trainer"):

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import data as datasets
+from trainer import tools
 from trainer.data import Dataset
 from trainer.errors import CheckError, InputError, expect, shell_command
 from trainer.experiment import require_data, restore
@@ -180,6 +181,8 @@ def model_card(record: ExportRecord, version: Path) -> str:
         "mount": shlex.quote(f"{model}:/models/{model.name}"),
     }
     names = ["model_card", *(["model_card_files"] if record.files else [])]
-    names += ["model_card_serving"] if record.format == "saved_model" else []
+    names += ["model_card_docker", "model_card_request"] if record.format == "saved_model" else []
+    if "serving" in tools.names() and record.format == "saved_model":
+        names.insert(-1, "model_card_serve")
     texts = [Path(__file__).with_name(f"{name}.txt").read_text("utf-8") for name in names]
     return "\n".join(texts).format(**values)

@@ -230,7 +230,10 @@ def _step_writer(names: list[str]) -> Any:
 
 def format_metrics(logs: Logs) -> str:
     """Returns the metrics that are single numbers as text."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in scalars(logs).items())
+    return "  ".join(
+        f"{name} {value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{name} {value:.2e}"
+        for name, value in scalars(logs).items()
+    )
 
 
 def to_json(logs: Logs) -> dict[str, Any]:

@@ -17,9 +17,10 @@ import typer
 from PIL import Image
 
 import trainer
-from trainer import cli, tools
+from trainer import cli, console, tools
 
 Run = Callable[..., "Result"]
+MNIST = "configs/mnist.toml"
 
 
 class Result:
@@ -80,17 +81,17 @@ def test_the_versions_are_printed_at_once() -> None:
 def test_a_shipped_configuration_works_in_every_folder(
     command: Callable[..., tuple[int, str, str]],
 ) -> None:
-    shipped = Path(cli.__file__).parent.parent / "configs"
+    shipped, default = Path(cli.__file__).parent.parent / "configs", console.DEFAULT_CONFIG
     code, out, err = command("config", "show", "--json")
-    assert (code, json.loads(out)["data"]["name"]) == (0, "mnist")
-    assert err == f"trainer: there is no configs/mnist.toml here; reading {shipped}/mnist.toml\n"
+    assert (code, json.loads(out)["training"]["deterministic"]) == (0, False)
+    assert err == f"trainer: there is no {default} here; reading {shipped / default.name}\n"
     code, out, _ = command("config", "list")
     names = [line.split()[0] for line in out.splitlines()]
     assert (code, names) == (0, sorted(f"configs/{path.name}" for path in shipped.glob("*.toml")))
     assert "configs/mnist_tiny.toml" in command("config", "show", "configs/mnits_tiny.toml")[2]
     # A file of the user is preferred.
     Path("configs").mkdir()
-    Path("configs/mnist.toml").write_text("data.name = 'mine'\n")
+    default.write_text("data.name = 'mine'\n")
     code, out, err = command("config", "show", "--json")
     assert (code, json.loads(out)["data"]["name"], err) == (0, "mine", "")
 
@@ -401,7 +402,7 @@ def test_data_info_counts_the_classes(run: Run) -> None:
         (["evaluate", "unfinished", "--runs", "others"], 2, "not finished"),
         (["predict", "latest", "a_file"], 2, "there is no run"),
         (["tensorboard", "--runs", "nothing"], 2, "nothing"),
-        (["data", "info", "--set", "data.archives=nothing"], 2, "there is no such folder"),
+        (["data", "info", MNIST, "--set", "data.archives=no"], 2, "there is no such folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

@@ -457,9 +457,7 @@ def test_the_message_names_the_source_of_the_error(load: Callable[..., Config]) 
 
 def test_a_missing_file_lists_the_available_files(in_tmp_path: Path) -> None:
     message = refused(load_config, "a.toml")
-    assert message.startswith(
-        "there is no configuration file a.toml: available: configs/debug.toml"
-    )
+    assert message.startswith("there is no configuration file a.toml: available: configs/")
     for name in ("mnist.toml", "other.toml", "notes.txt"):
         (in_tmp_path / name).touch()
     message = refused(load_config, "minst.toml")
@@ -475,7 +473,8 @@ def test_invalid_toml_is_refused(tmp_path: Path, load: Callable[..., Config]) ->
     assert "given.toml cannot be read as TOML: " in refused(load, "[data\n")
     assert "line 2" in refused(load, "[data]\nname = mnist\n")
     assert "cannot be read" in refused(load, "[data]\nname = 'é'".encode("latin-1"))
-    assert f"{tmp_path} cannot be read" in refused(load_config, tmp_path)
+    folder = refused(load_config, tmp_path)
+    assert folder.startswith(f"expected a TOML file, received the folder {tmp_path}: `trainer fit ")
     assert load("[data]\nname = 'é'").data.name == "é"  # with every encoding of the system
 
 

@@ -332,9 +332,9 @@ GRADIENT_RESULTS = {
 
 @pytest.mark.slow
 def test_modules_of_a_reader_pass_the_contract_tests(tmp_path: Path) -> None:
-    """The README's modules, and others, in a copy of the repository."""
+    """The modules of the pages, and others, in a copy of the repository."""
     copy_repository(tmp_path)
-    for block in _blocks("python", README):
+    for block in (block for text in PAGES.values() for block in _blocks("python", text)):
         if path := re.match(r"# (trainer/\w+/\w+\.py)\n", block):
             (tmp_path / path[1]).write_text(block)
     for name, text in OWN_MODULES.items():

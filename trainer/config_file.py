@@ -116,7 +116,7 @@ def _read_files(path: Path) -> list[tuple[str, dict[str, Any]]]:
         usable = isinstance(base, str) and "\0" not in base
         expect(usable, f"{path}: extends", "the path of a TOML file", repr(base))
         chain, path = [*chain, path], shipped_configs.find(path.parent / base)
-        if path.resolve() in [each.resolve() for each in chain]:
+        if os.path.realpath(path) in map(os.path.realpath, chain):  # resolve() refuses some links
             text = " -> ".join(map(str, [*chain, path]))
             raise InputError(f"extends: expected no cycle, received {text}")
 

@@ -187,9 +187,7 @@ def test_a_class_without_training_images_is_named(
 ) -> None:
     own_module("labels = labels * 0")
     dataset = load(DataConfig(name="own"))
-    assert caplog.messages == [
-        "data set 'own': 1 of its classes are without training images: see `trainer data info`"
-    ]
+    assert caplog.messages == ["data set 'own': 1 of its classes are without training images: odd"]
     assert dataset.train.class_counts(2) == [len(dataset.train), 0]
 
 

@@ -1,5 +1,6 @@
 """A folder of images, a table and an .npz file as data sets."""
 
+import os
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -85,6 +86,24 @@ def test_splits_are_folders_too(in_tmp_path: Path) -> None:
     dataset = load("folder", "all")
     assert [len(dataset.split(name)) for name in data.SPLITS] == [18, 6, 9]
     check_pixels(dataset)
+
+
+def test_a_link_to_other_classes_is_refused(shapes: Path, refused: Refused) -> None:
+    (shapes / "round" / "up").symlink_to("..")
+    assert "up: expected no link to a folder above it, received one to" in refused("folder", shapes)
+
+
+def test_special_files_are_not_read(shapes: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(shapes / "round" / "pipe.png")
+    caplog.set_level("INFO", logger="trainer")
+    load("folder", shapes)
+    assert "ignored files that are not images: 1 special file" in caplog.text
+
+
+def test_other_folders_beside_splits_are_refused(in_tmp_path: Path, refused: Refused) -> None:
+    for seed, name in enumerate(["train", "val", "valid"]):
+        pictures.write_folder(in_tmp_path / "all" / name, 2, seed=seed)
+    assert "train, validation and test only, received valid" in refused("folder", "all")
 
 
 @pytest.mark.parametrize("second", ["validation", "VAL", "Val"])

@@ -125,7 +125,13 @@ def test_wrong_options_are_refused_in_one_line(
     message = refusal("application", {"weights": "mobile.h5"}, RGB)
     expected = 'expected "imagenet", "none" or a weights file, received \'mobile.h5\''
     assert message == f"model.options.weights: {expected}"
-    for each, reason in [(no_top[0], "Layer count mismatch"), (file, "file signature not found")]:
+    archive = tmp_path / "damaged.keras"
+    archive.write_text("no archive")
+    for each, reason in [
+        (no_top[0], "Layer count mismatch"),
+        (file, "file signature not found"),
+        (archive, "not a zip file"),
+    ]:
         message = refusal("application", {"weights": str(each)}, RGB)
         expected = "expected weights of MobileNetV2 without classification layers (..._no_top.h5)"
         assert message.startswith(f"model.options.weights: {each}: {expected}: ")

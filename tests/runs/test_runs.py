@@ -103,6 +103,18 @@ def test_the_verbs_and_options_are_frozen() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "text", ['{"validation": 5, "test": [1]}', '{"test": {"loss": NaN}}', "[1]"]
+)
+def test_a_damaged_run_does_not_hide_the_others(
+    text: str, three: list[Run], command: Command
+) -> None:
+    (three[1].path / "summary.json").write_text(text)
+    rows = json.loads(command("runs", "--sort", "val_accuracy", "--json")[1])
+    assert [row["state"] for row in rows] == ["finished", "finished", "damaged"]
+    assert command("runs")[0] == 0
+
+
 def test_runs_are_listed_newest_first_with_their_state(three: list[Run], command: Command) -> None:
     make_run("20260104T000000Z-d")
     (make_run("20260105T000000Z-e", accuracy=0.5).path / "summary.json").write_text("{")

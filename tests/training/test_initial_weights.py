@@ -196,6 +196,8 @@ def test_wrong_sources_are_refused_in_one_line(
     other = {"layers": [{"name": "Flatten"}, dense("other", 7)]}
     for name, text in [("a.h5", "x"), ("b.weights.h5", "no weights"), ("c.keras", "no archive")]:
         (tmp_path / name).write_text(text)
+    with h5py.File(tmp_path / "e.weights.h5", "w") as odd:
+        odd["layers/dense/vars"] = 3.0
     with zipfile.ZipFile(tmp_path / "d.keras", "w") as archive:
         archive.writestr("config.json", "{}")
     for reference, changes, message in [
@@ -204,6 +206,7 @@ def test_wrong_sources_are_refused_in_one_line(
         (tmp_path / "a.h5", {}, f"there is no run '{tmp_path}/a.h5': "),
         (tmp_path / "b.weights.h5", {}, "b.weights.h5 cannot be read: "),
         (tmp_path / "c.keras", {}, "c.keras cannot be read: "),
+        (tmp_path / "e.weights.h5", {}, "e.weights.h5 cannot be read: "),
         (tmp_path / "d.keras", {}, "d.keras cannot be read: "),
         ("sauce", {}, "there is no run 'sauce': available: "),
     ]:

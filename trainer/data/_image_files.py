@@ -57,18 +57,26 @@ def list_images(folder: Path, others: Counter[str]) -> list[Path]:
     Args:
         folder: The folder.
         others: Counts the files that are not images, by file name extension.
+
+    Raises:
+        InputError: A link leads to a folder above it, which has images of other classes.
     """
-    found, seen = list[Path](), set[str]()
+    found, seen, top = list[Path](), set[str](), Path(os.path.realpath(folder))
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above
+        if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
+        above = top != Path(real) and top.is_relative_to(real)
+        expect(not above, parent, "no link to a folder above it", f"one to {real}")
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             suffix = Path(name).suffix.lower()
-            if suffix in EXTENSIONS and not name.startswith("."):
-                found.append(Path(parent, name))
+            path = Path(parent, name)
+            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                others["special file"] += 1
+            elif suffix in EXTENSIONS and not name.startswith("."):
+                found.append(path)
             elif not name.startswith("."):
                 others[suffix or "no extension"] += 1
     return found

@@ -35,6 +35,10 @@ def load(config: DataConfig, *, path: str, unreadable: Unreadable = "refuse") ->
     folders = _subfolders(root)
     splits = {SPLIT_NAMES.get(folder.name.lower()) for folder in folders}
     layout = {"train": root}
+    if "train" in splits and len(splits) > 2:
+        expected = "folders named train, validation and test only"
+        names = ", ".join(f.name for f in folders if f.name.lower() not in SPLIT_NAMES)
+        expect(None not in splits, str(root), expected, names)
     if "train" in splits and None not in splits:
         layout = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders}
         names = " ".join(folder.name for folder in folders)

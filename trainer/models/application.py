@@ -11,6 +11,7 @@
 import inspect
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,7 +132,7 @@ def _make_network(factory: Any, shape: Any, weights: str, pooling: str) -> keras
     if weights not in ("imagenet", "none"):
         try:
             network.load_weights(weights)
-        except keras_objects.KERAS_ERRORS as error:
+        except (*keras_objects.KERAS_ERRORS, zipfile.BadZipFile) as error:
             raise InputError(
                 f"model.options.weights: {weights}: expected weights of {name} without "
                 f"classification layers (..._no_top.h5): {keras_objects.explain(error)}"

@@ -16,6 +16,9 @@ from trainer.new.names import check_name, rename
 from trainer.new.removal import Removal, check_removable
 
 ROOT = Path(__file__).resolve().parents[2]
+# Variables that select a repository. Hooks of git have some of them.
+_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"}
+_REPOSITORY |= {"GIT_OBJECT_DIRECTORY"}
 
 
 def create_project(directory: Path, name: str, without: Collection[str], data: Path | None) -> str:
@@ -72,8 +75,7 @@ def _check(target: Path) -> None:
 
 
 def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    # Hooks of git have such variables, which would select another repository.
-    variables = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_INDEX_FILE")}
+    variables = {name: value for name, value in os.environ.items() if name not in _REPOSITORY}
     command = ["git", *words]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
 
@@ -123,7 +125,7 @@ def _write_files(copy: Path, name: str, files: Mapping[str, str], removal: Remov
 
 def _commit(copy: Path, message: str) -> str:
     """Commits all files. Returns a hint if git refuses, for example without an author."""
-    _git(copy, "add", "--all")
+    _git(copy, "add", "--all", "--force")  # a user's own list of ignored files does not count
     done = _git(copy, "-c", "user.useConfigOnly=true", "commit", "--quiet", "-m", message)
     if done.returncode == 0:
         return ""

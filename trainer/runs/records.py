@@ -38,11 +38,14 @@ def read_record(run: Run) -> RunRecord:
     try:
         config = flatten(tomllib.loads((run.path / "config.toml").read_text(encoding="utf-8")))
         summary = run.read_json("summary.json") if run.finished else {}
-    except (InputError, OSError, ValueError, RecursionError):
-        state = "damaged"
+        json.dumps(summary, allow_nan=False)
+        for key in ("data", "seconds", "validation", "test"):
+            dict(summary.get(key) or {})
+    except (InputError, OSError, TypeError, ValueError, RecursionError):
+        state, summary = "damaged", {}
     facts, data = flatten(summary), config.get("data.name")
     if path := config.get("data.options.path"):  # of a folder, a table or arrays
-        data = f"{data}:{Path(path).name}"
+        data = f"{data}:{Path(str(path)).name}"
     columns = {"name": run.name, "state": state, "data": data}
     columns |= {"network": config.get("model.name"), "parameters": facts.get("parameters")}
     columns |= {"epochs": facts.get("epochs", run.trained_epochs), "step_ms": facts.get("step_ms")}

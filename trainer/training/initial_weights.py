@@ -18,6 +18,7 @@ import keras
 
 from trainer.errors import InputError, expect
 from trainer.files import sha256
+from trainer.keras_objects import KERAS_ERRORS
 from trainer.run import Run, open_run
 from trainer.training.call import Logs
 from trainer.training.callbacks import format_metrics, to_json
@@ -79,7 +80,7 @@ def load_initial_weights(
     with tempfile.TemporaryDirectory() as folder:
         try:
             loaded, not_loaded = _copy_weights(file, model, Path(folder))
-        except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        except (*KERAS_ERRORS, RuntimeError, zipfile.BadZipFile) as error:
             raise InputError(f"training.init_from: {file} cannot be read: {error}") from None
     initial = InitialWeights(str(source), sha256(file), loaded, not_loaded)
     expect(loaded, "training.init_from", "layers with the same path and shape", initial)

@@ -22,13 +22,14 @@ test: $(VENV)/.installed-dev  ## Run the tests (offline, about three minutes on 
 slow: $(VENV)/.installed-dev  ## Run the slow tests: whole processes, killed and resumed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, private names, spelling
+check: $(VENV)/.installed-dev  ## Lint, formatting, types, layers of imports, private names, spelling, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_private_names.py
 	$(BIN)/codespell *.md docs/*.md trainer scripts configs
+	$(BIN)/proselint --config .proselintrc.json check *.md docs/*.md
 
 format: $(VENV)/.installed-dev  ## Fix lint and formatting where possible
 	$(BIN)/ruff check --fix .

@@ -237,6 +237,7 @@ def test_the_structure_in_contributing_is_complete() -> None:
     assert found <= structure, found - structure
 
 
+@pytest.mark.slow
 def test_every_configuration_builds_and_takes_a_step(clone: Path) -> None:
     """The TOML examples of the pages, and every file of configs/ with data that is available."""
     blocks = [block for text in PAGES.values() for block in _blocks("toml", text)]

@@ -104,7 +104,8 @@ def test_the_verbs_and_options_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"validation": 5, "test": [1]}', '{"test": {"loss": NaN}}', "[1]"]
+    "text",
+    ['{"validation": 5, "test": [1]}', '{"test": [["loss", 1]]}', '{"test": {"loss": NaN}}', "[1]"],
 )
 def test_a_damaged_run_does_not_hide_the_others(
     text: str, three: list[Run], command: Command

@@ -39,8 +39,9 @@ def read_record(run: Run) -> RunRecord:
         config = flatten(tomllib.loads((run.path / "config.toml").read_text(encoding="utf-8")))
         summary = run.read_json("summary.json") if run.finished else {}
         json.dumps(summary, allow_nan=False)
-        for key in ("data", "seconds", "validation", "test"):
-            dict(summary.get(key) or {})
+        tables = [summary.get(key) or {} for key in ("data", "seconds", "validation", "test")]
+        if not all(isinstance(table, dict) for table in tables):
+            raise ValueError("a table of summary.json is another value")
     except (InputError, OSError, TypeError, ValueError, RecursionError):
         state, summary = "damaged", {}
     facts, data = flatten(summary), config.get("data.name")

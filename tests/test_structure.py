@@ -30,7 +30,7 @@ TOOLS = {name: verb for name, verb in VERBS.items() if name in tools.names()}
 # A tool that imports another one is removed together with it.
 REMOVED_WITH = {"saving": ["serving"]}
 # The sizes on the day of this test. Lower them with each change that removes code.
-MAX_LINES = 14_584
+MAX_LINES = 14_582
 MAX_CORE_LINES = 4_642
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6

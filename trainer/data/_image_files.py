@@ -73,7 +73,7 @@ def list_images(folder: Path, others: Counter[str]) -> list[Path]:
         for name in sorted(names):
             suffix = Path(name).suffix.lower()
             path = Path(parent, name)
-            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            if not path.is_file() and path.exists():  # reading a pipe would wait for ever
                 others["special file"] += 1
             elif suffix in EXTENSIONS and not name.startswith("."):
                 found.append(path)

@@ -90,12 +90,9 @@ def _read_files(copy: Path, data: Path | None) -> dict[str, str]:
     options = [] if has_git else [f"--git-dir={copy}/.git", f"--work-tree={ROOT}"]
     listed = _git(ROOT, *options, "ls-files", "-z", "-co", "--exclude-standard")
     expect(listed.returncode == 0, str(ROOT), "a git checkout", listed.stderr.strip())
-    own = ROOT / ".git" if data is None else data.resolve()  # the images are used where they are
-    names = [
-        name
-        for name in listed.stdout.split("\0")
-        if (ROOT / name).is_file() and not (ROOT / name).is_relative_to(own)
-    ]
+    names = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    if data is not None:  # the images are used where they are
+        names = [name for name in names if not (ROOT / name).is_relative_to(data.resolve())]
     return {name: (ROOT / name).read_bytes().decode("utf-8", "surrogateescape") for name in names}
 
 

@@ -83,8 +83,8 @@ def prune(run: Run) -> None:
             raise InputError(f"{run.weights} is damaged: the other checkpoints are not deleted")
         write_atomic(run.weights, copy_model)
         run.write_json("summary.json", summary | {"weights_sha256": sha256(run.weights)})
+        stride = 1 + summary["steps"] // _CURVE_POINTS
         for path in run.path.rglob("events.out.tfevents.*"):
-            stride = 1 + summary["steps"] // _CURVE_POINTS
             write_atomic(path, partial(copy_curves, path, stride=stride))
         for path in _other_checkpoints(run):
             path.unlink()

@@ -70,7 +70,8 @@ def test_devices_are_compared_and_drawn() -> None:
 
 def test_a_clock_that_does_not_wait_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow returns before the work is done, as it does on a GPU."""
-    few_calls = replace(TINY, square_sizes=(1024,), warmup_seconds=0.0, block_seconds=1e-7)
+    # Large: a call that the other threads delay by milliseconds still ends long before its work.
+    few_calls = replace(TINY, square_sizes=(2048,), warmup_seconds=0.0, block_seconds=1e-7)
     monkeypatch.setattr(matmul, "QUICK", few_calls)
     synchronize = tf.test.experimental.sync_devices
     monkeypatch.setattr(tf.test.experimental, "sync_devices", lambda: None)
